@@ -1,0 +1,8 @@
+"""CARE Transformer in PyTorch. Importing this package registers its models with timm, and does nothing else.
+
+    import caretrans
+    model = timm.create_model('care_s1')
+"""
+from . import models  # noqa: F401 (registers the models)
+
+__version__ = '0.1.0'

@@ -1,0 +1,80 @@
+"""What timm asks of a hierarchical backbone and no paper speaks of, written once for all networks."""
+from typing import Any, Dict, List, Optional, Set, Tuple, Union
+
+import torch
+import torch.nn as nn
+from timm.models._features import feature_take_indices
+
+__all__ = ['Backbone']
+
+
+class Backbone(nn.Module):
+    """A network of `stem`, `stages` (each with `downsample`, `blocks` and a flag `grad_checkpointing`) and heads.
+
+    A subclass sets `stem`, `stages`, `feature_info`, `num_features` and `head_hidden_size`, and has
+    `forward_features`, `forward_head`, `get_classifier` and `reset_classifier`.
+    See timm's documentation of feature extraction for what the methods are for.
+    """
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Parameters of two or more dimensions to leave out of weight decay: none."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Regular expressions that group parameters into layers, for layer-wise learning rates."""
+        blocks = [(r'^stages\.(\d+)\.downsample', (0,)), (r'^stages\.(\d+)\.blocks\.(\d+)', None)]
+        return dict(stem=r'^stem', blocks=r'^stages\.(\d+)' if coarse else blocks)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """Run the stages and return the maps after some of them.
+
+        Args:
+            x: (B, in_chans, H, W) images.
+            indices: The last n stages for an int, all for None, else these.
+            norm: There for timm; no norm follows the stages.
+            stop_early: Run no stage after the last one taken.
+            output_fmt: 'NCHW' only.
+            intermediates_only: Leave the final map out.
+        Returns:
+            The list of maps, or (final map, list of maps).
+        Raises:
+            ValueError: Another `output_fmt`.
+        """
+        if output_fmt != 'NCHW':
+            raise ValueError(f'output_fmt must be NCHW, not {output_fmt!r}.')
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        x = self.stem(x)
+        intermediates = []
+        stages = self.stages if torch.jit.is_scripting() or not stop_early else self.stages[:max_index + 1]
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            if i in take_indices:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+            self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True) -> List[int]:
+        """Drop the stages after the last of `indices`, and with any of them the heads; returns the indices taken."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        pruned = max_index < len(self.stages) - 1
+        self.stages = self.stages[:max_index + 1]
+        self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
+        if prune_head or pruned:
+            self.reset_classifier(0, '')
+        return take_indices

@@ -1,0 +1,528 @@
+"""CARE Transformer: a mobile vision backbone of decoupled linear attention and convolutions.
+
+Paper: "CARE Transformer: Mobile-Friendly Linear Visual Transformer via Decoupled Dual Interaction",
+CVPR 2025, arXiv:2411.16170.
+
+The network in one paragraph. A 4x4 convolution makes a feature map of 1/4 size; four stages of blocks follow, each
+but the first halving the map. A block sees its channels as four slices of equal width (*asymmetrical feature
+decoupling*: one slice for the long range against two for the local range),
+
+    [ memory | attention | 3x3 | 7x7 ]
+
+Linear attention (strip convolutions in the two early stages) mixes the attention slice globally, two depth-wise
+convolutions give the other two their *local inductive bias*, and the *dual interaction module* fuses everything:
+Inter1 mixes global with local, Inter2 mixes the result with the memory slice, the *dynamic memory unit* that is
+carried from block to block. There is no positional encoding, so any input from 32 x 32 works, square or not.
+
+`PUBLISHED_KEYS`, at the end, is the glossary from the names of the published checkpoints to ours.
+"""
+from functools import partial
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+from huggingface_hub.errors import EntryNotFoundError
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    DropPath, LayerScale2d, SelectAdaptivePool2d, calculate_drop_path_rates, get_device_dtype, trunc_normal_)
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+
+from .backbone import Backbone
+from .published_keys import rename_keys, rename_on_load
+
+__all__ = ['CareTransformer', 'linear_attention']
+
+MIN_SIDE = 32  # pixels: the last stage of a smaller image would have no position left
+
+
+# Linear attention -----------------------------------------------------------------------------------------------------
+
+def positive_feature(x: torch.Tensor) -> torch.Tensor:
+    """The feature map of linear attention, phi(x) = elu(x) + 1 > 0.
+
+    Written as exp(x) for x < 0 and x + 1 above, which does not cancel to 0 as `elu(x) + 1` does for very negative x.
+    """
+    return x.clamp(max=0).exp() + x.relu()
+
+
+def _linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
+    num_positions = k.shape[-1]
+    q, k = positive_feature(q), positive_feature(k)
+    context = (v / num_positions) @ k.transpose(-2, -1)  # (B, h, e, d)
+    mass = k.mean(dim=-1).unsqueeze(-2)  # (B, h, 1, d)
+    return (context @ q) / (mass @ q + eps)
+
+
+@torch.fx.wrap
+def linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """Mix positions globally in time linear in their number.
+
+    With phi(t) = elu(t) + 1, positive, each query takes a weighted mean of the values:
+
+        out_i = (1/N) sum_j w_ij v_j / ((1/N) sum_j w_ij + eps),   w_ij = phi(q_i) . phi(k_j)
+
+    The feature map, the sums and the division are computed in float32 (float64 for float64 input), under autocast
+    too, and 1/N goes inside the sums: in half precision the sums would overflow and the denominator vanish.
+
+    Args:
+        q, k: (B, h, d, N) queries and keys, channels first, any floating dtype.
+        v: (B, h, e, N) values.
+        eps: Added to the denominator.
+    Returns:
+        (B, h, e, N) in the dtype of `v`.
+    Raises:
+        ValueError: The shapes disagree; the message gives all three.
+    Cost: B*h*N*d*(2e + 1) multiply-adds, against B*h*N^2*(d + e) for softmax attention.
+    Source: Katharopoulos et al. 2020, arXiv:2006.16236, section 3.2.
+    """
+    if q.shape != k.shape or k.shape[:2] != v.shape[:2] or k.shape[3] != v.shape[3]:
+        raise ValueError(
+            f'linear_attention: q and k must be (B, h, d, N) and v (B, h, e, N), '
+            f'got q {q.shape}, k {k.shape}, v {v.shape}')
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    q, k, values = q.to(dtype), k.to(dtype), v.to(dtype)
+    if torch.jit.is_scripting():  # a context manager cannot be scripted; a scripted model runs outside autocast
+        return _linear_attention(q, k, values, eps).to(v.dtype)
+    if not torch.is_autocast_enabled(v.device.type):  # keeps the context manager out of exported graphs
+        return _linear_attention(q, k, values, eps).to(v.dtype)
+    with torch.autocast(v.device.type, enabled=False):
+        return _linear_attention(q, k, values, eps).to(v.dtype)
+
+
+# Layers ---------------------------------------------------------------------------------------------------------------
+
+def depthwise_conv(chs: int, height: int, width: int, **dd: Any) -> nn.Conv2d:
+    """A height x width depth-wise convolution with bias that keeps the size of the map."""
+    return nn.Conv2d(chs, chs, (height, width), padding=(height // 2, width // 2), groups=chs, **dd)
+
+
+class LinearAttention(nn.Module):
+    """Multi-head linear attention over all positions of a map: (B, C, H, W) to the same shape.
+
+    Queries and keys are projections of the input, the values are the input itself, and nothing is projected
+    afterwards. The channels of a head are contiguous.
+    """
+
+    def __init__(self, chs: int, num_heads: int, **dd: Any) -> None:
+        super().__init__()
+        if chs % num_heads:
+            raise ValueError(f'num_heads={num_heads} does not divide the {chs} channels of the attention slice.')
+        self.num_heads = num_heads
+        self.head_chs = chs // num_heads
+        self.qk = nn.Conv2d(chs, 2 * chs, 1, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, C, H, W = x.shape
+        q, k = self.qk(x).chunk(2, dim=1)
+        heads = (B, self.num_heads, self.head_chs, H * W)
+        out = linear_attention(q.reshape(heads), k.reshape(heads), x.reshape(heads))
+        return out.reshape(B, C, H, W)
+
+
+class StripConv(nn.Module):
+    """The long range of the early stages: an 11x1 and a 1x11 depth-wise convolution side by side, summed."""
+
+    def __init__(self, chs: int, **dd: Any) -> None:
+        super().__init__()
+        self.conv_11x1 = depthwise_conv(chs, 11, 1, **dd)
+        self.conv_1x11 = depthwise_conv(chs, 1, 11, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv_11x1(x) + self.conv_1x11(x)
+
+
+def long_range(chs: int, num_heads: int, **dd: Any) -> nn.Module:
+    """Linear attention with `num_heads` heads, or strip convolutions when there are none."""
+    return LinearAttention(chs, num_heads, **dd) if num_heads else StripConv(chs, **dd)
+
+
+class DecoupledMixer(nn.Module):
+    """Mix positions, each slice of the channels in its own way: [attention | 3x3 | 7x7].
+
+    Args:
+        attn_chs: Channels of the slice mixed over the long range.
+        local_chs: Channels of each of the two slices given a local inductive bias.
+        num_heads: Heads of the linear attention; 0 takes strip convolutions instead.
+    """
+
+    def __init__(self, attn_chs: int, local_chs: int, num_heads: int, **dd: Any) -> None:
+        super().__init__()
+        self.slices = [attn_chs, local_chs, local_chs]
+        self.long_range = long_range(attn_chs, num_heads, **dd)
+        self.local_3x3 = depthwise_conv(local_chs, 3, 3, **dd)
+        self.local_7x7 = depthwise_conv(local_chs, 7, 7, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        attn, local_3x3, local_7x7 = x.split(self.slices, dim=1)
+        return torch.cat([self.long_range(attn), self.local_3x3(local_3x3), self.local_7x7(local_7x7)], dim=1)
+
+
+class Expansion(nn.Module):
+    """BatchNorm, expansion, GELU and a 3x3 depth-wise convolution: (B, C, H, W) to (B, ratio * C, H, W)."""
+
+    def __init__(self, chs: int, ratio: int, drop: float = 0., **dd: Any) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(chs, **dd)
+        self.expand = nn.Conv2d(chs, ratio * chs, 1, **dd)
+        self.act = nn.GELU()
+        self.dwconv = depthwise_conv(ratio * chs, 3, 3, **dd)
+        self.drop = nn.Dropout(drop)
+
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop(self.dwconv(self.act(self.expand(self.norm(x)))))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.hidden(x)
+
+
+class Interaction(Expansion):
+    """One half of the dual interaction module: a residual inverted bottleneck that mixes the channels."""
+
+    def __init__(self, chs: int, ratio: int, drop: float = 0., **dd: Any) -> None:
+        super().__init__(chs, ratio, drop, **dd)
+        self.project = nn.Conv2d(ratio * chs, chs, 1, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.project(self.hidden(x))
+
+
+# Blocks, stages -------------------------------------------------------------------------------------------------------
+
+class CareBlock(nn.Module):
+    """Decoupled mixing, dual interaction and a residual: (B, 4m, H, W) to the same shape, m = `slice_chs`.
+
+    The last block of the network is different: it stops at the expanded channels of Inter2, (B, ratios[1] * 4m, H, W),
+    and hands them to the heads. It has no projection back, no layer scale and no residual, so its drop path zeroes
+    whole feature maps of the dropped samples. That is how the published networks were trained, and is kept.
+
+    Args:
+        slice_chs: Width m of each of the four slices.
+        ratios: Expansion ratios of Inter1 and Inter2.
+        num_heads: Heads of the linear attention; 0 takes strip convolutions instead.
+        drop: Dropout rate inside Inter1 and Inter2.
+        drop_path: Rate at which a sample skips the block.
+        ls_init_value: Initial layer scale.
+        last: Whether this is the last block of the network.
+    """
+
+    def __init__(
+            self,
+            slice_chs: int,
+            ratios: Tuple[int, int],
+            num_heads: int,
+            drop: float = 0.,
+            drop_path: float = 0.,
+            ls_init_value: float = 1e-6,
+            last: bool = False,
+            **dd: Any,
+    ) -> None:
+        super().__init__()
+        self.memory_chs, self.mixed_chs = slice_chs, 3 * slice_chs
+        self.in_chs = 4 * slice_chs
+        self.out_chs = ratios[1] * self.in_chs if last else self.in_chs
+        self.last = last
+        self.mixer = DecoupledMixer(slice_chs, slice_chs, num_heads, **dd)
+        self.inter1 = Interaction(self.mixed_chs, ratios[0], drop, **dd)
+        self.inter2 = (Expansion if last else Interaction)(self.in_chs, ratios[1], drop, **dd)
+        self.layer_scale = nn.Identity() if last else LayerScale2d(self.in_chs, ls_init_value, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        memory, features = x.split([self.memory_chs, self.mixed_chs], dim=1)
+        features = self.inter1(self.mixer(features))
+        y = self.inter2(torch.cat([memory, features], dim=1))
+        y = self.drop_path(self.layer_scale(y))
+        return y if self.last else x + y
+
+
+class Downsample(nn.Module):
+    """BatchNorm, then a 2x2 convolution of stride 2: half the size, `out_chs` channels."""
+
+    def __init__(self, in_chs: int, out_chs: int, **dd: Any) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(in_chs, **dd)
+        self.conv = nn.Conv2d(in_chs, out_chs, 2, stride=2, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(self.norm(x))
+
+
+class CareStage(nn.Module):
+    """Downsampling from `in_chs` channels (none in the first stage: None), then the blocks."""
+
+    def __init__(self, in_chs: Optional[int], blocks: List[CareBlock], **dd: Any) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = nn.Identity() if in_chs is None else Downsample(in_chs, blocks[0].in_chs, **dd)
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+@torch.fx.wrap
+def check_image_size(x: torch.Tensor, min_side: int = MIN_SIDE) -> torch.Tensor:
+    """Return the images (B, C, H, W) unchanged; ValueError with their size when a side is below `min_side` pixels."""
+    height, width = x.shape[-2], x.shape[-1]
+    if height < min_side or width < min_side:
+        raise ValueError(f'The image is {height} x {width} pixels, smaller than {min_side} x {min_side}: enlarge it.')
+    return x
+
+
+class Stem(nn.Module):
+    """A 4x4 convolution of stride 4 and BatchNorm: (B, in_chs, H, W) to (B, out_chs, H // 4, W // 4)."""
+
+    def __init__(self, in_chs: int, out_chs: int, **dd: Any) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_chs, out_chs, 4, stride=4, **dd)
+        self.norm = nn.BatchNorm2d(out_chs, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(check_image_size(x)))
+
+
+class ClassifierHead(nn.Module):
+    """GELU, LayerNorm, Dropout and Linear on pooled features: (B, C) to (B, num_classes)."""
+
+    def __init__(self, chs: int, num_classes: int, drop: float = 0., **dd: Any) -> None:
+        super().__init__()
+        self.act = nn.GELU()
+        self.norm = nn.LayerNorm(chs, eps=1e-6, **dd)
+        self.drop = nn.Dropout(drop)
+        self.fc = nn.Linear(chs, num_classes, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.drop(self.norm(self.act(x))))
+
+
+# Network --------------------------------------------------------------------------------------------------------------
+
+class CareTransformer(Backbone):
+    """CARE Transformer with two classification heads, `head` and `head_dist`.
+
+    The output is the mean of the two heads, in training and in evaluation: trained on plain labels both heads learn
+    from that mean. For distillation `set_distilled_training(True)` makes training return the pair
+    (head, head_dist); evaluation still returns the mean.
+
+    Args:
+        in_chans: Channels of the image.
+        num_classes: Classes of each head; 0 leaves the heads out.
+        global_pool: Pooling before the heads; '' disables it, and the heads must be left out too.
+        depths: Blocks per stage.
+        slice_chs: Width m of each of the four slices of the channels, per stage; a stage has 4m channels.
+        ratios: Expansion ratios of Inter1 and Inter2, per stage.
+        num_heads: Heads of the linear attention, per stage; 0 takes strip convolutions instead.
+        drop_rate: Dropout inside the interactions and before the classifiers.
+        drop_path_rate: Stochastic depth, growing linearly from 0 at the first block to this at the last.
+        ls_init_value: Initial layer scale.
+        ablation: '' for the published network, or one of `care_ablations.ABLATIONS`.
+        device, dtype: Where and as what the parameters are made.
+    Raises:
+        ValueError: An unknown ablation, disabled pooling with heads, or per-stage arguments of different lengths.
+    """
+
+    def __init__(
+            self,
+            in_chans: int = 3,
+            num_classes: int = 1000,
+            global_pool: str = 'avg',
+            depths: Sequence[int] = (2, 4, 8, 4),
+            slice_chs: Sequence[int] = (8, 16, 32, 64),
+            ratios: Sequence[Tuple[int, int]] = ((2, 2), (2, 4), (4, 4), (4, 4)),
+            num_heads: Sequence[int] = (0, 0, 2, 2),
+            drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            ls_init_value: float = 1e-6,
+            ablation: str = '',
+            device=None,
+            dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        if not len(depths) == len(slice_chs) == len(ratios) == len(num_heads):
+            raise ValueError(
+                f'One entry per stage each, got depths={depths}, slice_chs={slice_chs}, ratios={ratios}, '
+                f'num_heads={num_heads}.')
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.distilled_training = False
+
+        block = CareBlock
+        if ablation:
+            from .care_ablations import ablated_block
+            block = ablated_block(ablation)
+        drop_path = calculate_drop_path_rates(drop_path_rate, sum(depths))
+        stages, in_chs, position = [], None, 0
+        for stage, depth in enumerate(depths):
+            blocks = [
+                block(
+                    slice_chs[stage], ratios[stage], num_heads[stage], drop_rate, drop_path[i], ls_init_value,
+                    last=i == sum(depths) - 1, **dd)
+                for i in range(position, position + depth)]
+            stages.append(CareStage(in_chs, blocks, **dd))
+            in_chs, position = blocks[-1].out_chs, position + depth
+        self.stem = Stem(in_chans, stages[0].blocks[0].in_chs, **dd)
+        self.stages = nn.Sequential(*stages)
+        self.feature_info = [
+            dict(num_chs=stage.blocks[-1].out_chs, reduction=4 * 2 ** i, module=f'stages.{i}')
+            for i, stage in enumerate(stages)]
+
+        self.num_features = self.head_hidden_size = in_chs
+        self._set_heads(num_classes, global_pool, **dd)
+        self.apply(init_weights)
+        rename_on_load(self, PUBLISHED_KEYS)
+
+    def _set_heads(self, num_classes: int, global_pool: str, **dd: Any) -> None:
+        if num_classes and not global_pool:
+            raise ValueError(f'global_pool="" leaves nothing to classify: num_classes must be 0, not {num_classes}.')
+        self.num_classes = num_classes
+        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        if self.global_pool.feat_mult() != 1:
+            raise ValueError(f'global_pool={global_pool!r} changes the number of features: take avg, max or avgmax.')
+        make_head = partial(ClassifierHead, self.num_features, num_classes, self.drop_rate, **dd)
+        self.head = make_head() if num_classes else nn.Identity()
+        self.head_dist = make_head() if num_classes else nn.Identity()
+
+    @torch.jit.ignore
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """Make training return the pair (head, head_dist) instead of their mean."""
+        self.distilled_training = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> Tuple[nn.Module, nn.Module]:
+        return (self.head.fc, self.head_dist.fc) if self.num_classes else (self.head, self.head_dist)
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Put fresh heads for `num_classes` classes (0: none) on the same device, in the same dtype."""
+        global_pool = self.global_pool.pool_type if global_pool is None else global_pool
+        self._set_heads(num_classes, global_pool, **get_device_dtype(self))
+        for module in (self.global_pool, self.head, self.head_dist):
+            module.apply(init_weights).train(self.training)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_chans, H, W) to features (B, num_features, H // 32, W // 32)."""
+        return self.stages(self.stem(x))
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Features to logits (B, num_classes), or to the pooled features (B, num_features) that both heads read."""
+        x = self.global_pool(x)
+        if pre_logits:
+            return x
+        logits, logits_dist = self.head(x), self.head_dist(x)
+        if self.distilled_training and self.training and not torch.jit.is_scripting():
+            return logits, logits_dist
+        return (logits + logits_dist) / 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def init_weights(module: nn.Module) -> None:
+    """Truncated normal of std 0.02 for the weights of convolutions and linear layers, biases 0."""
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+# Checkpoints, variants ------------------------------------------------------------------------------------------------
+
+PUBLISHED_KEYS = (  # (part of a published key, part of ours), both between dots
+    ('stem.0', 'stem.conv'),
+    ('stem.1', 'stem.norm'),
+    ('downsample.0', 'downsample.norm'),
+    ('downsample.1', 'downsample.conv'),
+    ('gamma', 'layer_scale.gamma'),
+    ('token_mixer.dwconv1', 'mixer.local_3x3'),
+    ('token_mixer.dwconv2', 'mixer.local_7x7'),
+    ('token_mixer.dwconvatt_1', 'mixer.long_range.conv_11x1'),
+    ('token_mixer.dwconvatt_2', 'mixer.long_range.conv_1x11'),
+    ('token_mixer.qk', 'mixer.long_range.qk'),
+    ('inter_layer.inter1_norm', 'inter1.norm'),
+    ('inter_layer.inter1_fc1', 'inter1.expand'),
+    ('inter_layer.inter1_conv', 'inter1.dwconv'),
+    ('inter_layer.inter1_fc2', 'inter1.project'),
+    ('inter_layer.inter2_norm', 'inter2.norm'),
+    ('inter_layer.inter2_fc1', 'inter2.expand'),
+    ('inter_layer.inter2_conv', 'inter2.dwconv'),
+    ('inter_layer.inter2_fc2', 'inter2.project'),
+    ('dist_head', 'head_dist'),
+)
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """The weights of a checkpoint under our keys, for timm's own loading functions."""
+    for wrapper in ('state_dict', 'model'):
+        state_dict = state_dict.get(wrapper, state_dict)
+    return rename_keys(state_dict, PUBLISHED_KEYS)
+
+
+def _cfg(**kwargs: Any) -> Dict[str, Any]:
+    return {
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'min_input_size': (3, MIN_SIDE, MIN_SIDE), 'crop_pct': 0.875, 'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'stem.conv', 'classifier': ('head.fc', 'head_dist.fc'),
+        'hf_hub_id': 'YuanZ1995/CARE-Transformer', 'license': 'mit',
+        'paper_ids': 'arXiv:2411.16170',
+        'paper_name': 'CARE Transformer: Mobile-Friendly Linear Visual Transformer via Decoupled Dual Interaction',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    'care_s0.in1k': _cfg(hf_hub_filename='CARETrans_S0.pth.tar'),
+    'care_s1.in1k': _cfg(hf_hub_filename='CARETrans_S1.pth.tar'),
+    'care_s2.in1k': _cfg(hf_hub_filename='CARETrans_S2.pth.tar'),
+})
+
+
+VARIANTS = {
+    'care_s0': dict(
+        depths=(2, 4, 8, 4), slice_chs=(8, 16, 32, 64), num_heads=(0, 0, 2, 2),
+        ratios=((2, 2), (2, 4), (4, 4), (4, 4))),
+    'care_s1': dict(
+        depths=(3, 6, 10, 6), slice_chs=(8, 16, 32, 64), num_heads=(0, 0, 2, 2),
+        ratios=((2, 4), (2, 4), (4, 4), (4, 4))),
+    'care_s2': dict(
+        depths=(3, 6, 10, 6), slice_chs=(8, 16, 48, 96), num_heads=(0, 0, 3, 3),
+        ratios=((4, 4), (4, 4), (4, 4), (4, 4))),
+}
+
+
+def _create_care(variant: str, pretrained: bool, **kwargs: Any) -> CareTransformer:
+    try:
+        return build_model_with_cfg(
+            CareTransformer, variant, pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+            **dict(VARIANTS[variant], **kwargs))
+    except (OSError, EntryNotFoundError) as error:
+        if not pretrained:
+            raise
+        cfg = default_cfgs[variant].default
+        raise RuntimeError(
+            f'No weights for {variant}: {type(error).__name__}: {error}. By default they are {cfg.hf_hub_filename} '
+            f'of the Hugging Face repository {cfg.hf_hub_id}, whose list of files could not be checked. Download the file by '
+            f'hand, from there or from the Google Drive folder 1UGRHQKjBGY8EjUtsHLsy9VBXp7rfUqkf of the authors, and '
+            f'pass pretrained_cfg_overlay=dict(file="{cfg.hf_hub_filename}").') from error
+
+
+@register_model
+def care_s0(pretrained: bool = False, **kwargs: Any) -> CareTransformer:
+    """CARE-S0: 7.34 M parameters, 0.72 GMACs at 224 x 224."""
+    return _create_care('care_s0', pretrained, **kwargs)
+
+
+@register_model
+def care_s1(pretrained: bool = False, **kwargs: Any) -> CareTransformer:
+    """CARE-S1: 9.60 M parameters, 1.03 GMACs at 224 x 224."""
+    return _create_care('care_s1', pretrained, **kwargs)
+
+
+@register_model
+def care_s2(pretrained: bool = False, **kwargs: Any) -> CareTransformer:
+    """CARE-S2: 19.48 M parameters, 1.92 GMACs at 224 x 224."""
+    return _create_care('care_s2', pretrained, **kwargs)
