@@ -1,11 +1,26 @@
 """What timm asks of a hierarchical backbone and no paper speaks of, written once for all networks."""
-from typing import Any, Dict, List, Optional, Set, Tuple, Union
+from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
+from huggingface_hub.errors import EntryNotFoundError
+from timm.models import build_model_with_cfg, get_pretrained_cfg
 from timm.models._features import feature_take_indices
 
-__all__ = ['Backbone']
+from .published_keys import Table, rename_keys
+
+__all__ = ['MIN_SIDE', 'Backbone', 'build_backbone', 'check_image_size']
+
+MIN_SIDE = 32  # pixels: at 1/32 of the size, a smaller image would have no position left
+
+
+@torch.fx.wrap
+def check_image_size(x: torch.Tensor, min_side: int = MIN_SIDE) -> torch.Tensor:
+    """Return the images (B, C, H, W) unchanged; ValueError with their size when a side is below `min_side` pixels."""
+    height, width = x.shape[-2], x.shape[-1]
+    if height < min_side or width < min_side:
+        raise ValueError(f'The image is {height} x {width} pixels, smaller than {min_side} x {min_side}: enlarge it.')
+    return x
 
 
 class Backbone(nn.Module):
@@ -78,3 +93,29 @@ class Backbone(nn.Module):
         if prune_head or pruned:
             self.reset_classifier(0, '')
         return take_indices
+
+
+def build_backbone(
+        model_cls: Type[Backbone], variant: str, pretrained: bool, published_keys: Table, **kwargs: Any) -> Backbone:
+    """timm's `build_model_with_cfg`, for checkpoints with published keys or ours.
+
+    Raises:
+        RuntimeError: The weights could not be fetched; says from where, and what to do instead.
+        TypeError: An argument that the model does not take, by name.
+    """
+    def rename(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Any]:
+        for wrapper in ('state_dict', 'model'):  # timm unwraps files, but not what it downloads
+            state_dict = state_dict.get(wrapper, state_dict)
+        return rename_keys(state_dict, published_keys)
+
+    try:
+        return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=rename, **kwargs)
+    except (OSError, EntryNotFoundError) as error:
+        if not pretrained:
+            raise
+        cfg = get_pretrained_cfg(variant)
+        raise RuntimeError(
+            f'No weights for {variant}: {type(error).__name__}: {error}. By default they are the file '
+            f'{cfg.hf_hub_filename} of the Hugging Face repository {cfg.hf_hub_id}, whose list of files could not be '
+            f'checked. Download the file by hand, from there or from where the authors link to, and pass '
+            f'pretrained_cfg_overlay=dict(file="{cfg.hf_hub_filename}").') from error

@@ -21,18 +21,15 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
-from huggingface_hub.errors import EntryNotFoundError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath, LayerScale2d, SelectAdaptivePool2d, calculate_drop_path_rates, get_device_dtype, trunc_normal_)
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 
-from .backbone import Backbone
-from .published_keys import rename_keys, rename_on_load
+from .backbone import MIN_SIDE, Backbone, build_backbone, check_image_size
+from .published_keys import rename_on_load
 
 __all__ = ['CareTransformer', 'linear_attention']
-
-MIN_SIDE = 32  # pixels: the last stage of a smaller image would have no position left
 
 
 # Linear attention -----------------------------------------------------------------------------------------------------
@@ -236,7 +233,7 @@ class CareBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """BatchNorm, then a 2x2 convolution of stride 2: half the size, `out_chs` channels."""
+    """BatchNorm, then a 2x2 convolution of stride 2: (B, in_chs, H, W) to (B, out_chs, H // 2, W // 2)."""
 
     def __init__(self, in_chs: int, out_chs: int, **dd: Any) -> None:
         super().__init__()
@@ -261,15 +258,6 @@ class CareStage(nn.Module):
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
-
-
-@torch.fx.wrap
-def check_image_size(x: torch.Tensor, min_side: int = MIN_SIDE) -> torch.Tensor:
-    """Return the images (B, C, H, W) unchanged; ValueError with their size when a side is below `min_side` pixels."""
-    height, width = x.shape[-2], x.shape[-1]
-    if height < min_side or width < min_side:
-        raise ValueError(f'The image is {height} x {width} pixels, smaller than {min_side} x {min_side}: enlarge it.')
-    return x
 
 
 class Stem(nn.Module):
@@ -452,13 +440,6 @@ PUBLISHED_KEYS = (  # (part of a published key, part of ours), both between dots
 )
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """The weights of a checkpoint under our keys, for timm's own loading functions."""
-    for wrapper in ('state_dict', 'model'):
-        state_dict = state_dict.get(wrapper, state_dict)
-    return rename_keys(state_dict, PUBLISHED_KEYS)
-
-
 def _cfg(**kwargs: Any) -> Dict[str, Any]:
     return {
         'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
@@ -493,21 +474,10 @@ VARIANTS = {
 
 
 def _create_care(variant: str, pretrained: bool, **kwargs: Any) -> CareTransformer:
-    try:
-        return build_model_with_cfg(
-            CareTransformer, variant, pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
-            **dict(VARIANTS[variant], **kwargs))
-    except (OSError, EntryNotFoundError) as error:
-        if not pretrained:
-            raise
-        cfg = default_cfgs[variant].default
-        raise RuntimeError(
-            f'No weights for {variant}: {type(error).__name__}: {error}. By default they are {cfg.hf_hub_filename} '
-            f'of the Hugging Face repository {cfg.hf_hub_id}, whose list of files could not be checked. Download the file by '
-            f'hand, from there or from the Google Drive folder 1UGRHQKjBGY8EjUtsHLsy9VBXp7rfUqkf of the authors, and '
-            f'pass pretrained_cfg_overlay=dict(file="{cfg.hf_hub_filename}").') from error
+    return build_backbone(
+        CareTransformer, variant, pretrained, PUBLISHED_KEYS,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+        **dict(VARIANTS[variant], **kwargs))
 
 
 @register_model
