@@ -31,6 +31,8 @@ from .published_keys import rename_on_load
 
 __all__ = ['CareTransformer', 'linear_attention']
 
+torch.fx.wrap('check_image_size')  # a leaf of FX graphs, as linear_attention is: both look at shapes
+
 
 # Linear attention -----------------------------------------------------------------------------------------------------
 
@@ -78,9 +80,9 @@ def linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: flo
             f'got q {q.shape}, k {k.shape}, v {v.shape}')
     dtype = torch.promote_types(v.dtype, torch.float32)
     q, k, values = q.to(dtype), k.to(dtype), v.to(dtype)
-    if torch.jit.is_scripting():  # a context manager cannot be scripted; a scripted model runs outside autocast
+    if torch.jit.is_scripting():  # TorchScript has no such context manager: call a scripted model outside of autocast
         return _linear_attention(q, k, values, eps).to(v.dtype)
-    if not torch.is_autocast_enabled(v.device.type):  # keeps the context manager out of exported graphs
+    if v.is_meta or not torch.is_autocast_enabled(v.device.type):  # keeps the context out of exported graphs
         return _linear_attention(q, k, values, eps).to(v.dtype)
     with torch.autocast(v.device.type, enabled=False):
         return _linear_attention(q, k, values, eps).to(v.dtype)
@@ -329,11 +331,9 @@ class CareTransformer(Backbone):
             dtype=None,
     ) -> None:
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd = dict(device=device, dtype=dtype)
         if not len(depths) == len(slice_chs) == len(ratios) == len(num_heads):
-            raise ValueError(
-                f'One entry per stage each, got depths={depths}, slice_chs={slice_chs}, ratios={ratios}, '
-                f'num_heads={num_heads}.')
+            raise ValueError(f'One entry per stage each: {depths=}, {slice_chs=}, {ratios=}, {num_heads=}.')
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.distilled_training = False
@@ -342,21 +342,19 @@ class CareTransformer(Backbone):
         if ablation:
             from .care_ablations import ablated_block
             block = ablated_block(ablation)
-        drop_path = calculate_drop_path_rates(drop_path_rate, sum(depths))
-        stages, in_chs, position = [], None, 0
-        for stage, depth in enumerate(depths):
+        stages, self.feature_info, in_chs = [], [], None
+        for i, rates in enumerate(calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)):
+            last_stage = i == len(depths) - 1
             blocks = [
                 block(
-                    slice_chs[stage], ratios[stage], num_heads[stage], drop_rate, drop_path[i], ls_init_value,
-                    last=i == sum(depths) - 1, **dd)
-                for i in range(position, position + depth)]
+                    slice_chs[i], ratios[i], num_heads[i], drop_rate, rate, ls_init_value,
+                    last=last_stage and j == depths[i] - 1, **dd)
+                for j, rate in enumerate(rates)]
             stages.append(CareStage(in_chs, blocks, **dd))
-            in_chs, position = blocks[-1].out_chs, position + depth
+            in_chs = blocks[-1].out_chs
+            self.feature_info.append(dict(num_chs=in_chs, reduction=4 * 2 ** i, module=f'stages.{i}'))
         self.stem = Stem(in_chans, stages[0].blocks[0].in_chs, **dd)
         self.stages = nn.Sequential(*stages)
-        self.feature_info = [
-            dict(num_chs=stage.blocks[-1].out_chs, reduction=4 * 2 ** i, module=f'stages.{i}')
-            for i, stage in enumerate(stages)]
 
         self.num_features = self.head_hidden_size = in_chs
         self._set_heads(num_classes, global_pool, **dd)
@@ -384,8 +382,12 @@ class CareTransformer(Backbone):
         return (self.head.fc, self.head_dist.fc) if self.num_classes else (self.head, self.head_dist)
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Put fresh heads for `num_classes` classes (0: none) on the same device, in the same dtype."""
-        global_pool = self.global_pool.pool_type if global_pool is None else global_pool
+        """Put fresh heads for `num_classes` classes (0: none) on the same device, in the same dtype.
+
+        The pooling stays as it is when not given; heads for a network without pooling bring 'avg' with them.
+        """
+        if global_pool is None:
+            global_pool = self.global_pool.pool_type or ('avg' if num_classes else '')
         self._set_heads(num_classes, global_pool, **get_device_dtype(self))
         for module in (self.global_pool, self.head, self.head_dist):
             module.apply(init_weights).train(self.training)
