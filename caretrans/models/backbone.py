@@ -7,7 +7,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from timm.models import build_model_with_cfg, get_pretrained_cfg
 from timm.models._features import feature_take_indices
 
-from .published_keys import Table, rename_keys
+from .published_keys import Table, rename_keys, rename_on_load
 
 __all__ = ['MIN_SIDE', 'Backbone', 'build_backbone', 'check_image_size']
 
@@ -27,9 +27,16 @@ class Backbone(nn.Module):
     """A network of `stem`, `stages` (each with `downsample`, `blocks` and a flag `grad_checkpointing`) and heads.
 
     A subclass sets `stem`, `stages`, `feature_info`, `num_features` and `head_hidden_size`, and has
-    `forward_features`, `forward_head`, `get_classifier` and `reset_classifier`.
+    `forward_features`, `forward_head`, `get_classifier` and `reset_classifier`. Its `published_keys` are the glossary
+    from the published checkpoints to its own names; `load_state_dict` takes both.
     See timm's documentation of feature extraction for what the methods are for.
     """
+
+    published_keys: Table = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        rename_on_load(self, self.published_keys)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
@@ -95,8 +102,7 @@ class Backbone(nn.Module):
         return take_indices
 
 
-def build_backbone(
-        model_cls: Type[Backbone], variant: str, pretrained: bool, published_keys: Table, **kwargs: Any) -> Backbone:
+def build_backbone(model_cls: Type[Backbone], variant: str, pretrained: bool, **kwargs: Any) -> Backbone:
     """timm's `build_model_with_cfg`, for checkpoints with published keys or ours.
 
     Raises:
@@ -106,7 +112,7 @@ def build_backbone(
     def rename(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Any]:
         for wrapper in ('state_dict', 'model'):  # timm unwraps files, but not what it downloads
             state_dict = state_dict.get(wrapper, state_dict)
-        return rename_keys(state_dict, published_keys)
+        return rename_keys(state_dict, model_cls.published_keys)
 
     try:
         return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=rename, **kwargs)

@@ -14,7 +14,7 @@ convolutions give the other two their *local inductive bias*, and the *dual inte
 Inter1 mixes global with local, Inter2 mixes the result with the memory slice, the *dynamic memory unit* that is
 carried from block to block. There is no positional encoding, so any input from 32 x 32 works, square or not.
 
-`PUBLISHED_KEYS`, at the end, is the glossary from the names of the published checkpoints to ours.
+`PUBLISHED_KEYS` is the glossary from the names of the published checkpoints to ours.
 """
 from functools import partial
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -27,7 +27,6 @@ from timm.layers import (
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 
 from .backbone import MIN_SIDE, Backbone, build_backbone, check_image_size
-from .published_keys import rename_on_load
 
 __all__ = ['CareTransformer', 'linear_attention']
 
@@ -290,6 +289,29 @@ class ClassifierHead(nn.Module):
 
 # Network --------------------------------------------------------------------------------------------------------------
 
+PUBLISHED_KEYS = (  # part of a published key, part of ours; both between dots
+    ('stem.0', 'stem.conv'),
+    ('stem.1', 'stem.norm'),
+    ('downsample.0', 'downsample.norm'),
+    ('downsample.1', 'downsample.conv'),
+    ('gamma', 'layer_scale.gamma'),
+    ('token_mixer.dwconv1', 'mixer.local_3x3'),
+    ('token_mixer.dwconv2', 'mixer.local_7x7'),
+    ('token_mixer.dwconvatt_1', 'mixer.long_range.conv_11x1'),
+    ('token_mixer.dwconvatt_2', 'mixer.long_range.conv_1x11'),
+    ('token_mixer.qk', 'mixer.long_range.qk'),
+    ('inter_layer.inter1_norm', 'inter1.norm'),
+    ('inter_layer.inter1_fc1', 'inter1.expand'),
+    ('inter_layer.inter1_conv', 'inter1.dwconv'),
+    ('inter_layer.inter1_fc2', 'inter1.project'),
+    ('inter_layer.inter2_norm', 'inter2.norm'),
+    ('inter_layer.inter2_fc1', 'inter2.expand'),
+    ('inter_layer.inter2_conv', 'inter2.dwconv'),
+    ('inter_layer.inter2_fc2', 'inter2.project'),
+    ('dist_head', 'head_dist'),
+)
+
+
 class CareTransformer(Backbone):
     """CARE Transformer with two classification heads, `head` and `head_dist`.
 
@@ -313,6 +335,8 @@ class CareTransformer(Backbone):
     Raises:
         ValueError: An unknown ablation, disabled pooling with heads, or per-stage arguments of different lengths.
     """
+
+    published_keys = PUBLISHED_KEYS
 
     def __init__(
             self,
@@ -359,7 +383,6 @@ class CareTransformer(Backbone):
         self.num_features = self.head_hidden_size = in_chs
         self._set_heads(num_classes, global_pool, **dd)
         self.apply(init_weights)
-        rename_on_load(self, PUBLISHED_KEYS)
 
     def _set_heads(self, num_classes: int, global_pool: str, **dd: Any) -> None:
         if num_classes and not global_pool:
@@ -417,30 +440,7 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-# Checkpoints, variants ------------------------------------------------------------------------------------------------
-
-PUBLISHED_KEYS = (  # (part of a published key, part of ours), both between dots
-    ('stem.0', 'stem.conv'),
-    ('stem.1', 'stem.norm'),
-    ('downsample.0', 'downsample.norm'),
-    ('downsample.1', 'downsample.conv'),
-    ('gamma', 'layer_scale.gamma'),
-    ('token_mixer.dwconv1', 'mixer.local_3x3'),
-    ('token_mixer.dwconv2', 'mixer.local_7x7'),
-    ('token_mixer.dwconvatt_1', 'mixer.long_range.conv_11x1'),
-    ('token_mixer.dwconvatt_2', 'mixer.long_range.conv_1x11'),
-    ('token_mixer.qk', 'mixer.long_range.qk'),
-    ('inter_layer.inter1_norm', 'inter1.norm'),
-    ('inter_layer.inter1_fc1', 'inter1.expand'),
-    ('inter_layer.inter1_conv', 'inter1.dwconv'),
-    ('inter_layer.inter1_fc2', 'inter1.project'),
-    ('inter_layer.inter2_norm', 'inter2.norm'),
-    ('inter_layer.inter2_fc1', 'inter2.expand'),
-    ('inter_layer.inter2_conv', 'inter2.dwconv'),
-    ('inter_layer.inter2_fc2', 'inter2.project'),
-    ('dist_head', 'head_dist'),
-)
-
+# Variants -------------------------------------------------------------------------------------------------------------
 
 def _cfg(**kwargs: Any) -> Dict[str, Any]:
     return {
@@ -477,7 +477,7 @@ VARIANTS = {
 
 def _create_care(variant: str, pretrained: bool, **kwargs: Any) -> CareTransformer:
     return build_backbone(
-        CareTransformer, variant, pretrained, PUBLISHED_KEYS,
+        CareTransformer, variant, pretrained,
         feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
         **dict(VARIANTS[variant], **kwargs))
 
