@@ -1,0 +1,215 @@
+"""The settings of a training run: one typed dataclass, filled from a recipe (YAML) and from flags over it."""
+import argparse
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+import yaml
+
+__all__ = ['ConfigError', 'TrainConfig', 'derive_batches', 'parse_train_config']
+
+RECIPES = Path(__file__).parent / 'recipes'
+
+
+class ConfigError(ValueError):
+    """Settings that cannot work; the message names the value and the remedy."""
+
+
+def setting(default: Any, help: str, **kwargs: Any) -> Any:
+    """A field of the config with its help text; lists and dicts get a fresh copy for each config."""
+    metadata = dict(help=help, **kwargs)
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class TrainConfig:
+    """Everything that decides what a training run computes. A flag of `train.py` exists for each field."""
+
+    data: str = setting('', 'folder with train/ and val/ in ImageNet layout, or what --dataset reads')
+    dataset: str = setting('', "a data set of timm's factory, e.g. torch/cifar10, hfds/NAME, wds/NAME; '' for folders")
+    train_split: str = setting('train', 'split to train on')
+    val_split: str = setting('val', 'split to evaluate on')
+    download: bool = setting(False, 'fetch the data set if it is not there and can be fetched')
+    num_classes: Optional[int] = setting(None, 'classes, where the data set does not name them')
+    workers: int = setting(4, 'processes that load images')
+
+    model: str = setting('care_s0', 'any model of timm or caretrans')
+    model_args: Dict[str, Any] = setting({}, 'further arguments of the model, e.g. ls_init_value=0.1')
+    checkpoint: str = setting('', 'start from the weights of this file')
+    new_heads: bool = setting(False, 'leave the heads fresh when the file has other classes')
+    drop: float = setting(0., 'dropout rate')
+    drop_path: float = setting(0., 'stochastic depth, rate at the last block')
+
+    img_size: int = setting(224, 'side of the training images, pixels')
+    val_img_size: Optional[int] = setting(None, 'side of the evaluated images; img_size if not given')
+    crop_pct: Optional[float] = setting(None, "evaluated centre crop as a share of the image; the model's if not given")
+    scale: List[float] = setting([0.08, 1.0], 'area of random crops, least and most', size=2)
+    ratio: List[float] = setting([3 / 4, 4 / 3], 'aspect of random crops, least and most', size=2)
+    interpolation: str = setting('random', 'of random crops: bilinear, bicubic or random')
+    hflip: float = setting(0.5, 'probability of a horizontal flip')
+    color_jitter: float = setting(0., 'strength of colour jitter; unused with auto_augment')
+    auto_augment: str = setting('', "timm's name of a policy, e.g. rand-m9-mstd0.5-inc1")
+    random_erasing: float = setting(0., 'probability of erasing a rectangle with noise')
+    mixup: float = setting(0., 'mixup alpha')
+    cutmix: float = setting(0., 'cutmix alpha')
+    smoothing: float = setting(0., 'label smoothing')
+
+    batch_size: int = setting(1536, 'images per optimizer step, over all devices')
+    device_batch: Optional[int] = setting(None, 'images at a time per device, the rest accumulates; all if not given')
+    opt: str = setting('adamw', "optimizer of timm's factory")
+    lr: float = setting(2.5e-3, 'peak learning rate')
+    min_lr: float = setting(1e-5, 'last learning rate')
+    warmup_lr: float = setting(1e-6, 'first learning rate')
+    weight_decay: float = setting(0.05, 'on weights of two or more dimensions')
+    epochs: int = setting(300, 'epochs of the cosine schedule, warm-up included')
+    warmup_epochs: int = setting(20, 'epochs of linear warm-up')
+    cooldown_epochs: int = setting(10, 'epochs at min_lr after the schedule')
+    step_schedule: bool = setting(False, 'change the learning rate every step instead of every epoch')
+    val_interval: int = setting(1, 'evaluate every so many epochs, and after the last')
+
+    amp: str = setting('off', 'autocast of the forward pass', choices=['off', 'bf16', 'fp16'])
+    channels_last: bool = setting(False, 'keep images and weights in NHWC order')
+    device: str = setting('auto', 'cpu, cuda, mps or auto')
+    seed: int = setting(42, 'of weights, order and augmentation')
+    output: str = setting('', 'run folder; a new one under runs/ if not given')
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            setattr(self, item.name, _checked(item, getattr(self, item.name)))
+        positive = ('batch_size', 'epochs', 'img_size', 'val_interval', 'lr')
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ConfigError(f'{name} is {getattr(self, name)}, it must be above 0.')
+        if self.warmup_epochs >= self.epochs:
+            raise ConfigError(f'warmup_epochs={self.warmup_epochs} must be below epochs={self.epochs}.')
+        for name in ('scale', 'ratio'):
+            if not 0 < getattr(self, name)[0] <= getattr(self, name)[1]:
+                raise ConfigError(f'{name} is {getattr(self, name)}, it must be two numbers above 0, the lesser first.')
+
+    def to_dict(self) -> Dict[str, Any]:
+        """The settings as plain values, for YAML and checkpoints."""
+        return dataclasses.asdict(self)
+
+
+def _plain_type(item: dataclasses.Field) -> Any:
+    """int for `Optional[int]`, float for `List[float]`, dict for `Dict[str, Any]`."""
+    origin, args = typing.get_origin(item.type), typing.get_args(item.type)
+    if origin is dict:
+        return dict
+    return args[0] if origin in (list, typing.Union) else item.type
+
+
+def _checked(item: dataclasses.Field, value: Any) -> Any:
+    """`value` in the type of the field, YAML's 1e-3 (a string to it) included; ConfigError if it is of another."""
+    wanted, default = _plain_type(item), item.default
+    if value is None and default is None:
+        return None
+    if 'size' in item.metadata:
+        if not isinstance(value, (list, tuple)) or len(value) != item.metadata['size']:
+            raise ConfigError(f'{item.name} is {value!r}, it must be {item.metadata["size"]} numbers.')
+        return [float(v) for v in value]
+    try:
+        if wanted is bool and not isinstance(value, bool) or wanted is dict and not isinstance(value, dict):
+            raise TypeError
+        converted = wanted(value)
+        if wanted is int and converted != float(value):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ConfigError(f'{item.name} is {value!r}, it must be of type {wanted.__name__}.') from None
+    if converted not in item.metadata.get('choices', [converted]):
+        raise ConfigError(f'{item.name} is {value!r}, choose from {", ".join(item.metadata["choices"])}.')
+    return converted
+
+
+def read_recipe(name_or_file: str) -> Dict[str, Any]:
+    """The settings in a YAML file, or in the bundled recipe of that name."""
+    path = Path(name_or_file)
+    if not path.is_file():
+        path = RECIPES / f'{name_or_file}.yaml'
+    if not path.is_file():
+        known = ', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml')))
+        raise ConfigError(f'No recipe {name_or_file!r}: neither a file nor one of {known}.')
+    try:
+        settings = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f'{path} is not YAML: {" ".join(str(error).split())}') from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f'{path} must hold "name: value" lines.')
+    known = [item.name for item in dataclasses.fields(TrainConfig)]
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            raise ConfigError(f'{path}: unknown setting {key!r}' + (f', did you mean {near[0]!r}?' if near else '.'))
+    return settings
+
+
+def _parse_model_arg(text: str) -> Dict[str, Any]:
+    name, separator, value = text.partition('=')
+    if not separator:
+        raise argparse.ArgumentTypeError(f'{text!r} is not NAME=VALUE')
+    return {name: yaml.safe_load(value)}
+
+
+def _flag_parser(**kwargs: Any) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, argument_default=argparse.SUPPRESS, **kwargs)
+    parser.add_argument('data_folder', nargs='?', metavar='DATA', help='same as --data')
+    parser.add_argument('--recipe', help='bundled recipe or YAML file; flags go over it')
+    for item in dataclasses.fields(TrainConfig):
+        flag, wanted = '--' + item.name.replace('_', '-'), _plain_type(item)
+        options: Dict[str, Any] = dict(dest=item.name, help=item.metadata['help'].replace('%', '%%'))
+        if wanted is bool:
+            options.update(action=argparse.BooleanOptionalAction)
+        elif wanted is dict:
+            options.update(type=_parse_model_arg, nargs='+', metavar='NAME=VALUE')
+        else:
+            options.update(type=wanted, nargs=item.metadata.get('size'), choices=item.metadata.get('choices'))
+        parser.add_argument(flag, **options)
+    return parser
+
+
+def parse_train_config(argv: Optional[Sequence[str]] = None, description: str = '') -> TrainConfig:
+    """The config of a command line: defaults, then the recipe, then flags.
+
+    Raises:
+        ConfigError: An unknown recipe or key, or a value that cannot work.
+        SystemExit: Unknown flags, as argparse does it.
+    """
+    flags = vars(_flag_parser(description=description).parse_args(argv))
+    recipe = flags.pop('recipe', None)
+    settings = read_recipe(recipe) if recipe else {}
+    data_folder = flags.pop('data_folder', None)
+    if data_folder is not None:
+        if flags.get('data', data_folder) != data_folder:
+            raise ConfigError(f'Two data folders: {data_folder!r} and --data {flags["data"]!r}.')
+        flags['data'] = data_folder
+    if 'model_args' in flags:
+        merged = dict(settings.get('model_args', {}))
+        for argument in flags['model_args']:
+            merged.update(argument)
+        flags['model_args'] = merged
+    return TrainConfig(**{**settings, **flags})
+
+
+def derive_batches(batch_size: int, world_size: int, device_batch: Optional[int]) -> tuple[int, int]:
+    """Split the images of an optimizer step over devices and time.
+
+    Returns:
+        (images at a time per device, forward passes per optimizer step); their product by `world_size` is
+        `batch_size`.
+    Raises:
+        ConfigError: It does not come out even; names the nearest global batches that do.
+    """
+    per_pass = world_size * (device_batch or max(batch_size // world_size, 1))
+    if batch_size % per_pass:
+        below, above = batch_size // per_pass * per_pass, -(-batch_size // per_pass) * per_pass
+        nearest = ' or '.join(str(n) for n in (below, above) if n)
+        raise ConfigError(
+            f'batch_size={batch_size} cannot be made of {world_size} device(s) x {per_pass // world_size} images: '
+            f'take {nearest}, or another device_batch.')
+    return per_pass // world_size, batch_size // per_pass

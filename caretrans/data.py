@@ -1,0 +1,142 @@
+"""Data sets and loaders, through timm's readers and transforms."""
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import torch
+from timm.data import ImageNetInfo, create_dataset, create_loader, resolve_data_config
+from torch.utils.data import Dataset
+
+from .config import TrainConfig
+
+__all__ = [
+    'DataError', 'build_eval_loader', 'build_train_loader', 'describe_classes', 'list_classes', 'open_dataset',
+    'resolve_eval_config']
+
+
+class DataError(ValueError):
+    """Data that cannot be trained on or evaluated; the message names the folder and the remedy."""
+
+
+def _split_folder(root: Path, split: str) -> Path:
+    """The folder of a split: `root`/`split`, or `root` itself where it is the split of that name already."""
+    synonyms = [split, 'validation', 'valid', 'val'] if split in ('val', 'validation') else [split]
+    for name in synonyms:
+        if (root / name).is_dir():
+            return root / name
+    if root.name in synonyms:
+        return root
+    found = ', '.join(sorted(p.name for p in root.iterdir() if p.is_dir())[:10]) or 'no folders'
+    raise DataError(f'{root} has no folder {split!r}, it has {found}. Expected: {root}/{split}/CLASS/IMAGE.jpg.')
+
+
+def open_dataset(
+        root: str,
+        split: str,
+        name: str = '',
+        classes: Optional[List[str]] = None,
+        is_training: bool = False,
+        download: bool = False,
+        batch_size: int = 1,
+        seed: int = 42,
+) -> Dataset:
+    """One split of a data set.
+
+    Args:
+        root: Folder of the data.
+        split: 'train', 'val', or a name that the data set knows.
+        name: '' for folders and tars of images in ImageNet layout, else a name of timm's factory (torch/cifar10).
+        classes: The classes in the order of their labels, when a checkpoint or another split fixes it.
+        is_training, download, batch_size, seed: As in `timm.data.create_dataset`.
+    Raises:
+        DataError: The folder, the split or images are missing, or folders of images are not those of `classes`.
+    """
+    options: Dict[str, Any] = dict(is_training=is_training, download=download, batch_size=batch_size, seed=seed)
+    if not name:
+        path = Path(root)
+        if not root or not path.exists():
+            raise DataError(f'No data at {root!r}: give a folder with train/CLASS/*.jpg and val/CLASS/*.jpg.')
+        root = str(_split_folder(path, split)) if path.is_dir() else root
+        options.update(search_split=False)
+    try:
+        dataset = create_dataset(name, root=root, split=split, **options)
+    except RuntimeError as error:
+        if 'Found 0 images' in str(error):
+            raise DataError(f'{root} has no images. Expected: {root}/CLASS/IMAGE.jpg.') from None
+        raise
+    found = list_classes(dataset)
+    if found is not None and len(found) < 2:
+        raise DataError(f'{root} has one class, {found[0]!r}: images go into one folder per class.')
+    if classes is not None and found is not None and found != classes:
+        missing, extra = sorted(set(classes) - set(found)), sorted(set(found) - set(classes))
+        raise DataError(
+            f'The classes of {root} are not those expected ({len(found)} against {len(classes)}): '
+            f'missing {_shorten(missing)}; unknown {_shorten(extra)}.')
+    return dataset
+
+
+def _shorten(names: List[str], most: int = 10) -> str:
+    more = f' and {len(names) - most} more' if len(names) > most else ''
+    return ', '.join(names[:most]) + more or 'none'
+
+
+def list_classes(dataset: Dataset) -> Optional[List[str]]:
+    """The names of the classes in the order of their labels, or None where the data set does not say."""
+    for owner in (getattr(dataset, 'reader', None), dataset):
+        index = getattr(owner, 'class_to_idx', None)
+        if index:
+            return sorted(index, key=index.get)
+    return None
+
+
+def describe_classes(classes: Optional[List[str]], num_classes: int) -> List[str]:
+    """Names to show people: descriptions for ImageNet's ids and for 1,000 unnamed classes, else the names."""
+    if classes is None and num_classes != 1000:
+        return [str(i) for i in range(num_classes)]
+    imagenet = ImageNetInfo()
+    if classes is None:
+        return imagenet.label_descriptions()
+    known = set(imagenet.label_names())
+    return [imagenet.label_name_to_description(name) if name in known else name for name in classes]
+
+
+def resolve_eval_config(model: torch.nn.Module, **overrides: Any) -> Dict[str, Any]:
+    """How images are made ready for evaluation: input_size, interpolation, crop_pct, mean, std.
+
+    `overrides` (img_size, crop_pct, interpolation, ...; None is no override) go over the model's `pretrained_cfg`.
+    """
+    given = {key: value for key, value in overrides.items() if value is not None}
+    given.setdefault('in_chans', getattr(model, 'in_chans', 3))
+    if 'img_size' not in given and 'input_size' not in given:
+        given['img_size'] = model.pretrained_cfg['input_size'][-1]
+    config = resolve_data_config(given, pretrained_cfg=model.pretrained_cfg)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+
+
+def build_eval_loader(
+        dataset: Dataset, eval_config: Dict[str, Any], batch_size: int, workers: int, device: torch.device):
+    """Batches of (images, labels) in order, resized and centre-cropped as `eval_config` says."""
+    return create_loader(
+        dataset, batch_size=batch_size, is_training=False, num_workers=workers, device=device,
+        use_prefetcher=device.type == 'cuda', pin_memory=device.type == 'cuda', persistent_workers=False,
+        input_size=tuple(eval_config['input_size']), interpolation=eval_config['interpolation'],
+        mean=tuple(eval_config['mean']), std=tuple(eval_config['std']),
+        crop_pct=eval_config['crop_pct'], crop_mode=eval_config['crop_mode'])
+
+
+def build_train_loader(
+        dataset: Dataset, config: TrainConfig, eval_config: Dict[str, Any], batch_size: int, device: torch.device):
+    """Shuffled batches of `batch_size` augmented (images, labels); an incomplete last batch is left out.
+
+    Raises:
+        DataError: The data set is smaller than a batch.
+    """
+    if len(dataset) < batch_size:
+        raise DataError(f'The {len(dataset)} training images do not fill a batch of {batch_size}: take a smaller one.')
+    channels = eval_config['input_size'][0]
+    return create_loader(
+        dataset, batch_size=batch_size, is_training=True, num_workers=config.workers, device=device,
+        use_prefetcher=device.type == 'cuda', pin_memory=device.type == 'cuda',
+        input_size=(channels, config.img_size, config.img_size), interpolation=config.interpolation,
+        mean=tuple(eval_config['mean']), std=tuple(eval_config['std']),
+        scale=tuple(config.scale), ratio=tuple(config.ratio), hflip=config.hflip, color_jitter=config.color_jitter,
+        auto_augment=config.auto_augment or None, re_prob=config.random_erasing, re_mode='pixel')

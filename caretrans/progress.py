@@ -1,0 +1,73 @@
+"""Progress of long work: a bar in a terminal, plain lines elsewhere."""
+import sys
+import time
+from typing import Any, Optional, TextIO
+
+from tqdm import tqdm
+
+__all__ = ['Progress']
+
+
+class Progress:
+    """Counts towards a total, with figures such as loss or lr, the rate and the time left.
+
+        with Progress(total=1000, unit='images') as progress:
+            progress.update(32, loss=2.3)
+            progress.write('a line that stays')
+
+    Args:
+        total: What is counted, in all.
+        unit: Its name, plural.
+        interval: Seconds between plain lines.
+        stream: Where to write; stdout if not given. A bar when it is a terminal.
+    """
+
+    def __init__(
+            self, total: int, unit: str = 'images', interval: float = 10., stream: Optional[TextIO] = None) -> None:
+        self.total, self.unit, self.interval = total, unit, interval
+        self.stream = stream or sys.stdout
+        self.count, self.label = 0, ''
+        self.start = self.last_line = time.perf_counter()
+        self.bar = tqdm(total=total, unit=' ' + unit, file=self.stream, dynamic_ncols=True, leave=False) \
+            if self.stream.isatty() else None
+
+    def __enter__(self) -> 'Progress':
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def describe(self, label: str) -> None:
+        """Name the part of the work that begins, e.g. 'epoch 3/15'."""
+        self.label = label
+        if self.bar is not None:
+            self.bar.set_description(label)
+
+    def update(self, amount: int, **figures: float) -> None:
+        """Count `amount` more; `figures` are shown beside the bar, or in the next plain line when one is due."""
+        self.count += amount
+        shown = {name: f'{value:.4g}' for name, value in figures.items()}
+        if self.bar is not None:
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(amount)
+        elif time.perf_counter() - self.last_line >= self.interval:
+            self.last_line = time.perf_counter()
+            self.stream.write('  '.join([self.label, f'{self.count}/{self.total} {self.unit}']
+                                        + [f'{name} {value}' for name, value in shown.items()]
+                                        + [f'{self._rate():.0f} {self.unit}/s', f'{self._left()} left']) + '\n')
+            self.stream.flush()
+
+    def write(self, line: str) -> None:
+        """Print a line that stays, above the bar."""
+        if self.bar is not None:
+            self.bar.write(line, file=self.stream)
+        else:
+            self.stream.write(line + '\n')
+            self.stream.flush()
+
+    def _rate(self) -> float:
+        return self.count / max(time.perf_counter() - self.start, 1e-9)
+
+    def _left(self) -> str:
+        return tqdm.format_interval((self.total - self.count) / max(self._rate(), 1e-9))

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Run the tests, timm's own tests of our models among them.
+#   bash cmd/test.sh [arguments of pytest]
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+timm="timm-$("$python" -c 'import timm; print(timm.__version__)')"
+if [ ! -f "build/$timm/tests/test_models.py" ]; then
+    mkdir -p build
+    "$python" -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: -d build "${timm/-/==}" &&
+        tar -xzf "build/$timm.tar.gz" -C build "$timm/tests" ||
+        echo "timm's own tests could not be fetched, ours run alone." >&2
+fi
+"$python" -m ruff check .
+exec "$python" -m pytest "$@"

@@ -1,0 +1,27 @@
+"""Train a model of caretrans or timm: python train.py DATA --recipe NAME [flags]. See --help and caretrans/recipes."""
+import sys
+
+import caretrans  # noqa: F401 (registers the models)
+from caretrans.checkpoint import CheckpointError
+from caretrans.config import ConfigError, parse_train_config
+from caretrans.data import DataError
+from caretrans.engine import TrainingError
+from caretrans.training import train
+
+
+def main() -> int:
+    try:
+        config = parse_train_config(description=__doc__)
+        result = train(config)
+    except (ConfigError, DataError, CheckpointError, TrainingError) as error:
+        print(f'train.py: {error}', file=sys.stderr)
+        return 2
+    best = result.best
+    print(f'best top-1 {best["val_top1"]:.1f} % after epoch {best["epoch"]}, last {result.last["val_top1"]:.1f} %')
+    print(f'curves: {result.folder / "curves.png"}   table: {result.folder / "summary.csv"}')
+    print(f'next: bash cmd/eval.sh {result.folder / "best.pth.tar"} {config.data}')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
