@@ -1,6 +1,7 @@
 """Small commands: python -m caretrans predict | convert. See --help of each."""
 import argparse
 import json
+import os
 import sys
 from typing import Optional, Sequence
 
@@ -56,6 +57,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if command == 'predict':
             return _predict(options.pop('json'), **options)
         print(convert_checkpoint(**options))
+        return 0
+    except BrokenPipeError:  # the reader, `head` for instance, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (CheckpointError, ConfigError, DataError) as error:
         print(f'caretrans {command}: {error}', file=sys.stderr)

@@ -28,7 +28,11 @@ def setting(default: Any, help: str, **kwargs: Any) -> Any:
 
 @dataclass
 class TrainConfig:
-    """Everything that decides what a training run computes. A flag of `train.py` exists for each field."""
+    """Everything that decides what a training run computes. A flag of `train.py` exists for each field.
+
+    The defaults train care_s0 from random weights on a folder of your own, with the augmentation of the paper but for
+    mixup and cutmix, and a batch and a rate for one device.
+    """
 
     data: str = setting('', 'folder with train/ and val/ in ImageNet layout, or what --dataset reads')
     dataset: str = setting('', "a data set of timm's factory, e.g. torch/cifar10, hfds/NAME, wds/NAME; '' for folders")
@@ -43,7 +47,7 @@ class TrainConfig:
     checkpoint: str = setting('', 'start from the weights of this file')
     new_heads: bool = setting(False, 'leave the heads fresh when the file has other classes')
     drop: float = setting(0., 'dropout rate')
-    drop_path: float = setting(0., 'stochastic depth, rate at the last block')
+    drop_path: float = setting(0.1, 'stochastic depth, rate at the last block')
 
     img_size: int = setting(224, 'side of the training images, pixels')
     val_img_size: Optional[int] = setting(None, 'side of the evaluated images; img_size if not given')
@@ -53,22 +57,22 @@ class TrainConfig:
     interpolation: str = setting('random', 'of random crops: bilinear, bicubic or random')
     hflip: float = setting(0.5, 'probability of a horizontal flip')
     color_jitter: float = setting(0., 'strength of colour jitter; unused with auto_augment')
-    auto_augment: str = setting('', "timm's name of a policy, e.g. rand-m9-mstd0.5-inc1")
-    random_erasing: float = setting(0., 'probability of erasing a rectangle with noise')
+    auto_augment: str = setting('rand-m9-mstd0.5-inc1', "timm's name of a policy, '' for none")
+    random_erasing: float = setting(0.25, 'probability of erasing a rectangle with noise')
     mixup: float = setting(0., 'mixup alpha')
     cutmix: float = setting(0., 'cutmix alpha')
-    smoothing: float = setting(0., 'label smoothing')
+    smoothing: float = setting(0.1, 'label smoothing')
 
-    batch_size: int = setting(1536, 'images per optimizer step, over all devices')
+    batch_size: int = setting(64, 'images per optimizer step, over all devices')
     device_batch: Optional[int] = setting(None, 'images at a time per device, the rest accumulates; all if not given')
     opt: str = setting('adamw', "optimizer of timm's factory")
-    lr: float = setting(2.5e-3, 'peak learning rate')
+    lr: float = setting(1e-3, 'peak learning rate')
     min_lr: float = setting(1e-5, 'last learning rate')
     warmup_lr: float = setting(1e-6, 'first learning rate')
     weight_decay: float = setting(0.05, 'on weights of two or more dimensions')
-    epochs: int = setting(300, 'epochs of the cosine schedule, warm-up included')
-    warmup_epochs: int = setting(20, 'epochs of linear warm-up')
-    cooldown_epochs: int = setting(10, 'epochs at min_lr after the schedule')
+    epochs: int = setting(100, 'epochs of the cosine schedule, warm-up included')
+    warmup_epochs: int = setting(5, 'epochs of linear warm-up')
+    cooldown_epochs: int = setting(0, 'epochs at min_lr after the schedule')
     step_schedule: bool = setting(False, 'change the learning rate every step instead of every epoch')
     val_interval: int = setting(1, 'evaluate every so many epochs, and after the last')
 

@@ -82,9 +82,10 @@ def _shorten(names: List[str], most: int = 10) -> str:
 def list_classes(dataset: Dataset) -> Optional[List[str]]:
     """The names of the classes in the order of their labels, or None where the data set does not say."""
     for owner in (getattr(dataset, 'reader', None), dataset):
-        index = getattr(owner, 'class_to_idx', None)
-        if index:
-            return sorted(index, key=index.get)
+        for attribute in ('class_to_idx', 'class_name_to_idx'):  # timm's reader of tars has the second
+            index = getattr(owner, attribute, None)
+            if index:
+                return sorted(index, key=index.get)
     return None
 
 

@@ -15,6 +15,7 @@ from .progress import Progress
 
 __all__ = ['evaluate_checkpoint', 'find_images', 'load_for_evaluation', 'predict_images']
 
+CPU = torch.device('cpu')
 EVAL_SETTINGS = ('interpolation', 'crop_pct', 'crop_mode', 'mean', 'std')
 
 
@@ -22,7 +23,7 @@ def load_for_evaluation(
         checkpoint: str,
         model_name: Optional[str] = None,
         entry: Optional[str] = None,
-        device: torch.device = torch.device('cpu'),
+        device: torch.device = CPU,
         **overrides: Any,
 ) -> Tuple[nn.Module, Checkpoint, Dict[str, Any]]:
     """The model of a checkpoint in evaluation mode, the checkpoint, and how images are made ready for it.
@@ -46,7 +47,7 @@ def evaluate_checkpoint(
         dataset: str = '',
         model_name: Optional[str] = None,
         entry: Optional[str] = None,
-        device: torch.device = torch.device('cpu'),
+        device: torch.device = CPU,
         batch_size: int = 64,
         workers: int = 2,
         amp: str = 'off',
@@ -108,7 +109,7 @@ def predict_images(
         topk: int = 5,
         model_name: Optional[str] = None,
         entry: Optional[str] = None,
-        device: torch.device = torch.device('cpu'),
+        device: torch.device = CPU,
         amp: str = 'off',
         **overrides: Any,
 ) -> Iterator[Dict[str, Any]]:

@@ -4,6 +4,6 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 if [ $# -eq 0 ]; then
-    set -- data/fruit14 --recipe care_s0_fruit14
+    set -- --recipe care_s0_fruit14
 fi
 exec "$python" train.py "$@"

@@ -1,0 +1,85 @@
+"""The reference: deterministic weights and inputs, and what the published network made of them (tests/data).
+
+Every tensor of a published checkpoint is filled from its own key name alone, with NumPy's frozen legacy generator, so
+that the same weights can be rebuilt anywhere without shipping them. tests/data holds, per model,
+
+- `*_official_layout.json`: {published key: shape}, in the order of the checkpoint;
+- `*_golden.npz`: arrays computed in float64 by the published network, in evaluation mode, for
+  `filled_input((2, 3, 224, 224))`; `*_train_golden.npz` the same for one training step.
+"""
+import json
+import zlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Dict, Sequence
+
+import numpy as np
+import timm
+import torch
+import torch.nn as nn
+
+import caretrans  # noqa: F401 (registers the models)
+
+DATA = Path(__file__).parent / 'data'
+
+
+def _normal(name: str, shape: Sequence[int]) -> np.ndarray:
+    return np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(shape))
+
+
+def fill_tensor(name: str, shape: Sequence[int], gain: float = 1.) -> torch.Tensor:
+    """Values for the checkpoint entry `name`; `gain` scales the weights of convolutions and linear layers."""
+    if name.endswith('num_batches_tracked'):
+        return torch.tensor(100)
+    x = _normal(name, shape)
+    if name.endswith('running_var'):
+        x = 0.5 + np.abs(x)
+    elif name.endswith('running_mean'):
+        x = 0.3 * x
+    elif name.endswith('gamma'):  # layer scale
+        x = 0.5 + 0.2 * x
+    elif name.endswith('bias'):
+        x = 0.1 * x
+    elif len(shape) == 1:  # weight of a norm
+        x = 1 + 0.2 * x
+    else:  # (out, in / groups, height, width) of a convolution or (out, in) of a linear layer
+        x = gain * x / np.sqrt(np.prod(shape[1:]))
+    return torch.from_numpy(x.astype(np.float32))
+
+
+def filled_input(shape: Sequence[int], name: str = 'input') -> torch.Tensor:
+    return torch.from_numpy(_normal(name, shape).astype(np.float32))
+
+
+def golden(name: str) -> Dict[str, np.ndarray]:
+    """The arrays of tests/data/{name}_golden.npz."""
+    with np.load(DATA / f'{name}_golden.npz') as arrays:
+        return dict(arrays)
+
+
+def published_layout(name: str) -> Dict[str, Sequence[int]]:
+    return json.loads((DATA / f'{name}_official_layout.json').read_text())
+
+
+@lru_cache(maxsize=None)
+def published_state_dict(name: str) -> Dict[str, torch.Tensor]:
+    """A checkpoint of the model `name` with filled weights under published keys. Shared: copy before changing it."""
+    return {key: fill_tensor(key, shape) for key, shape in published_layout(name).items()}
+
+
+def published_model(name: str, dtype: torch.dtype = torch.float32, **kwargs: Any) -> nn.Module:
+    """The model `name` with the weights of `published_state_dict`, in evaluation mode."""
+    model = timm.create_model(name, **kwargs)
+    model.load_state_dict(published_state_dict(name))
+    return model.to(dtype).eval()
+
+
+def filled_model(name: str, gain: float = 0.5, **kwargs: Any) -> nn.Module:
+    """Any model with lively weights: filled from our own key names, in evaluation mode.
+
+    Fresh weights would not do to compare two ways of running a network: their layer scale of 1e-6 hides the blocks.
+    """
+    model = timm.create_model(name, **kwargs)
+    filled = {key: fill_tensor(key, value.shape, gain) for key, value in model.state_dict().items()}
+    model.load_state_dict(filled)
+    return model.eval()

@@ -1,0 +1,65 @@
+"""Settings: defaults, then the recipe, then flags; what cannot work stops here."""
+import pytest
+import yaml
+
+from caretrans.config import RECIPES, ConfigError, TrainConfig, derive_batches, parse_train_config
+
+
+def test_flags_go_over_the_recipe_and_the_recipe_over_the_defaults(tmp_path):
+    recipe = tmp_path / 'mine.yaml'
+    recipe.write_text('lr: 3e-4\nepochs: 7\nmodel_args: {ls_init_value: 0.1, ablation: stacked}\n')
+    config = parse_train_config(
+        ['photos', '--recipe', str(recipe), '--epochs', '9', '--no-download', '--scale', '0.5', '1',
+         '--model-args', 'ablation=no_inter1'])
+    assert (config.data, config.lr, config.epochs, config.scale) == ('photos', 3e-4, 9, [0.5, 1.0])
+    assert config.model_args == {'ls_init_value': 0.1, 'ablation': 'no_inter1'}
+    assert config.opt == TrainConfig().opt and config.download is False
+
+
+@pytest.mark.parametrize('recipe', sorted(RECIPES.glob('*.yaml')), ids=lambda path: path.stem)
+def test_bundled_recipes_are_valid_and_survive_being_written(recipe):
+    config = parse_train_config(['--recipe', recipe.stem])
+    assert TrainConfig(**yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize('text, message', [
+    ('epoch: 3', "unknown setting 'epoch', did you mean 'epochs'"),
+    ('epochs: many', "epochs is 'many', it must be of type int"),
+    ('epochs: 2.5', 'epochs is 2.5, it must be of type int'),
+    ('channels_last: "yes"', "channels_last is 'yes', it must be of type bool"),
+    ('scale: 0.5', 'scale is 0.5, it must be 2 numbers'),
+    ('scale: [0.5, 0.1]', 'the lesser first'),
+    ('amp: fp8', 'choose from off, bf16, fp16'),
+    ('batch_size: 0', 'batch_size is 0, it must be above 0'),
+    ('epochs: 5\nwarmup_epochs: 5', 'warmup_epochs=5 must be below epochs=5'),
+    ('- a list', 'must hold "name: value" lines'),
+    ('a: b: c', 'is not YAML'),
+])
+def test_settings_that_cannot_work_are_refused(tmp_path, text, message):
+    (tmp_path / 'bad.yaml').write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        parse_train_config(['--recipe', str(tmp_path / 'bad.yaml')])
+    assert '\n' not in str(error.value)
+
+
+def test_an_unknown_recipe_is_refused_with_those_there_are():
+    with pytest.raises(ConfigError, match="No recipe 'care_s9': .*care_s0_fruit14"):
+        parse_train_config(['--recipe', 'care_s9'])
+
+
+def test_two_data_folders_are_refused():
+    with pytest.raises(ConfigError, match='Two data folders'):
+        parse_train_config(['a', '--data', 'b'])
+
+
+@pytest.mark.parametrize('batch_size, world_size, device_batch, expected', [
+    (1536, 1, None, (1536, 1)), (1536, 12, 128, (128, 1)), (1536, 1, 128, (128, 12)), (1536, 4, 96, (96, 4)),
+])
+def test_the_global_batch_is_split_over_devices_and_time(batch_size, world_size, device_batch, expected):
+    images, passes = derive_batches(batch_size, world_size, device_batch)
+    assert (images, passes) == expected and images * passes * world_size == batch_size
+
+
+def test_a_batch_that_cannot_be_split_is_refused_with_the_nearest_that_can():
+    with pytest.raises(ConfigError, match='batch_size=1000 .* take 896 or 1024'):
+        derive_batches(1000, 1, 128)

@@ -1,0 +1,107 @@
+"""Data sets and loaders: what cannot be used stops at the door."""
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
+
+from caretrans.config import TrainConfig
+from caretrans.data import (
+    DataError, build_eval_loader, build_train_loader, describe_classes, list_classes, open_dataset, resolve_eval_config)
+
+FRUIT = Path(__file__).parent.parent / 'data' / 'fruit14'
+CPU = torch.device('cpu')
+
+
+@pytest.fixture
+def small_data(tmp_path) -> Path:
+    """Two classes of three images each, for training and for validation."""
+    for split in ('train', 'val'):
+        for name in ('kaiser', 'orange'):
+            (tmp_path / split / name).mkdir(parents=True)
+            for image in sorted((FRUIT / split / name).glob('*.jpg'))[:3]:
+                shutil.copy(image, tmp_path / split / name)
+    return tmp_path
+
+
+def test_the_bundled_sample_is_whole():
+    train, val = open_dataset(FRUIT, 'train'), open_dataset(FRUIT, 'val')
+    assert (len(train), len(val)) == (732, 661)
+    assert list_classes(train) == list_classes(val) and len(list_classes(val)) == 14
+
+
+def test_a_split_is_found_under_its_synonyms_and_by_itself(small_data):
+    (small_data / 'val').rename(small_data / 'validation')
+    assert len(open_dataset(small_data, 'val')) == len(open_dataset(small_data / 'validation', 'val')) == 6
+
+
+def test_a_tar_of_images_is_read(small_data, tmp_path):
+    with tarfile.open(tmp_path / 'photos.tar', 'w') as archive:
+        archive.add(small_data / 'val', arcname='.')
+    dataset = open_dataset(tmp_path / 'photos.tar', 'val')
+    assert len(dataset) == 6 and list_classes(dataset) == ['kaiser', 'orange']
+
+
+def test_a_data_set_of_the_factory_is_read_by_name(small_data):
+    dataset = open_dataset(small_data, 'val', name='torch/image_folder')
+    assert len(dataset) == 6 and list_classes(dataset) == ['kaiser', 'orange']
+
+
+def break_missing(root): shutil.rmtree(root)  # noqa: E704
+def break_no_split(root): shutil.rmtree(root / 'val')  # noqa: E704
+def break_flat(root): [shutil.move(p, root / 'val' / p.name) for p in root.glob('val/*/*.jpg')]  # noqa: E704
+def break_no_images(root): [p.unlink() for p in root.glob('val/*/*.jpg')]  # noqa: E704
+def break_other_class(root): (root / 'val' / 'kaiser').rename(root / 'val' / 'conference')  # noqa: E704
+
+
+@pytest.mark.parametrize('damage, message', [
+    (break_missing, 'No data at '),
+    (break_no_split, "has no folder 'val', it has train"),
+    (break_flat, 'has one class'),
+    (break_no_images, 'has no images'),
+    (break_other_class, r'missing kaiser; unknown conference'),
+])
+def test_data_that_cannot_be_evaluated_is_refused(small_data, damage, message):
+    damage(small_data)
+    with pytest.raises(DataError, match=message) as error:
+        open_dataset(small_data, 'val', classes=['kaiser', 'orange'])
+    assert '\n' not in str(error.value)
+
+
+def test_evaluation_prepares_images_as_published():
+    config = resolve_eval_config(timm.create_model('care_s0'))
+    assert config['input_size'] == [3, 224, 224] and config['crop_pct'] == 0.875
+    assert config['interpolation'] == 'bicubic' and config['crop_mode'] == 'center'
+    assert (config['mean'], config['std']) == (list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD))
+
+    dataset = open_dataset(FRUIT, 'val')
+    path, label = dataset.reader.samples[5]
+    batch, labels = next(iter(build_eval_loader(dataset, config, 6, 0, CPU)))
+    image = center_crop(resize(Image.open(path), 256, interpolation=3), 224)  # 3: bicubic; 224 / 0.875 = 256
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    assert torch.allclose(batch[5], (pil_to_tensor(image) / 255 - mean) / std, atol=1e-6)
+    assert labels[5] == label
+
+
+def test_training_batches_are_whole_and_augmented(small_data):
+    dataset = open_dataset(small_data, 'train')
+    config = TrainConfig(img_size=64, workers=0)
+    eval_config = resolve_eval_config(timm.create_model('care_s0'))
+    loader = build_train_loader(dataset, config, eval_config, 4, CPU)
+    (first, _), = loader
+    (second, _), = loader
+    assert first.shape == second.shape == (4, 3, 64, 64) and not torch.equal(first, second)
+    with pytest.raises(DataError, match='6 training images do not fill a batch of 7'):
+        build_train_loader(dataset, config, eval_config, 7, CPU)
+
+
+def test_classes_are_named_for_people():
+    assert describe_classes(None, 1000)[0].startswith('tench')
+    assert describe_classes(['n01440764', 'kaiser'], 2)[0].startswith('tench')
+    assert describe_classes(['n01440764', 'kaiser'], 2)[1] == 'kaiser'
+    assert describe_classes(None, 3) == ['0', '1', '2']
