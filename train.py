@@ -16,6 +16,9 @@ def main() -> int:
     except (ConfigError, DataError, CheckpointError, TrainingError) as error:
         print(f'train.py: {error}', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print('train.py: stopped; the checkpoints so far are in the run folder', file=sys.stderr)
+        return 130
     best = result.best
     print(f'best top-1 {best["val_top1"]:.1f} % after epoch {best["epoch"]}, last {result.last["val_top1"]:.1f} %')
     print(f'curves: {result.folder / "curves.png"}   table: {result.folder / "summary.csv"}')

@@ -7,8 +7,8 @@ import caretrans  # noqa: F401 (registers the models)
 from caretrans.checkpoint import CheckpointError
 from caretrans.config import ConfigError
 from caretrans.data import DataError
+from caretrans.engine import resolve_device
 from caretrans.evaluation import evaluate_checkpoint
-from caretrans.training import resolve_device
 
 
 def parse_flags() -> argparse.Namespace:

@@ -8,8 +8,8 @@ from typing import Optional, Sequence
 from .checkpoint import CheckpointError, convert_checkpoint
 from .config import ConfigError
 from .data import DataError
+from .engine import resolve_device
 from .evaluation import predict_images
-from .training import resolve_device
 
 
 def _parse_flags(argv: Optional[Sequence[str]]) -> argparse.Namespace:

@@ -48,7 +48,7 @@ def open_dataset(
         classes: The classes in the order of their labels, when a checkpoint or another split fixes it.
         is_training, download, batch_size, seed: As in `timm.data.create_dataset`.
     Raises:
-        DataError: The folder, the split or images are missing, or folders of images are not those of `classes`.
+        DataError: The folder, the split, images or a package are missing, or the classes are not `classes`.
     """
     options: Dict[str, Any] = dict(is_training=is_training, download=download, batch_size=batch_size, seed=seed)
     if not name:
@@ -59,10 +59,10 @@ def open_dataset(
         options.update(search_split=False)
     try:
         dataset = create_dataset(name, root=root, split=split, **options)
-    except RuntimeError as error:
+    except (RuntimeError, OSError, ImportError, AssertionError) as error:  # how timm's readers and torchvision refuse
         if 'Found 0 images' in str(error):
             raise DataError(f'{root} has no images. Expected: {root}/CLASS/IMAGE.jpg.') from None
-        raise
+        raise DataError(f'{name or root}, split {split!r}, cannot be read: {" ".join(str(error).split())}') from error
     found = list_classes(dataset)
     if found is not None and len(found) < 2:
         raise DataError(f'{root} has one class, {found[0]!r}: images go into one folder per class.')

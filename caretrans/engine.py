@@ -12,13 +12,29 @@ from timm.scheduler.scheduler import Scheduler
 from timm.task import ClassificationEvaluator, TrainingTask, evaluation_sample_limit
 from timm.utils import NativeScaler
 
-__all__ = ['Stepper', 'TrainingError', 'autocast', 'evaluate', 'train_epoch']
+from .config import ConfigError
+
+__all__ = ['Stepper', 'TrainingError', 'autocast', 'evaluate', 'resolve_device', 'train_epoch']
 
 AMP_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says where it stood."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; 'auto' is cuda, else mps, else cpu.
+
+    Raises:
+        ConfigError: There is no such device here.
+    """
+    available = [kind for kind, module in (('cuda', torch.cuda), ('mps', torch.backends.mps)) if module.is_available()]
+    if name == 'auto':
+        return torch.device((available + ['cpu'])[0])
+    if name.split(':')[0] not in available + ['cpu']:
+        raise ConfigError(f'device={name}, but there is only {", ".join(available + ["cpu"])} here.')
+    return torch.device(name)
 
 
 def autocast(device: torch.device, amp: str) -> ContextManager:

@@ -15,11 +15,11 @@ from timm.utils import NativeScaler, random_seed
 from .checkpoint import load_checkpoint
 from .config import ConfigError, TrainConfig, derive_batches
 from .data import build_eval_loader, build_train_loader, list_classes, open_dataset, resolve_eval_config
-from .engine import Stepper, evaluate, train_epoch
+from .engine import Stepper, evaluate, resolve_device, train_epoch
 from .progress import Progress
 from .run_folder import RunFolder
 
-__all__ = ['TrainResult', 'build_task', 'resolve_device', 'train']
+__all__ = ['TrainResult', 'Trainer', 'build_model', 'build_task', 'train']
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,6 @@ class TrainResult:
     folder: Path
     last: Dict[str, float]
     best: Dict[str, float]
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of that name; 'auto' is cuda, else mps, else cpu.
-
-    Raises:
-        ConfigError: There is no such device here.
-    """
-    available = [kind for kind, module in (('cuda', torch.cuda), ('mps', torch.backends.mps)) if module.is_available()]
-    if name == 'auto':
-        return torch.device((available + ['cpu'])[0])
-    if name.split(':')[0] not in available + ['cpu']:
-        raise ConfigError(f'device={name}, but there is only {", ".join(available + ["cpu"])} here.')
-    return torch.device(name)
 
 
 def build_model(config: TrainConfig, num_classes: int) -> nn.Module:

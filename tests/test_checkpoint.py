@@ -387,6 +387,14 @@ def test_a_plain_checkpoint_in_a_changed_model_says_so(tmp_path):
         assert 'care_s0 as it is by default, not of one changed' in error_of(load_checkpoint, model, path)
 
 
+def test_other_image_channels_are_named(tmp_path):
+    path = hollow_checkpoint(tmp_path / 'x.pth', 'care_s0')
+    for num_classes in (1000, 14):
+        model = timm.create_model('care_s0', device='meta', in_chans=1, num_classes=num_classes)
+        message = error_of(load_checkpoint, model, path)
+        assert 'misshaped: stem.0.weight (is (32, 3, 4, 4), should be (32, 1, 4, 4))' in message
+
+
 def test_weights_of_something_else_name_all_keys(tmp_path):
     torch.save(nn.Linear(2, 3).state_dict(), tmp_path / 'x.pth')
     message = error_of(load_checkpoint, make_tiny(), tmp_path / 'x.pth')

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from photos import FRUIT, copy_photographs
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
@@ -14,19 +15,12 @@ from caretrans.config import TrainConfig
 from caretrans.data import (
     DataError, build_eval_loader, build_train_loader, describe_classes, list_classes, open_dataset, resolve_eval_config)
 
-FRUIT = Path(__file__).parent.parent / 'data' / 'fruit14'
 CPU = torch.device('cpu')
 
 
 @pytest.fixture
 def small_data(tmp_path) -> Path:
-    """Two classes of three images each, for training and for validation."""
-    for split in ('train', 'val'):
-        for name in ('kaiser', 'orange'):
-            (tmp_path / split / name).mkdir(parents=True)
-            for image in sorted((FRUIT / split / name).glob('*.jpg'))[:3]:
-                shutil.copy(image, tmp_path / split / name)
-    return tmp_path
+    return copy_photographs(tmp_path, per_class=3)
 
 
 def test_the_bundled_sample_is_whole():
@@ -71,6 +65,15 @@ def test_data_that_cannot_be_evaluated_is_refused(small_data, damage, message):
     with pytest.raises(DataError, match=message) as error:
         open_dataset(small_data, 'val', classes=['kaiser', 'orange'])
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('name, message', [
+    ('torch/cifar10', "torch/cifar10, split 'val', cannot be read: Dataset not found"),
+    ('torch/nonsense', "cannot be read: Unknown torchvision dataset nonsense"),
+])
+def test_a_data_set_of_the_factory_that_is_not_there_is_refused(tmp_path, name, message):
+    with pytest.raises(DataError, match=message):
+        open_dataset(tmp_path, 'val', name=name)
 
 
 def test_evaluation_prepares_images_as_published():

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import yaml
+from photos import FRUIT, copy_photographs
 
 import caretrans
 from caretrans.__main__ import main
@@ -19,7 +20,6 @@ from caretrans.config import TrainConfig, parse_train_config
 from caretrans.training import build_model, build_task, train
 
 ROOT = Path(caretrans.__file__).parent.parent
-FRUIT = ROOT / 'data' / 'fruit14'
 FLOOR = 25  # percent top-1 after three short epochs; chance is 7
 
 
@@ -109,13 +109,7 @@ def test_a_checkpoint_converts_to_the_published_layout_and_back(sample_run, tmp_
 
 @pytest.fixture(scope='module')
 def tiny_data(tmp_path_factory):
-    root = tmp_path_factory.mktemp('data')
-    for split in ('train', 'val'):
-        for name in ('kaiser', 'orange'):
-            (root / split / name).mkdir(parents=True)
-            for image in sorted((FRUIT / split / name).glob('*.jpg'))[:8]:
-                shutil.copy(image, root / split / name)
-    return root
+    return copy_photographs(tmp_path_factory.mktemp('data'), per_class=8)
 
 
 TINY = ['--recipe', 'care_s0_fruit14', '--epochs', '1', '--warmup-epochs', '0', '--batch-size', '8', '--img-size', '32',

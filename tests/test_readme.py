@@ -1,0 +1,36 @@
+"""The figures and commands of the README are those of the code."""
+import re
+from pathlib import Path
+
+import pytest
+import timm
+from registered import CARE, gmacs
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / 'README.md').read_text()
+
+
+@pytest.mark.parametrize('name', CARE)
+def test_the_table_of_models_is_measured(name):
+    model = timm.create_model(name, device='meta')
+    two_heads = sum(p.numel() for p in model.parameters())
+    one_head = two_heads - sum(p.numel() for p in model.head_dist.parameters())
+    row = re.search(rf'^\| `{name}` \|(.*)\|$', README, re.MULTILINE)[1].split('|')
+    assert [cell.strip() for cell in row[:3]] == [f'{two_heads:,}', f'{one_head:,}', f'{gmacs(model)["total"]:.3f}']
+
+
+def test_every_file_that_the_readme_names_is_there():
+    links = re.findall(r'\]\(([^)#:]+)\)', README) + re.findall(r'\bbash (cmd/\w+\.sh)', README)
+    assert len(links) > 8 and [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_requirements_and_package_ask_for_the_same():
+    lines = (ROOT / 'requirements.txt').read_text().splitlines()
+    assert all('#' in line for line in lines), 'each requirement has its reason'
+    listed = {line.split('#')[0].strip() for line in lines if 'cmd/test.sh' not in line}
+    block = re.search(r'^dependencies = \[(.*?)^\]', (ROOT / 'pyproject.toml').read_text(), re.MULTILINE | re.DOTALL)[1]
+    assert listed == set(re.findall(r'"(.+?)"', block))
+
+
+def test_a_folder_named_like_a_standard_module_is_no_package():
+    assert not (ROOT / 'cmd' / '__init__.py').exists()
