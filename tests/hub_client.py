@@ -11,11 +11,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import timm  # noqa: E402
 import torch  # noqa: E402
+from reference import published_state_dict  # noqa: E402
 from timm.models import push_to_hf_hub  # noqa: E402
 
 import caretrans  # noqa: E402, F401 (registers the models)
 from caretrans.models.published_keys import rename_keys  # noqa: E402
-from reference import published_state_dict  # noqa: E402
 
 
 def is_published(model, *parts):

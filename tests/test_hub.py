@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from hub_stand_in import HubStandIn
+from reference import published_model, published_state_dict
 from timm.models import load_checkpoint as timm_load_checkpoint
 from timm.models import save_for_hf
 
 from caretrans.checkpoint import convert_checkpoint, create_from_checkpoint, save_checkpoint
-from hub_stand_in import HubStandIn
-from reference import published_model, published_state_dict
 
 
 @pytest.fixture(scope='module')

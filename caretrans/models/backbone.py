@@ -3,8 +3,8 @@ from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
-from huggingface_hub.errors import EntryNotFoundError
-from timm.models import build_model_with_cfg, get_pretrained_cfg
+from huggingface_hub.errors import EntryNotFoundError, HTTPError
+from timm.models import build_model_with_cfg, clean_state_dict, get_pretrained_cfg
 from timm.models._features import feature_take_indices
 
 from .published_keys import Table, rename_keys, rename_on_load
@@ -109,19 +109,28 @@ def build_backbone(model_cls: Type[Backbone], variant: str, pretrained: bool, **
         RuntimeError: The weights could not be fetched; says from where, and what to do instead.
         TypeError: An argument that the model does not take, by name.
     """
-    def rename(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Any]:
-        for wrapper in ('state_dict', 'model'):  # timm unwraps files, but not what it downloads
-            state_dict = state_dict.get(wrapper, state_dict)
-        return rename_keys(state_dict, model_cls.published_keys)
+    def prepare(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Any]:
+        for wrapper in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):  # timm unwraps files, not downloads
+            if isinstance(state_dict.get(wrapper), dict):
+                state_dict = state_dict[wrapper]
+                break
+        state_dict = rename_keys(clean_state_dict(state_dict), model_cls.published_keys)
+        wrong = [key for key in state_dict.keys() ^ model.state_dict().keys()
+                 if not key.startswith(('head.', 'head_dist.'))]
+        if wrong:  # leaving out the heads, timm would load what there is and go on with random weights
+            raise RuntimeError(
+                f'These weights do not fit {variant}: {len(wrong)} keys are missing or unexpected, such as {wrong[0]}.')
+        return state_dict
 
     try:
-        return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=rename, **kwargs)
-    except (OSError, EntryNotFoundError) as error:
+        return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=prepare, **kwargs)
+    except (OSError, EntryNotFoundError, HTTPError) as error:
         if not pretrained:
             raise
+        file = (kwargs.get('pretrained_cfg_overlay') or {}).get('file')  # timm's error for it says nothing
         cfg = get_pretrained_cfg(variant)
         raise RuntimeError(
-            f'No weights for {variant}: {type(error).__name__}: {error}. By default they are the file '
+            f'No weights for {variant}: {type(error).__name__}: {str(error) or file}. By default they are the file '
             f'{cfg.hf_hub_filename} of the Hugging Face repository {cfg.hf_hub_id}, whose list of files could not be '
             f'checked. Download the file by hand, from there or from where the authors link to, and pass '
             f'pretrained_cfg_overlay=dict(file="{cfg.hf_hub_filename}").') from error
