@@ -63,7 +63,7 @@ def test_a_run_leaves_what_it_did_and_says_what_to_type_next(sample_run):
     assert [bool(row['val_top1']) for row in read_rows(folder)] == [False, True, True]
     assert (folder / 'curves.png').read_bytes().startswith(b'\x89PNG') and list(folder.glob('events.out.tfevents*'))
     assert f'next: bash cmd/eval.sh {folder}/best.pth.tar data/fruit14' in printed
-    assert 'images/s' in printed and 'batch of 32 = 32 images x 1 forward pass(es), 22 steps per epoch' in printed
+    assert 'images/s' in printed and 'batch of 16 = 16 images x 1 forward pass(es), 45 steps per epoch' in printed
     assert 'optimizer' in read_checkpoint(folder / 'last.pth.tar').meta
 
 

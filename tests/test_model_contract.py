@@ -1,0 +1,481 @@
+"""What timm asks of a backbone, asked of every model this package registers."""
+import copy
+import io
+import pickle
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath
+from timm.models import group_parameters
+from timm.optim import param_groups_weight_decay
+
+from reference import filled_model
+from registered import CARE, MODELS, one_of_each_file
+
+ANY = one_of_each_file()
+each_model = pytest.mark.parametrize('name', MODELS)
+each_file = pytest.mark.parametrize('name', ANY)
+each_care_model = pytest.mark.parametrize('name', CARE)
+
+
+def on_meta(name, **kwargs):
+    """A model without weights, for what concerns only its structure and shapes."""
+    return timm.create_model(name, device='meta', **kwargs).eval()
+
+
+def images(*shape, device='cpu'):
+    return torch.randn(shape, device=device)
+
+
+def modules_of(model, kind):
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+def classifiers_of(model):
+    classifiers = model.get_classifier()
+    return classifiers if isinstance(classifiers, (tuple, list)) else (classifiers,)
+
+
+def same(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_the_models_are_registered():
+    assert {'care_s0', 'care_s1', 'care_s2'} <= set(MODELS)
+    assert set(timm.list_models('care_*')) == set(CARE)
+
+
+# Features and heads ---------------------------------------------------------------------------------------------------
+
+@each_model
+def test_forward_is_features_then_head(name):
+    model = filled_model(name)
+    x = images(2, 3, 64, 96)
+    with torch.no_grad():
+        features = model.forward_features(x)
+        pooled = model.forward_head(features, pre_logits=True)
+        logits = model(x)
+        same(model.forward_head(features), logits)
+    assert features.shape[:2] == (2, model.num_features)
+    assert pooled.shape == (2, model.head_hidden_size)
+    assert logits.shape == (2, model.num_classes) == (2, 1000)
+
+
+@pytest.mark.parametrize('name, num_features', [('care_s0', 1024), ('care_s1', 1024), ('care_s2', 1536)])
+def test_num_features_are_the_channels_of_the_features(name, num_features):
+    model = on_meta(name)
+    assert model.num_features == model.head_hidden_size == num_features
+    assert model.forward_features(images(1, 3, 224, 224, device='meta')).shape == (1, num_features, 7, 7)
+
+
+@each_model
+def test_no_classes_give_pooled_features_and_no_pooling_gives_maps(name):
+    x = images(2, 3, 64, 96, device='meta')
+    model = on_meta(name, num_classes=0)
+    assert model.num_classes == 0 and model(x).shape == (2, model.num_features)
+    model = on_meta(name, num_classes=0, global_pool='')
+    assert model(x).shape == (2, model.num_features, 2, 3)
+
+
+@each_care_model
+def test_pooling_that_leaves_nothing_to_classify_is_refused(name):
+    with pytest.raises(ValueError, match='num_classes must be 0, not 1000'):
+        on_meta(name, global_pool='')
+    with pytest.raises(ValueError, match='catavgmax'):
+        on_meta(name, global_pool='catavgmax')
+
+
+@each_file
+@pytest.mark.parametrize('arguments', [(7, 'catavgmax'), (7, '')])
+def test_refused_reset_leaves_the_model_as_it_was(name, arguments):
+    model = filled_model(name)
+    x = images(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        with pytest.raises((ValueError, AssertionError)):
+            model.reset_classifier(*arguments)
+        assert model.num_classes == 1000 and torch.equal(model(x), expected)
+
+
+@each_model
+def test_reset_classifier_keeps_features_device_dtype_and_mode(name):
+    model = filled_model(name).double()
+    x = images(2, 3, 64, 64).double()
+    with torch.no_grad():
+        expected = model.forward_features(x)
+        for num_classes in (7, 0, 3):
+            model.reset_classifier(num_classes)
+            assert model.num_classes == num_classes
+            assert model(x).shape == (2, num_classes or model.num_features)
+        assert torch.equal(model.forward_features(x), expected)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert not any(module.training for module in model.modules())
+    model = on_meta(name).train()
+    model.reset_classifier(5)
+    assert {p.device.type for p in model.parameters()} == {'meta'}
+    assert all(module.training for module in model.modules())
+
+
+@each_model
+def test_reset_classifier_changes_the_pooling_only_when_asked(name):
+    model = filled_model(name, global_pool='max')
+    x = images(2, 3, 64, 96)
+    with torch.no_grad():
+        features = model.forward_features(x)
+        model.reset_classifier(5)
+        same(model.forward_head(features, pre_logits=True), features.amax(dim=(2, 3)))
+        model.reset_classifier(5, 'avg')
+        same(model.forward_head(features, pre_logits=True), features.mean(dim=(2, 3)))
+        model.reset_classifier(0, '')
+        assert torch.equal(model(x), features)
+        model.reset_classifier(5)  # something must be pooled to classify
+        assert model(x).shape == (2, 5)
+
+
+@each_model
+def test_get_classifier_gives_the_linear_layers(name):
+    model = on_meta(name, num_classes=11)
+    classifiers = classifiers_of(model)
+    assert len(classifiers) == (2 if name in CARE else len(classifiers))
+    assert all(isinstance(fc, nn.Linear) and fc.out_features == 11 for fc in classifiers)
+    model.reset_classifier(0)
+    assert all(isinstance(fc, nn.Identity) for fc in classifiers_of(model))
+
+
+@each_model
+def test_plain_labels_train_every_parameter_of_both_heads(name):
+    """Without distillation the mean of the heads is trained: plain cross entropy, and nothing to set."""
+    model = timm.create_model(name, num_classes=10).train()
+    logits = model(images(4, 3, 64, 64))
+    assert logits.shape == (4, 10)
+    F.cross_entropy(logits, torch.arange(4)).backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+        assert parameter.grad.any(), key
+    if name in CARE:
+        assert torch.equal(model.head.fc.bias.grad, model.head_dist.fc.bias.grad)
+
+
+@each_care_model
+def test_only_distilled_training_returns_a_pair(name):
+    model = timm.create_model(name, num_classes=10)
+    x = images(2, 3, 64, 64)
+    assert model.train()(x).shape == model.eval()(x).shape == (2, 10)
+    model.set_distilled_training(True)
+    assert model.eval()(x).shape == (2, 10)
+    head, head_dist = model.train()(x)
+    assert head.shape == head_dist.shape == (2, 10) and not torch.equal(head, head_dist)
+    pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+    assert pooled.shape == (2, model.num_features)
+    model.set_distilled_training(False)
+    assert torch.equal(model(x), (head + head_dist) / 2)
+
+
+# Intermediate features ------------------------------------------------------------------------------------------------
+
+@each_model
+def test_feature_info_tells_modules_channels_and_reductions(name):
+    model = on_meta(name)
+    maps = model.forward_intermediates(images(1, 3, 96, 64, device='meta'), intermediates_only=True)
+    assert len(maps) == len(model.feature_info)
+    for info, features in zip(model.feature_info, maps):
+        model.get_submodule(info['module'])
+        assert features.shape == (1, info['num_chs'], 96 // info['reduction'], 64 // info['reduction'])
+
+
+@each_model
+@pytest.mark.parametrize('out_indices', [None, (0,), (1, 3), (-1,), (0, 1, 2, 3)])
+def test_features_only_gives_the_maps_asked_for(name, out_indices):
+    kwargs = {} if out_indices is None else dict(out_indices=out_indices)
+    model = timm.create_model(name, features_only=True, device='meta', **kwargs)
+    maps = model(images(1, 3, 64, 96, device='meta'))
+    expected = [model.feature_info.info[i] for i in out_indices or range(len(model.feature_info.info))]
+    assert [tuple(m.shape) for m in maps] == [
+        (1, info['num_chs'], 64 // info['reduction'], 96 // info['reduction']) for info in expected]
+
+
+@each_file
+@pytest.mark.parametrize('feature_cls', ['list', 'dict', 'getter', 'hook', 'fx'])
+def test_every_kind_of_features_only_gives_the_intermediates(name, feature_cls):
+    model = filled_model(name)
+    extractor = timm.create_model(name, features_only=True, feature_cls=feature_cls, out_indices=(0, 2, 3)).eval()
+    inner = getattr(extractor, 'model', None)
+    state = model.state_dict()
+    if inner is not None and feature_cls == 'getter':
+        inner.load_state_dict({key: state[key] for key in inner.state_dict()})
+    else:
+        flat = {key.replace('stages.', 'stages_', 1): value for key, value in state.items()}
+        flat.update(state)
+        extractor.load_state_dict({key: flat[key] for key in extractor.state_dict()})
+    x = images(2, 3, 64, 64)
+    with torch.no_grad():
+        maps = extractor(x)
+        for found, expected in zip(
+                maps.values() if isinstance(maps, dict) else maps,
+                model.forward_intermediates(x, indices=[0, 2, 3], intermediates_only=True), strict=True):
+            same(found, expected)
+
+
+@each_model
+def test_forward_intermediates_takes_indices(name):
+    model = filled_model(name)
+    x = images(1, 3, 64, 64)
+    with torch.no_grad():
+        final, maps = model.forward_intermediates(x)
+        assert torch.equal(final, model.forward_features(x)) and torch.equal(final, maps[-1])
+        for indices, expected in (2, (-2, -1)), ([0, 2], (0, 2)), ([-1], (3,)), ([1], (1,)), (1, (3,)):
+            taken = model.forward_intermediates(x, indices=indices, intermediates_only=True)
+            assert len(taken) == len(expected)
+            assert all(torch.equal(found, maps[i]) for found, i in zip(taken, expected))
+
+
+@each_model
+def test_forward_intermediates_can_stop_early(name):
+    model = filled_model(name)
+    x = images(1, 3, 64, 64)
+    ran = []
+    for i, stage in enumerate(model.stages):
+        stage.register_forward_hook(lambda *args, i=i: ran.append(i))
+    with torch.no_grad():
+        final, maps = model.forward_intermediates(x, indices=[0, 1], stop_early=True)
+        assert ran == [0, 1] and torch.equal(final, maps[1])
+        final, _ = model.forward_intermediates(x, indices=[0, 1])
+        assert ran == [0, 1, 0, 1, 2, 3] and final.shape[1] == model.num_features
+
+
+@each_model
+def test_forward_intermediates_refuses_what_it_has_not(name):
+    x = images(1, 3, 64, 64, device='meta')
+    with pytest.raises((ValueError, AssertionError), match='NLC'):
+        on_meta(name).forward_intermediates(x, output_fmt='NLC')
+    with pytest.raises((ValueError, AssertionError, IndexError)):
+        on_meta(name).forward_intermediates(x, indices=[4])
+
+
+@each_model
+def test_prune_intermediate_layers_keeps_what_is_asked_for(name):
+    model = filled_model(name)
+    x = images(2, 3, 64, 64)
+    with torch.no_grad():
+        maps = model.forward_intermediates(x, intermediates_only=True)
+        expected = model(x)
+        for i in range(len(maps)):
+            pruned = copy.deepcopy(model)
+            assert pruned.prune_intermediate_layers([i]) == [i]
+            assert len(pruned.stages) == i + 1
+            assert pruned.num_features == maps[i].shape[1]
+            assert torch.equal(pruned(x), maps[i])
+            pruned.reset_classifier(4)
+            assert pruned(x).shape == (2, 4)
+        kept = copy.deepcopy(model)
+        kept.prune_intermediate_layers([len(maps) - 1], prune_head=False)
+        assert torch.equal(kept(x), expected)
+
+
+# Training aids --------------------------------------------------------------------------------------------------------
+
+@each_model
+def test_group_matcher_orders_all_parameters_by_depth(name):
+    model = on_meta(name)
+    names = [key for key, _ in model.named_parameters()]
+    for coarse in False, True:
+        layer = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+        assert set(layer) == set(names)
+        assert [layer[key] for key in names] == sorted(layer.values()), 'parameters are in the order of the network'
+        last = max(layer.values())
+        assert {key.split('.')[0] for key in names if layer[key] == 0} == {'stem'}
+        assert all((layer[key] == last) == key.startswith(('norm', 'head')) for key in names)
+        blocks = sum(len(stage.blocks) for stage in model.stages)
+        assert last + 1 == 2 + (len(model.stages) if coarse else blocks)
+
+
+@each_model
+def test_weight_decay_spares_norms_biases_and_scales(name):
+    model = on_meta(name)
+    spared = model.no_weight_decay()
+    assert spared <= {key for key, _ in model.named_parameters()}
+    without, decayed = param_groups_weight_decay(model, 0.05, spared)
+    assert without['weight_decay'] == 0 and all(p.ndim >= 2 for p in decayed['params'])
+    assert all(p.ndim < 2 for p in without['params']) or spared
+
+
+@each_model
+def test_grad_checkpointing_changes_neither_outputs_nor_gradients(name):
+    x = images(2, 3, 64, 64)
+    results = []
+    for enable in (False, True):
+        model = filled_model(name, drop_rate=0.1, drop_path_rate=0.1).train()
+        model.set_grad_checkpointing(enable)
+        inputs = x.clone().requires_grad_()
+        torch.manual_seed(1)
+        out = model(inputs)
+        out.square().mean().backward()
+        results.append([out, inputs.grad, *(p.grad for p in model.parameters())])
+    for plain, checkpointed in zip(*results, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+@each_file
+def test_grad_checkpointing_keeps_no_activations_of_blocks(name):
+    model = filled_model(name).train()
+    kept = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        elements = 0
+
+        def count(tensor):
+            nonlocal elements
+            elements += tensor.numel()
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            model(images(1, 3, 64, 64))
+        kept.append(elements)
+    assert kept[1] < kept[0] / 2
+
+
+@each_model
+def test_drop_rates_reach_every_layer(name):
+    model = on_meta(name, drop_rate=0.3, drop_path_rate=0.2)
+    blocks = [block for stage in model.stages for block in stage.blocks]
+    assert {drop.p for drop in modules_of(model, nn.Dropout)} == {0.3}
+    for block in blocks:
+        assert modules_of(block, nn.Dropout)
+    assert modules_of(model, DropPath) == [path for block in blocks[1:] for path in modules_of(block, DropPath)]
+    rates = [[path.drop_prob for path in modules_of(block, DropPath)] for block in blocks]
+    assert rates[0] == []
+    for i, found in enumerate(rates[1:], 1):
+        assert found and found == pytest.approx([0.2 * i / (len(blocks) - 1)] * len(found))
+    model = on_meta(name)
+    assert not modules_of(model, DropPath) and all(drop.p == 0 for drop in modules_of(model, nn.Dropout))
+
+
+@each_care_model
+def test_drop_rate_sits_in_both_interactions_and_both_heads(name):
+    model = on_meta(name, drop_rate=0.3)
+    blocks = [block for stage in model.stages for block in stage.blocks]
+    assert len(modules_of(model, nn.Dropout)) == 2 * len(blocks) + 2
+
+
+@each_file
+def test_drop_path_of_the_last_care_block_zeroes_whole_samples(name):
+    if name not in CARE:
+        pytest.skip('a peculiarity of the CARE Transformer')
+    model = filled_model(name, drop_path_rate=0.5).train()
+    features = model.forward_features(images(16, 3, 32, 32))
+    zeroed = (features == 0).flatten(1).all(dim=1)
+    assert 0 < zeroed.sum() < 16
+    assert (features[~zeroed] != 0).any(dim=(2, 3)).all()
+    assert not (model.eval().forward_features(images(16, 3, 32, 32)) == 0).flatten(1).all(dim=1).any()
+
+
+# Construction and state -----------------------------------------------------------------------------------------------
+
+@each_model
+@pytest.mark.parametrize('in_chans', [1, 5])
+def test_images_may_have_any_number_of_channels(name, in_chans):
+    model = on_meta(name, in_chans=in_chans)
+    assert model.in_chans == in_chans
+    assert model(images(1, in_chans, 64, 64, device='meta')).shape == (1, 1000)
+
+
+@each_model
+def test_device_and_dtype_are_constructor_arguments(name):
+    model = timm.create_model(name, device='meta', dtype=torch.float64)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert {t.device.type for t in tensors} == {'meta'}
+    assert {t.dtype for t in tensors if t.is_floating_point()} == {torch.float64}
+    assert model(images(1, 3, 64, 64, device='meta').double()).dtype == torch.float64
+
+
+@each_file
+def test_dtype_argument_gives_the_same_network(name):
+    model = timm.create_model(name, dtype=torch.float64).eval()
+    assert model(images(1, 3, 64, 64).double()).dtype == torch.float64
+    weights = next(p for p in model.parameters() if p.ndim == 4)
+    assert 0.01 < weights.std() < 0.05, 'initialised, not left as it came'
+
+
+@each_model
+def test_unknown_argument_is_refused_by_name(name):
+    with pytest.raises(TypeError, match='not_an_argument'):
+        on_meta(name, not_an_argument=1)
+
+
+@each_model
+def test_pretrained_cfg_says_how_to_evaluate_and_what_to_replace(name):
+    model = on_meta(name)
+    cfg = model.pretrained_cfg
+    keys = set(model.state_dict())
+    classifiers = cfg['classifier'] if isinstance(cfg['classifier'], tuple) else (cfg['classifier'],)
+    assert {f'{key}.weight' for key in (*classifiers, cfg['first_conv'])} <= keys
+    assert [model.get_submodule(key) for key in classifiers] == list(classifiers_of(model))
+    assert model.get_submodule(cfg['first_conv']).in_channels == 3
+    assert (cfg['input_size'], cfg['num_classes']) == ((3, 224, 224), 1000)
+    assert cfg['pool_size'] == tuple(model.forward_features(images(1, 3, 224, 224, device='meta')).shape[-2:])
+    assert (cfg['mean'], cfg['std']) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+
+@each_care_model
+def test_pretrained_cfg_of_care_is_the_published_evaluation(name):
+    cfg = on_meta(name).pretrained_cfg
+    assert (cfg['crop_pct'], cfg['interpolation']) == (0.875, 'bicubic')
+    assert (cfg['first_conv'], cfg['classifier']) == ('stem.conv', ('head.fc', 'head_dist.fc'))
+
+
+@each_file
+def test_copies_pickles_and_saved_states_compute_the_same(name):
+    model = filled_model(name, num_classes=6)
+    x = images(1, 3, 64, 64)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    loaded = timm.create_model(name, num_classes=6).eval()
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    with torch.no_grad():
+        for other in copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded:
+            assert torch.equal(other(x), model(x))
+            other.load_state_dict(model.state_dict())  # and can still be loaded into
+
+
+@each_file
+def test_every_image_of_a_batch_is_on_its_own_in_evaluation(name):
+    model = filled_model(name)
+    x = images(3, 3, 64, 64)
+    with torch.no_grad():
+        same(model(x), torch.cat([model(image[None]) for image in x]))
+        assert torch.equal(model(x), model(x))
+        same(model(x.contiguous(memory_format=torch.channels_last)), model(x))
+
+
+# Sizes ----------------------------------------------------------------------------------------------------------------
+
+@each_model
+@pytest.mark.parametrize('height, width', [(32, 32), (33, 47), (63, 65), (64, 32), (224, 320), (101, 99)])
+def test_images_of_any_size_from_32_by_32(name, height, width):
+    model = on_meta(name)
+    x = images(1, 3, height, width, device='meta')
+    assert model(x).shape == (1, 1000)
+    assert model.forward_features(x).shape == (1, model.num_features, height // 32, width // 32)
+
+
+@each_file
+@pytest.mark.parametrize('height, width', [(32, 32), (33, 47), (63, 65)])
+def test_small_and_odd_images_give_finite_outputs_and_gradients(name, height, width):
+    model = filled_model(name).train()
+    out = model(images(2, 3, height, width))
+    out.sum().backward()
+    assert out.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@each_model
+@pytest.mark.parametrize('height, width', [(31, 31), (31, 224), (224, 16), (1, 1)])
+def test_smaller_images_are_refused_with_their_size(name, height, width):
+    model = on_meta(name)
+    x = images(1, 3, height, width, device='meta')
+    for run in model, model.forward_features, model.forward_intermediates:
+        with pytest.raises(ValueError, match=rf'\b{height} x {width}\b'):
+            run(x)
