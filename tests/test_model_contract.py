@@ -2,6 +2,7 @@
 import copy
 import io
 import pickle
+import re
 
 import pytest
 import timm
@@ -203,14 +204,10 @@ def test_features_only_gives_the_maps_asked_for(name, out_indices):
 def test_every_kind_of_features_only_gives_the_intermediates(name, feature_cls):
     model = filled_model(name)
     extractor = timm.create_model(name, features_only=True, feature_cls=feature_cls, out_indices=(0, 2, 3)).eval()
-    inner = getattr(extractor, 'model', None)
+    keys = {key: re.sub(r'^(model|graph_module)\.|(?<=^stages)_', lambda m: '' if m[1] else '.', key)
+            for key in extractor.state_dict()}  # wrapped as `model.`, `graph_module.`, flattened to `stages_0.`
     state = model.state_dict()
-    if inner is not None and feature_cls == 'getter':
-        inner.load_state_dict({key: state[key] for key in inner.state_dict()})
-    else:
-        flat = {key.replace('stages.', 'stages_', 1): value for key, value in state.items()}
-        flat.update(state)
-        extractor.load_state_dict({key: flat[key] for key in extractor.state_dict()})
+    extractor.load_state_dict({key: state[ours] for key, ours in keys.items()})
     x = images(2, 3, 64, 64)
     with torch.no_grad():
         maps = extractor(x)
@@ -298,7 +295,7 @@ def test_weight_decay_spares_norms_biases_and_scales(name):
     model = on_meta(name)
     spared = model.no_weight_decay()
     assert spared <= {key for key, _ in model.named_parameters()}
-    without, decayed = param_groups_weight_decay(model, 0.05, spared)
+    without, decayed = param_groups_weight_decay(model, 0.05, no_weight_decay_list=spared)
     assert without['weight_decay'] == 0 and all(p.ndim >= 2 for p in decayed['params'])
     assert all(p.ndim < 2 for p in without['params']) or spared
 

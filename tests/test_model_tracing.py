@@ -1,0 +1,141 @@
+"""Every model passes through what captures graphs: TorchScript, FX, torch.export, torch.compile.
+
+The first model of every file, and care_s2 for its other number of heads.
+"""
+import warnings
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models._features import FeatureGetterNet
+from torch.export import Dim, export
+
+from reference import filled_model
+from registered import one_of_each_file
+
+SOME = sorted({*one_of_each_file(), 'care_s2'})
+some_models = pytest.mark.parametrize('name', SOME)
+first_models = pytest.mark.parametrize('name', one_of_each_file())
+
+pytestmark = pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+
+
+def same(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
+@some_models
+def test_scripted_model_computes_the_same_at_any_size(name):
+    model = filled_model(name)
+    scripted = torch.jit.script(model)
+    with torch.no_grad():
+        for size in (64, 96), (33, 47):
+            x = torch.randn(2, 3, *size)
+            same(scripted(x), model(x))
+    with pytest.raises(torch.jit.Error, match='31 x 64'):
+        scripted(torch.randn(1, 3, 31, 64))
+
+
+@first_models
+def test_scripted_model_trains_on_the_mean_of_the_heads(name):
+    model = filled_model(name).train()
+    if hasattr(model, 'set_distilled_training'):
+        model.set_distilled_training(True)
+    torch.jit.script(model)(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@some_models
+def test_scripted_features_compute_the_same(name):
+    extractor = FeatureGetterNet(filled_model(name), out_indices=(0, 2)).eval()
+    scripted = torch.jit.script(extractor)
+    x = torch.randn(1, 3, 65, 96)
+    with torch.no_grad():
+        for found, expected in zip(scripted(x), extractor(x), strict=True):
+            same(found, expected)
+
+
+@some_models
+def test_traced_model_computes_the_same_at_any_size(name):
+    model = filled_model(name)
+    traced = torch.jit.trace(model, torch.randn(1, 3, 64, 64))
+    x = torch.randn(2, 3, 96, 101)
+    with torch.no_grad():
+        same(traced(x), model(x))
+
+
+@some_models
+def test_fx_traces_in_evaluation_and_training(name):
+    x = torch.randn(2, 3, 64, 96)
+    for training in False, True:
+        model = filled_model(name).train(training)
+        traced = torch.fx.symbolic_trace(model)
+        model.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            same(traced(x), model(x))
+        with pytest.raises(ValueError, match='31 x 64'):  # a leaf of the graph, not decided while tracing
+            traced(torch.randn(2, 3, 31, 64))
+
+
+@some_models
+def test_exported_model_takes_batches_and_sizes_of_its_range(name):
+    model = filled_model(name)
+    sizes = {0: Dim('batch', min=1, max=64), 2: Dim.AUTO(min=32, max=512), 3: Dim.AUTO(min=32, max=512)}
+    exported = export(model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=(sizes,)).module()
+    with torch.no_grad():
+        for shape in (1, 3, 64, 64), (5, 3, 96, 64), (2, 3, 45, 99):
+            x = torch.randn(shape)
+            same(exported(x), model(x))
+
+
+@some_models
+def test_compiled_model_is_one_graph_and_computes_the_same(name):
+    model = filled_model(name)
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        same(compiled(x), model(x))
+        x = torch.randn(3, 3, 64, 96)  # compiles once more, for sizes of any value
+        same(compiled(x), model(x))
+
+
+@first_models
+@pytest.mark.parametrize('distilled', [False, True])
+def test_compiled_training_is_one_graph_with_the_same_gradients(name, distilled):
+    x = torch.randn(2, 3, 64, 64)
+    results = []
+    for compile_it in False, True:
+        model = filled_model(name).train()
+        if distilled and not hasattr(model, 'set_distilled_training'):
+            pytest.skip('one head')
+        if distilled:
+            model.set_distilled_training(True)
+        run = torch.compile(model, backend='aot_eager', fullgraph=True) if compile_it else model
+        out = torch.stack(run(x)) if distilled else run(x)[None]
+        sum(F.cross_entropy(logits, torch.arange(2)) for logits in out).backward()
+        results.append([out, *(p.grad for p in model.parameters()), *model.buffers()])
+    for found, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@first_models
+@pytest.mark.parametrize('kwargs', [
+    dict(), dict(drop_rate=0.1, drop_path_rate=0.1), dict(features_only=True)], ids=['plain', 'drop', 'features'])
+def test_no_graph_breaks_under_autocast_checkpointing_and_dropping(name, kwargs):
+    model = timm.create_model(name, **kwargs).train()
+    model.set_grad_checkpointing('features_only' not in kwargs)
+
+    def run(x):
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            return model(x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        explained = torch._dynamo.explain(run)(torch.randn(2, 3, 64, 64))
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0), explained.break_reasons
