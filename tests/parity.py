@@ -26,16 +26,21 @@ LOOSER = {'input_grad': 10}
 def evaluation_arrays(model: nn.Module) -> Arrays:
     """Everything that `*_golden.npz` holds, as `model` computes it: logits, both heads, stem and stages."""
     x = filled_input((2, 3, 224, 224)).to(next(model.parameters()).dtype)
+    seen = {}
+    watched = dict(stem=model.stem, head=model.head, dist_head=model.head_dist)
+    watched.update({f'stage{i}': stage for i, stage in enumerate(model.stages)})
+    hooks = [module.register_forward_hook(lambda module, args, out, name=name: seen.update({name: out}))
+             for name, module in watched.items()]
     with torch.no_grad():
-        arrays = dict(logits=model(x), stem_mean=model.stem(x).mean((2, 3)))
-        final, maps = model.forward_intermediates(x)
-        pooled = model.global_pool(final)
-        arrays.update(head=model.head(pooled), dist_head=model.head_dist(pooled))
-        for i, features in enumerate(maps):
-            arrays[f'stage{i}_mean'] = features.double().mean((2, 3))
-            arrays[f'stage{i}_std'] = features.double().flatten(2).std(-1)
-            arrays[f'stage{i}_crop'] = features[:, :, :3, :3]
-            arrays[f'stage{i}_shape'] = torch.tensor(features.shape)
+        arrays = dict(logits=model(x), head=seen.pop('head'), dist_head=seen.pop('dist_head'))
+    for hook in hooks:
+        hook.remove()
+    arrays['stem_mean'] = seen.pop('stem').mean((2, 3))
+    for name, features in seen.items():
+        arrays[f'{name}_mean'] = features.double().mean((2, 3))
+        arrays[f'{name}_std'] = features.double().flatten(2).std(-1)
+        arrays[f'{name}_crop'] = features[:, :, :3, :3]
+        arrays[f'{name}_shape'] = torch.tensor(features.shape)
     return {name: array.numpy() for name, array in arrays.items()}
 
 

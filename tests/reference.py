@@ -11,7 +11,7 @@ import json
 import zlib
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Dict, Sequence
+from typing import Any, Dict, Sequence, Tuple
 
 import numpy as np
 import timm
@@ -27,8 +27,9 @@ def _normal(name: str, shape: Sequence[int]) -> np.ndarray:
     return np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(shape))
 
 
-def fill_tensor(name: str, shape: Sequence[int], gain: float = 1.) -> torch.Tensor:
-    """Values for the checkpoint entry `name`; `gain` scales the weights of convolutions and linear layers."""
+@lru_cache(maxsize=None)
+def fill_tensor(name: str, shape: Tuple[int, ...], gain: float = 1.) -> torch.Tensor:
+    """Values for the checkpoint entry `name`; `gain` scales the weights of convolutions and linear layers. Shared."""
     if name.endswith('num_batches_tracked'):
         return torch.tensor(100)
     x = _normal(name, shape)
@@ -61,10 +62,9 @@ def published_layout(name: str) -> Dict[str, Sequence[int]]:
     return json.loads((DATA / f'{name}_official_layout.json').read_text())
 
 
-@lru_cache(maxsize=None)
 def published_state_dict(name: str) -> Dict[str, torch.Tensor]:
-    """A checkpoint of the model `name` with filled weights under published keys. Shared: copy before changing it."""
-    return {key: fill_tensor(key, shape) for key, shape in published_layout(name).items()}
+    """A checkpoint of the model `name` with filled weights under published keys: the tensors are shared, so do not change them."""
+    return {key: fill_tensor(key, tuple(shape)) for key, shape in published_layout(name).items()}
 
 
 def published_model(name: str, dtype: torch.dtype = torch.float32, **kwargs: Any) -> nn.Module:

@@ -102,7 +102,7 @@ def test_refused_reset_leaves_the_model_as_it_was(name, arguments):
         assert model.num_classes == 1000 and torch.equal(model(x), expected)
 
 
-@each_model
+@each_file
 def test_reset_classifier_keeps_features_device_dtype_and_mode(name):
     model = filled_model(name).double()
     x = images(2, 3, 64, 64).double()
@@ -121,7 +121,7 @@ def test_reset_classifier_keeps_features_device_dtype_and_mode(name):
     assert all(module.training for module in model.modules())
 
 
-@each_model
+@each_file
 def test_reset_classifier_changes_the_pooling_only_when_asked(name):
     model = filled_model(name, global_pool='max')
     x = images(2, 3, 64, 96)
@@ -217,7 +217,7 @@ def test_every_kind_of_features_only_gives_the_intermediates(name, feature_cls):
             same(found, expected)
 
 
-@each_model
+@each_file
 def test_forward_intermediates_takes_indices(name):
     model = filled_model(name)
     x = images(1, 3, 64, 64)
@@ -230,7 +230,7 @@ def test_forward_intermediates_takes_indices(name):
             assert all(torch.equal(found, maps[i]) for found, i in zip(taken, expected))
 
 
-@each_model
+@each_file
 def test_forward_intermediates_can_stop_early(name):
     model = filled_model(name)
     x = images(1, 3, 64, 64)
@@ -253,7 +253,7 @@ def test_forward_intermediates_refuses_what_it_has_not(name):
         on_meta(name).forward_intermediates(x, indices=[4])
 
 
-@each_model
+@each_file
 def test_prune_intermediate_layers_keeps_what_is_asked_for(name):
     model = filled_model(name)
     x = images(2, 3, 64, 64)
@@ -300,7 +300,7 @@ def test_weight_decay_spares_norms_biases_and_scales(name):
     assert all(p.ndim < 2 for p in without['params']) or spared
 
 
-@each_model
+@each_file
 def test_grad_checkpointing_changes_neither_outputs_nor_gradients(name):
     x = images(2, 3, 64, 64)
     results = []

@@ -153,7 +153,10 @@ def scale_the_last_block(model, monkeypatch):
 
 
 def answer_with_one_head(model, monkeypatch, head):
-    monkeypatch.setattr(model, 'forward_head', lambda x: getattr(model, head)(model.global_pool(x)))
+    def forward_head(x):
+        x = model.global_pool(x)
+        return dict(head=model.head(x), head_dist=model.head_dist(x))[head]
+    monkeypatch.setattr(model, 'forward_head', forward_head)
 
 
 def answer_with_the_sum_of_heads(model, monkeypatch):
