@@ -183,7 +183,7 @@ def test_feature_info_tells_modules_channels_and_reductions(name):
     model = on_meta(name)
     maps = model.forward_intermediates(images(1, 3, 96, 64, device='meta'), intermediates_only=True)
     assert len(maps) == len(model.feature_info)
-    for info, features in zip(model.feature_info, maps):
+    for info, features in zip(model.feature_info, maps, strict=True):
         model.get_submodule(info['module'])
         assert features.shape == (1, info['num_chs'], 96 // info['reduction'], 64 // info['reduction'])
 
@@ -227,7 +227,7 @@ def test_forward_intermediates_takes_indices(name):
         for indices, expected in (2, (-2, -1)), ([0, 2], (0, 2)), ([-1], (3,)), ([1], (1,)), (1, (3,)):
             taken = model.forward_intermediates(x, indices=indices, intermediates_only=True)
             assert len(taken) == len(expected)
-            assert all(torch.equal(found, maps[i]) for found, i in zip(taken, expected))
+            assert all(torch.equal(found, maps[i]) for found, i in zip(taken, expected, strict=True))
 
 
 @each_file
