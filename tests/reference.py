@@ -63,7 +63,7 @@ def published_layout(name: str) -> Dict[str, Sequence[int]]:
 
 
 def published_state_dict(name: str) -> Dict[str, torch.Tensor]:
-    """A checkpoint of the model `name` with filled weights under published keys: the tensors are shared, so do not change them."""
+    """A checkpoint of `name` with filled weights under published keys; its tensors are shared, do not change them."""
     return {key: fill_tensor(key, tuple(shape)) for key, shape in published_layout(name).items()}
 
 

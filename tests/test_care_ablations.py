@@ -32,7 +32,8 @@ def macs_by_hand(name, ablation, size=224):
     attn, local = MIXED_CHS.get(ablation, (1, 1))
     slices = 3 if ablation == 'no_memory' else 4
     total, chs = 0, 0
-    for i, (depth, m, num_heads) in enumerate(zip(variant['depths'], variant['slice_chs'], variant['num_heads'], strict=True)):
+    stages = zip(variant['depths'], variant['slice_chs'], variant['num_heads'], strict=True)
+    for i, (depth, m, num_heads) in enumerate(stages):
         positions = (size // 4 // 2 ** i) ** 2
         in_chs, chs = chs, slices * m
         total += positions * chs * (4 * in_chs if i else 3 * 16)

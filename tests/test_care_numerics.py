@@ -39,7 +39,8 @@ def error_of(attention, inputs, grad):
     out = attention(*inputs)
     found = [out, *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
     with torch.no_grad():
-        errors = [(f.double() - e).abs().max() / e.abs().max().clamp(min=0.01) for f, e in zip(found, exact, strict=True)]
+        pairs = zip(found, exact, strict=True)
+        errors = [(f.double() - e).abs().max() / e.abs().max().clamp(min=0.01) for f, e in pairs]
         return torch.stack(errors).max().item() if all(e.isfinite() for e in errors) else math.nan
 
 
