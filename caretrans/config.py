@@ -2,6 +2,7 @@
 import argparse
 import dataclasses
 import difflib
+import os
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +41,7 @@ class TrainConfig:
     val_split: str = setting('val', 'split to evaluate on')
     download: bool = setting(False, 'fetch the data set if it is not there and can be fetched')
     num_classes: Optional[int] = setting(None, 'classes, where the data set does not name them')
-    workers: int = setting(4, 'processes that load images')
+    workers: Optional[int] = setting(None, 'processes that load images; one per core, at most 8, if not given')
 
     model: str = setting('care_s0', 'any model of timm or caretrans')
     model_args: Dict[str, Any] = setting({}, 'further arguments of the model, e.g. ls_init_value=0.1')
@@ -85,6 +86,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             setattr(self, item.name, _checked(item, getattr(self, item.name)))
+        if self.workers is None:
+            self.workers = min(os.cpu_count() or 1, 8)
         positive = ('batch_size', 'epochs', 'img_size', 'val_interval', 'lr')
         for name in positive:
             if getattr(self, name) <= 0:

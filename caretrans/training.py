@@ -38,7 +38,7 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
         raise ConfigError(f'No model {config.model!r}; near: {near}.')
     rates = {key: value for key, value in (('drop_rate', config.drop), ('drop_path_rate', config.drop_path)) if value}
     try:
-        model = timm.create_model(config.model, num_classes=num_classes, **rates, **config.model_args)
+        model = timm.create_model(config.model, num_classes=num_classes, **{**rates, **config.model_args})
     except TypeError as error:
         raise ConfigError(f'{config.model}: {error}') from None
     if config.checkpoint:
@@ -115,7 +115,7 @@ class Trainer:
         optimizer = create_optimizer_v2(self.model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay)
         self.schedule, self.epochs = build_schedule(config, optimizer, self.steps_per_epoch)
         self.stepper = Stepper(
-            optimizer, self.schedule, self.accumulation, NativeScaler() if config.amp == 'fp16' else None)
+            optimizer, self.schedule, self.accumulation, NativeScaler(device=self.device.type) if config.amp == 'fp16' else None)
 
     def describe(self) -> Dict[str, Any]:
         """What was derived from the settings."""

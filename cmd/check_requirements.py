@@ -1,24 +1,22 @@
 """Exit 0 when this Python has everything in requirements.txt; otherwise print what is missing and exit 1."""
-import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
-def parse_version(text: str) -> tuple:
-    return tuple(int(part) for part in re.findall(r'\d+', text.split('+')[0])[:3])
-
-
 def find_missing(requirements: str) -> list:
-    """The lines `name` or `name>=version` that the running Python does not satisfy."""
+    """The lines of a requirements file that the running Python does not satisfy."""
+    lines = [line.split('#')[0].strip() for line in requirements.splitlines()]
+    lines = [line for line in lines if line]
+    try:
+        from packaging.requirements import Requirement  # comes with timm
+    except ImportError:
+        return lines
     missing = []
-    for line in requirements.splitlines():
-        line = line.split('#')[0].strip()
-        if not line:
-            continue
-        name, _, least = line.partition('>=')
+    for line in lines:
+        requirement = Requirement(line)
         try:
-            if least and parse_version(version(name)) < parse_version(least):
+            if not requirement.specifier.contains(version(requirement.name), prereleases=True):
                 missing.append(line)
         except PackageNotFoundError:
             missing.append(line)

@@ -5,10 +5,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from reference import filled_input, golden
+
 from caretrans.models.care import PUBLISHED_KEYS
 from caretrans.models.published_keys import rename_keys
-
-from reference import filled_input, golden
 
 Arrays = Dict[str, np.ndarray]
 

@@ -3,10 +3,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from registered import CARE, gmacs
+
 from caretrans.models.care import VARIANTS, CareBlock
 from caretrans.models.care_ablations import ABLATIONS
-
-from registered import CARE, gmacs
 
 PUBLISHED = {'': 0.72, 'no_inter1': 0.49, 'no_inter2': 0.27, 'no_memory': 0.52}  # GMACs of S0, table of the paper
 MEASURED = {'symmetrical': 0.7256, 'stacked': 0.7991}  # GMACs of S0 not published, measured here

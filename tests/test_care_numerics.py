@@ -4,11 +4,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from caretrans import models
-from caretrans.models import care
-
 from definitions import assert_head, assert_linear_attention, linear_attention_by_definition
 from reference import filled_input, published_model, published_state_dict
+
+from caretrans import models
+from caretrans.models import care
 
 HALVES = [torch.float16, torch.bfloat16]
 DEVICES = ['cpu'] + ['cuda'] * torch.cuda.is_available()
@@ -39,8 +39,8 @@ def error_of(attention, inputs, grad):
     out = attention(*inputs)
     found = [out, *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
     with torch.no_grad():
-        pairs = zip(found, exact, strict=True)
-        errors = [(f.double() - e).abs().max() / e.abs().max().clamp(min=0.01) for f, e in pairs]
+        errors = [
+            (f.double() - e).abs().max() / e.abs().max().clamp(min=0.01) for f, e in zip(found, exact, strict=True)]
         return torch.stack(errors).max().item() if all(e.isfinite() for e in errors) else math.nan
 
 
@@ -101,7 +101,7 @@ def test_positive_feature_has_slope_one_at_zero_as_elu_has():
 @pytest.mark.parametrize('num_positions', POSITIONS)
 @pytest.mark.parametrize('dtype', HALVES)
 def test_linear_attention_in_half_precision_only_rounds_its_result(dtype, num_positions, device):
-    """Forward and backward, pure and under autocast: measured 4.0e-4 in float16 and 3.2e-3 in bfloat16."""
+    """Forward and backward, pure and under autocast: measured 4.5e-4 in float16 and 3.6e-3 in bfloat16."""
     inputs, grad = attention_inputs(dtype, num_positions, device)
     pure = error_of(care.linear_attention, inputs, grad)
     mixed = error_of(under_autocast(care.linear_attention, dtype), inputs, grad)

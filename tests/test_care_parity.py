@@ -4,12 +4,12 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from caretrans.models.care import PUBLISHED_KEYS
-from caretrans.models.published_keys import rename_keys
-
 from parity import TOLERANCE, assert_evaluation_parity, assert_parity, assert_training_parity, largest
 from reference import golden, published_layout, published_model, published_state_dict
 from registered import CARE, gmacs
+
+from caretrans.models.care import PUBLISHED_KEYS
+from caretrans.models.published_keys import rename_keys
 
 PARAMETERS = {'care_s0': 7_340_000, 'care_s1': 9_602_424, 'care_s2': 19_481_288}  # both heads
 PARAMETERS_ONE_HEAD = {'care_s0': 6_312_952, 'care_s1': 8_575_376, 'care_s2': 17_941_216}

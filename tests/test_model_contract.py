@@ -9,13 +9,12 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from reference import filled_model
+from registered import CARE, MODELS, one_of_each_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath
 from timm.models import group_parameters
 from timm.optim import param_groups_weight_decay
-
-from reference import filled_model
-from registered import CARE, MODELS, one_of_each_file
 
 ANY = one_of_each_file()
 each_model = pytest.mark.parametrize('name', MODELS)

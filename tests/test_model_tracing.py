@@ -8,11 +8,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models._features import FeatureGetterNet
-from torch.export import Dim, export
-
 from reference import filled_model
 from registered import one_of_each_file
+from timm.models._features import FeatureGetterNet
+from torch.export import Dim, export
 
 SOME = sorted({*one_of_each_file(), 'care_s2'})
 some_models = pytest.mark.parametrize('name', SOME)

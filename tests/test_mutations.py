@@ -5,11 +5,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn as nn
-from caretrans.models import care
-
 from definitions import assert_head, assert_linear_attention
 from parity import assert_evaluation_parity, assert_training_parity, largest
 from reference import published_model
+
+from caretrans.models import care
 
 
 @pytest.fixture(scope='module')

@@ -12,9 +12,8 @@ from types import ModuleType
 import pytest
 import timm
 import torch
-from timm.models import get_pretrained_cfg
-
 from registered import MODELS, one_of_each_file
+from timm.models import get_pretrained_cfg
 
 SOURCE = Path(__file__).parents[1] / 'build' / f'timm-{timm.__version__}' / 'tests' / 'test_models.py'
 

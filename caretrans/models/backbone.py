@@ -79,7 +79,7 @@ class Backbone(nn.Module):
             ValueError: Another `output_fmt`.
         """
         if output_fmt != 'NCHW':
-            raise ValueError(f'output_fmt must be NCHW, not {output_fmt!r}.')
+            raise ValueError(f'output_fmt must be NCHW, not {output_fmt}.')
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         x = self.stem(x)
         intermediates = []

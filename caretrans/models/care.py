@@ -38,9 +38,9 @@ torch.fx.wrap('check_image_size')  # a leaf of FX graphs, as linear_attention is
 def positive_feature(x: torch.Tensor) -> torch.Tensor:
     """The feature map of linear attention, phi(x) = elu(x) + 1 > 0.
 
-    Written as exp(x) for x < 0 and x + 1 above, which does not cancel to 0 as `elu(x) + 1` does for very negative x.
-    """
-    return x.clamp(max=0).exp() + x.relu()
+    Written as exp(x) below 0 and x + 1 above: `elu(x) + 1` cancels to 0 for very negative x."""
+    negative = x.clamp(max=0)
+    return negative.exp() + (x - negative)  # slope 1 at 0
 
 
 def _linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
@@ -387,10 +387,10 @@ class CareTransformer(Backbone):
     def _set_heads(self, num_classes: int, global_pool: str, **dd: Any) -> None:
         if num_classes and not global_pool:
             raise ValueError(f'global_pool="" leaves nothing to classify: num_classes must be 0, not {num_classes}.')
-        self.num_classes = num_classes
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-        if self.global_pool.feat_mult() != 1:
+        pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        if pool.feat_mult() != 1:
             raise ValueError(f'global_pool={global_pool!r} changes the number of features: take avg, max or avgmax.')
+        self.num_classes, self.global_pool = num_classes, pool
         make_head = partial(ClassifierHead, self.num_features, num_classes, self.drop_rate, **dd)
         self.head = make_head() if num_classes else nn.Identity()
         self.head_dist = make_head() if num_classes else nn.Identity()
@@ -405,9 +405,9 @@ class CareTransformer(Backbone):
         return (self.head.fc, self.head_dist.fc) if self.num_classes else (self.head, self.head_dist)
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Put fresh heads for `num_classes` classes (0: none) on the same device, in the same dtype.
+        """Put fresh heads (0 classes: none) on the same device, in the same dtype; the pooling stays if not given.
 
-        The pooling stays as it is when not given; heads for a network without pooling bring 'avg' with them.
+        Heads for a network whose pooling was disabled bring 'avg' with them.
         """
         if global_pool is None:
             global_pool = self.global_pool.pool_type or ('avg' if num_classes else '')
