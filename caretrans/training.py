@@ -114,8 +114,8 @@ class Trainer:
         self.mixup = build_mixup(config, self.num_classes)
         optimizer = create_optimizer_v2(self.model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay)
         self.schedule, self.epochs = build_schedule(config, optimizer, self.steps_per_epoch)
-        self.stepper = Stepper(
-            optimizer, self.schedule, self.accumulation, NativeScaler(device=self.device.type) if config.amp == 'fp16' else None)
+        scaler = NativeScaler(device=self.device.type) if config.amp == 'fp16' else None
+        self.stepper = Stepper(optimizer, self.schedule, self.accumulation, scaler)
 
     def describe(self) -> Dict[str, Any]:
         """What was derived from the settings."""

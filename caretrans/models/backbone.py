@@ -83,12 +83,16 @@ class Backbone(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         x = self.stem(x)
         intermediates = []
-        stages = self.stages if torch.jit.is_scripting() or not stop_early else self.stages[:max_index + 1]
+        stages = self.stages
+        if stop_early and not torch.jit.is_scripting():  # TorchScript cannot take a part of them
+            stages = stages[:max_index + 1]
         for i, stage in enumerate(stages):
             x = stage(x)
             if i in take_indices:
                 intermediates.append(x)
-        return intermediates if intermediates_only else (x, intermediates)
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
 
     def prune_intermediate_layers(
             self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True) -> List[int]:

@@ -38,9 +38,9 @@ torch.fx.wrap('check_image_size')  # a leaf of FX graphs, as linear_attention is
 def positive_feature(x: torch.Tensor) -> torch.Tensor:
     """The feature map of linear attention, phi(x) = elu(x) + 1 > 0.
 
-    Written as exp(x) below 0 and x + 1 above: `elu(x) + 1` cancels to 0 for very negative x."""
-    negative = x.clamp(max=0)
-    return negative.exp() + (x - negative)  # slope 1 at 0
+    Written as exp(x) below 0 and x + 1 above: `elu(x) + 1` cancels to 0 for very negative x.
+    """
+    return torch.where(x < 0, x.clamp(max=0).exp(), x + 1)
 
 
 def _linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
