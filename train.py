@@ -1,4 +1,5 @@
 """Train a model of caretrans or timm: python train.py DATA --recipe NAME [flags]. See --help and caretrans/recipes."""
+import shlex
 import sys
 
 import caretrans  # noqa: F401 (registers the models)
@@ -6,10 +7,12 @@ from caretrans.checkpoint import CheckpointError
 from caretrans.config import ConfigError, parse_train_config
 from caretrans.data import DataError
 from caretrans.engine import TrainingError
+from caretrans.progress import show_messages
 from caretrans.training import train
 
 
 def main() -> int:
+    show_messages()
     try:
         config = parse_train_config(description=__doc__)
         result = train(config)
@@ -22,7 +25,7 @@ def main() -> int:
     best = result.best
     print(f'best top-1 {best["val_top1"]:.1f} % after epoch {best["epoch"]}, last {result.last["val_top1"]:.1f} %')
     print(f'curves: {result.folder / "curves.png"}   table: {result.folder / "summary.csv"}')
-    print(f'next: bash cmd/eval.sh {result.folder / "best.pth.tar"} {config.data}')
+    print(f'next: bash cmd/eval.sh {shlex.quote(str(result.folder / "best.pth.tar"))}')
     return 0
 
 

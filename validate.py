@@ -5,10 +5,11 @@ import sys
 
 import caretrans  # noqa: F401 (registers the models)
 from caretrans.checkpoint import CheckpointError
-from caretrans.config import ConfigError
+from caretrans.config import ConfigError, number
 from caretrans.data import DataError
 from caretrans.engine import resolve_device
 from caretrans.evaluation import evaluate_checkpoint
+from caretrans.progress import show_messages
 
 
 def parse_flags() -> argparse.Namespace:
@@ -19,11 +20,11 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument('--split', default='', help='split to evaluate, by default that of the training, or val')
     parser.add_argument('--model', dest='model_name', help='where the checkpoint does not say it')
     parser.add_argument('--entry', help='entry of the file that holds the weights, e.g. state_dict_ema')
-    parser.add_argument('--img-size', type=int, help='side of the images, pixels')
-    parser.add_argument('--crop-pct', type=float, help='centre crop as a share of the image')
-    parser.add_argument('--interpolation', help='of resizing: bicubic, bilinear ...')
-    parser.add_argument('--batch-size', type=int, default=64)
-    parser.add_argument('--workers', type=int, default=2, help='processes that load images')
+    parser.add_argument('--img-size', type=number(int, 32), help='side of the images, pixels')
+    parser.add_argument('--crop-pct', type=number(float, 0.01, 1), help='centre crop as a share of the image')
+    parser.add_argument('--interpolation', choices=['bicubic', 'bilinear', 'nearest', 'lanczos'], help='of resizing')
+    parser.add_argument('--batch-size', type=number(int, 1), default=64)
+    parser.add_argument('--workers', type=number(int, 0), default=2, help='processes that load images')
     parser.add_argument('--amp', default='off', choices=['off', 'bf16', 'fp16'], help='autocast of the forward pass')
     parser.add_argument('--device', default='auto', help='cpu, cuda, mps or auto')
     parser.add_argument('--json', action='store_true', help='print one JSON object instead of text')
@@ -32,6 +33,7 @@ def parse_flags() -> argparse.Namespace:
 
 def main() -> int:
     flags = vars(parse_flags())
+    show_messages()
     as_json = flags.pop('json')
     try:
         flags['device'] = resolve_device(flags['device'])

@@ -6,10 +6,11 @@ import sys
 from typing import Optional, Sequence
 
 from .checkpoint import CheckpointError, convert_checkpoint
-from .config import ConfigError
+from .config import ConfigError, number
 from .data import DataError
 from .engine import resolve_device
 from .evaluation import predict_images
+from .progress import show_messages
 
 
 def _parse_flags(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -21,8 +22,8 @@ def _parse_flags(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     predict.add_argument('--checkpoint', required=True, help='.pth, .pth.tar or .safetensors, published or of train.py')
     predict.add_argument('--model', dest='model_name', help='where the checkpoint does not say it')
     predict.add_argument('--entry', help='entry of the file that holds the weights, e.g. state_dict_ema')
-    predict.add_argument('--topk', type=int, default=5, help='how many classes per image (default: 5)')
-    predict.add_argument('--img-size', type=int, help='side of the images, pixels')
+    predict.add_argument('--topk', type=number(int, 1), default=5, help='how many classes per image (default: 5)')
+    predict.add_argument('--img-size', type=number(int, 32), help='side of the images, pixels')
     predict.add_argument('--device', default='auto', help='cpu, cuda, mps or auto')
     predict.add_argument('--json', action='store_true', help='print one JSON object per image')
 
@@ -53,6 +54,7 @@ def _predict(as_json: bool, device: str, **options) -> int:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     options = vars(_parse_flags(argv))
     command = options.pop('command')
+    show_messages()
     try:
         if command == 'predict':
             return _predict(options.pop('json'), **options)

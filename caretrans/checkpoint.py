@@ -39,6 +39,7 @@ __all__ = [
 
 TORCH_ENDINGS = ('.pth', '.pth.tar', '.pt')
 FORMAT_VERSION = 1  # as timm counts: `epoch`, when given, is the number of finished epochs
+NOT_ARCHITECTURE = ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir')
 MIN_FIT = 0.9  # share of equal keys and shapes from which weights are taken for those of a model
 
 PathLike = Union[str, os.PathLike]
@@ -138,7 +139,11 @@ def _build_model(checkpoint: Checkpoint, model_name: str, **model_args: Any) -> 
     sizes = dict(num_classes=layout.count_classes(shapes)[0]) if layout.classifiers else {}
     if f'{layout.first_conv}.weight' in shapes:
         sizes['in_chans'] = shapes[f'{layout.first_conv}.weight'][1]
-    return timm.create_model(model_name, **{**sizes, **(checkpoint.meta.get('model_args') or {}), **model_args})
+    stored = checkpoint.meta.get('model_args') or {}
+    if not isinstance(stored, dict):
+        raise CheckpointError(f'{checkpoint.path}: its model_args are {stored!r}, not names and values: remove them.')
+    stored = {name: value for name, value in stored.items() if name not in NOT_ARCHITECTURE}
+    return timm.create_model(model_name, **{**sizes, **stored, **model_args})
 
 
 # Loading --------------------------------------------------------------------------------------------------------------

@@ -220,7 +220,9 @@ def _check_types(value: Any, name: str = '', tensors: bool = True) -> None:
     elif type(value) in (list, tuple):
         for i, item in enumerate(value):
             _check_types(item, f'{name}[{i}]', tensors)
-    elif not (tensors and isinstance(value, torch.Tensor)) and type(value) not in (type(None), bool, int, float, str):
+    elif tensors and isinstance(value, (torch.Tensor, torch.dtype)):
+        return
+    elif type(value) not in (type(None), bool, int, float, str):
         raise TypeError(
             f'{name} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint cannot hold: '
             f'make it a tensor, a number, a text, or a list, tuple or dict of them.')

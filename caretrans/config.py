@@ -6,11 +6,11 @@ import os
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import yaml
 
-__all__ = ['ConfigError', 'TrainConfig', 'derive_batches', 'parse_train_config']
+__all__ = ['ConfigError', 'TrainConfig', 'derive_batches', 'number', 'parse_train_config']
 
 RECIPES = Path(__file__).parent / 'recipes'
 
@@ -40,58 +40,57 @@ class TrainConfig:
     train_split: str = setting('train', 'split to train on')
     val_split: str = setting('val', 'split to evaluate on')
     download: bool = setting(False, 'fetch the data set if it is not there and can be fetched')
-    num_classes: Optional[int] = setting(None, 'classes, where the data set does not name them')
-    workers: Optional[int] = setting(None, 'processes that load images; one per core, at most 8, if not given')
+    num_classes: Optional[int] = setting(None, 'classes, where the data set does not name them', bounds=(1, None))
+    workers: Optional[int] = setting(None, 'processes that load images; by default one per core', bounds=(0, None))
 
     model: str = setting('care_s0', 'any model of timm or caretrans')
     model_args: Dict[str, Any] = setting({}, 'further arguments of the model, e.g. ls_init_value=0.1')
     checkpoint: str = setting('', 'start from the weights of this file')
     new_heads: bool = setting(False, 'leave the heads fresh when the file has other classes')
-    drop: float = setting(0., 'dropout rate')
-    drop_path: float = setting(0.1, 'stochastic depth, rate at the last block')
+    drop: float = setting(0., 'dropout rate', bounds=(0, 0.99))
+    drop_path: float = setting(0.1, 'stochastic depth, rate at the last block', bounds=(0, 0.99))
 
-    img_size: int = setting(224, 'side of the training images, pixels')
-    val_img_size: Optional[int] = setting(None, 'side of the evaluated images; img_size if not given')
-    crop_pct: Optional[float] = setting(None, "evaluated centre crop as a share of the image; the model's if not given")
+    img_size: int = setting(224, 'side of the training images, pixels', bounds=(32, None))
+    val_img_size: Optional[int] = setting(None, 'side of evaluated images; img_size if not given', bounds=(32, None))
+    crop_pct: Optional[float] = setting(None, 'evaluated share of the image; by default of the model', bounds=(0.01, 1))
     scale: List[float] = setting([0.08, 1.0], 'area of random crops, least and most', size=2)
     ratio: List[float] = setting([3 / 4, 4 / 3], 'aspect of random crops, least and most', size=2)
-    interpolation: str = setting('random', 'of random crops: bilinear, bicubic or random')
-    hflip: float = setting(0.5, 'probability of a horizontal flip')
-    color_jitter: float = setting(0., 'strength of colour jitter; unused with auto_augment')
+    interpolation: str = setting('random', 'of random crops', choices=['random', 'bilinear', 'bicubic'])
+    hflip: float = setting(0.5, 'probability of a horizontal flip', bounds=(0, 1))
+    color_jitter: float = setting(0., 'strength of colour jitter; unused with auto_augment', bounds=(0, None))
     auto_augment: str = setting('rand-m9-mstd0.5-inc1', "timm's name of a policy, '' for none")
-    random_erasing: float = setting(0.25, 'probability of erasing a rectangle with noise')
-    mixup: float = setting(0., 'mixup alpha')
-    cutmix: float = setting(0., 'cutmix alpha')
-    smoothing: float = setting(0.1, 'label smoothing')
+    random_erasing: float = setting(0.25, 'probability of erasing a rectangle with noise', bounds=(0, 1))
+    mixup: float = setting(0., 'mixup alpha', bounds=(0, None))
+    cutmix: float = setting(0., 'cutmix alpha', bounds=(0, None))
+    smoothing: float = setting(0.1, 'label smoothing', bounds=(0, 0.99))
 
-    batch_size: int = setting(64, 'images per optimizer step, over all devices')
-    device_batch: Optional[int] = setting(None, 'images at a time per device, the rest accumulates; all if not given')
+    batch_size: int = setting(64, 'images per optimizer step, over all devices', bounds=(1, None))
+    device_batch: Optional[int] = setting(None, 'images at a time per device, the rest accumulates', bounds=(1, None))
     opt: str = setting('adamw', "optimizer of timm's factory")
     lr: float = setting(1e-3, 'peak learning rate')
-    min_lr: float = setting(1e-5, 'last learning rate')
-    warmup_lr: float = setting(1e-6, 'first learning rate')
-    weight_decay: float = setting(0.05, 'on weights of two or more dimensions')
-    epochs: int = setting(100, 'epochs of the cosine schedule, warm-up included')
-    warmup_epochs: int = setting(5, 'epochs of linear warm-up')
-    cooldown_epochs: int = setting(0, 'epochs at min_lr after the schedule')
+    min_lr: float = setting(1e-5, 'last learning rate', bounds=(0, None))
+    warmup_lr: float = setting(1e-6, 'first learning rate', bounds=(0, None))
+    weight_decay: float = setting(0.05, 'on weights of two or more dimensions', bounds=(0, None))
+    epochs: int = setting(100, 'epochs of the cosine schedule, warm-up included', bounds=(1, None))
+    warmup_epochs: int = setting(5, 'epochs of linear warm-up', bounds=(0, None))
+    cooldown_epochs: int = setting(0, 'epochs at min_lr after the schedule', bounds=(0, None))
     step_schedule: bool = setting(False, 'change the learning rate every step instead of every epoch')
-    val_interval: int = setting(1, 'evaluate every so many epochs, and after the last')
+    val_interval: int = setting(1, 'evaluate every so many epochs, and after the last', bounds=(1, None))
 
     amp: str = setting('off', 'autocast of the forward pass', choices=['off', 'bf16', 'fp16'])
     channels_last: bool = setting(False, 'keep images and weights in NHWC order')
     device: str = setting('auto', 'cpu, cuda, mps or auto')
-    seed: int = setting(42, 'of weights, order and augmentation')
+    seed: int = setting(42, 'of weights, order and augmentation', bounds=(0, None))
     output: str = setting('', 'run folder; a new one under runs/ if not given')
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             setattr(self, item.name, _checked(item, getattr(self, item.name)))
         if self.workers is None:
-            self.workers = min(os.cpu_count() or 1, 8)
-        positive = ('batch_size', 'epochs', 'img_size', 'val_interval', 'lr')
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise ConfigError(f'{name} is {getattr(self, name)}, it must be above 0.')
+            cores = os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else range(os.cpu_count() or 1)
+            self.workers = min(len(cores), 8)
+        if self.lr <= 0:
+            raise ConfigError(f'lr is {self.lr}, it must be above 0.')
         if self.warmup_epochs >= self.epochs:
             raise ConfigError(f'warmup_epochs={self.warmup_epochs} must be below epochs={self.epochs}.')
         for name in ('scale', 'ratio'):
@@ -130,6 +129,10 @@ def _checked(item: dataclasses.Field, value: Any) -> Any:
         raise ConfigError(f'{item.name} is {value!r}, it must be of type {wanted.__name__}.') from None
     if converted not in item.metadata.get('choices', [converted]):
         raise ConfigError(f'{item.name} is {value!r}, choose from {", ".join(item.metadata["choices"])}.')
+    least, most = item.metadata.get('bounds', (None, None))
+    if least is not None and converted < least or most is not None and converted > most:
+        limit = '' if most is None else f', at most {most}'
+        raise ConfigError(f'{item.name} is {value!r}, it must be at least {least}{limit}.')
     return converted
 
 
@@ -153,6 +156,15 @@ def read_recipe(name_or_file: str) -> Dict[str, Any]:
             near = difflib.get_close_matches(str(key), known, n=1)
             raise ConfigError(f'{path}: unknown setting {key!r}' + (f', did you mean {near[0]!r}?' if near else '.'))
     return settings
+
+
+def number(kind: type, least: float, most: float = float('inf')) -> Callable[[str], Any]:
+    """The type of a flag for numbers from `least` to `most`, for argparse."""
+    def convert(text: str) -> Any:
+        if not least <= (value := kind(text)) <= most:
+            raise argparse.ArgumentTypeError(f'{text} is not between {least} and {most}')
+        return value
+    return convert
 
 
 def _parse_model_arg(text: str) -> Dict[str, Any]:

@@ -6,6 +6,7 @@ import torch
 from timm.data import ImageNetInfo, create_dataset, create_loader, resolve_data_config
 from torch.utils.data import Dataset
 
+from .checkpoint_file import list_names
 from .config import TrainConfig
 
 __all__ = [
@@ -21,11 +22,12 @@ def _split_folder(root: Path, split: str) -> Path:
     """The folder of a split: `root`/`split`, or `root` itself where it is the split of that name already."""
     synonyms = [split, 'validation', 'valid', 'val'] if split in ('val', 'validation') else [split]
     for name in synonyms:
-        if (root / name).is_dir():
-            return root / name
+        for path in (root / name, root / f'{name}.tar'):
+            if path.exists():
+                return path
     if root.name in synonyms:
         return root
-    found = ', '.join(sorted(p.name for p in root.iterdir() if p.is_dir())[:10]) or 'no folders'
+    found = list_names(sorted(p.name for p in root.iterdir() if p.is_dir())) or 'no folders'
     raise DataError(f'{root} has no folder {split!r}, it has {found}. Expected: {root}/{split}/CLASS/IMAGE.jpg.')
 
 
@@ -55,6 +57,8 @@ def open_dataset(
         path = Path(root)
         if not root or not path.exists():
             raise DataError(f'No data at {root!r}: give a folder with train/CLASS/*.jpg and val/CLASS/*.jpg.')
+        if path.is_file() and is_training:
+            raise DataError(f'{root} is one file: training needs a folder with train.tar and val.tar.')
         root = str(_split_folder(path, split)) if path.is_dir() else root
         options.update(search_split=False)
     try:
@@ -70,13 +74,8 @@ def open_dataset(
         missing, extra = sorted(set(classes) - set(found)), sorted(set(found) - set(classes))
         raise DataError(
             f'The classes of {root} are not those expected ({len(found)} against {len(classes)}): '
-            f'missing {_shorten(missing)}; unknown {_shorten(extra)}.')
+            f'missing {list_names(missing) or "none"}; unknown {list_names(extra) or "none"}.')
     return dataset
-
-
-def _shorten(names: List[str], most: int = 10) -> str:
-    more = f' and {len(names) - most} more' if len(names) > most else ''
-    return ', '.join(names[:most]) + more or 'none'
 
 
 def list_classes(dataset: Dataset) -> Optional[List[str]]:

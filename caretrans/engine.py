@@ -100,6 +100,7 @@ def train_epoch(
         TrainingError: The loss is not finite.
     """
     task.train()
+    stepper.optimizer.zero_grad()
     start, images, total = time.perf_counter(), 0, 0.
     passes = len(loader) // stepper.accumulation * stepper.accumulation
     if not passes:
@@ -113,11 +114,14 @@ def train_epoch(
         value = loss.item()
         if not math.isfinite(value):
             raise TrainingError(f'The loss is {value} at step {stepper.steps} (learning rate {stepper.lr:.3g}).')
+        lr = stepper.lr
         stepper.backward(loss, last_of_step=(i + 1) % stepper.accumulation == 0)
         images, total = images + len(x), total + value * len(x)
-        report(images, loss=total / images, lr=stepper.lr)
+        report(images, loss=total / images, lr=lr)
+    if not images:
+        raise TrainingError('The loader gave no images.')
     seconds = time.perf_counter() - start
-    return dict(loss=total / images, lr=stepper.lr, images=images, seconds=seconds, images_per_s=images / seconds)
+    return dict(loss=total / images, lr=lr, images=images, seconds=seconds, images_per_s=images / seconds)
 
 
 @torch.inference_mode()

@@ -133,7 +133,7 @@ def predict_images(
         try:
             with Image.open(path) as file:
                 image = transform(ImageOps.exif_transpose(file).convert('RGB'))
-        except OSError as error:
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
             yield dict(image=str(path), error=' '.join(str(error).split()))
             continue
         with torch.inference_mode(), autocast(device, amp):

@@ -1,11 +1,18 @@
 """Progress of long work: a bar in a terminal, plain lines elsewhere."""
+import logging
 import sys
 import time
 from typing import Any, Optional, TextIO
 
 from tqdm import tqdm
 
-__all__ = ['Progress']
+__all__ = ['Progress', 'show_messages']
+
+
+def show_messages() -> None:
+    """Let scripts print to stderr what the package says: which checkpoint was loaded, which heads are fresh."""
+    logging.basicConfig(level=logging.WARNING, format='%(message)s', stream=sys.stderr)
+    logging.getLogger(__package__).setLevel(logging.INFO)
 
 
 class Progress:

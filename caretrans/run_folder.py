@@ -2,6 +2,7 @@
 import csv
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ def describe_environment() -> Dict[str, Any]:
     """Versions, git commit, machine: what a figure needs beside it."""
     root = Path(__file__).parent.parent
     git = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=root, capture_output=True, text=True) \
-        if (root / '.git').exists() else None
+        if (root / '.git').exists() and shutil.which('git') else None
     packages = ('torch', 'torchvision', 'timm', 'numpy')
     return dict(
         command=' '.join(sys.argv), started=time.strftime('%Y-%m-%d %H:%M:%S'),
@@ -72,7 +73,7 @@ class RunFolder:
         self.events.flush()
 
     def save(self, model: torch.nn.Module, row: Dict[str, float], resume: Dict[str, Any], **meta: Any) -> None:
-        """Write last.pth.tar with all that going on needs, and best.pth.tar when top-1 is the best so far."""
+        """Write last.pth.tar with the state of the optimizer, and best.pth.tar when top-1 is the best so far."""
         meta = dict(meta, epoch=row['epoch'], metrics={k: v for k, v in row.items() if v is not None})
         if row['val_top1'] is not None and (self.best is None or row['val_top1'] > self.best['val_top1']):
             self.best = row

@@ -12,10 +12,10 @@ from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask, TrainingTask
 from timm.utils import NativeScaler, random_seed
 
-from .checkpoint import load_checkpoint
+from .checkpoint import CheckpointError, load_checkpoint
 from .config import ConfigError, TrainConfig, derive_batches
-from .data import build_eval_loader, build_train_loader, list_classes, open_dataset, resolve_eval_config
-from .engine import Stepper, evaluate, resolve_device, train_epoch
+from .data import DataError, build_eval_loader, build_train_loader, list_classes, open_dataset, resolve_eval_config
+from .engine import Stepper, TrainingError, evaluate, resolve_device, train_epoch
 from .progress import Progress
 from .run_folder import RunFolder
 
@@ -39,7 +39,7 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     rates = {key: value for key, value in (('drop_rate', config.drop), ('drop_path_rate', config.drop_path)) if value}
     try:
         model = timm.create_model(config.model, num_classes=num_classes, **{**rates, **config.model_args})
-    except TypeError as error:
+    except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f'{config.model}: {error}') from None
     if config.checkpoint:
         load_checkpoint(model, config.checkpoint, new_heads=config.new_heads)
@@ -58,6 +58,8 @@ def build_mixup(config: TrainConfig, num_classes: int) -> Optional[Mixup]:
     """Mixup and CutMix of whole batches, or None when both are off."""
     if not config.mixup and not config.cutmix:
         return None
+    if (config.device_batch or config.batch_size) % 2:
+        raise ConfigError('mixup and cutmix pair the images of a batch: take an even batch_size and device_batch.')
     return Mixup(
         mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, label_smoothing=config.smoothing,
         num_classes=num_classes)
@@ -84,7 +86,12 @@ class Trainer:
         self.device = resolve_device(config.device)
         self.device_batch, self.accumulation = derive_batches(config.batch_size, 1, config.device_batch)
         self._open_data()
-        self._build_model()
+        try:
+            self._build()
+        except (CheckpointError, ConfigError, DataError):
+            raise
+        except (AssertionError, KeyError, TypeError, ValueError, RuntimeError) as error:  # how timm refuses a setting
+            raise ConfigError(f'These settings do not work: {" ".join(str(error).split())}') from error
 
     def _open_data(self) -> None:
         config = self.config
@@ -96,13 +103,15 @@ class Trainer:
         if self.classes is None and config.num_classes is None:
             raise ConfigError(f'{config.dataset} does not name its classes: give their number with --num-classes.')
         self.num_classes = config.num_classes or len(self.classes)
-        if self.classes and len(self.classes) > self.num_classes:
-            raise ConfigError(f'num_classes={self.num_classes}, but {config.data} has {len(self.classes)} classes.')
+        if self.classes and len(self.classes) != self.num_classes:
+            raise ConfigError(f'num_classes={self.num_classes}, but the data have {len(self.classes)}: leave it out.')
 
-    def _build_model(self) -> None:
+    def _build(self) -> None:
         config = self.config
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = build_model(config, self.num_classes).to(self.device, memory_format=self.memory_format)
+        if getattr(self.model, 'in_chans', 3) != 3:
+            raise ConfigError(f'The model takes {self.model.in_chans} channels, the images have 3: leave in_chans out.')
         self.eval_config = resolve_eval_config(
             self.model, img_size=config.val_img_size or config.img_size, crop_pct=config.crop_pct)
         self.train_loader = build_train_loader(
@@ -110,6 +119,8 @@ class Trainer:
         self.val_loader = build_eval_loader(
             self.val_set, self.eval_config, self.device_batch, config.workers, self.device)
         self.steps_per_epoch = len(self.train_loader) // self.accumulation
+        if not self.steps_per_epoch:
+            raise DataError(f'The {len(self.train_set)} training images do not fill a batch of {config.batch_size}.')
         self.task = build_task(config, self.model, self.device)
         self.mixup = build_mixup(config, self.num_classes)
         optimizer = create_optimizer_v2(self.model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay)
@@ -188,6 +199,9 @@ def train(config: TrainConfig) -> TrainResult:
                 folder.log_epoch(row)
                 folder.save(trainer.model, row, trainer.resume_state(), **trainer.checkpoint_meta())
                 progress.write(summarise(row, trainer.epochs))
+    except TrainingError as error:
+        last = folder.path / 'last.pth.tar'
+        raise TrainingError(f'{error} Last good checkpoint: {last if last.exists() else "none yet"}.') from error
     finally:
         folder.close()
     return TrainResult(folder.path, row, folder.best)

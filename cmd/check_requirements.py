@@ -9,7 +9,7 @@ def find_missing(requirements: str) -> list:
     lines = [line.split('#')[0].strip() for line in requirements.splitlines()]
     lines = [line for line in lines if line]
     try:
-        from packaging.requirements import Requirement  # comes with timm
+        from packaging.requirements import Requirement  # comes with what timm needs
     except ImportError:
         return lines
     missing = []

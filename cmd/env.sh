@@ -1,7 +1,7 @@
-# Sourced by the other scripts. Goes to the root of the repository and picks the Python that runs everything, as $python:
-# the active environment when it has what requirements.txt asks for, else .venv, which is made or completed first.
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-export ORT_DISABLE_TELEMETRY="${ORT_DISABLE_TELEMETRY:-1}" HF_HUB_DISABLE_TELEMETRY="${HF_HUB_DISABLE_TELEMETRY:-1}"
+# Sourced by the other scripts. Sets $root, the folder of the repository, and $python, which runs everything: the active
+# environment when it has what requirements.txt asks for, else .venv of the repository, which is made or completed first.
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+export HF_HUB_DISABLE_TELEMETRY="${HF_HUB_DISABLE_TELEMETRY:-1}"
 # Idle threads of PyTorch spin while they wait. Left at the default, another busy process on the machine makes training on
 # a few cores more than 10 times slower; a short spin costs nothing when the machine is free.
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"
@@ -11,15 +11,15 @@ if [ -z "$python" ]; then
     echo 'No python3 on the PATH: install Python 3.10 or newer.' >&2
     exit 1
 fi
-if ! "$python" cmd/check_requirements.py >/dev/null 2>&1; then
-    if [ ! -x .venv/bin/python ]; then
+if ! "$python" "$root/cmd/check_requirements.py" >/dev/null 2>&1; then
+    if [ ! -x "$root/.venv/bin/python" ]; then
         echo "Making the environment .venv with $("$python" --version), once."
-        "$python" -m venv .venv
+        "$python" -m venv "$root/.venv"
     fi
-    python="$PWD/.venv/bin/python"
-    if ! missing="$("$python" cmd/check_requirements.py)"; then
+    python="$root/.venv/bin/python"
+    if ! missing="$("$python" "$root/cmd/check_requirements.py")"; then
         echo "Installing into .venv (PyTorch is large, this takes minutes):" $missing
-        "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt
-        "$python" cmd/check_requirements.py
+        "$python" -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt"
+        "$python" "$root/cmd/check_requirements.py"
     fi
 fi

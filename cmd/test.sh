@@ -3,6 +3,7 @@
 #   bash cmd/test.sh [arguments of pytest]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+cd "$root"
 timm="timm-$("$python" -c 'import timm; print(timm.__version__)')"
 if [ ! -f "build/$timm/tests/test_models.py" ]; then
     mkdir -p build

@@ -4,6 +4,6 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 if [ $# -eq 0 ]; then
-    set -- --recipe care_s0_fruit14
+    set -- "$root/data/fruit14" --recipe care_s0_fruit14
 fi
-exec "$python" train.py "$@"
+exec "$python" "$root/train.py" "$@"

@@ -41,6 +41,16 @@ def test_a_tar_of_images_is_read(small_data, tmp_path):
     assert len(dataset) == 6 and list_classes(dataset) == ['kaiser', 'orange']
 
 
+def test_a_tar_per_split_is_found_and_one_tar_is_not_trained_on(small_data):
+    for split in ('train', 'val'):
+        with tarfile.open(small_data / f'{split}.tar', 'w') as archive:
+            archive.add(small_data / split, arcname='.')
+        shutil.rmtree(small_data / split)
+        assert len(open_dataset(small_data, split)) == 6
+    with pytest.raises(DataError, match='training needs a folder with train.tar and val.tar'):
+        open_dataset(small_data / 'train.tar', 'train', is_training=True)
+
+
 def test_a_data_set_of_the_factory_is_read_by_name(small_data):
     dataset = open_dataset(small_data, 'val', name='torch/image_folder')
     assert len(dataset) == 6 and list_classes(dataset) == ['kaiser', 'orange']

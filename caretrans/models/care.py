@@ -23,10 +23,10 @@ import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
-    DropPath, LayerScale2d, SelectAdaptivePool2d, calculate_drop_path_rates, get_device_dtype, trunc_normal_)
+    DropPath, LayerScale2d, SelectAdaptivePool2d, calculate_drop_path_rates, get_device_dtype)
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 
-from .backbone import MIN_SIDE, Backbone, build_backbone, check_image_size
+from .backbone import MIN_SIDE, Backbone, build_backbone, check_image_size, init_weights
 
 __all__ = ['CareTransformer', 'linear_attention']
 
@@ -422,7 +422,7 @@ class CareTransformer(Backbone):
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Features to logits (B, num_classes), or to the pooled features (B, num_features) that both heads read."""
         x = self.global_pool(x)
-        if pre_logits:
+        if pre_logits or not self.num_classes:
             return x
         logits, logits_dist = self.head(x), self.head_dist(x)
         if self.distilled_training and self.training and not torch.jit.is_scripting():
@@ -431,13 +431,6 @@ class CareTransformer(Backbone):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.forward_head(self.forward_features(x))
-
-
-def init_weights(module: nn.Module) -> None:
-    """Truncated normal of std 0.02 for the weights of convolutions and linear layers, biases 0."""
-    if isinstance(module, (nn.Conv2d, nn.Linear)) and not module.weight.is_meta:  # meta: 10 times slower than the rest
-        trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
 
 
 # Variants -------------------------------------------------------------------------------------------------------------
