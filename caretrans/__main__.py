@@ -24,6 +24,8 @@ def _parse_flags(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     predict.add_argument('--entry', help='entry of the file that holds the weights, e.g. state_dict_ema')
     predict.add_argument('--topk', type=number(int, 1), default=5, help='how many classes per image (default: 5)')
     predict.add_argument('--img-size', type=number(int, 32), help='side of the images, pixels')
+    predict.add_argument('--crop-pct', type=number(float, 0.01, 1), help='centre crop as a share of the image')
+    predict.add_argument('--interpolation', choices=['bicubic', 'bilinear', 'nearest', 'lanczos'], help='of resizing')
     predict.add_argument('--device', default='auto', help='cpu, cuda, mps or auto')
     predict.add_argument('--json', action='store_true', help='print one JSON object per image')
 

@@ -319,7 +319,7 @@ def convert_checkpoint(
     if not target.name.endswith((*TORCH_ENDINGS, '.safetensors')):
         raise CheckpointError(f'{target}: let the name end in {", ".join(TORCH_ENDINGS)} or .safetensors.')
     if target.exists() and not overwrite:
-        raise CheckpointError(f'{target}: is there already: choose another name or ask to overwrite it.')
+        raise CheckpointError(f'{target}: is there already: choose another name, or overwrite=True (--overwrite).')
     checkpoint = read_checkpoint(source, entry)
     model_name = _choose_model(checkpoint)
     if model_name not in _list_models():
@@ -337,8 +337,14 @@ def convert_checkpoint(
         write_safetensors(target, tensors, meta)
     else:
         write_torch(target, dict(meta, state_dict=tensors) if meta else tensors)
-    return (f'{model_name}, {model.num_classes} classes: {len(tensors)} tensors from {source}'
-            f'{f", entry {checkpoint.entry}," if checkpoint.entry else ""} to {target} in the {layout} layout')
+    summary = (f'{model_name}, {model.num_classes} classes: {len(tensors)} tensors from {source}'
+               f'{f", entry {checkpoint.entry}," if checkpoint.entry else ""} to {target} in the {layout} layout')
+    settings = checkpoint.meta.get('eval_config')
+    if layout == 'published' and settings:
+        summary += (f'; it has no place for class names and settings, so evaluate it with --img-size '
+                    f'{settings["input_size"][-1]} --crop-pct {settings["crop_pct"]} '
+                    f'--interpolation {settings["interpolation"]}')
+    return summary
 
 
 def _sort_as_published(keys: Iterable[str], table: Table) -> List[str]:

@@ -92,7 +92,7 @@ class TrainConfig:
         if self.lr <= 0:
             raise ConfigError(f'lr is {self.lr}, it must be above 0.')
         if self.warmup_epochs >= self.epochs:
-            raise ConfigError(f'warmup_epochs={self.warmup_epochs} must be below epochs={self.epochs}.')
+            raise ConfigError(f'warmup_epochs={self.warmup_epochs} must be below epochs={self.epochs}: give both.')
         for name in ('scale', 'ratio'):
             if not 0 < getattr(self, name)[0] <= getattr(self, name)[1]:
                 raise ConfigError(f'{name} is {getattr(self, name)}, it must be two numbers above 0, the lesser first.')

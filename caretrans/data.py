@@ -56,7 +56,8 @@ def open_dataset(
     if not name:
         path = Path(root)
         if not root or not path.exists():
-            raise DataError(f'No data at {root!r}: give a folder with train/CLASS/*.jpg and val/CLASS/*.jpg.')
+            problem = f'No data at {root!r}' if root else 'No data named'
+            raise DataError(f'{problem}: give a folder with {split}/CLASS/*.jpg; the bundled one is data/fruit14.')
         if path.is_file() and is_training:
             raise DataError(f'{root} is one file: training needs a folder with train.tar and val.tar.')
         root = str(_split_folder(path, split)) if path.is_dir() else root
@@ -69,7 +70,7 @@ def open_dataset(
         raise DataError(f'{name or root}, split {split!r}, cannot be read: {" ".join(str(error).split())}') from error
     found = list_classes(dataset)
     if found is not None and len(found) < 2:
-        raise DataError(f'{root} has one class, {found[0]!r}: images go into one folder per class.')
+        raise DataError(f'{root} has images of one class only, {found[0]!r}: they go into one folder per class.')
     if classes is not None and found is not None and found != classes:
         missing, extra = sorted(set(classes) - set(found)), sorted(set(found) - set(classes))
         raise DataError(

@@ -134,7 +134,7 @@ def predict_images(
             with Image.open(path) as file:
                 image = transform(ImageOps.exif_transpose(file).convert('RGB'))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            yield dict(image=str(path), error=' '.join(str(error).split()))
+            yield dict(image=str(path), error=f'is no image that can be read ({type(error).__name__})')
             continue
         with torch.inference_mode(), autocast(device, amp):
             probabilities = model(image[None].to(device)).float().softmax(dim=-1)[0].cpu()

@@ -2,7 +2,9 @@
 import math
 
 import pytest
+import timm
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from definitions import assert_head, assert_linear_attention, linear_attention_by_definition
 from reference import filled_input, published_model, published_state_dict
@@ -203,3 +205,17 @@ def test_a_network_of_half_precision_is_close_to_float32(tame, dtype, device):
     error = (logits.float() - expected).abs().max().item()
     print(f'{dtype}: {error:.1e}')
     assert logits.dtype == dtype and error <= LOGITS_BOUND[dtype]
+
+
+@pytest.mark.parametrize('dtype', HALVES)
+def test_models_made_in_half_precision_are_initialised_as_in_float32(dtype):
+    model = timm.create_model('care_s0', dtype=dtype)
+    model.reset_classifier(10)
+    for weight in (module.weight for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))):
+        assert weight.dtype == dtype and weight.abs().max() < 0.15
+    assert model.stages[3].blocks[0].inter1.expand.weight.float().std().item() == pytest.approx(0.02, rel=0.02)
+
+
+def test_features_without_heads_do_not_overflow_in_float16():
+    model = timm.create_model('care_s0', num_classes=0).half()
+    assert model.forward_head(torch.full((1, 1024, 2, 2), 4e4, dtype=torch.float16)).isfinite().all()

@@ -66,7 +66,7 @@ def break_other_class(root): (root / 'val' / 'kaiser').rename(root / 'val' / 'co
 @pytest.mark.parametrize('damage, message', [
     (break_missing, 'No data at '),
     (break_no_split, "has no folder 'val', it has train"),
-    (break_flat, 'has one class'),
+    (break_flat, 'has images of one class only'),
     (break_no_images, 'has no images'),
     (break_other_class, r'missing kaiser; unknown conference'),
 ])

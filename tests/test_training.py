@@ -102,6 +102,7 @@ def test_prediction_names_the_classes_of_files_and_folders(sample_run, tmp_path,
 def test_a_checkpoint_converts_to_the_published_layout_and_back(sample_run, tmp_path, capsys):
     source, published, ours = sample_run[0] / 'best.pth.tar', tmp_path / 'p.pth.tar', tmp_path / 'o.safetensors'
     assert main(['convert', str(source), str(published), '--to', 'published']) == 0
+    assert '--img-size 96 --crop-pct 1.0 --interpolation bicubic' in capsys.readouterr().out
     assert main(['convert', str(published), str(ours), '--to', 'caretrans']) == 0
     assert 'token_mixer' in ''.join(torch.load(published, weights_only=True))
     before, after = read_checkpoint(source).state_dict, read_checkpoint(ours).state_dict
@@ -164,7 +165,7 @@ def test_plain_labels_train_both_heads():
 
 @pytest.mark.parametrize('flags, message', [
     (['nowhere'], "No data at 'nowhere'"),
-    ([], 'No data at '),
+    ([], 'No data named'),
     ([FRUIT, '--model', 'care_s7'], "No model 'care_s7'; near: care_s0"),
     ([FRUIT, '--model-args', 'width=3'], "unexpected keyword argument 'width'"),
     ([FRUIT, '--model-args', 'ablation=foo'], "Unknown ablation 'foo'"),

@@ -145,13 +145,20 @@ def build_backbone(model_cls: Type[Backbone], variant: str, pretrained: bool, **
 
     try:
         return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=prepare, **kwargs)
+    except RuntimeError as error:
+        if 'weights_only' not in str(error):
+            raise
+        file = (kwargs.get('pretrained_cfg_overlay') or {}).get('file', 'the file')
+        raise RuntimeError(  # timm's advice, to open it with weights_only=False, would run what it holds
+            f'{file} is no checkpoint that opens without running code: is it a web page, or cut off? '
+            f'caretrans.checkpoint.read_checkpoint says what it is.') from error
     except FETCH_ERRORS as error:
         if not pretrained:
             raise
         file = (kwargs.get('pretrained_cfg_overlay') or {}).get('file')  # timm's error for it says nothing
-        cfg = get_pretrained_cfg(variant)
+        cfg, reason = get_pretrained_cfg(variant), str(error).rstrip('.') or file
         raise RuntimeError(
-            f'No weights for {variant}: {type(error).__name__}: {str(error) or file}. By default they are the file '
+            f'No weights for {variant}: {type(error).__name__}: {reason}. By default they are the file '
             f'{cfg.hf_hub_filename} of the Hugging Face repository {cfg.hf_hub_id}, whose list of files could not be '
             f'checked. Download the file by hand, from there or from where the authors link to, and pass '
             f'pretrained_cfg_overlay=dict(file="{cfg.hf_hub_filename}").') from error
