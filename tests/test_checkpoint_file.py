@@ -256,3 +256,11 @@ def test_a_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypa
     monkeypatch.setattr('os.replace', lambda a, b: (calls.append((Path(a).parent, b)), replace(a, b)))
     save_checkpoint(tmp_path / 'x.pth', make_tiny(), arch='care_s0')
     assert calls == [False, (tmp_path, tmp_path / 'x.pth'), True]  # file, rename, folder
+
+
+def test_a_web_page_given_to_timm_is_refused_without_advice_to_run_it(tmp_path):
+    (tmp_path / 'page.pth.tar').write_text('<!DOCTYPE html><html>Sign in</html>')
+    with pytest.raises(RuntimeError, match='page.pth.tar is no checkpoint .* web page') as error:
+        timm.create_model(
+            'care_s0', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'page.pth.tar')))
+    assert 'weights_only=False' not in str(error.value)
