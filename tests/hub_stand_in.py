@@ -24,7 +24,8 @@ class HubStandIn:
     def __init__(self):
         self.repos = {}
         self.requests = []
-        self.server = ThreadingHTTPServer(('127.0.0.1', 0), _make_handler(self))
+        self.server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+        self.server.hub = self
         self.server.daemon_threads = True
         self.endpoint = f'http://127.0.0.1:{self.server.server_port}'
 
@@ -39,80 +40,78 @@ class HubStandIn:
         self.thread.join()
 
 
-def _make_handler(hub):
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = 'HTTP/1.1'
+class Handler(BaseHTTPRequestHandler):
+    """Answers for the stand-in at `self.server.hub`."""
+    protocol_version = 'HTTP/1.1'
 
-        def log_message(self, *args):
-            pass
+    def log_message(self, *args):
+        pass
 
-        def do_HEAD(self):
-            self.answer_download()
+    def do_HEAD(self):
+        self.answer_download()
 
-        def do_GET(self):
-            self.answer_download()
+    def do_GET(self):
+        self.answer_download()
 
-        def do_POST(self):
-            hub.requests.append(f'POST {self.path}')
-            body = self.read_body()
-            parts = self.path.partition('?')[0].strip('/').split('/')
-            if parts == ['api', 'repos', 'create']:
-                name = '/'.join(filter(None, (json.loads(body).get('organization') or 'me', json.loads(body)['name'])))
-                hub.repos.setdefault(name, {})
-                self.answer_json(dict(url=f'{hub.endpoint}/{name}', name=name, id=name))
-            elif parts == ['api', 'validate-yaml']:
-                self.answer_json(dict(errors=[], warnings=[]))
-            elif parts[:2] == ['api', 'models'] and parts[4] == 'preupload':
-                files = [dict(path=file['path'], uploadMode='regular', shouldIgnore=False)
-                         for file in json.loads(body)['files']]
-                self.answer_json(dict(files=files))
-            elif parts[:2] == ['api', 'models'] and parts[4] == 'commit':
-                repo = hub.repos['/'.join(parts[2:4])]
-                for item in map(json.loads, body.splitlines()):
-                    if item['key'] == 'file':
-                        repo[item['value']['path']] = base64.b64decode(item['value']['content'])
-                self.answer_json(dict(
-                    success=True, commitOid=COMMIT, commitUrl=f'{hub.endpoint}/{"/".join(parts[2:4])}/commit/{COMMIT}'))
-            else:
-                self.answer_error(404, 'NotFound')
+    def do_POST(self):
+        self.server.hub.requests.append(f'POST {self.path}')
+        body = self.read_body()
+        parts = self.path.partition('?')[0].strip('/').split('/')
+        if parts == ['api', 'repos', 'create']:
+            name = '/'.join(filter(None, (json.loads(body).get('organization') or 'me', json.loads(body)['name'])))
+            self.server.hub.repos.setdefault(name, {})
+            self.answer_json(dict(url=f'{self.server.hub.endpoint}/{name}', name=name, id=name))
+        elif parts == ['api', 'validate-yaml']:
+            self.answer_json(dict(errors=[], warnings=[]))
+        elif parts[:2] == ['api', 'models'] and parts[4] == 'preupload':
+            files = [dict(path=file['path'], uploadMode='regular', shouldIgnore=False)
+                     for file in json.loads(body)['files']]
+            self.answer_json(dict(files=files))
+        elif parts[:2] == ['api', 'models'] and parts[4] == 'commit':
+            repo = self.server.hub.repos['/'.join(parts[2:4])]
+            for item in map(json.loads, body.splitlines()):
+                if item['key'] == 'file':
+                    repo[item['value']['path']] = base64.b64decode(item['value']['content'])
+            url = f'{self.server.hub.endpoint}/{"/".join(parts[2:4])}/commit/{COMMIT}'
+            self.answer_json(dict(success=True, commitOid=COMMIT, commitUrl=url))
+        else:
+            self.answer_error(404, 'NotFound')
 
-        def answer_download(self):
-            hub.requests.append(f'{self.command} {self.path}')
-            parts = self.path.partition('?')[0].strip('/').split('/')  # owner / name / resolve / revision / file
-            repo = hub.repos.get('/'.join(parts[:2]))
-            if len(parts) < 5 or parts[2] != 'resolve':
-                self.answer_error(404, 'NotFound')
-            elif repo is None:
-                self.answer_error(401, 'RepoNotFound')  # as the Hub does for who is not logged in
-            elif '/'.join(parts[4:]) not in repo:
-                self.answer_error(404, 'EntryNotFound')
-            else:
-                content = repo['/'.join(parts[4:])]
-                self.answer(200, content, {
-                    'ETag': f'"{hashlib.sha256(content).hexdigest()}"', 'Content-Type': 'application/octet-stream'})
+    def answer_download(self):
+        self.server.hub.requests.append(f'{self.command} {self.path}')
+        parts = self.path.partition('?')[0].strip('/').split('/')  # owner / name / resolve / revision / file
+        repo = self.server.hub.repos.get('/'.join(parts[:2]))
+        if len(parts) < 5 or parts[2] != 'resolve':
+            self.answer_error(404, 'NotFound')
+        elif repo is None:
+            self.answer_error(401, 'RepoNotFound')  # as the Hub does for who is not logged in
+        elif '/'.join(parts[4:]) not in repo:
+            self.answer_error(404, 'EntryNotFound')
+        else:
+            content = repo['/'.join(parts[4:])]
+            self.answer(200, content, {
+                'ETag': f'"{hashlib.sha256(content).hexdigest()}"', 'Content-Type': 'application/octet-stream'})
 
-        def read_body(self):
-            if self.headers.get('Transfer-Encoding') != 'chunked':
-                return self.rfile.read(int(self.headers.get('Content-Length', 0)))
-            body = b''
-            while size := int(self.rfile.readline(), 16):
-                body += self.rfile.read(size)
-                self.rfile.readline()
+    def read_body(self):
+        if self.headers.get('Transfer-Encoding') != 'chunked':
+            return self.rfile.read(int(self.headers.get('Content-Length', 0)))
+        body = b''
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
             self.rfile.readline()
-            return body
+        self.rfile.readline()
+        return body
 
-        def answer_json(self, value):
-            self.answer(200, json.dumps(value).encode(), {'Content-Type': 'application/json'})
+    def answer_json(self, value):
+        self.answer(200, json.dumps(value).encode(), {'Content-Type': 'application/json'})
 
-        def answer_error(self, status, code):
-            self.answer(status, b'{}', {'X-Error-Code': code, 'X-Error-Message': code})
+    def answer_error(self, status, code):
+        self.answer(status, b'{}', {'X-Error-Code': code, 'X-Error-Message': code})
 
-        def answer(self, status, content, headers):
-            self.send_response(status)
-            for key, value in {**headers, 'X-Repo-Commit': COMMIT, 'Content-Length': str(len(content))}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            if self.command != 'HEAD':
-                self.wfile.write(content)
-
-    return Handler
+    def answer(self, status, content, headers):
+        self.send_response(status)
+        for key, value in {**headers, 'X-Repo-Commit': COMMIT, 'Content-Length': str(len(content))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != 'HEAD':
+            self.wfile.write(content)
