@@ -143,20 +143,19 @@ def build_backbone(model_cls: Type[Backbone], variant: str, pretrained: bool, **
                 f'These weights do not fit {variant}: {len(wrong)} keys are missing or unexpected, such as {wrong[0]}.')
         return state_dict
 
+    file = (kwargs.get('pretrained_cfg_overlay') or {}).get('file')
     try:
         return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=prepare, **kwargs)
     except RuntimeError as error:
         if 'weights_only' not in str(error):
             raise
-        file = (kwargs.get('pretrained_cfg_overlay') or {}).get('file', 'the file')
         raise RuntimeError(  # timm's advice, to open it with weights_only=False, would run what it holds
-            f'{file} is no checkpoint that opens without running code: is it a web page, or cut off? '
+            f'{file or variant} is no checkpoint that opens without running code: is it a web page, or cut off? '
             f'caretrans.checkpoint.read_checkpoint says what it is.') from error
     except FETCH_ERRORS as error:
         if not pretrained:
             raise
-        file = (kwargs.get('pretrained_cfg_overlay') or {}).get('file')  # timm's error for it says nothing
-        cfg, reason = get_pretrained_cfg(variant), str(error).rstrip('.') or file
+        cfg, reason = get_pretrained_cfg(variant), str(error).rstrip('.') or file  # timm's for a file is empty
         raise RuntimeError(
             f'No weights for {variant}: {type(error).__name__}: {reason}. By default they are the file '
             f'{cfg.hf_hub_filename} of the Hugging Face repository {cfg.hf_hub_id}, whose list of files could not be '
