@@ -51,6 +51,9 @@ class TrainConfig:
     drop_path: float = setting(0.1, 'stochastic depth, rate at the last block', bounds=(0, 0.99))
 
     img_size: int = setting(224, 'side of the training images, pixels', bounds=(32, None))
+    train_img_sizes: List[int] = setting([], 'a size for each step, drawn from these', bounds=(32, None))
+    size_schedule: str = setting(
+        'constant', 'of train_img_sizes: all as likely, or from first to last', choices=['constant', 'progressive'])
     val_img_size: Optional[int] = setting(None, 'side of evaluated images; img_size if not given', bounds=(32, None))
     crop_pct: Optional[float] = setting(None, 'evaluated share of the image; by default of the model', bounds=(0.01, 1))
     scale: List[float] = setting([0.08, 1.0], 'area of random crops, least and most', size=2)
@@ -63,9 +66,14 @@ class TrainConfig:
     mixup: float = setting(0., 'mixup alpha', bounds=(0, None))
     cutmix: float = setting(0., 'cutmix alpha', bounds=(0, None))
     smoothing: float = setting(0.1, 'label smoothing', bounds=(0, 0.99))
+    loss: str = setting('ce', 'cross entropy, or binary cross entropy of each class', choices=['ce', 'bce'])
+
+    teacher: str = setting('none', 'model whose decisions the second head learns, e.g. regnety_160.deit_in1k; or none')
+    teacher_checkpoint: str = setting('', 'weights of the teacher, instead of those from the hub')
+    task_weight: float = setting(0.5, 'of the loss on labels; the rest is for the teacher', bounds=(0, 1))
 
     batch_size: int = setting(64, 'images per optimizer step, over all devices', bounds=(1, None))
-    device_batch: Optional[int] = setting(None, 'images at a time per device, the rest accumulates', bounds=(1, None))
+    device_batch: Optional[int] = setting(None, 'most images at a time per device, others accumulate', bounds=(1, None))
     opt: str = setting('adamw', "optimizer of timm's factory")
     lr: float = setting(1e-3, 'peak learning rate')
     min_lr: float = setting(1e-5, 'last learning rate', bounds=(0, None))
@@ -76,12 +84,25 @@ class TrainConfig:
     cooldown_epochs: int = setting(0, 'epochs at min_lr after the schedule', bounds=(0, None))
     step_schedule: bool = setting(False, 'change the learning rate every step instead of every epoch')
     val_interval: int = setting(1, 'evaluate every so many epochs, and after the last', bounds=(1, None))
+    clip_grad: Optional[float] = setting(None, 'clip gradients at this value', bounds=(0, None))
+    clip_mode: str = setting('norm', 'what clip_grad bounds', choices=['norm', 'value', 'agc'])
+    ema: bool = setting(False, 'average the weights over the steps; evaluate and keep the average too')
+    ema_decay: float = setting(0.9998, 'weight of the average so far at each step', bounds=(0, 1))
+    ema_warmup: bool = setting(False, 'start with a lesser ema_decay')
 
     amp: str = setting('off', 'autocast of the forward pass', choices=['off', 'bf16', 'fp16'])
     channels_last: bool = setting(False, 'keep images and weights in NHWC order')
+    compile: bool = setting(False, 'compile model and teacher with torch.compile')
+    grad_checkpointing: bool = setting(False, 'compute activations twice instead of keeping them')
+    sync_bn: bool = setting(False, 'BatchNorm over the images of all devices instead of each its own')
     device: str = setting('auto', 'cpu, cuda, mps or auto')
     seed: int = setting(42, 'of weights, order and augmentation', bounds=(0, None))
-    output: str = setting('', 'run folder; a new one under runs/ if not given')
+    output: str = setting('', 'run folder; one under runs/ if not given')
+    resume: bool = setting(True, 'go on with an unfinished run of the same settings')
+    save_steps: int = setting(500, 'steps between checkpoints inside an epoch, 0 for none', bounds=(0, None))
+    on_nan: str = setting('stop', 'at a loss or gradient that is not finite', choices=['stop', 'skip'])
+    max_skips: int = setting(10, 'steps that on_nan=skip leaves out before it stops', bounds=(0, None))
+    max_unreadable: float = setting(0.01, 'share of unreadable training images that stops the run', bounds=(0, 1))
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -93,9 +114,27 @@ class TrainConfig:
             raise ConfigError(f'lr is {self.lr}, it must be above 0.')
         if self.warmup_epochs >= self.epochs:
             raise ConfigError(f'warmup_epochs={self.warmup_epochs} must be below epochs={self.epochs}: give both.')
+        if len(set(self.train_img_sizes)) != len(self.train_img_sizes):
+            raise ConfigError(f'train_img_sizes is {self.train_img_sizes}: name each size once.')
+        if self.teacher_checkpoint and self.teacher == 'none':
+            raise ConfigError(f'teacher_checkpoint={self.teacher_checkpoint}, but teacher=none: name the model in it.')
         for name in ('scale', 'ratio'):
             if not 0 < getattr(self, name)[0] <= getattr(self, name)[1]:
                 raise ConfigError(f'{name} is {getattr(self, name)}, it must be two numbers above 0, the lesser first.')
+
+    def list_sizes(self) -> List[int]:
+        """The sides of training images, pixels."""
+        return self.train_img_sizes or [self.img_size]
+
+    def split_steps(self, world_size: int) -> List[tuple[int, int]]:
+        """For each of the sizes, images per pass and device, and passes per step: no more pixels than at `img_size`."""
+        even = bool(self.mixup or self.cutmix)
+        at_base = derive_batches(self.batch_size, world_size, self.device_batch, even)
+        if not self.train_img_sizes:
+            return [at_base]
+        most = self.device_batch or at_base[0]
+        areas = [(self.img_size / size) ** 2 for size in self.train_img_sizes]
+        return [derive_batches(self.batch_size, world_size, max(int(most * area), 1), even) for area in areas]
 
     def to_dict(self) -> Dict[str, Any]:
         """The settings as plain values, for YAML and checkpoints."""
@@ -119,6 +158,12 @@ def _checked(item: dataclasses.Field, value: Any) -> Any:
         if not isinstance(value, (list, tuple)) or len(value) != item.metadata['size']:
             raise ConfigError(f'{item.name} is {value!r}, it must be {item.metadata["size"]} numbers.')
         return [float(v) for v in value]
+    if typing.get_origin(item.type) is list and isinstance(value, (list, tuple)):
+        return [_checked_value(item, wanted, v) for v in value]
+    return _checked_value(item, wanted, value)
+
+
+def _checked_value(item: dataclasses.Field, wanted: Any, value: Any) -> Any:
     try:
         if wanted is bool and not isinstance(value, bool) or wanted is dict and not isinstance(value, dict):
             raise TypeError
@@ -187,7 +232,9 @@ def _flag_parser(**kwargs: Any) -> argparse.ArgumentParser:
         elif wanted is dict:
             options.update(type=_parse_model_arg, nargs='+', metavar='NAME=VALUE')
         else:
-            options.update(type=wanted, nargs=item.metadata.get('size'), choices=item.metadata.get('choices'))
+            several = '+' if typing.get_origin(item.type) is list else None
+            options.update(
+                type=wanted, nargs=item.metadata.get('size', several), choices=item.metadata.get('choices'))
         parser.add_argument(flag, **options)
     return parser
 
@@ -215,20 +262,41 @@ def parse_train_config(argv: Optional[Sequence[str]] = None, description: str = 
     return TrainConfig(**{**settings, **flags})
 
 
-def derive_batches(batch_size: int, world_size: int, device_batch: Optional[int]) -> tuple[int, int]:
+def _split_batch(batch_size: int, world_size: int, most: Optional[int], even: bool) -> Optional[tuple[int, int]]:
+    """Equal passes of at most `most` images, and not less than half of it; None where there are none."""
+    images, rest = divmod(batch_size, world_size)
+    most = most or images
+    if rest or not images:
+        return None
+    for passes in range(-(-images // most), images + 1):
+        if 2 * (images // passes) < min(most, images):
+            return None
+        if images % passes == 0 and not (even and images // passes % 2):
+            return images // passes, passes
+    return None
+
+
+def derive_batches(
+        batch_size: int, world_size: int, device_batch: Optional[int], even: bool = False) -> tuple[int, int]:
     """Split the images of an optimizer step over devices and time.
 
+    Args:
+        device_batch: The most images at a time on a device, for its memory; any number if None.
+        even: An even number at a time, for mixup pairs them.
     Returns:
         (images at a time per device, forward passes per optimizer step); their product by `world_size` is
-        `batch_size`.
+        `batch_size`. At least half of `device_batch`, so that BatchNorm does not see much less than was meant.
     Raises:
         ConfigError: It does not come out even; names the nearest global batches that do.
     """
-    per_pass = world_size * (device_batch or max(batch_size // world_size, 1))
-    if batch_size % per_pass:
-        below, above = batch_size // per_pass * per_pass, -(-batch_size // per_pass) * per_pass
-        nearest = ' or '.join(str(n) for n in (below, above) if n)
-        raise ConfigError(
-            f'batch_size={batch_size} cannot be made of {world_size} device(s) x {per_pass // world_size} images: '
-            f'take {nearest}, or another device_batch.')
-    return per_pass // world_size, batch_size // per_pass
+    split = _split_batch(batch_size, world_size, device_batch, even)
+    if split is not None:
+        return split
+    span = range(1, 4 * world_size * (device_batch or 2) + 2)
+    below = next((batch_size - n for n in span if _split_batch(batch_size - n, world_size, device_batch, even)), None)
+    above = next((batch_size + n for n in span if _split_batch(batch_size + n, world_size, device_batch, even)), None)
+    nearest = ' or '.join(str(n) for n in (below, above) if n)
+    images = f'{device_batch} images at most' if device_batch else 'one pass'
+    raise ConfigError(
+        f'batch_size={batch_size} cannot be made of equal passes over {world_size} device(s) of {images}'
+        f'{", an even number for mixup and cutmix" if even else ""}: take {nearest}, or another device_batch.')

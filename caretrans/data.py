@@ -1,17 +1,15 @@
-"""Data sets and loaders, through timm's readers and transforms."""
+"""Data sets, through timm's readers: what cannot be trained on or evaluated stops here."""
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import torch
-from timm.data import ImageNetInfo, create_dataset, create_loader, resolve_data_config
+from timm.data import ImageNetInfo, create_dataset, resolve_data_config
 from torch.utils.data import Dataset
 
 from .checkpoint_file import list_names
-from .config import TrainConfig
 
 __all__ = [
-    'DataError', 'build_eval_loader', 'build_train_loader', 'describe_classes', 'list_classes', 'open_dataset',
-    'resolve_eval_config']
+    'DataError', 'describe_classes', 'list_classes', 'name_image', 'open_dataset', 'resolve_eval_config']
 
 
 class DataError(ValueError):
@@ -113,31 +111,9 @@ def resolve_eval_config(model: torch.nn.Module, **overrides: Any) -> Dict[str, A
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
 
-def build_eval_loader(
-        dataset: Dataset, eval_config: Dict[str, Any], batch_size: int, workers: int, device: torch.device):
-    """Batches of (images, labels) in order, resized and centre-cropped as `eval_config` says."""
-    return create_loader(
-        dataset, batch_size=batch_size, is_training=False, num_workers=workers, device=device,
-        use_prefetcher=device.type == 'cuda', pin_memory=device.type == 'cuda', persistent_workers=False,
-        input_size=tuple(eval_config['input_size']), interpolation=eval_config['interpolation'],
-        mean=tuple(eval_config['mean']), std=tuple(eval_config['std']),
-        crop_pct=eval_config['crop_pct'], crop_mode=eval_config['crop_mode'])
-
-
-def build_train_loader(
-        dataset: Dataset, config: TrainConfig, eval_config: Dict[str, Any], batch_size: int, device: torch.device):
-    """Shuffled batches of `batch_size` augmented (images, labels); an incomplete last batch is left out.
-
-    Raises:
-        DataError: The data set is smaller than a batch.
-    """
-    if len(dataset) < batch_size:
-        raise DataError(f'The {len(dataset)} training images do not fill a batch of {batch_size}: take a smaller one.')
-    channels = eval_config['input_size'][0]
-    return create_loader(
-        dataset, batch_size=batch_size, is_training=True, num_workers=config.workers, device=device,
-        use_prefetcher=device.type == 'cuda', pin_memory=device.type == 'cuda',
-        input_size=(channels, config.img_size, config.img_size), interpolation=config.interpolation,
-        mean=tuple(eval_config['mean']), std=tuple(eval_config['std']),
-        scale=tuple(config.scale), ratio=tuple(config.ratio), hflip=config.hflip, color_jitter=config.color_jitter,
-        auto_augment=config.auto_augment or None, re_prob=config.random_erasing, re_mode='pixel')
+def name_image(dataset: Dataset, index: int) -> str:
+    """Where image `index` is: its path, or its number where the data set knows no paths."""
+    try:
+        return str(dataset.filename(index, absolute=True))
+    except (AttributeError, AssertionError, NotImplementedError):
+        return f'image {index}'

@@ -1,0 +1,94 @@
+"""The processes of a run: which one this is, and what they tell one another.
+
+Started by torchrun, which sets RANK, LOCAL_RANK, WORLD_SIZE and where to meet; alone without them. Figures and flags
+travel over gloo on the CPU, gradients over NCCL where the device is a GPU.
+"""
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, List, Sequence
+
+import torch
+import torch.distributed as dist
+
+__all__ = ['Processes', 'find_processes', 'join_processes', 'leave_processes']
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run.
+
+    Every method is called by all processes at the same place, and is free when there is but one.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_primary(self) -> bool:
+        """Whether this is the one that prints and writes."""
+        return self.rank == 0
+
+    @property
+    def is_alone(self) -> bool:
+        return self.world_size == 1
+
+    def largest(self, values: Sequence[float]) -> List[float]:
+        """Each value's maximum over the processes."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def total(self, values: Sequence[float]) -> List[float]:
+        """Each value's sum over the processes, in float64."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def _reduce(self, values: Sequence[float], operation: Any) -> List[float]:
+        if self.is_alone:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, operation)
+        return tensor.tolist()
+
+    def gather(self, value: Any) -> List[Any]:
+        """The value of every process, in the order of their ranks, everywhere."""
+        if self.is_alone:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def share(self, value: Any) -> Any:
+        """The value of the primary process, everywhere."""
+        if self.is_alone:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
+
+
+def find_processes() -> Processes:
+    """The place of this process as torchrun set it, without talking to the others."""
+    world_size = int(os.environ.get('WORLD_SIZE', 1)) if 'RANK' in os.environ else 1
+    if world_size == 1:
+        return Processes()
+    return Processes(int(os.environ['RANK']), world_size, int(os.environ.get('LOCAL_RANK', 0)))
+
+
+def join_processes(device: torch.device, timeout: float = 1800.) -> Processes:
+    """Meet the other processes of the run, if there are any.
+
+    Args:
+        device: Of this process; gradients travel over NCCL for cuda.
+        timeout: Seconds after which a process that does not answer is given up.
+    """
+    processes = find_processes()
+    if not processes.is_alone and not dist.is_initialized():
+        backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    return processes
+
+
+def leave_processes() -> None:
+    """Let go of the other processes."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

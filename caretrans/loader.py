@@ -1,0 +1,369 @@
+"""Loaders: images of a data set, decoded and augmented in workers as uint8, made floating point on the device.
+
+What a training loader gives is a function of (seed, epoch, step) alone: each image is augmented with a seed of its own,
+so that a run can go on in the middle of an epoch, and workers and processes may change without changing the images.
+"""
+import io
+import os
+import signal
+import time
+from itertools import islice
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.dataset import ImageDataset
+from timm.data.loader import PrefetchLoader
+from timm.data.scheduled_sampler import ScheduledBatchSampler
+from torch.utils.data import (
+    DataLoader, Dataset, IterableDataset, Sampler, SequentialSampler, default_collate, get_worker_info)
+
+from .config import TrainConfig
+from .data import DataError, name_image
+from .distributed import Processes
+from .randomness import derive_seed, seed_everything, seed_sample
+
+__all__ = ['EvalLoader', 'Pass', 'TrainLoader', 'build_eval_loader', 'build_train_loader']
+
+MAX_TRIES = 50  # images in a row that cannot be read
+GRACE = 20.  # seconds that a worker stays after SIGTERM, for the last step and its checkpoint
+UNREADABLE = (OSError, SyntaxError, EOFError, Image.DecompressionBombError)  # how files and Pillow's decoders fail
+
+
+class Sample(NamedTuple):
+    """What a worker is asked for: an image, the seed of its augmentation, and which of the sizes it gets."""
+    index: int
+    seed: int = 0
+    size: int = 0
+
+
+class Batch(NamedTuple):
+    """images (B, 3, H, W) uint8, targets (B,) int64, and (name, reason) of images that could not be read."""
+    images: torch.Tensor
+    targets: torch.Tensor
+    unreadable: List[Tuple[str, str]]
+
+
+Item = Tuple[Optional[torch.Tensor], int, List[Tuple[str, str]]]
+
+
+def collate(items: Sequence[Item]) -> Batch:
+    """Put items together; those without an image only report why."""
+    unreadable = [entry for item in items for entry in item[2]]
+    items = [item for item in items if item[0] is not None]
+    if not items:
+        return Batch(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), unreadable)
+    return Batch(
+        default_collate([item[0] for item in items]), torch.tensor([item[1] for item in items]), unreadable)
+
+
+# In the workers -------------------------------------------------------------------------------------------------------
+
+def read_image(dataset: Dataset, index: int) -> Tuple[Image.Image, int]:
+    """Image `index` of a data set of timm's factory, RGB, and its label.
+
+    Raises:
+        OSError, SyntaxError, EOFError, Image.DecompressionBombError: It cannot be read or decoded.
+    """
+    if not isinstance(dataset, ImageDataset):  # torchvision's open the image themselves
+        image, target = dataset[index][:2]
+        return image.convert('RGB'), int(target)
+    file, target = dataset.reader[index][:2]
+    with file:
+        data = file.read()
+    return Image.open(io.BytesIO(data)).convert('RGB'), int(target)
+
+
+class Samples(Dataset):
+    """Images by index, transformed; asked with a `Sample`.
+
+    Args:
+        dataset: Of timm's factory; its own transform is not used.
+        transforms: One for each size.
+        replace: Take the next readable image for one that is not readable, else leave a gap.
+    """
+
+    def __init__(self, dataset: Dataset, transforms: Sequence[Any], replace: bool) -> None:
+        dataset.transform = None
+        self.dataset, self.transforms, self.replace = dataset, list(transforms), replace
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, sample: Sample) -> Item:
+        unreadable: List[Tuple[str, str]] = []
+        index = sample.index
+        for _ in range(MAX_TRIES):
+            try:
+                image, target = read_image(self.dataset, index)
+            except UNREADABLE as error:
+                unreadable.append((name_image(self.dataset, index), f'{type(error).__name__}: {error}'))
+                if not self.replace:
+                    return None, -1, unreadable
+                index = (index + 1) % len(self)
+            else:
+                seed_sample(sample.seed)
+                return self.transforms[sample.size](image), target, unreadable
+        raise DataError(f'{MAX_TRIES} images in a row cannot be read, the first is {": ".join(unreadable[0])}.')
+
+
+class StreamedSamples(IterableDataset):
+    """Transformed images of a reader that streams (WebDataset shards, iterable Hugging Face data), in its order."""
+
+    def __init__(self, dataset: IterableDataset, transform: Any, seed: int, rank: int) -> None:
+        dataset.transform = None
+        self.dataset, self.transform, self.seed, self.rank = dataset, transform, seed, rank
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Item]:
+        worker = get_worker_info()
+        place = (self.seed, self.epoch, self.rank, worker.id if worker else 0)
+        for count, (image, target) in enumerate(self.dataset):
+            seed_sample(derive_seed(*place, count))
+            yield self.transform(image.convert('RGB')), int(target), []
+
+
+def _start_worker(worker_id: int) -> None:
+    """Outlive a SIGTERM to all processes of the run by some seconds: the main process has a step to finish."""
+    def stay(*_: Any) -> None:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, GRACE)
+    if os.name == 'posix':
+        signal.signal(signal.SIGTERM, stay)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+class PassSampler(Sampler):
+    """For each forward pass of this process, the samples it takes of its optimizer step.
+
+    Step s of an epoch takes the images at positions s*B ... s*B+B-1 of the epoch's order, B the global batch, whatever
+    the number of processes; they go to pass 0 of process 0, pass 0 of process 1, ..., pass 1 of process 0, ...
+    timm's scheduled sampler draws a size for each step.
+
+    Args:
+        images: Of the data set.
+        batch_size: Global.
+        splits: For each size, (images per pass and process, passes per step).
+        schedule: 'constant', every size as likely in every epoch, or 'progressive', from the first to the last.
+        epochs: Over which a progressive schedule goes.
+    """
+
+    def __init__(
+            self, images: int, seed: int, batch_size: int, splits: Sequence[Tuple[int, int]], processes: Processes,
+            schedule: str = 'constant', epochs: int = 1,
+    ) -> None:
+        self.images, self.seed, self.batch_size = images, seed, batch_size
+        self.splits, self.processes = list(splits), processes
+        self.epoch = self.start_step = 0
+        self.plan = ScheduledBatchSampler(
+            SequentialSampler(range(images // batch_size)), batch_sizes=[1] * len(splits), seed=seed & 0x7fffffff,
+            choice_schedule=schedule if len(splits) > 1 else 'constant', schedule_epochs=epochs)
+
+    def choose_sizes(self, epoch: int) -> List[int]:
+        """Which of the sizes each step of an epoch has."""
+        self.plan.set_epoch(epoch)
+        return [size for (_, size), in self.plan]
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        self.epoch, self.start_step = epoch, start_step
+
+    def __len__(self) -> int:
+        return sum(self.splits[size][1] for size in self.choose_sizes(self.epoch)[self.start_step:])
+
+    def __iter__(self) -> Iterator[List[Sample]]:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
+        order = torch.randperm(self.images, generator=generator).tolist()
+        sizes = self.choose_sizes(self.epoch)
+        for step in range(self.start_step, len(sizes)):
+            images, passes = self.splits[sizes[step]]
+            for i in range(passes):
+                first = step * self.batch_size + (i * self.processes.world_size + self.processes.rank) * images
+                yield [Sample(order[position], derive_seed(self.seed, self.epoch, position), sizes[step])
+                       for position in range(first, first + images)]
+
+
+class _DeviceLoader:
+    """Moves batches to the device and normalises them there, by timm's prefetcher; keeps account of the rest.
+
+    Attributes:
+        unreadable: (name, reason) of the images that could not be read, in the order they came; the reader empties it.
+        waited: Seconds spent waiting for the workers so far.
+    """
+
+    def __init__(self, eval_config: Dict[str, Any], device: torch.device, **erasing: Any) -> None:
+        self.unreadable: List[Tuple[str, str]] = []
+        self.waited = 0.
+        self.prefetcher = PrefetchLoader(
+            self, mean=tuple(eval_config['mean']), std=tuple(eval_config['std']), device=device,
+            channels=eval_config['input_size'][0], **erasing)
+
+    def _batches(self) -> Iterable[Batch]:
+        raise NotImplementedError
+
+    def _prepare(self) -> None:
+        """Called before each batch is moved to the device."""
+
+    def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        batches = iter(self._batches())
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            self.unreadable.extend(batch.unreadable)
+            if len(batch.images):
+                self._prepare()
+                yield batch.images, batch.targets
+
+
+class Pass(NamedTuple):
+    """What one forward pass takes: images (B, 3, H, W) normalised, targets (B,), and where it stands in the epoch."""
+    images: torch.Tensor
+    targets: torch.Tensor
+    step: int
+    ends_step: bool
+
+
+class TrainLoader(_DeviceLoader):
+    """Augmented training batches, one for each forward pass of this process.
+
+    Attributes:
+        steps: Optimizer steps in an epoch; images that do not fill one are left out.
+    """
+
+    def __init__(
+            self, samples: Dataset, config: TrainConfig, eval_config: Dict[str, Any], splits: Sequence[Tuple[int, int]],
+            processes: Processes, device: torch.device,
+    ) -> None:
+        super().__init__(eval_config, device, re_prob=config.random_erasing, re_mode='pixel')
+        self.samples, self.seed, self.processes, self.splits = samples, config.seed, processes, list(splits)
+        options: Dict[str, Any] = dict(
+            num_workers=config.workers, collate_fn=collate, pin_memory=device.type == 'cuda',
+            worker_init_fn=_start_worker)
+        self.sampler: Optional[PassSampler] = None
+        if isinstance(samples, IterableDataset):
+            images, passes = splits[0]
+            self.generator = torch.Generator()
+            self.loader = DataLoader(samples, batch_size=images, drop_last=True, generator=self.generator, **options)
+            self.steps = len(samples) // images // passes
+        else:
+            self.sampler = PassSampler(
+                len(samples), config.seed, config.batch_size, splits, processes, config.size_schedule, config.epochs)
+            self.loader = DataLoader(
+                samples, batch_sampler=self.sampler, persistent_workers=config.workers > 0, **options)
+            self.steps = len(samples) // config.batch_size
+
+    def run(self, epoch: int, start_step: int = 0) -> Iterator[Pass]:
+        """The forward passes of an epoch from a step on, each with the random generators seeded for it."""
+        self.epoch, self.start_step = epoch, start_step
+        sizes = [0] * self.steps if self.sampler is None else self.sampler.choose_sizes(epoch)
+        places = [(step, i) for step in range(start_step, self.steps) for i in range(self.splits[sizes[step]][1])]
+        self._unprepared = iter(places)
+        for (step, i), (images, targets) in zip(places, self.prefetcher):  # noqa: B905 (a stream may go on)
+            self._seed_pass(step, i, 1)
+            yield Pass(images, targets, step, i + 1 == self.splits[sizes[step]][1])
+
+    def close(self) -> None:
+        """Let the workers go."""
+        self.loader._iterator = None
+
+    def _seed_pass(self, step: int, i: int, purpose: int) -> None:
+        place = i * self.processes.world_size + self.processes.rank  # as many, and the same ones, for any world size
+        seed_everything(derive_seed(self.seed, self.epoch, step, place, purpose))
+
+    def _prepare(self) -> None:
+        self._seed_pass(*next(self._unprepared, (self.steps, 0)), 2)
+
+    def _batches(self) -> Iterable[Batch]:
+        if self.sampler is not None:
+            self.sampler.set_epoch(self.epoch, self.start_step)
+            return self.loader
+        self.samples.set_epoch(self.epoch)
+        self.generator.manual_seed(derive_seed(self.seed, self.epoch))  # the readers draw their order from it
+        return islice(self.loader, self.start_step * self.splits[0][1], None)
+
+
+def build_train_loader(
+        dataset: Dataset, config: TrainConfig, eval_config: Dict[str, Any], splits: Sequence[Tuple[int, int]],
+        processes: Processes = Processes(), device: torch.device = torch.device('cpu'),  # noqa: B008 (immutable)
+) -> TrainLoader:
+    """The training loader of a data set.
+
+    Args:
+        splits: For each of the training sizes (`config.list_sizes()`), images per pass and process, and passes.
+    Raises:
+        DataError: The data set is smaller than a batch, or streams and is to be seen at several sizes.
+    """
+    transforms = [
+        create_transform(
+            (eval_config['input_size'][0], size, size), is_training=True, use_prefetcher=True,
+            interpolation=config.interpolation, mean=tuple(eval_config['mean']), std=tuple(eval_config['std']),
+            scale=tuple(config.scale), ratio=tuple(config.ratio), hflip=config.hflip,
+            color_jitter=config.color_jitter, auto_augment=config.auto_augment or None)
+        for size in config.list_sizes()]
+    if len(dataset) < config.batch_size:
+        raise DataError(
+            f'The {len(dataset)} training images do not fill a batch of {config.batch_size}: take a smaller one.')
+    if isinstance(dataset, IterableDataset):
+        if len(transforms) > 1:
+            raise DataError('train_img_sizes needs images by index: shards are read in order, so give one img_size.')
+        dataset.set_loader_cfg(num_workers=config.workers)
+        samples: Dataset = StreamedSamples(dataset, transforms[0], config.seed, processes.rank)
+    else:
+        samples = Samples(dataset, transforms, replace=True)
+    return TrainLoader(samples, config, eval_config, splits, processes, device)
+
+
+# Evaluation -----------------------------------------------------------------------------------------------------------
+
+class EvalLoader(_DeviceLoader):
+    """(images, targets) of this process's share of a data set, each image once, in order."""
+
+    def __init__(
+            self, samples: Dataset, eval_config: Dict[str, Any], batch_size: int, workers: int, processes: Processes,
+            device: torch.device,
+    ) -> None:
+        super().__init__(eval_config, device)
+        options: Dict[str, Any] = dict(
+            batch_size=batch_size, num_workers=workers, collate_fn=collate, pin_memory=device.type == 'cuda',
+            worker_init_fn=_start_worker)
+        if isinstance(samples, IterableDataset):  # its readers cannot share it out evenly: one process reads it all
+            self.loader: Any = DataLoader(samples, **options) if processes.is_primary else ()
+        else:
+            share = [Sample(index) for index in range(processes.rank, len(samples), processes.world_size)]
+            self.loader = DataLoader(samples, sampler=share, **options)
+
+    def _batches(self) -> Iterable[Batch]:
+        return self.loader
+
+    def run(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        """The batches, on the device."""
+        return iter(self.prefetcher)
+
+
+def build_eval_loader(
+        dataset: Dataset, eval_config: Dict[str, Any], batch_size: int, workers: int,
+        processes: Processes = Processes(), device: torch.device = torch.device('cpu'),  # noqa: B008 (immutable)
+) -> EvalLoader:
+    """Images resized and centre-cropped as `eval_config` says, this process's share of them."""
+    transform = create_transform(
+        tuple(eval_config['input_size']), is_training=False, use_prefetcher=True,
+        interpolation=eval_config['interpolation'], mean=tuple(eval_config['mean']), std=tuple(eval_config['std']),
+        crop_pct=eval_config['crop_pct'], crop_mode=eval_config['crop_mode'])
+    if isinstance(dataset, IterableDataset):
+        dataset.set_loader_cfg(num_workers=workers)
+        samples: Dataset = StreamedSamples(dataset, transform, 0, 0)
+    else:
+        samples = Samples(dataset, [transform], replace=False)
+    return EvalLoader(samples, eval_config, batch_size, workers, processes, device)
