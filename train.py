@@ -7,21 +7,31 @@ from caretrans.checkpoint import CheckpointError
 from caretrans.config import ConfigError, parse_train_config
 from caretrans.data import DataError
 from caretrans.engine import TrainingError
+from caretrans.distributed import find_processes
 from caretrans.progress import show_messages
-from caretrans.training import train
+from caretrans.run import Preempted, train
 
 
 def main() -> int:
-    show_messages()
+    is_primary = find_processes().is_primary
+    show_messages(is_primary)
     try:
         config = parse_train_config(description=__doc__)
         result = train(config)
     except (ConfigError, DataError, CheckpointError, TrainingError) as error:
-        print(f'train.py: {error}', file=sys.stderr)
+        if is_primary or not getattr(error, 'is_shared', False):
+            print(f'train.py: {error}', file=sys.stderr)
         return 2
+    except Preempted as stop:
+        if is_primary:
+            print(stop)
+        return 0
     except KeyboardInterrupt:
-        print('train.py: stopped; the checkpoints so far are in the run folder', file=sys.stderr)
+        if is_primary:
+            print('train.py: stopped; the same command goes on from the last checkpoint', file=sys.stderr)
         return 130
+    if not is_primary:
+        return 0
     best = result.best
     print(f'best top-1 {best["val_top1"]:.1f} % after epoch {best["epoch"]}, last {result.last["val_top1"]:.1f} %')
     print(f'curves: {result.folder / "curves.png"}   table: {result.folder / "summary.csv"}')

@@ -6,7 +6,7 @@ travel over gloo on the CPU, gradients over NCCL where the device is a GPU.
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, List, Sequence
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -64,6 +64,35 @@ class Processes:
         values = [value]
         dist.broadcast_object_list(values)
         return values[0]
+
+    def first(self, function: Callable[[], Any], keep: bool = False) -> Any:
+        """Call a function on the primary process alone; its value, or what it raises, comes everywhere.
+
+        Args:
+            keep: The value stays where it is, the others get None.
+        """
+        value, error = _try(function) if self.is_primary else (None, None)
+        shared, error = self.share((None if keep else value, error))
+        return _give(value if keep else shared, error)
+
+    def together(self, function: Callable[[], Any]) -> Any:
+        """Call a function on every process; where it fails on one, all raise what the first of them did."""
+        value, error = _try(function)
+        return _give(value, next((found for found in self.gather(error) if found is not None), None))
+
+
+def _try(function: Callable[[], Any]) -> Tuple[Any, Optional[Exception]]:
+    try:
+        return function(), None
+    except Exception as error:  # on its way to the other processes, then raised
+        return None, error
+
+
+def _give(value: Any, error: Optional[Exception]) -> Any:
+    if error is not None:
+        error.is_shared = True  # by all processes: one of them says it
+        raise error
+    return value
 
 
 def find_processes() -> Processes:

@@ -1,40 +1,70 @@
-"""One epoch of training and one evaluation: no flags, no files, no globals."""
+"""One epoch of training: no flags, no files, no globals."""
 import math
-import time
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Callable, ContextManager, Dict, Optional
+from dataclasses import dataclass, field
+from typing import Callable, ContextManager, Iterable, Iterator, List, NamedTuple, Optional
 
 import torch
 import torch.nn as nn
 from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
-from timm.task import ClassificationEvaluator, TrainingTask, evaluation_sample_limit
-from timm.utils import NativeScaler
+from timm.task import TrainingTask
+from timm.utils import dispatch_clip_grad
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from .config import ConfigError
+from .distributed import Processes
+from .loader import Pass
 
-__all__ = ['Stepper', 'TrainingError', 'autocast', 'evaluate', 'resolve_device', 'train_epoch']
+__all__ = ['NonFiniteError', 'Step', 'Stepper', 'TrainingError', 'autocast', 'resolve_device', 'train_steps']
 
 AMP_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
+LEAST_SCALE = 2. ** -14  # of the loss in float16; below, every step overflowed for a long time
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says where it stood."""
+    """Training cannot go on; the message says where it stood.
+
+    Attributes:
+        is_shared: Whether all processes raise it, so that one can speak for all.
+    """
+
+    def __init__(self, message: str, is_shared: bool = False) -> None:
+        super().__init__(message)
+        self.is_shared = is_shared
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device of that name; 'auto' is cuda, else mps, else cpu.
+class NonFiniteError(TrainingError):
+    """A loss or a gradient is not finite.
+
+    Attributes:
+        step: Optimizer step of the epoch.
+        is_local: Whether the loss of this process is one of them.
+    """
+
+    def __init__(self, message: str, step: int, is_local: bool) -> None:
+        super().__init__(message, is_shared=True)
+        self.step, self.is_local = step, is_local
+
+
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of that name; 'auto' is cuda, else mps, else cpu. Process `local_rank` of a machine gets its own GPU.
 
     Raises:
         ConfigError: There is no such device here.
     """
     available = [kind for kind, module in (('cuda', torch.cuda), ('mps', torch.backends.mps)) if module.is_available()]
-    if name == 'auto':
-        return torch.device((available + ['cpu'])[0])
-    if name.split(':')[0] not in available + ['cpu']:
+    kind = (available + ['cpu'])[0] if name == 'auto' else name
+    if kind.split(':')[0] not in available + ['cpu']:
         raise ConfigError(f'device={name}, but there is only {", ".join(available + ["cpu"])} here.')
-    return torch.device(name)
+    if kind != 'cuda':
+        return torch.device(kind)
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f'Process {local_rank} of this machine has no GPU of its own, there are {torch.cuda.device_count()}: '
+            f'start as many processes as GPUs.')
+    torch.cuda.set_device(local_rank)
+    return torch.device('cuda', local_rank)
 
 
 def autocast(device: torch.device, amp: str) -> ContextManager:
@@ -47,106 +77,159 @@ class Stepper:
     """What an optimizer step needs, and how many were made.
 
     Attributes:
-        accumulation: Forward passes per optimizer step.
-        scaler: Of the loss, in float16.
         scheduler: Told after every step how many were made, for schedules per step.
+        scaler: Of the loss, in float16.
+        clip: Gradients are clipped at this value, None for not at all.
+        clip_mode: 'norm', 'value' or 'agc' (adaptive), as in timm.
+        max_skips: Steps that may be left out because something is not finite.
     """
 
     optimizer: torch.optim.Optimizer
     scheduler: Optional[Scheduler] = None
-    accumulation: int = 1
-    scaler: Optional[NativeScaler] = None
+    scaler: Optional[torch.amp.GradScaler] = None
+    clip: Optional[float] = None
+    clip_mode: str = 'norm'
+    max_skips: int = 0
     steps: int = 0
+    skipped: int = 0
+    parameters: List[nn.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = [p for group in self.optimizer.param_groups for p in group['params']]
 
     @property
     def lr(self) -> float:
         return max(group['lr'] for group in self.optimizer.param_groups)
 
-    def backward(self, loss: torch.Tensor, last_of_step: bool) -> None:
-        """Add the gradient of one forward pass; after the last one of a step, update the weights."""
-        loss = loss / self.accumulation
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of one forward pass."""
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def measure_gradient(self) -> torch.Tensor:
+        """The norm of the whole gradient, unscaled, the same on every process."""
         if self.scaler is not None:
-            self.scaler(loss, self.optimizer, need_update=last_of_step)
+            self.scaler.unscale_(self.optimizer)
+        return get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+
+    def update(self, norm: torch.Tensor) -> None:
+        """Clip the gradient, whose norm is `norm`, update the weights and the rate."""
+        if self.clip is not None:
+            parameters = [p for p in self.parameters if p.grad is not None]
+            if self.clip_mode == 'norm':
+                clip_grads_with_norm_(parameters, self.clip, norm)
+            else:
+                dispatch_clip_grad(parameters, self.clip, self.clip_mode)
+        if self.scaler is None:
+            self.optimizer.step()
         else:
-            loss.backward()
-            if last_of_step:
-                self.optimizer.step()
-        if last_of_step:
-            self.optimizer.zero_grad()
-            self.steps += 1
-            if self.scheduler is not None:
-                self.scheduler.step_update(self.steps)
+            self.scaler.step(self.optimizer)  # which leaves out a step that overflowed
+        self._finish()
+
+    def skip(self) -> None:
+        """Leave out this step, as one of those that may be."""
+        self.skipped += 1
+        self._finish()
+
+    def _finish(self) -> None:
+        if self.scaler is not None:
+            self.scaler.update()
+        self.optimizer.zero_grad()
+        self.steps += 1
+        if self.scheduler is not None:
+            self.scheduler.step_update(self.steps)
 
 
-def train_epoch(
+class Step(NamedTuple):
+    """What an optimizer step did: its number in the epoch, this process's images and loss (their mean), the rate it
+    used, the norm of its gradient, whether it was left out, and whether some process wants to stop."""
+    number: int
+    images: int
+    loss: float
+    lr: float
+    grad_norm: float
+    skipped: bool
+    stop: bool
+
+
+class _BufferGuard:
+    """Keeps the running statistics of the last good step, for one that is left out has spoiled them already."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        self.copies = [buffer.clone() for buffer in self.buffers]
+
+    def keep(self) -> None:
+        for buffer, copy in zip(self.buffers, self.copies, strict=True):
+            copy.copy_(buffer)
+
+    def restore(self) -> None:
+        for buffer, copy in zip(self.buffers, self.copies, strict=True):
+            buffer.copy_(copy)
+
+
+def train_steps(
         task: TrainingTask,
-        loader: Any,
+        passes: Iterable[Pass],
         stepper: Stepper,
-        device: torch.device,
         amp: str = 'off',
         mixup: Optional[Mixup] = None,
         memory_format: torch.memory_format = torch.contiguous_format,
-        report: Callable[..., None] = lambda images, **figures: None,
-) -> Dict[str, float]:
-    """Train on every whole optimizer step that the loader gives.
+        processes: Processes = Processes(),  # noqa: B008 (immutable)
+        wants_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Step]:
+    """Train on the passes of an epoch; yields after every optimizer step.
+
+    The processes agree at every step on whether all is finite and whether to stop, so that none is left waiting.
 
     Args:
         task: Forward pass and loss, from `timm.task`.
-        loader: Batches of (images, labels); an iterable with a length.
-        report: Called after every forward pass with the images so far seen and loss, lr.
-    Returns:
-        Mean loss, last lr, images, seconds and images_per_s.
+        wants_stop: Whether this process was asked to stop.
     Raises:
-        TrainingError: The loss is not finite.
+        NonFiniteError: A loss or gradient is not finite, and no more steps may be left out.
     """
     task.train()
     stepper.optimizer.zero_grad()
-    start, images, total = time.perf_counter(), 0, 0.
-    passes = len(loader) // stepper.accumulation * stepper.accumulation
-    if not passes:
-        raise TrainingError(f'{len(loader)} batches do not make one step of {stepper.accumulation} forward passes.')
-    for i, (x, target) in zip(range(passes), loader):  # noqa: B905 (the loader may have a few batches more)
-        x, target = x.to(device, non_blocking=True), target.to(device, non_blocking=True)
+    guard = _BufferGuard(task.get_trainable_module()) if stepper.max_skips else None
+    images, total = 0, 0.
+    for x, target, number, index, count in passes:
         if mixup is not None:
             x, target = mixup(x, target)
-        with autocast(device, amp):
-            loss = task(x.contiguous(memory_format=memory_format), target)['loss']
-        value = loss.item()
-        if not math.isfinite(value):
-            raise TrainingError(f'The loss is {value} at step {stepper.steps} (learning rate {stepper.lr:.3g}).')
-        lr = stepper.lr
-        stepper.backward(loss, last_of_step=(i + 1) % stepper.accumulation == 0)
-        images, total = images + len(x), total + value * len(x)
-        report(images, loss=total / images, lr=lr)
-    if not images:
-        raise TrainingError('The loader gave no images.')
-    seconds = time.perf_counter() - start
-    return dict(loss=total / images, lr=lr, images=images, seconds=seconds, images_per_s=images / seconds)
+        last = index + 1 == count
+        with nullcontext() if last else task.no_sync():
+            with autocast(x.device, amp):
+                loss = task(x.contiguous(memory_format=memory_format), target)['loss']
+            stepper.backward(loss / count)
+        images, total = images + len(x), total + loss.detach().float() * len(x)
+        if not last:
+            continue
+        norm, lr = stepper.measure_gradient(), stepper.lr
+        mean, size = torch.stack([total / images, norm.float()]).tolist()  # the one wait for the device in a step
+        # In float16 the scaler sees to gradients that overflow.
+        is_finite = math.isfinite(mean) and (math.isfinite(size) or stepper.scaler is not None)
+        bad, stop = processes.largest([not is_finite, wants_stop()])
+        if bad:
+            if stepper.skipped >= stepper.max_skips:
+                raise NonFiniteError(_describe_failure(mean, size, stepper), number, not math.isfinite(mean))
+            guard.restore()
+            stepper.skip()
+        else:
+            stepper.update(norm)
+            if guard is not None:
+                guard.keep()
+        _check_scale(stepper)
+        yield Step(number, images, mean, lr, size, bool(bad), bool(stop))
+        images, total = 0, 0.
 
 
-@torch.inference_mode()
-def evaluate(
-        model: nn.Module,
-        loader: Any,
-        device: torch.device,
-        amp: str = 'off',
-        report: Callable[..., None] = lambda images, **figures: None,
-) -> Dict[str, float]:
-    """Mean cross entropy and accuracy over all images of the loader.
+def _describe_failure(loss: float, norm: float, stepper: Stepper) -> str:
+    scale = 'no loss scaler' if stepper.scaler is None else f'loss scale {stepper.scaler.get_scale():g}'
+    skipped = f', after {stepper.skipped} steps were left out' if stepper.skipped else ''
+    return (f'The loss is {loss}, the norm of its gradient {norm:.4g}, at step {stepper.steps} '
+            f'(learning rate {stepper.lr:.3g}, {scale}){skipped}.')
 
-    Returns:
-        loss, top1 and top5 in percent (top5 of at most as many classes as there are), images, seconds, images_per_s.
-    """
-    model.eval()
-    evaluator = ClassificationEvaluator(device=device, max_samples=evaluation_sample_limit(loader))
-    start = time.perf_counter()
-    for x, target in loader:
-        x, target = x.to(device, non_blocking=True), target.to(device, non_blocking=True)
-        with autocast(device, amp):
-            logits = model(x)
-        evaluator.update(logits, target)
-        report(evaluator.num_samples)
-    result = {key: float(value) for key, value in evaluator.compute().items()}
-    seconds = time.perf_counter() - start
-    images = evaluator.num_samples
-    return dict(result, images=images, seconds=seconds, images_per_s=images / seconds)
+
+def _check_scale(stepper: Stepper) -> None:
+    if stepper.scaler is not None and stepper.scaler.get_scale() < LEAST_SCALE:
+        raise TrainingError(
+            f'The loss scale fell to {stepper.scaler.get_scale():g} at step {stepper.steps} (learning rate '
+            f'{stepper.lr:.3g}): every gradient overflows float16. Take --amp bf16, or a lower rate.')

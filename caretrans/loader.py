@@ -228,11 +228,15 @@ class _DeviceLoader:
 
 
 class Pass(NamedTuple):
-    """What one forward pass takes: images (B, 3, H, W) normalised, targets (B,), and where it stands in the epoch."""
+    """What one forward pass takes: images (B, 3, H, W) normalised, targets (B,).
+
+    It is number `index` of the `passes` of this process in optimizer step `step` of the epoch.
+    """
     images: torch.Tensor
     targets: torch.Tensor
     step: int
-    ends_step: bool
+    index: int = 0
+    passes: int = 1
 
 
 class TrainLoader(_DeviceLoader):
@@ -272,7 +276,16 @@ class TrainLoader(_DeviceLoader):
         self._unprepared = iter(places)
         for (step, i), (images, targets) in zip(places, self.prefetcher):  # noqa: B905 (a stream may go on)
             self._seed_pass(step, i, 1)
-            yield Pass(images, targets, step, i + 1 == self.splits[sizes[step]][1])
+            yield Pass(images, targets, step, i, self.splits[sizes[step]][1])
+
+    def name_images(self, step: int) -> List[str]:
+        """The images that this process takes in a step of the epoch it is in; none are known of a stream."""
+        if self.sampler is None:
+            return []
+        self.sampler.set_epoch(self.epoch, step)
+        passes = self.splits[self.sampler.choose_sizes(self.epoch)[step]][1]
+        dataset = self.samples.dataset
+        return [name_image(dataset, sample.index) for samples in islice(self.sampler, passes) for sample in samples]
 
     def close(self) -> None:
         """Let the workers go."""

@@ -9,10 +9,14 @@ from tqdm import tqdm
 __all__ = ['Progress', 'show_messages']
 
 
-def show_messages() -> None:
-    """Let scripts print to stderr what the package says: which checkpoint was loaded, which heads are fresh."""
-    logging.basicConfig(level=logging.WARNING, format='%(message)s', stream=sys.stderr)
-    logging.getLogger(__package__).setLevel(logging.INFO)
+def show_messages(everything: bool = True) -> None:
+    """Let scripts print to stderr what the package says: which checkpoint was loaded, which heads are fresh.
+
+    Args:
+        everything: Else errors alone, for processes that repeat what another one says.
+    """
+    logging.basicConfig(level=logging.WARNING if everything else logging.ERROR, format='%(message)s', stream=sys.stderr)
+    logging.getLogger(__package__).setLevel(logging.INFO if everything else logging.ERROR)
 
 
 class Progress:
@@ -33,7 +37,7 @@ class Progress:
             self, total: int, unit: str = 'images', interval: float = 10., stream: Optional[TextIO] = None) -> None:
         self.total, self.unit, self.interval = total, unit, interval
         self.stream = stream or sys.stdout
-        self.count, self.label = 0, ''
+        self.count, self.skipped, self.label = 0, 0, ''
         self.start = self.last_line = time.perf_counter()
         self.bar = tqdm(total=total, unit=' ' + unit, file=self.stream, dynamic_ncols=True, leave=False) \
             if self.stream.isatty() else None
@@ -50,6 +54,13 @@ class Progress:
         self.label = label
         if self.bar is not None:
             self.bar.set_description(label)
+
+    def skip(self, amount: int) -> None:
+        """Count `amount` as done before: it says nothing about the rate."""
+        self.count = self.skipped = amount
+        if self.bar is not None:
+            self.bar.initial = self.bar.n = amount
+            self.bar.refresh()
 
     def update(self, amount: int, **figures: float) -> None:
         """Count `amount` more; `figures` are shown beside the bar, or in the next plain line when one is due."""
@@ -74,7 +85,7 @@ class Progress:
             self.stream.flush()
 
     def _rate(self) -> float:
-        return self.count / max(time.perf_counter() - self.start, 1e-9)
+        return (self.count - self.skipped) / max(time.perf_counter() - self.start, 1e-9)
 
     def _left(self) -> str:
         return tqdm.format_interval((self.total - self.count) / max(self._rate(), 1e-9))

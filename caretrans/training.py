@@ -1,34 +1,26 @@
-"""A training run from its config to its run folder."""
-from dataclasses import dataclass
-from pathlib import Path
+"""Everything a training run needs, built from its config and checked before the first step."""
+import inspect
 from typing import Any, Dict, Optional
 
 import timm
 import torch
 import torch.nn as nn
 from timm.data import Mixup
+from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.task import ClassificationTask, TrainingTask
-from timm.utils import NativeScaler, random_seed
+from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import CheckpointError, load_checkpoint
-from .config import ConfigError, TrainConfig, derive_batches
-from .data import DataError, build_eval_loader, build_train_loader, list_classes, open_dataset, resolve_eval_config
-from .engine import Stepper, TrainingError, evaluate, resolve_device, train_epoch
-from .progress import Progress
-from .run_folder import RunFolder
+from .config import ConfigError, TrainConfig
+from .data import DataError, list_classes, open_dataset, resolve_eval_config
+from .distillation import build_task
+from .distributed import Processes
+from .engine import Stepper
+from .loader import build_eval_loader, build_train_loader
+from .randomness import seed_everything
 
-__all__ = ['TrainResult', 'Trainer', 'build_model', 'build_task', 'train']
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """Where a run was written and how it ended: its rows of summary.csv, the last and the best."""
-
-    folder: Path
-    last: Dict[str, float]
-    best: Dict[str, float]
+__all__ = ['Trainer', 'build_mixup', 'build_model', 'build_schedule']
 
 
 def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
@@ -43,23 +35,19 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
         raise ConfigError(f'{config.model}: {error}') from None
     if config.checkpoint:
         load_checkpoint(model, config.checkpoint, new_heads=config.new_heads)
+    if getattr(model, 'in_chans', 3) != 3:
+        raise ConfigError(f'The model takes {model.in_chans} channels, the images have 3: leave in_chans out.')
+    if config.grad_checkpointing:
+        if not hasattr(model, 'set_grad_checkpointing'):
+            raise ConfigError(f'{config.model} has no gradient checkpointing: leave --grad-checkpointing out.')
+        model.set_grad_checkpointing(True)
     return model
-
-
-def build_task(config: TrainConfig, model: nn.Module, device: torch.device) -> TrainingTask:
-    """Forward pass and loss of a run."""
-    soft_targets = bool(config.mixup or config.cutmix)
-    return ClassificationTask(
-        model, criterion_kwargs=dict(smoothing=config.smoothing, soft_targets=soft_targets), device=device,
-        verbose=False)
 
 
 def build_mixup(config: TrainConfig, num_classes: int) -> Optional[Mixup]:
     """Mixup and CutMix of whole batches, or None when both are off."""
     if not config.mixup and not config.cutmix:
         return None
-    if (config.device_batch or config.batch_size) % 2:
-        raise ConfigError('mixup and cutmix pair the images of a batch: take an even batch_size and device_batch.')
     return Mixup(
         mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, label_smoothing=config.smoothing,
         num_classes=num_classes)
@@ -74,21 +62,28 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_
 
 
 class Trainer:
-    """Everything a run needs, built and checked before the first step.
+    """Data, model, loss, optimizer and schedule of a run.
 
+    Attributes:
+        model: The weights that are trained, without wrappers.
+        ema: Their average over the steps, or None.
+        task: Forward pass and loss; compiled as asked, and distributed after `distribute`.
     Raises:
         ConfigError, DataError, CheckpointError: The settings, the data or the checkpoint cannot work.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        random_seed(config.seed)
-        self.config = config
-        self.device = resolve_device(config.device)
-        self.device_batch, self.accumulation = derive_batches(config.batch_size, 1, config.device_batch)
+    def __init__(self, config: TrainConfig, processes: Processes, device: torch.device) -> None:
+        self.config, self.processes, self.device = config, processes, device
+        seed_everything(config.seed)
+        self.splits = config.split_steps(processes.world_size)
+        self.device_batch, self.accumulation = self.splits[0]
         self._open_data()
         try:
-            self._build()
-        except (CheckpointError, ConfigError, DataError):
+            self._build_model()
+            self._build_loaders()
+            self._build_task()
+            self._build_optimizer()
+        except (CheckpointError, ConfigError, DataError, torch.OutOfMemoryError):
             raise
         except (AssertionError, KeyError, TypeError, ValueError, RuntimeError) as error:  # how timm refuses a setting
             raise ConfigError(f'These settings do not work: {" ".join(str(error).split())}') from error
@@ -106,102 +101,93 @@ class Trainer:
         if self.classes and len(self.classes) != self.num_classes:
             raise ConfigError(f'num_classes={self.num_classes}, but the data have {len(self.classes)}: leave it out.')
 
-    def _build(self) -> None:
+    def _build_model(self) -> None:
         config = self.config
+        if config.sync_bn and self.device.type == 'cpu' and not self.processes.is_alone:
+            raise ConfigError("sync_bn needs GPUs, PyTorch's SyncBatchNorm does not run on cpu: leave --sync-bn out.")
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.model = build_model(config, self.num_classes).to(self.device, memory_format=self.memory_format)
-        if getattr(self.model, 'in_chans', 3) != 3:
-            raise ConfigError(f'The model takes {self.model.in_chans} channels, the images have 3: leave in_chans out.')
+        model = build_model(config, self.num_classes)
+        if config.sync_bn:
+            model = convert_sync_batchnorm(model)
+        self.model = model.to(self.device, memory_format=self.memory_format)
+
+    def _build_loaders(self) -> None:
+        config = self.config
         self.eval_config = resolve_eval_config(
             self.model, img_size=config.val_img_size or config.img_size, crop_pct=config.crop_pct)
         self.train_loader = build_train_loader(
-            self.train_set, config, self.eval_config, self.device_batch, self.device)
-        self.val_loader = build_eval_loader(
-            self.val_set, self.eval_config, self.device_batch, config.workers, self.device)
-        self.steps_per_epoch = len(self.train_loader) // self.accumulation
-        if not self.steps_per_epoch:
+            self.train_set, config, self.eval_config, self.splits, self.processes, self.device)
+        if not self.train_loader.steps:
             raise DataError(f'The {len(self.train_set)} training images do not fill a batch of {config.batch_size}.')
-        self.task = build_task(config, self.model, self.device)
+        self.val_loader = build_eval_loader(
+            self.val_set, self.eval_config, self.device_batch, config.workers, self.processes, self.device)
+
+    def _build_task(self) -> None:
+        config = self.config
+        self.task = build_task(config, self.model, self.device, self.memory_format)
         self.mixup = build_mixup(config, self.num_classes)
+        self.ema: Optional[nn.Module] = None
+        if config.ema:
+            self.ema = self.task.setup_ema(config.ema_decay, use_warmup=config.ema_warmup).module
+        self.eval_model = self.ema or self.model
+        if config.compile:
+            compiled = self.task.compile()
+            self.eval_model = self.task.compile_ema() or compiled
+    def _build_optimizer(self) -> None:
+        config = self.config
         optimizer = create_optimizer_v2(self.model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay)
-        self.schedule, self.epochs = build_schedule(config, optimizer, self.steps_per_epoch)
-        scaler = NativeScaler(device=self.device.type) if config.amp == 'fp16' else None
-        self.stepper = Stepper(optimizer, self.schedule, self.accumulation, scaler)
+        self.schedule, self.epochs = build_schedule(config, optimizer, self.train_loader.steps)
+        self.stepper = Stepper(
+            optimizer, self.schedule, torch.amp.GradScaler(self.device.type) if config.amp == 'fp16' else None,
+            clip=config.clip_grad, clip_mode=config.clip_mode,
+            max_skips=config.max_skips if config.on_nan == 'skip' else 0)
+
+    def distribute(self) -> None:
+        """Connect the gradients of the processes, which keep BatchNorm's statistics each to itself in an epoch."""
+        if not self.processes.is_alone:
+            options = inspect.signature(DistributedDataParallel.__init__).parameters
+            leave_buffers = 'forward_sync_buffers' if 'forward_sync_buffers' in options else 'broadcast_buffers'
+            self.task.prepare_distributed(
+                device_ids=[self.device.index] if self.device.type == 'cuda' else None, **{leave_buffers: False})
+
+    @property
+    def modules(self) -> Dict[str, nn.Module]:
+        """The model, and its average if there is one."""
+        return dict(model=self.model, **({'ema': self.ema} if self.ema is not None else {}))
 
     def describe(self) -> Dict[str, Any]:
         """What was derived from the settings."""
+        config = self.config
+        sizes = dict(zip(config.list_sizes(), self.splits, strict=True)) if config.train_img_sizes else None
         return dict(
-            model=self.config.model, parameters=sum(p.numel() for p in self.model.parameters()),
+            model=config.model, parameters=sum(p.numel() for p in self.model.parameters()),
             train_images=len(self.train_set), val_images=len(self.val_set), num_classes=self.num_classes,
-            device=str(self.device), batch_size=self.config.batch_size, device_batch=self.device_batch,
-            accumulation=self.accumulation, epochs=self.epochs, eval_config=self.eval_config)
-
-    def run_epoch(self, epoch: int, progress: Progress) -> Dict[str, Any]:
-        """Train one epoch, evaluate if it is due: the row of summary.csv, with None for what was not measured."""
-        config, seen = self.config, 0
-        if not config.step_schedule:
-            self.schedule.step(epoch)
-
-        def report(images: int, **figures: float) -> None:
-            nonlocal seen
-            progress.update(images - seen, **figures)
-            seen = images
-
-        progress.describe(f'epoch {epoch + 1}/{self.epochs}')
-        trained = train_epoch(
-            self.task, self.train_loader, self.stepper, self.device, config.amp, self.mixup, self.memory_format, report)
-        due = (epoch + 1) % config.val_interval == 0 or epoch + 1 == self.epochs
-        tested = evaluate(self.task.get_eval_model(), self.val_loader, self.device, config.amp) if due else {}
-        return dict(
-            epoch=epoch + 1, train_loss=trained['loss'], val_loss=tested.get('loss'), val_top1=tested.get('top1'),
-            val_top5=tested.get('top5'), lr=trained['lr'], images_per_s=trained['images_per_s'],
-            seconds=trained['seconds'] + tested.get('seconds', 0.))
+            device=str(self.device), world_size=self.processes.world_size, batch_size=config.batch_size,
+            device_batch=self.device_batch, accumulation=self.accumulation, size_batches=sizes, epochs=self.epochs,
+            steps_per_epoch=self.train_loader.steps, lr=config.lr, eval_config=self.eval_config)
 
     def checkpoint_meta(self) -> Dict[str, Any]:
         """What a checkpoint says beside the weights."""
         config = self.config
         return dict(
             arch=config.model, model_args=config.model_args, class_names=self.classes, eval_config=self.eval_config,
-            config=config.to_dict())
+            config=config.to_dict(), ema=self.ema)
 
     def resume_state(self) -> Dict[str, Any]:
         """What going on from this point needs beside the weights."""
-        return dict(optimizer=self.stepper.optimizer.state_dict(), steps=self.stepper.steps)
+        scaler = self.stepper.scaler
+        return dict(
+            optimizer=self.stepper.optimizer.state_dict(), steps=self.stepper.steps, skipped=self.stepper.skipped,
+            scaler=scaler.state_dict() if scaler is not None else None)
 
-
-def summarise(row: Dict[str, Any], epochs: int) -> str:
-    """One line for people about an epoch."""
-    tested = '' if row['val_top1'] is None else \
-        f'  val loss {row["val_loss"]:.3f}  top-1 {row["val_top1"]:.1f} %  top-5 {row["val_top5"]:.1f} %'
-    return (f'epoch {row["epoch"]}/{epochs}  loss {row["train_loss"]:.3f}{tested}  lr {row["lr"]:.2e}'
-            f'  {row["images_per_s"]:.0f} images/s  {row["seconds"]:.0f} s')
-
-
-def train(config: TrainConfig) -> TrainResult:
-    """Train as `config` says, print progress, and leave everything in the run folder.
-
-    Raises:
-        ConfigError, DataError, CheckpointError: Before the first step.
-        TrainingError: The loss is not finite.
-    """
-    trainer = Trainer(config)
-    facts = trainer.describe()
-    folder = RunFolder(config, facts)
-    print(f'{config.model} ({facts["parameters"] / 1e6:.2f} M parameters) on {trainer.device}, into {folder.path}')
-    print(f'{facts["train_images"]} training, {facts["val_images"]} validation images, {trainer.num_classes} classes')
-    print(f'batch of {config.batch_size} = {trainer.device_batch} images x {trainer.accumulation} forward pass(es), '
-          f'{trainer.steps_per_epoch} steps per epoch, {trainer.epochs} epochs', flush=True)
-    images = trainer.epochs * trainer.steps_per_epoch * config.batch_size
-    try:
-        with Progress(images) as progress:
-            for epoch in range(trainer.epochs):
-                row = trainer.run_epoch(epoch, progress)
-                folder.log_epoch(row)
-                folder.save(trainer.model, row, trainer.resume_state(), **trainer.checkpoint_meta())
-                progress.write(summarise(row, trainer.epochs))
-    except TrainingError as error:
-        last = folder.path / 'last.pth.tar'
-        raise TrainingError(f'{error} Last good checkpoint: {last if last.exists() else "none yet"}.') from error
-    finally:
-        folder.close()
-    return TrainResult(folder.path, row, folder.best)
+    def load_state(self, weights: Dict[str, Any], averaged: Optional[Dict[str, Any]], meta: Dict[str, Any]) -> None:
+        """Take up the weights and the state of a checkpoint of the same run."""
+        self.model.load_state_dict(weights)
+        if self.ema is not None:
+            self.ema.load_state_dict(averaged)
+        self.stepper.optimizer.load_state_dict(meta['optimizer'])
+        self.stepper.steps, self.stepper.skipped = meta['steps'], meta['skipped']
+        if self.stepper.scaler is not None:
+            self.stepper.scaler.load_state_dict(meta['scaler'])
+        if self.config.step_schedule:
+            self.schedule.step_update(self.stepper.steps)
