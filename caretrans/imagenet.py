@@ -7,198 +7,30 @@ ILSVRC2012_devkit_t12.tar.gz (their labels), and makes TARGET/train/CLASS/*.JPEG
 are only read. A class is extracted aside and then renamed, so that a class folder that exists is complete.
 """
 import argparse
-import fcntl
-import io
-import json
+import dataclasses
 import os
-import re
 import shlex
 import shutil
 import sys
-import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Union
+from typing import Dict, List, Mapping, Optional, Sequence, Set, Union
 
 from .checkpoint_file import list_names
 from .config import number
 from .data import DataError
 from .imagenet_archives import (
-    AGAIN, CHUNK, ILSVRC2012, IMAGE, INNER_TAR, SOURCE, Archive, Devkit, Edition, Member, compute_md5, find_archive,
+    AGAIN, ILSVRC2012, IMAGE, INNER_TAR, SOURCE, Archive, Devkit, Edition, Member, compute_md5, find_archive,
     label_images, list_members, read_devkit, read_edition)
+from .imagenet_extraction import Counts, Job, Record, extract_classes, measure_split
 from .progress import Progress
 
 __all__ = ['Plan', 'main', 'prepare_imagenet']
 
 SPLITS = ('train', 'val')
-Counts = List[int]  # images, bytes
 
 
-# What was done --------------------------------------------------------------------------------------------------------
-
-class Record:
-    """What is known of a target folder, kept in it, a JSON pair per line; it also keeps out a second run.
-
-    A name of an archive goes with its size, time of change and verified MD5, a class folder with images and bytes. A
-    line that was cut short by a kill counts as not written: its folder is then compared with the archive.
-    """
-
-    def __init__(self, target: Path) -> None:
-        target.mkdir(parents=True, exist_ok=True)
-        self.file = open(target / '.imagenet.jsonl', 'a+', encoding='utf-8', errors='replace')
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.file.close()
-            raise DataError(f'{target}: another extraction into it is running: wait for its end or stop it.') from None
-        except OSError as error:  # some network file systems
-            print(f'{target} cannot be locked ({error.strerror}): start no second extraction into it.', file=sys.stderr)
-        self.file.seek(0)
-        text = self.file.read()
-        self.entries: Dict[str, Any] = {}
-        for line in text.splitlines():
-            with suppress(ValueError, TypeError):
-                key, value = json.loads(line)
-                self.entries[key] = value
-        if text and not text.endswith('\n'):
-            self.file.write('\n')
-
-    def __enter__(self) -> 'Record':
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self.file.close()
-
-    def get(self, key: str) -> Any:
-        return self.entries.get(key)
-
-    def add(self, key: str, value: Any) -> None:
-        self.entries[key] = value
-        self.file.write(json.dumps([key, value]) + '\n')
-        self.file.flush()
-
-
-def _measure_split(folder: Path) -> Dict[str, Counts]:
-    """Images and bytes of each class folder; what a killed run left half done is removed.
-
-    Raises:
-        DataError: There are files beside the class folders, as in a flat validation folder.
-    """
-    found, files = {}, []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if re.fullmatch(r'\.n\d{8}\.partial', path.name):
-            shutil.rmtree(path)
-        elif path.is_dir():
-            sizes = _measure_files(path)
-            found[path.name] = [len(sizes), sum(sizes.values())]
-        else:
-            files.append(path.name)
-    if files:
-        raise DataError(f'{folder}: has files beside the class folders ({list_names(files, 3)}): move them away.')
-    return found
-
-
-def _measure_files(folder: Path) -> Dict[str, int]:
-    with os.scandir(folder) as entries:
-        return {entry.name: entry.stat().st_size for entry in entries}
-
-
-def _verify_checksum(path: Path, archive: Archive, record: 'Record') -> None:
-    """Compare the MD5 of an archive, once: the record keeps it with size and time of change."""
-    stat = path.stat()
-    state = [stat.st_size, stat.st_mtime_ns, archive.md5]
-    if record.get(archive.name) == state:
-        return
-    print(f'Checking the MD5 of {path} ({stat.st_size / 1e9:.1f} GB).', flush=True)
-    with Progress(total=stat.st_size >> 20, unit='MiB') as progress:
-        progress.describe('checking')
-        md5 = compute_md5(path, progress)
-    if md5 != archive.md5:
-        raise DataError(f'{path}: its MD5 is {md5}, not {archive.md5}: damaged or another file; {SOURCE} again.')
-    record.add(archive.name, state)
-
-
-# Extraction -----------------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Job:
-    """A class to extract: from the tar of `size` bytes at `offset` of `archive`, or `members` where they are known."""
-    archive: Path
-    folder: Path
-    size: int
-    offset: int = 0
-    members: Optional[List[Member]] = None
-
-
-def _extract_class(job: Job, stop: threading.Event) -> Counts:
-    """Extract a class aside, then give the folder its name; a folder that exists must hold the same already.
-
-    Raises:
-        DataError: Its tar is damaged, the folder holds something else, or it cannot be written.
-    """
-    partial = job.folder.with_name(f'.{job.folder.name}.partial')
-    try:
-        members = job.members or list_members(job.archive, IMAGE, job.offset, job.size)
-        if not members:
-            raise DataError(f'{job.archive}: has no images of it: {SOURCE} again, {AGAIN}.')
-        sizes = {member.name: member.size for member in members}
-        if job.folder.exists():
-            if _measure_files(job.folder) != sizes:
-                raise DataError(f'{job.folder}: has other files than the archive: remove this folder, {AGAIN}.')
-            return [len(sizes), sum(sizes.values())]
-        partial.mkdir(parents=True)
-        with open(job.archive, 'rb') as file:
-            for member in members:
-                if stop.is_set():
-                    raise DataError(f'{job.folder}: stopped.')
-                _copy(file, member, partial / member.name)
-        partial.rename(job.folder)
-        return [len(sizes), sum(sizes.values())]
-    except DataError as error:
-        raise DataError(f'{job.folder.parent.name}, class {job.folder.name}: {error} Complete classes stay.') from None
-    except OSError as error:
-        raise DataError(f'{job.folder}: not extracted ({error}): make room or check the disks, {AGAIN}.') from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _copy(archive: io.BufferedReader, member: Member, path: Path) -> None:
-    archive.seek(member.offset)
-    left = member.size
-    with open(path, 'xb') as image:
-        while left:
-            chunk = archive.read(min(left, CHUNK))
-            if not chunk:
-                raise DataError(f'{archive.name}: ends within {member.name}: {SOURCE} again, {AGAIN}.')
-            image.write(chunk)
-            left -= len(chunk)
-
-
-def _extract(jobs: List[Job], record: Record, workers: int) -> None:
-    """Run the jobs in threads, which mostly wait for the disk; the first failure, or Ctrl-C, ends all."""
-    stop, done = threading.Event(), 0
-    total = sum(job.size for job in jobs) >> 20
-    with Progress(total, unit='MiB') as progress, ThreadPoolExecutor(workers) as pool:
-        progress.describe('extracting')
-        futures = {pool.submit(_extract_class, job, stop): job for job in jobs}
-        try:
-            for count, future in enumerate(as_completed(futures), 1):
-                job = futures[future]
-                record.add(f'{job.folder.parent.name}/{job.folder.name}', future.result())
-                progress.update((done + job.size >> 20) - (done >> 20), classes=count)
-                done += job.size
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-# All of it ------------------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What is asked for.
 
@@ -231,8 +63,9 @@ def prepare_imagenet(plan: Plan) -> Dict[str, List[int]]:
     try:
         with Record(plan.target) as record:
             found = _measure(plan)
-            if plan.val_labels is not None or not all(_is_done(plan, record, split, found[split]) for split in found):
-                found = _complete(plan, record, found)
+            pending = [split for split in found if not _is_done(plan, record, split, found[split])]
+            if pending:
+                found.update(_complete(dataclasses.replace(plan, splits=pending), record, found))
     except OSError as error:
         where = error.filename or plan.target
         raise DataError(f'{where}: {error.strerror}: check path, permissions and disk, {AGAIN}.') from error
@@ -240,7 +73,7 @@ def prepare_imagenet(plan: Plan) -> Dict[str, List[int]]:
 
 
 def _measure(plan: Plan) -> Dict[str, Dict[str, Counts]]:
-    return {split: _measure_split(plan.target / split) for split in plan.splits}
+    return {split: measure_split(plan.target / split) for split in plan.splits}
 
 
 def _count_images(folders: Dict[str, Counts]) -> int:
@@ -248,15 +81,17 @@ def _count_images(folders: Dict[str, Counts]) -> int:
 
 
 def _is_done(plan: Plan, record: Record, split: str, folders: Dict[str, Counts]) -> bool:
-    """Whether all of a split is there, and the record vouches for it."""
+    """Whether all of a split is there, and the record vouches for it, though not for labels that are given anew."""
     archive = getattr(plan.edition, split)
+    if split == 'val' and plan.val_labels is not None:
+        return False
     return (len(folders) == plan.edition.classes and _count_images(folders) == plan.edition.images(split)
             and all(record.get(f'{split}/{wnid}') == counts for wnid, counts in folders.items())
             and (not plan.checksums or (record.get(archive.name) or [None])[-1] == archive.md5))
 
 
 def _complete(plan: Plan, record: Record, found: Dict[str, Dict[str, Counts]]) -> Dict[str, Dict[str, Counts]]:
-    """Extract what is missing and check the result; returns what is there then, as `_measure`."""
+    """Extract what is missing and check the result; returns what is there then."""
     edition = plan.edition
     paths = {split: find_archive(plan.archives, getattr(edition, split)) for split in plan.splits}
     devkit = _find_devkit(plan, record)
@@ -273,14 +108,14 @@ def _complete(plan: Plan, record: Record, found: Dict[str, Dict[str, Counts]]) -
             plan.val_labels or 'The labels of the devkit', set(expected['val']), edition, set(expected['train']))
         jobs = _plan_val(plan, paths['val'], members, labels, found['val'])
     if 'train' in plan.splits:
-        known = set(expected['train'] or expected.get('val', {}))
+        known = set(expected['train'] or expected.get('val') or found.get('val', {}))
         jobs = _plan_train(plan, record, paths['train'], known, found['train']) + jobs
     _require_space(plan.target, jobs)
     for split in plan.splits if plan.checksums else ():
         _verify_checksum(paths[split], getattr(edition, split), record)
     if jobs:
         print(f'Extracting or comparing {len(jobs):,} class folders, {plan.workers} at a time.', flush=True)
-        _extract(jobs, record, plan.workers)
+        extract_classes(jobs, record, plan.workers)
     found = _measure(plan)
     for split in plan.splits:
         _require_counts(plan, split, found[split], expected[split])
@@ -295,6 +130,21 @@ def _find_devkit(plan: Plan, record: Record) -> Optional[Devkit]:
     if plan.checksums:
         _verify_checksum(path, plan.edition.devkit, record)
     return read_devkit(path)
+
+
+def _verify_checksum(path: Path, archive: Archive, record: 'Record') -> None:
+    """Compare the MD5 of an archive, once: the record keeps it with size and time of change."""
+    stat = path.stat()
+    state = [stat.st_size, stat.st_mtime_ns, archive.md5]
+    if record.get(archive.name) == state:
+        return
+    print(f'Checking the MD5 of {path} ({stat.st_size / 1e9:.1f} GB).', flush=True)
+    with Progress(total=stat.st_size >> 20, unit='MiB') as progress:
+        progress.describe('checking')
+        md5 = compute_md5(path, progress)
+    if md5 != archive.md5:
+        raise DataError(f'{path}: its MD5 is {md5}, not {archive.md5}: damaged or another file; {SOURCE} again.')
+    record.add(archive.name, state)
 
 
 def _plan_val(

@@ -1,4 +1,7 @@
-"""The archives of ImageNet (ILSVRC 2012): what they should be, what is in them, and the labels. Nothing is written."""
+"""The archives of ImageNet (ILSVRC 2012): what they should be, what is in them, and the labels.
+
+Nothing is written. Members are listed by plain names, for copying; no path that an archive chooses is ever followed.
+"""
 import hashlib
 import io
 import json
