@@ -11,7 +11,7 @@ import numpy as np
 import scipy.io
 from photos import FRUIT
 
-from caretrans.imagenet_archives import Archive, Edition
+from caretrans.imagenet_archives import ILSVRC2012, Archive, Edition
 
 WNIDS = {1: 'n02119789', 2: 'n03000684', 3: 'n01440764'}  # by ILSVRC id: not in the order of the WordNet ids
 TRAIN_IMAGES = {'n02119789': 3, 'n03000684': 4, 'n01440764': 5}
@@ -40,7 +40,8 @@ def pack(files: Dict[str, bytes], mode: str = 'w') -> bytes:
 
 def pack_devkit(val_ids: List[int] = VAL_IDS) -> bytes:
     """The development kit in its real layout; one synset is no class but a parent of the classes."""
-    rows = [(id, wnid, f'{wnid}, a fruit', 'round', 0, np.zeros(0), 0, TRAIN_IMAGES[wnid]) for id, wnid in WNIDS.items()]
+    rows = [(number, wnid, f'{wnid}, a fruit', 'round', 0, np.zeros(0), 0, TRAIN_IMAGES[wnid])
+            for number, wnid in WNIDS.items()]
     rows.append((4, 'n00000001', 'fruit', 'any', 3, np.array([1., 2., 3.]), 1, 0))
     synsets = np.array(rows, dtype=[(name, object) for name in FIELDS]).reshape(-1, 1)
     meta = io.BytesIO()
@@ -74,13 +75,13 @@ def build_miniature(folder: Path, **replaced: bytes) -> Miniature:
     """
     tars, images = train_tars(), val_images()
     contents = {'train': pack(tars), 'val': pack(images), 'devkit': pack_devkit(), **replaced}
-    names = {'train': 'ILSVRC2012_img_train.tar', 'val': 'ILSVRC2012_img_val.tar', 'devkit': 'ILSVRC2012_devkit_t12.tar.gz'}
     archives = folder / 'the archives'
     archives.mkdir(parents=True)
     entries = {}
     for key, data in contents.items():
-        (archives / names[key]).write_bytes(data)
-        entries[key] = Archive(names[key], hashlib.md5(data).hexdigest(), len(data))
+        name = getattr(ILSVRC2012, key).name
+        (archives / name).write_bytes(data)
+        entries[key] = Archive(name, hashlib.md5(data).hexdigest(), len(data))
     edition = Edition(**entries, classes=3, train_images=12, val_images=6)
     description = folder / 'miniature.json'
     description.write_text(json.dumps(asdict(edition)))
