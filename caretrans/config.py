@@ -41,7 +41,7 @@ class TrainConfig:
     val_split: str = setting('val', 'split to evaluate on')
     download: bool = setting(False, 'fetch the data set if it is not there and can be fetched')
     num_classes: Optional[int] = setting(None, 'classes, where the data set does not name them', bounds=(1, None))
-    workers: Optional[int] = setting(None, 'processes that load images; by default one per core', bounds=(0, None))
+    workers: Optional[int] = setting(None, 'processes per device that load images; by default one per core', bounds=(0, None))
 
     model: str = setting('care_s0', 'any model of timm or caretrans')
     model_args: Dict[str, Any] = setting({}, 'further arguments of the model, e.g. ls_init_value=0.1')
@@ -109,7 +109,7 @@ class TrainConfig:
             setattr(self, item.name, _checked(item, getattr(self, item.name)))
         if self.workers is None:
             cores = os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else range(os.cpu_count() or 1)
-            self.workers = min(len(cores), 8)
+            self.workers = min(max(len(cores) // int(os.environ.get('LOCAL_WORLD_SIZE', 1)), 1), 8)
         if self.lr <= 0:
             raise ConfigError(f'lr is {self.lr}, it must be above 0.')
         if self.warmup_epochs >= self.epochs:
@@ -181,8 +181,8 @@ def _checked_value(item: dataclasses.Field, wanted: Any, value: Any) -> Any:
     return converted
 
 
-def read_recipe(name_or_file: str) -> Dict[str, Any]:
-    """The settings in a YAML file, or in the bundled recipe of that name."""
+def read_recipe(name_or_file: str, seen: Sequence[str] = ()) -> Dict[str, Any]:
+    """The settings in a YAML file, or in the bundled recipe of that name, over those of the recipe it calls `base`."""
     path = Path(name_or_file)
     if not path.is_file():
         path = RECIPES / f'{name_or_file}.yaml'
@@ -196,11 +196,16 @@ def read_recipe(name_or_file: str) -> Dict[str, Any]:
     if not isinstance(settings, dict):
         raise ConfigError(f'{path} must hold "name: value" lines.')
     known = [item.name for item in dataclasses.fields(TrainConfig)]
+    base = settings.pop('base', None)
     for key in settings:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             raise ConfigError(f'{path}: unknown setting {key!r}' + (f', did you mean {near[0]!r}?' if near else '.'))
-    return settings
+    if base is None:
+        return settings
+    if base in seen:
+        raise ConfigError(f'{path}: base: {base} leads back to itself: take it out.')
+    return {**read_recipe(str(base), (*seen, str(name_or_file), str(base))), **settings}
 
 
 def number(kind: type, least: float, most: float = float('inf')) -> Callable[[str], Any]:

@@ -238,7 +238,8 @@ class RunFolder:
                     panel.plot(*zip(*points, strict=True), marker='.', label=name)
             panel.set(xlabel='epoch', title=title)
             panel.grid(alpha=0.3)
-            panel.legend()
+            if panel.has_data():
+                panel.legend()
         path = self.path / 'curves.png'
         figure.savefig(path, dpi=120)
         return path

@@ -1,9 +1,33 @@
 #!/usr/bin/env bash
-# Train. Without arguments: care_s0 on the bundled photographs, on any machine, in minutes.
+# Train on all GPUs of this machine, of several, or on the CPU. Without arguments: care_s0 on the bundled photographs.
 #   bash cmd/train.sh [DATA] [--recipe NAME_OR_FILE] [flags of train.py]
+# NPROC=2         processes on this machine (default: one per GPU)
+# NNODES=2 NODE_RANK=0 MASTER_ADDR=host [MASTER_PORT=29500]   on each machine of several; see also cmd/train.sbatch
+# MAX_RESTARTS=3  times that the processes are started again after one of them died (default: 3 on several machines)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 if [ $# -eq 0 ]; then
     set -- "$root/data/fruit14" --recipe care_s0_fruit14
 fi
-exec "$python" "$root/train.py" "$@"
+processes="${NPROC:-$("$python" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}"
+nodes="${NNODES:-1}"
+if [ "$processes" = 1 ] && [ "$nodes" = 1 ]; then
+    exec "$python" "$root/train.py" "$@"
+fi
+if [ "$nodes" = 1 ]; then
+    meeting=(--standalone)
+else
+    : "${MASTER_ADDR:?the name of the first machine}" "${NODE_RANK:=${SLURM_NODEID:?0 on the first machine, 1 on the second, ...}}"
+    meeting=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}"
+        --rdzv-id "${RUN_ID:-${SLURM_JOB_ID:-caretrans}}" --rdzv-conf "is_host=$((NODE_RANK == 0))")
+fi
+"$python" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$processes" "${meeting[@]}" \
+    --max-restarts "${MAX_RESTARTS:-$((nodes > 1 ? 3 : 0))}" "$root/train.py" "$@" &
+launcher=$!
+# SIGTERM goes to the training processes, which write a checkpoint and end well, and so does their launcher.
+trap 'pkill -TERM -P "$launcher" || kill -TERM "$launcher"' TERM
+code=0
+while true; do
+    wait "$launcher" && code=0 || code=$?
+    kill -0 "$launcher" 2>/dev/null || exit "$code"
+done

@@ -14,16 +14,17 @@ from launch import ENVIRONMENT, ROOT, command, kill, list_differences, read_tens
 from photos import copy_photographs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import caretrans.run
 from caretrans.checkpoint import CheckpointError
 from caretrans.config import ConfigError, parse_train_config
 from caretrans.run import Preempted, train
 
-EPOCHS = 4
+EPOCHS = 3
 FLAGS = [
     '--recipe', 'care_s0_fruit14', '--epochs', EPOCHS, '--warmup-epochs', 1, '--batch-size', 8, '--device-batch', 4,
     '--img-size', 32, '--val-img-size', 32, '--workers', 1, '--device', 'cpu', '--save-steps', 2, '--val-interval', 1,
-    '--drop-path', 0.1, '--drop', 0.1, '--mixup', 0.8, '--cutmix', 1.0, '--random-erasing', 0.5, '--ema', '--amp',
-    'fp16', '--auto-augment', 'rand-m9-mstd0.5-inc1', '--no-channels-last']
+    '--drop-path', 0.1, '--drop', 0.1, '--mixup', 0.8, '--cutmix', 1.0, '--random-erasing', 0.5, '--ema',
+    '--auto-augment', 'rand-m9-mstd0.5-inc1', '--no-channels-last', '--model-args', 'depths=[1,1,1,1]']
 TIMES = ('images_per_s', 'seconds', 'data_wait')
 
 
@@ -131,26 +132,46 @@ def test_ten_kills_at_random_moments_change_nothing(data, undisturbed, tmp_path)
 
 def test_a_run_that_was_asked_to_stop_goes_on_as_if_it_had_not_been(data, undisturbed, half_way):
     standing = torch.load(half_way / 'last.pth.tar', weights_only=True)['standing']
-    assert standing['epoch'] == 1 and 0 < standing['step'] < 6
+    assert standing['epoch'] == 1 and standing['step'] < 6
     go_on(data, half_way)
     assert_same_run(half_way, undisturbed)
 
 
-def test_a_stop_during_evaluation_is_heard_too(data, undisturbed, tmp_path, monkeypatch):
-    import caretrans.run
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Make the next run believe in a SIGTERM after so many looks for one; `None` ends that."""
+    call = caretrans.run.StopRequest.__call__
 
-    def evaluate_and_stop(*arguments, **options):
-        caretrans.run.StopRequest.__call__ = lambda self: True
-        return evaluate(*arguments, **options)
+    def set_looks(looks):
+        counter = iter(range(10 ** 9))
+        monkeypatch.setattr(caretrans.run.StopRequest, '__call__', call if looks is None else (
+            lambda self: next(counter) >= looks))
+    return set_looks
 
-    evaluate, call = caretrans.run.evaluate, caretrans.run.StopRequest.__call__
-    monkeypatch.setattr(caretrans.run, 'evaluate', evaluate_and_stop)
+
+def test_a_stop_during_evaluation_is_heard_too(data, undisturbed, tmp_path, stop_after):
+    stop_after(6)  # steps of an epoch
     with pytest.raises(Preempted, match='in epoch 1 after step 6'):
         go_on(data, tmp_path / 'run')
-    monkeypatch.undo()
-    caretrans.run.StopRequest.__call__ = call
+    stop_after(None)
     go_on(data, tmp_path / 'run')
     assert_same_run(tmp_path / 'run', undisturbed)
+
+
+@pytest.mark.parametrize('flags', [
+    ['--amp', 'fp16'], ['--amp', 'bf16', '--clip-grad', 1], ['--no-step-schedule'], ['--train-img-sizes', 32, 48, '--device-batch', 8],
+    ['--workers', 0], ['--opt', 'sgd']], ids=lambda flags: flags[0])
+def test_every_way_to_train_goes_on_to_the_bit(data, tmp_path, stop_after, flags):
+    flags = [*flags, '--epochs', 2, '--val-interval', 2]
+    go_on(data, tmp_path / 'expected', *flags)
+    stop_after(8)  # 6 steps, the end of the epoch, a step
+    with pytest.raises(Preempted, match='in epoch 2 after step 2'):
+        go_on(data, tmp_path / 'run', *flags)
+    stop_after(None)
+    go_on(data, tmp_path / 'run', *flags)
+    mine, theirs = (torch.load(tmp_path / name / 'last.pth.tar', weights_only=True) for name in ('run', 'expected'))
+    assert not list_differences(mine['state_dict'], theirs['state_dict']) and mine['scaler'] == theirs['scaler']
+    assert read_rows(tmp_path / 'run') == read_rows(tmp_path / 'expected')
 
 
 def test_two_processes_go_on_with_the_statistics_of_each(data, tmp_path):
@@ -226,8 +247,8 @@ def test_settings_that_change_no_number_may_change(data, undisturbed, half_way, 
 def test_a_full_disk_ends_the_run_with_a_clear_line_and_leaves_the_checkpoint(data, undisturbed, half_way):
     before = (half_way / 'last.pth.tar').read_bytes()
     line = ' '.join(f"'{part}'" for part in command('train.py', data, *FLAGS, '--output', half_way))
-    done = subprocess.run(  # no file of more than 20 MB can be written
-        ['bash', '-c', f'ulimit -f 20000; {line}'], cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
+    done = subprocess.run(  # no file of more than 5 MB can be written
+        ['bash', '-c', f'ulimit -f 5000; {line}'], cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 2, done.stdout + done.stderr
     assert 'could not be written' in done.stderr and 'make room for' in done.stderr
     assert (half_way / 'last.pth.tar').read_bytes() == before and not list(half_way.glob('.*.part'))
@@ -246,15 +267,14 @@ def test_a_folder_in_use_or_finished_is_refused(data, undisturbed, half_way, tmp
     kill(process)
 
 
-def test_without_a_folder_the_same_command_finds_its_unfinished_run(data, tmp_path, monkeypatch):
+def test_without_a_folder_the_same_command_finds_its_unfinished_run(data, tmp_path, monkeypatch, stop_after):
     monkeypatch.chdir(tmp_path)
     flags = [*FLAGS, '--recipe', ROOT / 'caretrans/recipes/care_s0_fruit14.yaml', '--epochs', 2]
     config = parse_train_config([str(flag) for flag in (data, *flags)])
-    monkeypatch.setattr('caretrans.run.StopRequest.__call__', lambda self: True)
+    stop_after(0)
     with pytest.raises(Preempted):
         train(config)
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
+    stop_after(None)
     other = parse_train_config([str(flag) for flag in (data, *flags, '--lr', 0.001)])
     assert train(other).folder != train(config).folder
     folders = list((tmp_path / 'runs').iterdir())

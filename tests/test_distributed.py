@@ -1,0 +1,157 @@
+"""Several processes, on the CPU over gloo: the same numbers as one, and scripts that start and stop them."""
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from signal import SIGTERM
+
+import pytest
+import torch
+from launch import ENVIRONMENT, ROOT, kill, list_differences, read_tensors, run, wait_for
+from photos import copy_photographs
+
+FLAGS = [
+    '--recipe', 'care_s0_fruit14', '--epochs', 2, '--warmup-epochs', 1, '--batch-size', 8, '--device-batch', 4,
+    '--img-size', 32, '--val-img-size', 32, '--workers', 1, '--device', 'cpu', '--drop-path', 0.1, '--mixup', 0.8,
+    '--cutmix', 1.0, '--random-erasing', 0.5, '--auto-augment', 'rand-m9-mstd0.5-inc1', '--no-channels-last',
+    '--model-args', 'depths=[1,1,1,1]']
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory) -> Path:
+    return copy_photographs(tmp_path_factory.mktemp('data'), per_class=24)
+
+
+def train(data, folder, *flags, processes=1):
+    out, err = run('train.py', data, *FLAGS, *flags, '--output', folder, processes=processes)
+    return read_tensors(folder / 'last.pth.tar'), out, err
+
+
+@pytest.fixture(scope='module')
+def one_process(data, tmp_path_factory):
+    """The weights of one process that makes each step of two forward passes."""
+    return train(data, tmp_path_factory.mktemp('one') / 'run')[0]
+
+
+def is_statistic(key: str) -> bool:
+    return key.endswith(('running_mean', 'running_var', 'num_batches_tracked'))
+
+
+def test_two_processes_end_with_the_weights_of_one_with_the_same_global_batch(data, one_process, tmp_path):
+    """To 1e-6, and to the bit where the sums happen to be rounded alike.
+
+    BatchNorm normalises each forward pass by its own 4 images in both. Only its running statistics differ: one process
+    updates them twice a step, two update theirs once and average them at the end of the epoch.
+    """
+    two, out, _ = train(data, tmp_path / 'run', processes=2)
+    assert 'batch of 8 = 4 images x 1 forward pass(es) x 2 processes' in out
+    differences = list_differences(two, one_process)
+    weights = {key: value for key, value in differences.items() if not is_statistic(key)}
+    print('largest difference of a weight', max(weights.values(), default=0.))
+    assert max(weights.values(), default=0.) < 1e-6
+    assert any(is_statistic(key) for key in differences)
+    assert out.count('epoch 2/2') == 1, 'one process prints'
+
+
+def test_statistics_are_the_mean_of_the_processes(data, tmp_path):
+    """After an epoch with a rate of next to nothing they are those of the images, whoever saw them."""
+    flags = ['--epochs', 1, '--warmup-epochs', 0, '--lr', 1e-12, '--min-lr', 1e-12, '--mixup', 0, '--cutmix', 0]
+    two, _, _ = train(data, tmp_path / 'two', *flags, processes=2)
+    script = tmp_path / 'alone.py'
+    script.write_text(ALONE.format(flags=[str(flag) for flag in (data, *FLAGS, *flags)], folder=str(tmp_path)))
+    subprocess.run([os.sys.executable, script], cwd=ROOT, env=dict(ENVIRONMENT, PYTHONPATH=str(ROOT)), check=True)
+    halves = [torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in (0, 1)]
+    for key in (key for key in two if key.endswith(('running_mean', 'running_var'))):
+        assert torch.allclose(two[key], (halves[0][key] + halves[1][key]) / 2, rtol=1e-5, atol=1e-6), key
+        assert not torch.allclose(halves[0][key], halves[1][key], rtol=1e-5, atol=1e-6), key
+
+
+ALONE = '''
+"""Each half of the images of every step by itself, as the two processes take them."""
+import torch
+from caretrans.config import parse_train_config
+from caretrans.distributed import Processes
+from caretrans.engine import train_steps
+from caretrans.training import Trainer
+
+for rank in (0, 1):
+    config = parse_train_config({flags})
+    trainer = Trainer(config, Processes(rank, 2), torch.device('cpu'))
+    trainer.schedule.step_update(0)
+    for _ in train_steps(trainer.task, trainer.train_loader.run(0), trainer.stepper):
+        pass
+    torch.save(trainer.model.state_dict(), f'{folder}/{{rank}}.pt')
+    trainer.train_loader.close()
+'''
+
+
+def test_an_error_is_said_once_and_ends_all_processes(data, tmp_path):
+    broken = shutil.copytree(data, tmp_path / 'broken')
+    shutil.rmtree(broken / 'val' / 'orange')
+    out, err = run('train.py', broken, *FLAGS, '--output', tmp_path / 'run', processes=2, code=1)
+    assert err.count('has images of one class only') == 1, err
+    out, err = run('train.py', data, *FLAGS, '--sync-bn', '--output', tmp_path / 'run', processes=2, code=1)
+    assert err.count("SyncBatchNorm does not run on cpu") == 1, err
+
+
+def script(*flags, log: Path, **variables: str) -> subprocess.Popen:
+    """Start cmd/train.sh, with the Python of these tests, its output in a file."""
+    path = f'{Path(os.sys.executable).parent}:{os.environ["PATH"]}'
+    with open(log, 'ab') as file:
+        return subprocess.Popen(
+            ['bash', 'cmd/train.sh', *map(str, flags)], cwd=ROOT, stdout=file, stderr=file,
+            env=dict(ENVIRONMENT, PATH=path, **variables))
+
+
+def test_the_script_stops_well_and_goes_on(data, one_process, tmp_path):
+    """SIGTERM to cmd/train.sh with two processes: a checkpoint, exit code 0, and the same command ends the run."""
+    folder, log = tmp_path / 'run', tmp_path / 'log.txt'
+    process = script(data, *FLAGS, '--output', folder, log=log, NPROC='2')
+    assert wait_for(lambda: 'steps per epoch' in log.read_text(), process), log.read_text()
+    assert kill(process, SIGTERM) == 0, log.read_text()
+    assert log.read_text().count('Asked to stop') == 1 and (folder / 'last.pth.tar').exists()
+    assert script(data, *FLAGS, '--output', folder, log=log, NPROC='2').wait(timeout=300) == 0, log.read_text()
+    assert log.read_text().count('goes on from') == 1
+    weights = {k: v for k, v in list_differences(read_tensors(folder / 'last.pth.tar'), one_process).items()
+               if not is_statistic(k)}
+    assert max(weights.values(), default=0.) < 1e-6
+
+
+def test_two_machines_meet_and_outlive_the_death_of_a_process(data, one_process, tmp_path):
+    """Two launchers on this machine play them; a process of one is killed, all start again from the checkpoint."""
+    folder, logs = tmp_path / 'run', [tmp_path / '0.txt', tmp_path / '1.txt']
+    flags = [data, *FLAGS, '--output', folder, '--save-steps', 1]
+    where = dict(NPROC='1', NNODES='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='29517', MAX_RESTARTS='3')
+    machines = [script(*flags, log=log, NODE_RANK=str(rank), **where) for rank, log in enumerate(logs)]
+    assert wait_for((folder / 'last.pth.tar').exists, machines[0]), logs[0].read_text()
+    found = subprocess.run(['pgrep', '-f', f'^[^ ]*python -u .*{folder} '], capture_output=True, text=True).stdout
+    assert len(found.split()) >= 2, found
+    os.kill(int(found.split()[-1]), 9)
+    assert [machine.wait(timeout=300) for machine in machines] == [0, 0], logs[0].read_text() + logs[1].read_text()
+    said = logs[0].read_text() + logs[1].read_text()
+    assert said.count('goes on from') >= 1 and said.count('epoch 2/2') == 1
+    weights = {k: v for k, v in list_differences(read_tensors(folder / 'last.pth.tar'), one_process).items()
+               if not is_statistic(k)}
+    assert max(weights.values(), default=0.) < 1e-6
+
+
+def test_the_slurm_script_starts_every_node_and_queues_again_when_stopped(data, tmp_path):
+    """Stand-ins for srun and scontrol note what they were asked; there is no Slurm here."""
+    for name, line in dict(
+            scontrol='echo "$@" >> "$NOTES"; [ "$1" = requeue ] || echo 127.0.0.1',
+            srun='echo "$NNODES $MASTER_ADDR ${@: -1}" >> "$NOTES"; shift; export NODE_RANK=0; exec "$@"').items():
+        (tmp_path / name).write_text(f'#!/usr/bin/env bash\n{line}\n')
+        (tmp_path / name).chmod(0o755)
+    notes, log, folder = tmp_path / 'notes', tmp_path / 'log.txt', tmp_path / 'run'
+    path = f'{tmp_path}:{Path(os.sys.executable).parent}:{os.environ["PATH"]}'
+    with open(log, 'ab') as file:
+        process = subprocess.Popen(
+            ['bash', 'cmd/train.sbatch', *map(str, [data, *FLAGS, '--output', folder])], cwd=ROOT, stdout=file,
+            stderr=file, env=dict(
+                ENVIRONMENT, PATH=path, NOTES=str(notes), SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_NUM_NODES='1',
+                SLURM_JOB_NODELIST='n[1]', SLURM_JOB_ID='7', NPROC='1'))
+    assert wait_for(lambda: 'steps per epoch' in log.read_text(), process), log.read_text()
+    assert kill(process, SIGTERM) == 0, log.read_text()
+    assert 'Asked to stop' in log.read_text() and (folder / 'last.pth.tar').exists()
+    assert notes.read_text().splitlines() == [
+        'show hostnames n[1]', f'1 127.0.0.1 {folder}', 'requeue 7']
