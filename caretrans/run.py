@@ -255,6 +255,10 @@ class Run:
                 f'Out of memory with {self.trainer.device_batch} images at a time on {self.trainer.device}: '
                 f'take --device-batch {max(self.trainer.device_batch // 2, 1)}.') from error
         except RuntimeError as error:
+            if any(sign in str(error) for sign in LOST_CONNECTION):
+                raise TrainingError(
+                    f'Process {self.processes.rank} lost its connection to another one, which ended or cannot be '
+                    f'reached: see what that one says.') from error
             if 'DataLoader worker' not in str(error):
                 raise
             raise TrainingError(
@@ -262,6 +266,7 @@ class Run:
                 f'that memory ran out: take fewer --workers; a bus error, that /dev/shm is too small.') from error
 
 
+LOST_CONNECTION = ('gloo', 'NCCL', 'Connection closed by peer', 'Connection reset by peer')
 DIVISION = ('world_size', 'device_batch', 'accumulation')
 
 

@@ -18,6 +18,8 @@ if [ "$nodes" = 1 ]; then
     meeting=(--standalone)
 else
     : "${MASTER_ADDR:?the name of the first machine}" "${NODE_RANK:=${SLURM_NODEID:?0 on the first machine, 1 on the second, ...}}"
+    # With the launchers' shared store, processes that are started again after a failure wait for one another for ever.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     meeting=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}"
         --rdzv-id "${RUN_ID:-${SLURM_JOB_ID:-caretrans}}" --rdzv-conf "is_host=$((NODE_RANK == 0))")
 fi

@@ -111,7 +111,7 @@ def test_the_script_stops_well_and_goes_on(data, one_process, tmp_path):
     assert kill(process, SIGTERM) == 0, log.read_text()
     assert log.read_text().count('Asked to stop') == 1 and (folder / 'last.pth.tar').exists()
     assert script(data, *FLAGS, '--output', folder, log=log, NPROC='2').wait(timeout=300) == 0, log.read_text()
-    assert log.read_text().count('goes on from') == 1
+    assert log.read_text().count('goes on from /') == 1
     weights = {k: v for k, v in list_differences(read_tensors(folder / 'last.pth.tar'), one_process).items()
                if not is_statistic(k)}
     assert max(weights.values(), default=0.) < 1e-6
@@ -124,12 +124,12 @@ def test_two_machines_meet_and_outlive_the_death_of_a_process(data, one_process,
     where = dict(NPROC='1', NNODES='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='29517', MAX_RESTARTS='3')
     machines = [script(*flags, log=log, NODE_RANK=str(rank), **where) for rank, log in enumerate(logs)]
     assert wait_for((folder / 'last.pth.tar').exists, machines[0]), logs[0].read_text()
-    found = subprocess.run(['pgrep', '-f', f'^[^ ]*python -u .*{folder} '], capture_output=True, text=True).stdout
-    assert len(found.split()) >= 2, found
-    os.kill(int(found.split()[-1]), 9)
-    assert [machine.wait(timeout=300) for machine in machines] == [0, 0], logs[0].read_text() + logs[1].read_text()
+    oldest = subprocess.run(['pgrep', '-o', '-f', f'python[^ ]* -u .*train.py .*{folder} '], capture_output=True)
+    os.kill(int(oldest.stdout), 9)
+    for machine in machines:
+        assert wait_for(lambda: False, machine) is False and machine.returncode == 0, logs[0].read_text()
     said = logs[0].read_text() + logs[1].read_text()
-    assert said.count('goes on from') >= 1 and said.count('epoch 2/2') == 1
+    assert said.count('goes on from /') >= 1 and said.count('epoch 2/2') == 1
     weights = {k: v for k, v in list_differences(read_tensors(folder / 'last.pth.tar'), one_process).items()
                if not is_statistic(k)}
     assert max(weights.values(), default=0.) < 1e-6
