@@ -1,4 +1,4 @@
-"""One epoch of training and one evaluation: no flags, no files, no globals."""
+"""One epoch of training: no flags, no files, no globals."""
 import math
 import time
 from contextlib import nullcontext
@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from typing import Any, Callable, ContextManager, Dict, Optional
 
 import torch
-import torch.nn as nn
 from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
-from timm.task import ClassificationEvaluator, TrainingTask, evaluation_sample_limit
+from timm.task import TrainingTask
 from timm.utils import NativeScaler
 
 from .config import ConfigError
 
-__all__ = ['Stepper', 'TrainingError', 'autocast', 'evaluate', 'resolve_device', 'train_epoch']
+__all__ = ['Stepper', 'TrainingError', 'autocast', 'resolve_device', 'train_epoch']
 
 AMP_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 
@@ -122,31 +121,3 @@ def train_epoch(
         raise TrainingError('The loader gave no images.')
     seconds = time.perf_counter() - start
     return dict(loss=total / images, lr=lr, images=images, seconds=seconds, images_per_s=images / seconds)
-
-
-@torch.inference_mode()
-def evaluate(
-        model: nn.Module,
-        loader: Any,
-        device: torch.device,
-        amp: str = 'off',
-        report: Callable[..., None] = lambda images, **figures: None,
-) -> Dict[str, float]:
-    """Mean cross entropy and accuracy over all images of the loader.
-
-    Returns:
-        loss, top1 and top5 in percent (top5 of at most as many classes as there are), images, seconds, images_per_s.
-    """
-    model.eval()
-    evaluator = ClassificationEvaluator(device=device, max_samples=evaluation_sample_limit(loader))
-    start = time.perf_counter()
-    for x, target in loader:
-        x, target = x.to(device, non_blocking=True), target.to(device, non_blocking=True)
-        with autocast(device, amp):
-            logits = model(x)
-        evaluator.update(logits, target)
-        report(evaluator.num_samples)
-    result = {key: float(value) for key, value in evaluator.compute().items()}
-    seconds = time.perf_counter() - start
-    images = evaluator.num_samples
-    return dict(result, images=images, seconds=seconds, images_per_s=images / seconds)
