@@ -1,18 +1,22 @@
 """Evaluate a checkpoint: python validate.py CHECKPOINT [DATA] [flags]. Prints top-1, top-5, loss, images, images/s."""
 import argparse
+import io
 import json
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 
 import caretrans  # noqa: F401 (registers the models)
 from caretrans.checkpoint import CheckpointError
 from caretrans.config import ConfigError, number
 from caretrans.data import DataError
+from caretrans.distributed import find_processes
 from caretrans.engine import resolve_device
-from caretrans.evaluation import evaluate_checkpoint
+from caretrans.evaluation import describe_result, evaluate_checkpoint
 from caretrans.progress import show_messages
 
 
 def parse_flags() -> argparse.Namespace:
+    """The flags; of several processes only the primary says what is wrong with them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('checkpoint', help='.pth, .pth.tar or .safetensors, published or of train.py')
     parser.add_argument('data', nargs='?', default='', help='folder with val/CLASS/*; by default that of the training')
@@ -27,30 +31,34 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument('--workers', type=number(int, 0), default=2, help='processes that load images')
     parser.add_argument('--amp', default='off', choices=['off', 'bf16', 'fp16'], help='autocast of the forward pass')
     parser.add_argument('--device', default='auto', help='cpu, cuda, mps or auto')
+    parser.add_argument('--expect', type=number(int, 1), metavar='N', help='fail unless N images are counted')
+    parser.add_argument('--per-class', default='', metavar='FILE.csv', help='write the accuracy of each class')
+    parser.add_argument('--confusion', dest='worst', type=number(int, 1), default=0, metavar='N',
+                        help='list the N worst classes with what they are taken for')
+    parser.add_argument('--real-labels', nargs='?', const='', metavar='FILE',
+                        help="score by the ImageNet-ReaL labels as well, timm's or those of a file")
     parser.add_argument('--json', action='store_true', help='print one JSON object instead of text')
-    return parser.parse_args()
+    silent = io.StringIO()
+    quiet = not find_processes().is_primary
+    with redirect_stdout(silent if quiet else sys.stdout), redirect_stderr(silent if quiet else sys.stderr):
+        return parser.parse_args()
 
 
 def main() -> int:
     flags = vars(parse_flags())
-    show_messages()
+    processes = find_processes()
+    is_primary = processes.is_primary
+    show_messages(is_primary)
     as_json = flags.pop('json')
     try:
-        flags['device'] = resolve_device(flags['device'])
+        flags['device'] = resolve_device(flags['device'], processes.local_rank)
         result = evaluate_checkpoint(**flags, progress_stream=sys.stderr if as_json else None)
     except (ConfigError, DataError, CheckpointError) as error:
-        print(f'validate.py: {error}', file=sys.stderr)
+        if is_primary:
+            print(f'validate.py: {error}', file=sys.stderr)
         return 2
-    if as_json:
-        print(json.dumps(result, indent=2))
-        return 0
-    config = result['eval_config']
-    size = 'x'.join(str(side) for side in config['input_size'][1:])
-    entry = f', entry {result["entry"]}' if result['entry'] else ''
-    print(f'{result["model"]} from {result["checkpoint"]}{entry}, on {result["data"]}')
-    print(f'{size} pixels, {config["interpolation"]}, crop_pct {config["crop_pct"]}')
-    print(f'top-1 {result["top1"]:.3f} %   top-5 {result["top5"]:.3f} %   loss {result["loss"]:.4f}   '
-          f'{result["images"]} images   {result["images_per_s"]:.1f} images/s')
+    if is_primary:
+        print(json.dumps(result, indent=2) if as_json else '\n'.join(describe_result(result)))
     return 0
 
 

@@ -181,18 +181,17 @@ class Run:
         if epoch % self.config.val_interval and epoch != trainer.epochs:
             return {}
 
-        def check(_: int) -> None:
+        def check(_: int) -> None:  # of several processes one cannot leave the others in the middle
             if self.stop() and self.processes.is_alone:
                 self._leave()
 
         result = evaluate(
             trainer.eval_model, trainer.val_loader, trainer.device, self.config.amp, check, self.processes,
             trainer.num_classes)
-        found = [entry for entries in self.processes.gather(trainer.val_loader.unreadable) for entry in entries]
         trainer.val_loader.unreadable.clear()
-        if found:
-            self.say(f'{len(found)} of {len(trainer.val_set)} validation images could not be read and are left out: '
-                     f'{list_names((name for name, _ in found), 5)}')
+        if result['unreadable']:
+            self.say(f'{len(result["unreadable"])} of {len(trainer.val_set)} validation images could not be read and '
+                     f'are left out: {list_names((name for name, _ in result["unreadable"]), 5)}')
         return result
 
     def _end_epoch(self, tested: Dict[str, float]) -> None:

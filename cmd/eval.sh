@@ -1,6 +1,15 @@
 #!/usr/bin/env bash
-# Evaluate a checkpoint: top-1, top-5, loss, images, images/s.
+# Evaluate a checkpoint: top-1, top-5, loss, images, images/s. One process for each visible GPU, or NPROC of them.
 #   bash cmd/eval.sh CHECKPOINT [DATA] [flags of validate.py, e.g. --json]
+#   NPROC=2 bash cmd/eval.sh CHECKPOINT [DATA] --device cpu
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec "$python" "$root/validate.py" "$@"
+NPROC="${NPROC:-$("$python" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}"
+if [ "$NPROC" -eq 1 ]; then
+    exec "$python" "$root/validate.py" "$@"
+fi
+if [ -z "${OMP_NUM_THREADS:-}" ]; then  # the processes share the cores
+    cores="$("$python" -c 'import os; print(os.cpu_count())')"
+    export OMP_NUM_THREADS="$((cores > NPROC ? cores / NPROC : 1))"
+fi
+exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" "$root/validate.py" "$@"
