@@ -41,7 +41,8 @@ class TrainConfig:
     val_split: str = setting('val', 'split to evaluate on')
     download: bool = setting(False, 'fetch the data set if it is not there and can be fetched')
     num_classes: Optional[int] = setting(None, 'classes, where the data set does not name them', bounds=(1, None))
-    workers: Optional[int] = setting(None, 'processes per device that load images; by default one per core', bounds=(0, None))
+    workers: Optional[int] = setting(
+        None, 'processes per device that load images; by default one per core', bounds=(0, None))
 
     model: str = setting('care_s0', 'any model of timm or caretrans')
     model_args: Dict[str, Any] = setting({}, 'further arguments of the model, e.g. ls_init_value=0.1')

@@ -4,7 +4,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 from timm.utils import distribute_bn
@@ -134,8 +134,9 @@ class Run:
         standing.step, standing.lr = step.number + 1, step.lr
         standing.images += step.images
         standing.loss_total += 0. if step.skipped else step.loss * step.images
-        standing.unreadable += self.trainer.train_loader.unreadable
-        self.trainer.train_loader.unreadable.clear()
+        if self.trainer.train_loader.unreadable:
+            standing.unreadable = _join([standing.unreadable, self.trainer.train_loader.unreadable])
+            self.trainer.train_loader.unreadable.clear()
         if step.skipped:
             self.say(f'step {self.trainer.stepper.steps - 1} was left out: loss {step.loss}, gradient norm '
                      f'{step.grad_norm:.3g} ({self.trainer.stepper.skipped} of {self.config.max_skips})')
@@ -150,7 +151,7 @@ class Run:
         standing = self.standing
         images, loss = self.processes.total([standing.images, standing.loss_total])
         seconds, waited = self.processes.largest([standing.seconds, standing.waited])
-        found = [entry for entries in self.processes.gather(standing.unreadable) for entry in entries]
+        found = _join(self.processes.gather(standing.unreadable))
         standing.trained = dict(
             loss=loss / images, lr=standing.lr, seconds=seconds, images_per_s=images / seconds,
             data_wait=waited / seconds)
@@ -267,6 +268,11 @@ class Run:
 
 LOST_CONNECTION = ('gloo', 'NCCL', 'Connection closed by peer', 'Connection reset by peer')
 DIVISION = ('world_size', 'device_batch', 'accumulation')
+
+
+def _join(lists: Iterable[List[Tuple[str, str]]]) -> List[Tuple[str, str]]:
+    """The (name, reason) of all lists, each name once: an image may be met as itself and in place of another."""
+    return list({name: (name, reason) for entries in lists for name, reason in entries}.values())
 
 
 def describe_waiting(share: float, config: TrainConfig) -> str:

@@ -1,4 +1,6 @@
 """Settings: defaults, then the recipe, then flags; what cannot work stops here."""
+import re
+
 import pytest
 import yaml
 
@@ -56,14 +58,40 @@ def test_two_data_folders_are_refused():
         parse_train_config(['a', '--data', 'b'])
 
 
-@pytest.mark.parametrize('batch_size, world_size, device_batch, expected', [
-    (1536, 1, None, (1536, 1)), (1536, 12, 128, (128, 1)), (1536, 1, 128, (128, 12)), (1536, 4, 96, (96, 4)),
+@pytest.mark.parametrize('batch_size, world_size, device_batch, even, expected', [
+    (1536, 1, None, False, (1536, 1)), (1536, 12, 128, True, (128, 1)), (1536, 1, 128, True, (128, 12)),
+    (1536, 4, 96, True, (96, 4)), (1536, 8, 128, True, (96, 2)), (1000, 1, 128, False, (125, 8)),
+    (1000, 1, 130, True, (100, 10)), (7, 1, None, False, (7, 1)),
 ])
-def test_the_global_batch_is_split_over_devices_and_time(batch_size, world_size, device_batch, expected):
-    images, passes = derive_batches(batch_size, world_size, device_batch)
+def test_the_global_batch_is_split_over_devices_and_time(batch_size, world_size, device_batch, even, expected):
+    images, passes = derive_batches(batch_size, world_size, device_batch, even)
     assert (images, passes) == expected and images * passes * world_size == batch_size
 
 
-def test_a_batch_that_cannot_be_split_is_refused_with_the_nearest_that_can():
-    with pytest.raises(ConfigError, match='batch_size=1000 .* take 896 or 1024'):
-        derive_batches(1000, 1, 128)
+@pytest.mark.parametrize('arguments, message', [
+    ((1536, 5, 128), 'batch_size=1536 cannot .* 5 device.* take 1530 or 1540'),
+    ((1536, 5, 128, True), 'an even number for mixup and cutmix: take 1530 or 1560'),
+    ((31, 1, 8), 'take 30 or 32'),
+    ((5, 1, None, True), 'take 4 or 6'),
+    ((2, 4, None), 'take 4'),
+])
+def test_a_batch_that_cannot_be_split_is_refused_with_the_nearest_that_can(arguments, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        derive_batches(*arguments)
+    for number in re.search(r'take ([\d or]+),', str(error.value))[1].split(' or '):
+        assert derive_batches(int(number), *arguments[1:])
+
+
+def test_larger_sizes_take_no_more_pixels_at_a_time():
+    config = TrainConfig(batch_size=256, device_batch=64, img_size=224, train_img_sizes=[160, 224, 320])
+    splits = config.split_steps(2)
+    assert splits == [(64, 2), (64, 2), (16, 8)]
+    for (images, passes), size in zip(splits, config.train_img_sizes, strict=True):
+        assert images * passes * 2 == 256 and images * size ** 2 <= 64 * 224 ** 2
+
+
+def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch):
+    monkeypatch.setattr('os.sched_getaffinity', lambda pid: set(range(8)))
+    assert TrainConfig().workers == 8
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
+    assert TrainConfig().workers == 2

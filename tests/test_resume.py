@@ -159,8 +159,8 @@ def test_a_stop_during_evaluation_is_heard_too(data, undisturbed, tmp_path, stop
 
 
 @pytest.mark.parametrize('flags', [
-    ['--amp', 'fp16'], ['--amp', 'bf16', '--clip-grad', 1], ['--no-step-schedule'], ['--train-img-sizes', 32, 48, '--device-batch', 8],
-    ['--workers', 0], ['--opt', 'sgd']], ids=lambda flags: flags[0])
+    ['--amp', 'fp16'], ['--amp', 'bf16', '--clip-grad', 1], ['--no-step-schedule'], ['--workers', 0],
+    ['--train-img-sizes', 32, 48, '--device-batch', 8], ['--opt', 'sgd']], ids=lambda flags: flags[0])
 def test_every_way_to_train_goes_on_to_the_bit(data, tmp_path, stop_after, flags):
     flags = [*flags, '--epochs', 2, '--val-interval', 2]
     go_on(data, tmp_path / 'expected', *flags)

@@ -17,7 +17,9 @@ import caretrans
 from caretrans.__main__ import main
 from caretrans.checkpoint import read_checkpoint
 from caretrans.config import TrainConfig, parse_train_config
-from caretrans.training import build_model, build_task, train
+from caretrans.distillation import build_task
+from caretrans.run import train
+from caretrans.training import build_model
 
 ROOT = Path(caretrans.__file__).parent.parent
 FLOOR = 25  # percent top-1 after three short epochs; chance is 7
@@ -145,8 +147,9 @@ def test_training_starts_from_a_checkpoint_of_other_classes(sample_run, tiny_dat
 @pytest.mark.parametrize('flags', [
     ['--mixup', 0.8, '--cutmix', 1.0], ['--device-batch', 4], ['--amp', 'bf16'], ['--amp', 'fp16'],
     ['--auto-augment', 'rand-m9-mstd0.5-inc1', '--random-erasing', 1], ['--no-step-schedule', '--drop-path', 0.1],
-    ['--no-channels-last', '--drop', 0.1], ['--model', 'mobilenetv2_035', '--model-args', 'drop_path_rate=0.1'],
-], ids=lambda flags: flags[0][2:])
+    ['--no-channels-last', '--drop', 0.1], ['--ema'], ['--grad-checkpointing'], ['--sync-bn'], ['--clip-grad', 1],
+    ['--clip-grad', 0.01, '--clip-mode', 'agc'], ['--loss', 'bce', '--mixup', 0.8], ['--train-img-sizes', 32, 64], ['--model', 'mobilenetv2_035', '--model-args', 'drop_path_rate=0.1'],
+], ids=lambda flags: '-'.join(str(flag) for flag in flags[:3])[2:])
 def test_every_way_to_train_runs(tiny_data, tmp_path, flags):
     if '--model' in flags:
         flags = flags + ['--recipe', tmp_path / 'empty.yaml']
@@ -172,11 +175,13 @@ def test_plain_labels_train_both_heads():
     ([FRUIT, '--model-args', 'in_chans=1'], 'takes 1 channels, the images have 3'),
     ([FRUIT, '--opt', 'nonsense'], 'These settings do not work'),
     ([FRUIT, '--auto-augment', 'nonsense'], 'These settings do not work'),
-    ([FRUIT, '--mixup', 0.8, '--batch-size', 5], 'take an even batch_size'),
+    ([FRUIT, '--mixup', 0.8, '--batch-size', 5], 'an even number for mixup and cutmix: take 4 or 6'),
+    ([FRUIT, '--teacher', 'resnet18', '--teacher-checkpoint', 'gone.pth'], 'gone.pth: no such file'),
+    ([FRUIT, '--model', 'resnet18', '--teacher', 'resnet18'], 'resnet18 has no second head'),
     ([FRUIT, '--num-classes', 20], 'num_classes=20, but the data have 14'),
     ([FRUIT, '--batch-size', 1000, '--device-batch', 100], '732 training images do not fill a batch of 1000'),
     ([FRUIT, '--batch-size', 1000], '732 training images do not fill a batch of 1000'),
-    ([FRUIT, '--batch-size', 32, '--device-batch', 12], 'take 24 or 36'),
+    ([FRUIT, '--batch-size', 31, '--device-batch', 12], 'take 30 or 32'),
     ([FRUIT, '--device', 'cuda:9'] if not torch.cuda.is_available() else [FRUIT, '--device', 'xpu'], 'there is only'),
     ([FRUIT, '--recipe', 'mine'], "No recipe 'mine'"),
     ([FRUIT, '--checkpoint', 'gone.pth'], 'gone.pth: no such file'),
@@ -188,7 +193,7 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message):
 
 def test_a_run_is_not_written_over_another(sample_run):
     message = run('train.py', '--recipe', 'care_s0_fruit14', '--output', sample_run[0], code=2)
-    assert 'holds a run already' in message
+    assert 'holds a finished run' in message
 
 
 def test_evaluation_refuses_other_classes(sample_run, tiny_data):
