@@ -1,5 +1,6 @@
 """Nothing is lost: killed, stopped or with a damaged checkpoint, the same command ends with the same numbers."""
 import csv
+import json
 import random
 import shutil
 import subprocess
@@ -135,6 +136,16 @@ def test_a_run_that_was_asked_to_stop_goes_on_as_if_it_had_not_been(data, undist
     assert standing['epoch'] == 1 and standing['step'] < 6
     go_on(data, half_way)
     assert_same_run(half_way, undisturbed)
+    assert len(json.loads((half_way / 'environment.json').read_text())['resumed']) == 1
+
+
+def test_a_kill_between_the_renames_of_a_checkpoint_loses_nothing(data, undisturbed, half_way):
+    """The new file is whole and not yet called last.pth.tar, the one before is called previous.pth.tar already."""
+    (half_way / 'last.pth.tar').rename(half_way / 'next.pth.tar')
+    (half_way / 'previous.pth.tar').write_bytes(b'older')
+    go_on(data, half_way)
+    assert_same_run(half_way, undisturbed)
+    assert not (half_way / 'next.pth.tar').exists()
 
 
 @pytest.fixture
