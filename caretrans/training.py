@@ -129,10 +129,10 @@ class Trainer:
         self.ema: Optional[nn.Module] = None
         if config.ema:
             self.ema = self.task.setup_ema(config.ema_decay, use_warmup=config.ema_warmup).module
-        self.eval_model = self.ema or self.model
         if config.compile:
-            compiled = self.task.compile()
-            self.eval_model = self.task.compile_ema() or compiled
+            self.task.compile()
+            self.task.compile_ema()
+        self.eval_model = self.task.get_eval_model(ema=config.ema)
     def _build_optimizer(self) -> None:
         config = self.config
         optimizer = create_optimizer_v2(self.model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay)
