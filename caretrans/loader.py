@@ -328,21 +328,32 @@ def build_train_loader(
 # Evaluation -----------------------------------------------------------------------------------------------------------
 
 class EvalLoader(_DeviceLoader):
-    """(images, targets) of this process's share of a data set, each image once, in order."""
+    """(images, targets) of this process's share of a data set, each image once, in order.
+
+    Whole batches are shared out, the same ones whatever the number of processes: the last bits of an image's logits
+    depend on its place in the batch and on the size of that.
+
+    Attributes:
+        share: The numbers of this process's images in the order they come, None for a stream.
+    """
 
     def __init__(
             self, samples: Dataset, eval_config: Dict[str, Any], batch_size: int, workers: int, processes: Processes,
             device: torch.device,
     ) -> None:
         super().__init__(eval_config, device)
+        self.share: Optional[List[int]] = None
         options: Dict[str, Any] = dict(
-            batch_size=batch_size, num_workers=workers, collate_fn=collate, pin_memory=device.type == 'cuda',
-            worker_init_fn=_start_worker)
+            num_workers=workers, collate_fn=collate, pin_memory=device.type == 'cuda', worker_init_fn=_start_worker)
         if isinstance(samples, IterableDataset):  # its readers cannot share it out evenly: one process reads it all
-            self.loader: Any = DataLoader(samples, **options) if processes.is_primary else ()
+            self.loader: Any = DataLoader(samples, batch_size, **options) if processes.is_primary else ()
         else:
-            share = [Sample(index) for index in range(processes.rank, len(samples), processes.world_size)]
-            self.loader = DataLoader(samples, sampler=share, **options)
+            numbers = range(len(samples))
+            batches = [numbers[first:first + batch_size] for first in range(0, len(samples), batch_size)]
+            batches = batches[processes.rank::processes.world_size]
+            self.share = [index for batch in batches for index in batch]
+            self.loader = DataLoader(
+                samples, batch_sampler=[[Sample(index) for index in batch] for batch in batches], **options)
 
     def _batches(self) -> Iterable[Batch]:
         return self.loader
