@@ -5,14 +5,10 @@ import os
 import sys
 from typing import Any, Optional, Sequence
 
-from .bench_loader import bench_loader, describe_bench
 from .checkpoint import CheckpointError, convert_checkpoint
 from .config import ConfigError, number
 from .data import DataError
-from .engine import resolve_device
-from .evaluation import predict_images
 from .progress import show_messages
-from .shards import write_shards
 
 
 def _parse_flags(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -73,6 +69,9 @@ def _add_bench_loader(commands: Any) -> None:
 
 
 def _predict(as_json: bool, device: str, **options) -> int:
+    from .engine import resolve_device  # each command loads what it needs, and no more
+    from .evaluation import predict_images
+
     failed = 0
     for result in predict_images(device=resolve_device(device), **options):
         if as_json:
@@ -88,12 +87,16 @@ def _predict(as_json: bool, device: str, **options) -> int:
 
 
 def _shard(**options: Any) -> int:
+    from .shards import write_shards
+
     for split, info in write_shards(**options).items():
         print(f'{split}: {info["num_samples"]} images in {len(info["filenames"])} shards, counted again')
     return 0
 
 
 def _bench_loader(as_json: bool, **options: Any) -> int:
+    from .bench_loader import bench_loader, describe_bench
+
     result = bench_loader(**options)
     print(json.dumps(result) if as_json else describe_bench(result))
     return 0

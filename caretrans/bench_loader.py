@@ -96,7 +96,7 @@ def _build_loaders(
         device=torch.device('cpu'))
 
     def run_ours(epoch: int) -> Iterable[Any]:
-        ours.sampler.set_epoch(epoch)
+        ours.sampler.set_epoch(epoch)  # holds on to the loader, and so to its workers
         return ours.loader
     return dict(ours=run_ours, timm=lambda epoch: theirs.loader)
 

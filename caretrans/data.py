@@ -45,7 +45,8 @@ def _open_shards(root: str, split: str, **options: Any) -> IterableImageDataset:
         try:
             splits = json.loads(path.read_text())['splits']
             found = next((name for name in _list_synonyms(split) if name in splits), None)
-            missing = [] if found is None else [f for f in splits[found]['filenames'] if not (path.parent / f).is_file()]
+            files = splits[found]['filenames'] if found else []
+            missing = [file for file in files if not (path.parent / file).is_file()]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f'{path} does not describe shards: {type(error).__name__}: {error}.') from None
         if found is None and 'tar' not in split:

@@ -1,21 +1,24 @@
 """Decoding for training: timm's random crop, taken from a JPEG by libjpeg-turbo and resized by PyTorch's uint8 kernels.
 
-The random numbers, the crop and the interpolation are timm's. The pixels are Pillow's to within rounding, and where
-libjpeg-turbo decodes at a reduced scale to within what that scale keeps; docs/input-pipeline.md has both measured, and
-the time. Whatever is not a plain JPEG, or makes libjpeg-turbo complain, goes through Pillow exactly as in timm.
+The random numbers, the crop and the interpolation are timm's. The pixels are Pillow's to within rounding, and where a
+large photograph is decoded at a reduced scale to within what that scale keeps; docs/input-pipeline.md has both
+measured, and the time. Whatever is not a plain JPEG, or makes libjpeg-turbo complain, goes through Pillow exactly as in
+timm.
 """
 import io
+import math
 import random
-from typing import Any, Optional, Tuple, Union
+from typing import Any, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data.transforms import MaybePILToTensor, RandomResizedCropAndInterpolation, interp_mode_to_str
+from timm.data.transforms import (
+    MaybePILToTensor, RandomResizedCropAndInterpolation, interp_mode_to_str, str_to_pil_interp)
 from torchvision.transforms import ColorJitter, Compose, RandomHorizontalFlip
-from torchvision.transforms.functional import resized_crop
+from torchvision.transforms.functional import pil_to_tensor, resized_crop
 
 __all__ = ['CropTransform', 'UNREADABLE', 'choose_reduction', 'decode_crop', 'open_image', 'read_jpeg_size']
 
@@ -56,11 +59,11 @@ def decode_crop(
 
     Args:
         data: A JPEG for which `read_jpeg_size` gave `image_size`.
-        box: The crop, in pixels of the whole image. At a reduced scale its edges are rounded to the pixels there.
+        box: The crop, in pixels of the whole image.
         size: (height, width) of the result.
         interpolation: 'bilinear' or 'bicubic'.
     Returns:
-        (3, *size) uint8, in channels-last order.
+        (3, *size) uint8, channels last in memory.
     Raises:
         ValueError: Damaged, even where a decoder could go on.
     """
@@ -69,10 +72,22 @@ def decode_crop(
     pixels = simplejpeg.decode_jpeg(data, 'RGB', min_height=height, min_width=width, min_factor=r, strict=True)
     if pixels.shape[:2] != (height, width):
         raise ValueError(f'decoded to {pixels.shape[:2]}, not to {height, width}')
-    top, left = round(box[0] / r), round(box[1] / r)
-    bottom, right = min(round((box[0] + box[2]) / r), height), min(round((box[1] + box[3]) / r), width)
-    crop = torch.from_numpy(np.ascontiguousarray(pixels[top:bottom, left:right])).permute(2, 0, 1)[None]
-    return F.interpolate(crop, size, mode=interpolation, antialias=True)[0]
+    if r > 1:
+        return _resize_part(pixels, [edge / r for edge in box], size, interpolation)
+    top, left, height, width = box
+    crop = torch.from_numpy(pixels)[None, top:top + height, left:left + width].permute(0, 3, 1, 2)
+    return F.interpolate(crop, size, mode=interpolation, antialias=True)[0]  # channels last, so fast
+
+
+def _resize_part(
+        pixels: np.ndarray, box: Sequence[float], size: Tuple[int, int], interpolation: str) -> torch.Tensor:
+    """The same by Pillow, which takes edges between pixels."""
+    (top, left), (bottom, right) = box[:2], (min(box[i] + box[i + 2], pixels.shape[i]) for i in (0, 1))
+    row, column = int(top), int(left)
+    image = Image.fromarray(pixels[row:math.ceil(bottom), column:math.ceil(right)])
+    image = image.resize(
+        size[::-1], str_to_pil_interp(interpolation), box=(left - column, top - row, right - column, bottom - row))
+    return pil_to_tensor(image)
 
 
 def _takes_tensors(step: Any) -> bool:

@@ -3,7 +3,9 @@
 What a training loader gives is a function of (seed, epoch, step) alone: each image is augmented with a seed of its own,
 so that a run can go on in the middle of an epoch, and workers and processes may change without changing the images.
 """
+import atexit
 import time
+import weakref
 from itertools import islice
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -157,6 +159,7 @@ class TrainLoader(_DeviceLoader):
             self.loader = DataLoader(
                 samples, batch_sampler=self.sampler, persistent_workers=config.workers > 0, **options)
             self.steps = len(samples) // config.batch_size
+        atexit.register(_close, weakref.ref(self))  # the interpreter would end them by SIGTERM, which they outlive
 
     def run(self, epoch: int, start_step: int = 0) -> Iterator[Pass]:
         """The forward passes of an epoch from a step on, each with the random generators seeded for it."""
@@ -164,12 +167,16 @@ class TrainLoader(_DeviceLoader):
         sizes = [0] * self.steps if self.sampler is None else self.sampler.choose_sizes(epoch)
         places = [(step, i) for step in range(start_step, self.steps) for i in range(self.splits[sizes[step]][1])]
         self._unprepared = iter(places)
-        for (step, i), (images, targets) in zip(places, self.prefetcher):  # noqa: B905 (a stream may go on)
+        batches = iter(self.prefetcher)
+        for number, (step, i) in enumerate(places):
+            images, targets = next(batches, (None, None))
+            if images is None:
+                raise DataError(f'The data ended after {number} of {len(places)} batches of epoch {epoch}.')
             self._seed_pass(step, i, 1)
             yield Pass(images, targets, step, i + 1 == self.splits[sizes[step]][1])
 
     def close(self) -> None:
-        """Let the workers go."""
+        """Let the workers go; done at the end of the program where it was not before."""
         self.loader._iterator = None
 
     def _seed_pass(self, step: int, i: int, purpose: int) -> None:
@@ -190,6 +197,11 @@ class TrainLoader(_DeviceLoader):
         self.samples.set_epoch(self.epoch)
         self.generator.manual_seed(derive_seed(self.seed, self.epoch))  # timm's readers draw their order from it
         return islice(self.loader, first_pass, None)
+
+
+def _close(loader: 'weakref.ref[TrainLoader]') -> None:
+    if (alive := loader()) is not None:
+        alive.close()
 
 
 def build_train_loader(
