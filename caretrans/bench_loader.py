@@ -8,10 +8,10 @@ import platform
 import statistics
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import PIL
 import timm
@@ -82,8 +82,9 @@ def _open_images(data: str, images: int) -> Dataset:
     return dataset
 
 
-def _build_loaders(
-        data: str, config: TrainConfig, images: int) -> Dict[str, Callable[[int], Iterable[Any]]]:
+@contextmanager
+def _open_loaders(
+        data: str, config: TrainConfig, images: int) -> Iterator[Dict[str, Callable[[int], Iterable[Any]]]]:
     """For each loader, what gives the uint8 batches of an epoch as they leave the workers."""
     size = (3, config.img_size, config.img_size)
     eval_config = dict(input_size=size, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
@@ -96,9 +97,13 @@ def _build_loaders(
         device=torch.device('cpu'))
 
     def run_ours(epoch: int) -> Iterable[Any]:
-        ours.sampler.set_epoch(epoch)  # holds on to the loader, and so to its workers
+        ours.sampler.set_epoch(epoch)
         return ours.loader
-    return dict(ours=run_ours, timm=lambda epoch: theirs.loader)
+    try:
+        yield dict(ours=run_ours, timm=lambda epoch: theirs.loader)
+    finally:
+        ours.close()
+        theirs.loader._iterator = None
 
 
 def _measure(batches: Iterable[Any], workers: int) -> float:
@@ -134,14 +139,20 @@ def bench_loader(
         files = [path.stat().st_size for path in Path(data).rglob('*.jp*g')]
         result.update(files=len(files), mean_bytes=round(sum(files) / max(len(files), 1)))
         for policy in auto_augment:
-            loaders = _build_loaders(data, TrainConfig(data=data, auto_augment=policy, **options), images)
-            speeds: Dict[str, List[float]] = {name: [] for name in loaders}
-            for turn in range(rounds + 1):
-                for name in sorted(loaders, reverse=turn % 2 == 1):
-                    speed = _measure(loaders[name](turn), workers)
-                    speeds[name] += [speed] if turn else []
-            result['policies'].append(_summarise(policy, speeds))
+            config = TrainConfig(data=data, auto_augment=policy, **options)
+            with _open_loaders(data, config, images) as loaders:
+                result['policies'].append(_summarise(policy, _take_turns(loaders, rounds, workers)))
     return result
+
+
+def _take_turns(
+        loaders: Dict[str, Callable[[int], Iterable[Any]]], rounds: int, workers: int) -> Dict[str, List[float]]:
+    speeds: Dict[str, List[float]] = {name: [] for name in loaders}
+    for turn in range(rounds + 1):
+        for name in sorted(loaders, reverse=turn % 2 == 1):
+            speed = _measure(loaders[name](turn), workers)
+            speeds[name] += [speed] if turn else []
+    return speeds
 
 
 def _summarise(policy: str, speeds: Dict[str, List[float]]) -> Dict[str, Any]:
@@ -160,12 +171,13 @@ def describe_bench(result: Dict[str, Any]) -> str:
         f'Pillow {machine["pillow"]}',
         f'{result["files"]} JPEGs of {result["mean_bytes"] / 1000:.0f} kB on average, to {result["img_size"]} pixels, '
         f'{result["workers"]} workers, batches of {result["batch_size"]}',
-        f'Images/s per worker, median of {result["rounds"]} rounds in turns (least to most):', '',
+        f'Images/s per worker as uint8 batches, median of {result["rounds"]} rounds in turns (least to most):', '',
         '| augmentation | timm | ours | ratio |', '|---|---|---|---|']
     for row in result['policies']:
         cells = [f'{row[name]["median"]:.0f} ({row[name]["least"]:.0f} to {row[name]["most"]:.0f})'
                  for name in ('timm', 'ours')]
         ratio = row['ratio']
         cells.append(f'{ratio["median"]:.2f} ({ratio["least"]:.2f} to {ratio["most"]:.2f})')
-        lines.append(f'| {" | ".join(["crop, flip " + row["auto_augment"]] + cells)} |')
+        name = 'crop, flip' + (f', {row["auto_augment"]}' if row['auto_augment'] else '')
+        lines.append(f'| {" | ".join([name] + cells)} |')
     return '\n'.join(lines)
