@@ -86,12 +86,15 @@ class _DeviceLoader:
     """
 
     def __init__(self, eval_config: Dict[str, Any], device: torch.device, **erasing: Any) -> None:
+        channels = eval_config['input_size'][0]
+        if channels != 3:
+            raise DataError(f'The model takes images of {channels} channels, the loaders give 3 (RGB): in_chans=3.')
         self.unreadable: List[Tuple[str, str]] = []
         self.waited = 0.
         self.num_classes: Optional[int] = None
         self.prefetcher = PrefetchLoader(
             self, mean=tuple(eval_config['mean']), std=tuple(eval_config['std']), device=device,
-            channels=eval_config['input_size'][0], **erasing)
+            channels=channels, **erasing)
 
     def _batches(self) -> Iterable[Batch]:
         raise NotImplementedError

@@ -156,6 +156,11 @@ def test_too_many_unreadable_images_in_a_row_stop_the_loader(small_data):
         passes(load(small_data))
 
 
+def test_a_model_of_other_channels_is_refused(small_data):
+    with pytest.raises(DataError, match='takes images of 1 channels, the loaders give 3'):
+        build_eval_loader(open_dataset(small_data, 'val'), {**EVAL, 'input_size': [1, 32, 32]}, 4, 0)
+
+
 def test_waiting_for_the_workers_is_counted(small_data):
     loader = load(small_data)
     start = time.perf_counter()
@@ -204,9 +209,10 @@ def test_tars_are_loaded_as_folders_are_even_with_open_files_handed_to_workers(s
 @pytest.fixture
 def hub_data(tmp_path, monkeypatch):
     """The small data set as Parquet files, as `datasets` reads them from a local folder."""
-    datasets = pytest.importorskip('datasets', reason='pip install datasets')
     for variable, value in (('HF_HUB_OFFLINE', '1'), ('HF_HOME', str(tmp_path / 'home'))):
         monkeypatch.setenv(variable, value)
+    import datasets  # reads them at import
+
     photographs = copy_photographs(tmp_path / 'photographs', per_class=8)
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=['kaiser', 'orange']))
     (tmp_path / 'hub' / 'data').mkdir(parents=True)
