@@ -15,7 +15,8 @@ from .decode import UNREADABLE, open_image
 from .randomness import derive_seed, seed_sample
 
 __all__ = [
-    'Batch', 'EvalTransform', 'Item', 'Sample', 'Samples', 'ShardSamples', 'StreamedSamples', 'collate', 'start_worker']
+    'Batch', 'EvalTransform', 'Item', 'Sample', 'Samples', 'ShardSamples', 'StreamedSamples', 'collate',
+    'forget_open_tars', 'start_worker']
 
 MAX_TRIES = 50  # images in a row that cannot be read
 GRACE = 20.  # seconds that a worker stays after SIGTERM, for the last step and its checkpoint
@@ -208,10 +209,10 @@ def start_worker(worker_id: int) -> None:
     if os.name == 'posix':
         signal.signal(signal.SIGTERM, stay)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _forget_open_tars(getattr(get_worker_info().dataset, 'dataset', None))
+    forget_open_tars(getattr(get_worker_info().dataset, 'dataset', None))
 
 
-def _forget_open_tars(dataset: Any) -> None:
+def forget_open_tars(dataset: Any) -> None:
     """Open the tars anew: workers that got them open from the main process would move each other's place in them."""
     state = getattr(getattr(dataset, 'reader', None), 'tar_state', {})
     for tar in state.values() if isinstance(state, dict) else [state]:
