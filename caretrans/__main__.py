@@ -1,15 +1,13 @@
-"""Small commands: python -m caretrans predict | convert. See --help of each."""
+"""Small commands: python -m caretrans predict | convert | shard | bench-loader. See --help of each."""
 import argparse
 import json
 import os
 import sys
-from typing import Optional, Sequence
+from typing import Any, Optional, Sequence
 
 from .checkpoint import CheckpointError, convert_checkpoint
 from .config import ConfigError, number
 from .data import DataError
-from .engine import resolve_device
-from .evaluation import predict_images
 from .progress import show_messages
 
 
@@ -35,10 +33,45 @@ def _parse_flags(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     convert.add_argument('--to', dest='layout', required=True, choices=['published', 'caretrans'])
     convert.add_argument('--entry', help='entry of the source that holds the weights')
     convert.add_argument('--overwrite', action='store_true', help='replace the target')
+    _add_shard(commands)
+    _add_bench_loader(commands)
     return parser.parse_args(argv)
 
 
+def _add_shard(commands: Any) -> None:
+    shard = commands.add_parser(
+        'shard', help='write a folder of images as WebDataset shards; run again, it goes on where it was interrupted')
+    shard.add_argument('source', help='folder with train/CLASS/*.jpg and val/CLASS/*.jpg')
+    shard.add_argument('target', help='folder of the shards; then: bash cmd/train.sh TARGET')
+    shard.add_argument('--split', dest='splits', nargs='+', default=['train', 'val'], help='(default: train val)')
+    size = shard.add_mutually_exclusive_group()
+    size.add_argument('--images-per-shard', type=number(int, 1), help='at most; by default as --shard-size gives it')
+    size.add_argument('--shard-size', type=number(float, 0.01), default=100., help='megabytes (default: 100)')
+    shard.add_argument('--workers', type=number(int, 1), default=4, help='shards written at a time (default: 4)')
+    shard.add_argument('--seed', type=int, default=0, help='of the order of the images (default: 0)')
+
+
+def _add_bench_loader(commands: Any) -> None:
+    bench = commands.add_parser(
+        'bench-loader', help="images/s of the training loader alone, against timm's default loader, in turns")
+    bench.add_argument('data', nargs='?', help='folder with train/CLASS/*.jpg; by default photographs are made')
+    bench.add_argument('--photos', nargs='+', help='files and folders to make the photographs of (default: fruit14)')
+    bench.add_argument('--photo-size', type=number(int, 8), nargs=2, default=[500, 400], help='(default: 500 400)')
+    bench.add_argument('--workers', type=number(int, 0), default=1, help='processes (default: 1)')
+    bench.add_argument('--img-size', type=number(int, 32), default=224, help='pixels (default: 224)')
+    bench.add_argument('--batch-size', type=number(int, 1), default=64, help='(default: 64)')
+    bench.add_argument('--rounds', type=number(int, 1), default=7, help='of each loader (default: 7)')
+    bench.add_argument('--images', type=number(int, 1), default=1024, help='of each round, at least (default: 1024)')
+    bench.add_argument(
+        '--auto-augment', nargs='+', default=['', 'rand-m9-mstd0.5-inc1'],
+        help="timm's names of policies, '' for crop and flip alone (default: both that and rand-m9-mstd0.5-inc1)")
+    bench.add_argument('--json', action='store_true', help='print one JSON object')
+
+
 def _predict(as_json: bool, device: str, **options) -> int:
+    from .engine import resolve_device  # each command loads what it needs, and no more
+    from .evaluation import predict_images
+
     failed = 0
     for result in predict_images(device=resolve_device(device), **options):
         if as_json:
@@ -53,6 +86,22 @@ def _predict(as_json: bool, device: str, **options) -> int:
     return 1 if failed else 0
 
 
+def _shard(**options: Any) -> int:
+    from .shards import write_shards
+
+    for split, info in write_shards(**options).items():
+        print(f'{split}: {info["num_samples"]} images in {len(info["filenames"])} shards, counted again')
+    return 0
+
+
+def _bench_loader(as_json: bool, **options: Any) -> int:
+    from .bench_loader import bench_loader, describe_bench
+
+    result = bench_loader(**options)
+    print(json.dumps(result) if as_json else describe_bench(result))
+    return 0
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     options = vars(_parse_flags(argv))
     command = options.pop('command')
@@ -60,6 +109,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         if command == 'predict':
             return _predict(options.pop('json'), **options)
+        if command == 'shard':
+            return _shard(**options)
+        if command == 'bench-loader':
+            return _bench_loader(options.pop('json'), **options)
         print(convert_checkpoint(**options))
         return 0
     except BrokenPipeError:  # the reader, `head` for instance, has had enough

@@ -1,24 +1,33 @@
 """Data sets, through timm's readers: what cannot be trained on or evaluated stops here."""
+import json
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Set
 
 import torch
-from timm.data import ImageNetInfo, create_dataset, resolve_data_config
+from timm.data import ImageNetInfo, IterableImageDataset, create_dataset, resolve_data_config
 from torch.utils.data import Dataset
 
 from .checkpoint_file import list_names
+from .shard_reader import ShardReader
 
 __all__ = [
-    'DataError', 'describe_classes', 'list_classes', 'name_image', 'open_dataset', 'resolve_eval_config']
+    'DataError', 'check_labels', 'describe_classes', 'find_labels', 'list_classes', 'name_image', 'open_dataset',
+    'resolve_eval_config']
+
+INFO = '_info.json'  # beside WebDataset shards, as timm reads it
 
 
 class DataError(ValueError):
     """Data that cannot be trained on or evaluated; the message names the folder and the remedy."""
 
 
+def _list_synonyms(split: str) -> List[str]:
+    return [split, 'validation', 'valid', 'val'] if split in ('val', 'validation') else [split]
+
+
 def _split_folder(root: Path, split: str) -> Path:
     """The folder of a split: `root`/`split`, or `root` itself where it is the split of that name already."""
-    synonyms = [split, 'validation', 'valid', 'val'] if split in ('val', 'validation') else [split]
+    synonyms = _list_synonyms(split)
     for name in synonyms:
         for path in (root / name, root / f'{name}.tar'):
             if path.exists():
@@ -27,6 +36,50 @@ def _split_folder(root: Path, split: str) -> Path:
         return root
     found = list_names(sorted(p.name for p in root.iterdir() if p.is_dir())) or 'no folders'
     raise DataError(f'{root} has no folder {split!r}, it has {found}. Expected: {root}/{split}/CLASS/IMAGE.jpg.')
+
+
+def _open_shards(root: str, split: str, **options: Any) -> IterableImageDataset:
+    """A split of WebDataset shards that an `_info.json` describes; for shards elsewhere, what timm's reader finds."""
+    path = Path(root) / INFO
+    if path.is_file():
+        try:
+            splits = json.loads(path.read_text())['splits']
+            found = next((name for name in _list_synonyms(split) if name in splits), None)
+            files = splits[found]['filenames'] if found else []
+            missing = [file for file in files if not (path.parent / file).is_file()]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f'{path} does not describe shards: {type(error).__name__}: {error}.') from None
+        if found is None and 'tar' not in split:
+            raise DataError(f'{path} has no split {split!r}, it has {list_names(splits) or "none"}.')
+        if missing:
+            raise DataError(f'{root} lacks {len(missing)} shards of its {INFO}: {list_names(missing)}.')
+        split = found or split
+    elif Path(root).is_dir() and 'tar' not in split:
+        raise DataError(f'{root} has no {INFO}: write the shards with `python -m caretrans shard SOURCE {root}`.')
+    return IterableImageDataset(root, reader=ShardReader(root=root, split=split, **options))
+
+
+def _open(root: str, split: str, name: str, options: Dict[str, Any]) -> Dataset:
+    path = Path(root)
+    sharded = name.lower().startswith('wds/') or not name and (path / INFO).is_file()
+    if not name:
+        if not root or not path.exists():
+            problem = f'No data at {root!r}' if root else 'No data named'
+            raise DataError(f'{problem}: give a folder with {split}/CLASS/*.jpg; the bundled one is data/fruit14.')
+        if path.is_file() and options['is_training']:
+            raise DataError(f'{root} is one file: training needs a folder with train.tar and val.tar.')
+        root = str(_split_folder(path, split)) if path.is_dir() and not sharded else root
+        options.update(search_split=False)
+    try:
+        if sharded:
+            return _open_shards(root, split, is_training=options['is_training'], seed=options['seed'])
+        return create_dataset(name, root=root, split=split, **options)
+    except (RuntimeError, OSError, ImportError, AssertionError) as error:  # how timm's readers and torchvision refuse
+        if 'Found 0 images' in str(error):
+            raise DataError(f'{root} has no images. Expected: {root}/CLASS/IMAGE.jpg.') from None
+        if isinstance(error, ImportError) and getattr(error, 'name', '') == 'datasets':
+            raise DataError(f'{name} needs the package of Hugging Face data sets: pip install datasets') from None
+        raise DataError(f'{name or root}, split {split!r}, cannot be read: {" ".join(str(error).split())}') from error
 
 
 def open_dataset(
@@ -44,28 +97,16 @@ def open_dataset(
     Args:
         root: Folder of the data.
         split: 'train', 'val', or a name that the data set knows.
-        name: '' for folders and tars of images in ImageNet layout, else a name of timm's factory (torch/cifar10).
+        name: '' for folders and tars of images in ImageNet layout and for shards of ours, else a name of timm's factory
+            (torch/cifar10); whatever follows wds/ in it is not looked at, the shards are in `root`.
         classes: The classes in the order of their labels, when a checkpoint or another split fixes it.
         is_training, download, batch_size, seed: As in `timm.data.create_dataset`.
     Raises:
         DataError: The folder, the split, images or a package are missing, or the classes are not `classes`.
     """
-    options: Dict[str, Any] = dict(is_training=is_training, download=download, batch_size=batch_size, seed=seed)
-    if not name:
-        path = Path(root)
-        if not root or not path.exists():
-            problem = f'No data at {root!r}' if root else 'No data named'
-            raise DataError(f'{problem}: give a folder with {split}/CLASS/*.jpg; the bundled one is data/fruit14.')
-        if path.is_file() and is_training:
-            raise DataError(f'{root} is one file: training needs a folder with train.tar and val.tar.')
-        root = str(_split_folder(path, split)) if path.is_dir() else root
-        options.update(search_split=False)
-    try:
-        dataset = create_dataset(name, root=root, split=split, **options)
-    except (RuntimeError, OSError, ImportError, AssertionError) as error:  # how timm's readers and torchvision refuse
-        if 'Found 0 images' in str(error):
-            raise DataError(f'{root} has no images. Expected: {root}/CLASS/IMAGE.jpg.') from None
-        raise DataError(f'{name or root}, split {split!r}, cannot be read: {" ".join(str(error).split())}') from error
+    root = str(root or '')
+    dataset = _open(root, split, name, dict(
+        is_training=is_training, download=download, batch_size=batch_size, seed=seed))
     found = list_classes(dataset)
     if found is not None and len(found) < 2:
         raise DataError(f'{root} has images of one class only, {found[0]!r}: they go into one folder per class.')
@@ -111,9 +152,47 @@ def resolve_eval_config(model: torch.nn.Module, **overrides: Any) -> Dict[str, A
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
 
+def find_labels(dataset: Dataset) -> Optional[Set[int]]:
+    """The labels that occur, where they can be known without reading the images."""
+    reader = getattr(dataset, 'reader', None)
+    if isinstance(getattr(reader, 'samples', None), list):  # folders: (path, label)
+        return {int(label) for _, label in reader.samples}
+    if hasattr(reader, 'iter_targets'):  # Hugging Face data sets by index
+        plain = reader.label_key in reader.dataset.column_names and not (reader.remap_class or reader.target_keys)
+        labels = reader.dataset.unique(reader.label_key) if plain else reader.iter_targets()
+        return {-1 if label is None else int(label) for label in labels}
+    for owner in (reader, dataset):  # tars, and most data sets of torchvision
+        for attribute in ('targets', 'labels', '_labels'):
+            labels = getattr(owner, attribute, None)
+            if labels is not None:
+                return {int(label) for label in labels}
+    return None
+
+
+def check_labels(dataset: Dataset, num_classes: int) -> None:
+    """Refuse labels that a model of `num_classes` cannot learn; those of streams are checked as they come.
+
+    Raises:
+        DataError: There are labels below 0 or from `num_classes` on; the message lists them.
+    """
+    dataset.expected_classes = num_classes  # the loaders look at it
+    wrong = sorted(label for label in find_labels(dataset) or () if not 0 <= label < num_classes)
+    if wrong:
+        raise DataError(
+            f'The model has {num_classes} classes, labels 0 to {num_classes - 1}, but the data has '
+            f'{list_names(wrong)}: give the number of classes with --num-classes, or other data.')
+
+
 def name_image(dataset: Dataset, index: int) -> str:
-    """Where image `index` is: its path, or its number where the data set knows no paths."""
+    """Where image `index` is: its path, a tar's path and the name in it, or its number where no path is known."""
+    reader = getattr(dataset, 'reader', None)
+    samples = getattr(dataset, 'samples', None)
+    if reader is None and samples is not None:  # torchvision's folders: (path, label)
+        return str(samples[index][0])
     try:
-        return str(dataset.filename(index, absolute=True))
-    except (AttributeError, AssertionError, NotImplementedError):
-        return f'image {index}'
+        name = dataset.filename(index, absolute=True)
+    except (AttributeError, AssertionError, NotImplementedError, KeyError, TypeError):
+        name = None
+    if name and hasattr(reader, 'tar_state'):
+        return ':'.join([str(reader.root), *filter(None, [reader.samples[index][1]]), name])
+    return str(name) if name else f'image {index}'

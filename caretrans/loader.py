@@ -3,143 +3,28 @@
 What a training loader gives is a function of (seed, epoch, step) alone: each image is augmented with a seed of its own,
 so that a run can go on in the middle of an epoch, and workers and processes may change without changing the images.
 """
-import io
-import os
-import signal
+import atexit
 import time
+import weakref
 from itertools import islice
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
-from PIL import Image
 from timm.data import create_transform
-from timm.data.dataset import ImageDataset
 from timm.data.loader import PrefetchLoader
 from timm.data.scheduled_sampler import ScheduledBatchSampler
-from torch.utils.data import (
-    DataLoader, Dataset, IterableDataset, Sampler, SequentialSampler, default_collate, get_worker_info)
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, SequentialSampler
 
+from .checkpoint_file import list_names
 from .config import TrainConfig
 from .data import DataError, name_image
+from .decode import CropTransform
 from .distributed import Processes
-from .randomness import derive_seed, seed_everything, seed_sample
+from .randomness import derive_seed, seed_everything
+from .samples import Batch, EvalTransform, Sample, Samples, ShardSamples, StreamedSamples, collate, start_worker
+from .shard_reader import ShardReader
 
 __all__ = ['EvalLoader', 'Pass', 'TrainLoader', 'build_eval_loader', 'build_train_loader']
-
-MAX_TRIES = 50  # images in a row that cannot be read
-GRACE = 20.  # seconds that a worker stays after SIGTERM, for the last step and its checkpoint
-UNREADABLE = (OSError, SyntaxError, EOFError, Image.DecompressionBombError)  # how files and Pillow's decoders fail
-
-
-class Sample(NamedTuple):
-    """What a worker is asked for: an image, the seed of its augmentation, and which of the sizes it gets."""
-    index: int
-    seed: int = 0
-    size: int = 0
-
-
-class Batch(NamedTuple):
-    """images (B, 3, H, W) uint8, targets (B,) int64, and (name, reason) of images that could not be read."""
-    images: torch.Tensor
-    targets: torch.Tensor
-    unreadable: List[Tuple[str, str]]
-
-
-Item = Tuple[Optional[torch.Tensor], int, List[Tuple[str, str]]]
-
-
-def collate(items: Sequence[Item]) -> Batch:
-    """Put items together; those without an image only report why."""
-    unreadable = [entry for item in items for entry in item[2]]
-    items = [item for item in items if item[0] is not None]
-    if not items:
-        return Batch(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), unreadable)
-    return Batch(
-        default_collate([item[0] for item in items]), torch.tensor([item[1] for item in items]), unreadable)
-
-
-# In the workers -------------------------------------------------------------------------------------------------------
-
-def read_image(dataset: Dataset, index: int) -> Tuple[Image.Image, int]:
-    """Image `index` of a data set of timm's factory, RGB, and its label.
-
-    Raises:
-        OSError, SyntaxError, EOFError, Image.DecompressionBombError: It cannot be read or decoded.
-    """
-    if not isinstance(dataset, ImageDataset):  # torchvision's open the image themselves
-        image, target = dataset[index][:2]
-        return image.convert('RGB'), int(target)
-    file, target = dataset.reader[index][:2]
-    with file:
-        data = file.read()
-    return Image.open(io.BytesIO(data)).convert('RGB'), int(target)
-
-
-class Samples(Dataset):
-    """Images by index, transformed; asked with a `Sample`.
-
-    Args:
-        dataset: Of timm's factory; its own transform is not used.
-        transforms: One for each size.
-        replace: Take the next readable image for one that is not readable, else leave a gap.
-    """
-
-    def __init__(self, dataset: Dataset, transforms: Sequence[Any], replace: bool) -> None:
-        dataset.transform = None
-        self.dataset, self.transforms, self.replace = dataset, list(transforms), replace
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, sample: Sample) -> Item:
-        unreadable: List[Tuple[str, str]] = []
-        index = sample.index
-        for _ in range(MAX_TRIES):
-            try:
-                image, target = read_image(self.dataset, index)
-            except UNREADABLE as error:
-                unreadable.append((name_image(self.dataset, index), f'{type(error).__name__}: {error}'))
-                if not self.replace:
-                    return None, -1, unreadable
-                index = (index + 1) % len(self)
-            else:
-                seed_sample(sample.seed)
-                return self.transforms[sample.size](image), target, unreadable
-        raise DataError(f'{MAX_TRIES} images in a row cannot be read, the first is {": ".join(unreadable[0])}.')
-
-
-class StreamedSamples(IterableDataset):
-    """Transformed images of a reader that streams (WebDataset shards, iterable Hugging Face data), in its order."""
-
-    def __init__(self, dataset: IterableDataset, transform: Any, seed: int, rank: int) -> None:
-        dataset.transform = None
-        self.dataset, self.transform, self.seed, self.rank = dataset, transform, seed, rank
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-        self.dataset.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[Item]:
-        worker = get_worker_info()
-        place = (self.seed, self.epoch, self.rank, worker.id if worker else 0)
-        for count, (image, target) in enumerate(self.dataset):
-            seed_sample(derive_seed(*place, count))
-            yield self.transform(image.convert('RGB')), int(target), []
-
-
-def _start_worker(worker_id: int) -> None:
-    """Outlive a SIGTERM to all processes of the run by some seconds: the main process has a step to finish."""
-    def stay(*_: Any) -> None:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, GRACE)
-    if os.name == 'posix':
-        signal.signal(signal.SIGTERM, stay)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-
 
 # Training -------------------------------------------------------------------------------------------------------------
 
@@ -201,14 +86,24 @@ class _DeviceLoader:
     """
 
     def __init__(self, eval_config: Dict[str, Any], device: torch.device, **erasing: Any) -> None:
+        channels = eval_config['input_size'][0]
+        if channels != 3:
+            raise DataError(f'The model takes images of {channels} channels, the loaders give 3 (RGB): in_chans=3.')
         self.unreadable: List[Tuple[str, str]] = []
         self.waited = 0.
+        self.num_classes: Optional[int] = None
         self.prefetcher = PrefetchLoader(
             self, mean=tuple(eval_config['mean']), std=tuple(eval_config['std']), device=device,
-            channels=eval_config['input_size'][0], **erasing)
+            channels=channels, **erasing)
 
     def _batches(self) -> Iterable[Batch]:
         raise NotImplementedError
+
+    def _check_labels(self, targets: torch.Tensor) -> None:
+        """Stop at labels that `data.check_labels` could not see, those of streams."""
+        if self.num_classes is not None and not 0 <= int(targets.min()) <= int(targets.max()) < self.num_classes:
+            wrong = sorted({label for label in targets.tolist() if not 0 <= label < self.num_classes})
+            raise DataError(f'Labels {list_names(wrong)} are not below {self.num_classes}, the classes.')
 
     def _prepare(self) -> None:
         """Called before each batch is moved to the device."""
@@ -223,6 +118,7 @@ class _DeviceLoader:
                 return
             self.unreadable.extend(batch.unreadable)
             if len(batch.images):
+                self._check_labels(batch.targets)
                 self._prepare()
                 yield batch.images, batch.targets
 
@@ -254,19 +150,23 @@ class TrainLoader(_DeviceLoader):
         self.samples, self.seed, self.processes, self.splits = samples, config.seed, processes, list(splits)
         options: Dict[str, Any] = dict(
             num_workers=config.workers, collate_fn=collate, pin_memory=device.type == 'cuda',
-            worker_init_fn=_start_worker)
+            worker_init_fn=start_worker)
         self.sampler: Optional[PassSampler] = None
         if isinstance(samples, IterableDataset):
             images, passes = splits[0]
             self.generator = torch.Generator()
-            self.loader = DataLoader(samples, batch_size=images, drop_last=True, generator=self.generator, **options)
-            self.steps = len(samples) // images // passes
+            sharded = isinstance(samples, ShardSamples)
+            self.loader = DataLoader(
+                samples, batch_size=images, drop_last=True, generator=self.generator,
+                persistent_workers=sharded and config.workers > 0, **options)
+            self.steps = (samples.passes if sharded else len(samples) // images) // passes
         else:
             self.sampler = PassSampler(
                 len(samples), config.seed, config.batch_size, splits, processes, config.size_schedule, config.epochs)
             self.loader = DataLoader(
                 samples, batch_sampler=self.sampler, persistent_workers=config.workers > 0, **options)
             self.steps = len(samples) // config.batch_size
+        atexit.register(_close, weakref.ref(self))  # the interpreter would end them by SIGTERM, which they outlive
 
     def run(self, epoch: int, start_step: int = 0) -> Iterator[Pass]:
         """The forward passes of an epoch from a step on, each with the random generators seeded for it."""
@@ -274,7 +174,11 @@ class TrainLoader(_DeviceLoader):
         sizes = [0] * self.steps if self.sampler is None else self.sampler.choose_sizes(epoch)
         places = [(step, i) for step in range(start_step, self.steps) for i in range(self.splits[sizes[step]][1])]
         self._unprepared = iter(places)
-        for (step, i), (images, targets) in zip(places, self.prefetcher):  # noqa: B905 (a stream may go on)
+        batches = iter(self.prefetcher)
+        for number, (step, i) in enumerate(places):
+            images, targets = next(batches, (None, None))
+            if images is None:
+                raise DataError(f'The data ended after {number} of {len(places)} batches of epoch {epoch}.')
             self._seed_pass(step, i, 1)
             yield Pass(images, targets, step, i, self.splits[sizes[step]][1])
 
@@ -288,7 +192,7 @@ class TrainLoader(_DeviceLoader):
         return [name_image(dataset, sample.index) for samples in islice(self.sampler, passes) for sample in samples]
 
     def close(self) -> None:
-        """Let the workers go."""
+        """Let the workers go; done at the end of the program where it was not before."""
         self.loader._iterator = None
 
     def _seed_pass(self, step: int, i: int, purpose: int) -> None:
@@ -302,9 +206,18 @@ class TrainLoader(_DeviceLoader):
         if self.sampler is not None:
             self.sampler.set_epoch(self.epoch, self.start_step)
             return self.loader
+        first_pass = self.start_step * self.splits[0][1]
+        if isinstance(self.samples, ShardSamples):
+            self.samples.set_epoch(self.epoch, first_pass)
+            return self.loader
         self.samples.set_epoch(self.epoch)
-        self.generator.manual_seed(derive_seed(self.seed, self.epoch))  # the readers draw their order from it
-        return islice(self.loader, self.start_step * self.splits[0][1], None)
+        self.generator.manual_seed(derive_seed(self.seed, self.epoch))  # timm's readers draw their order from it
+        return islice(self.loader, first_pass, None)
+
+
+def _close(loader: 'weakref.ref[TrainLoader]') -> None:
+    if (alive := loader()) is not None:
+        alive.close()
 
 
 def build_train_loader(
@@ -319,23 +232,39 @@ def build_train_loader(
         DataError: The data set is smaller than a batch, or streams and is to be seen at several sizes.
     """
     transforms = [
-        create_transform(
+        CropTransform(create_transform(
             (eval_config['input_size'][0], size, size), is_training=True, use_prefetcher=True,
             interpolation=config.interpolation, mean=tuple(eval_config['mean']), std=tuple(eval_config['std']),
             scale=tuple(config.scale), ratio=tuple(config.ratio), hflip=config.hflip,
-            color_jitter=config.color_jitter, auto_augment=config.auto_augment or None)
+            color_jitter=config.color_jitter, auto_augment=config.auto_augment or None))
         for size in config.list_sizes()]
     if len(dataset) < config.batch_size:
         raise DataError(
             f'The {len(dataset)} training images do not fill a batch of {config.batch_size}: take a smaller one.')
-    if isinstance(dataset, IterableDataset):
-        if len(transforms) > 1:
-            raise DataError('train_img_sizes needs images by index: shards are read in order, so give one img_size.')
+    if isinstance(dataset, IterableDataset) and len(transforms) > 1:
+        raise DataError('train_img_sizes needs images by index: shards are read in order, so give one img_size.')
+    samples = _make_samples(dataset, transforms, config, splits, processes)
+    loader = TrainLoader(samples, config, eval_config, splits, processes, device)
+    loader.num_classes = getattr(dataset, 'expected_classes', None)
+    return loader
+
+
+def _make_samples(
+        dataset: Dataset, transforms: Sequence[Any], config: TrainConfig, splits: Sequence[Tuple[int, int]],
+        processes: Processes,
+) -> Dataset:
+    if not isinstance(dataset, IterableDataset):
+        return Samples(dataset, transforms, replace=True)
+    if not isinstance(dataset.reader, ShardReader):
         dataset.set_loader_cfg(num_workers=config.workers)
-        samples: Dataset = StreamedSamples(dataset, transforms[0], config.seed, processes.rank)
-    else:
-        samples = Samples(dataset, transforms, replace=True)
-    return TrainLoader(samples, config, eval_config, splits, processes, device)
+        return StreamedSamples(dataset, transforms[0], config.seed, processes.rank)
+    readers = processes.world_size * max(config.workers, 1)
+    if len(dataset) < readers:
+        raise DataError(f'The {len(dataset)} images of the shards are fewer than the {readers} workers: use fewer.')
+    images, passes = splits[0]
+    return ShardSamples(
+        dataset.reader, transforms[0], config.seed, processes.rank, processes.world_size, images,
+        len(dataset) // config.batch_size * passes)
 
 
 # Evaluation -----------------------------------------------------------------------------------------------------------
@@ -357,9 +286,11 @@ class EvalLoader(_DeviceLoader):
         super().__init__(eval_config, device)
         self.share: Optional[List[int]] = None
         options: Dict[str, Any] = dict(
-            num_workers=workers, collate_fn=collate, pin_memory=device.type == 'cuda', worker_init_fn=_start_worker)
-        if isinstance(samples, IterableDataset):  # its readers cannot share it out evenly: one process reads it all
-            self.loader: Any = DataLoader(samples, batch_size, **options) if processes.is_primary else ()
+            num_workers=workers, collate_fn=collate, pin_memory=device.type == 'cuda', worker_init_fn=start_worker)
+        if isinstance(samples, ShardSamples):
+            self.loader: Any = DataLoader(samples, batch_size, **options)
+        elif isinstance(samples, IterableDataset):  # timm's do not share it out evenly: one process reads it all
+            self.loader = DataLoader(samples, batch_size, **options) if processes.is_primary else ()
         else:
             numbers = range(len(samples))
             batches = [numbers[first:first + batch_size] for first in range(0, len(samples), batch_size)]
@@ -381,13 +312,20 @@ def build_eval_loader(
         processes: Processes = Processes(), device: torch.device = torch.device('cpu'),  # noqa: B008 (immutable)
 ) -> EvalLoader:
     """Images resized and centre-cropped as `eval_config` says, this process's share of them."""
-    transform = create_transform(
+    transform = EvalTransform(create_transform(
         tuple(eval_config['input_size']), is_training=False, use_prefetcher=True,
         interpolation=eval_config['interpolation'], mean=tuple(eval_config['mean']), std=tuple(eval_config['std']),
-        crop_pct=eval_config['crop_pct'], crop_mode=eval_config['crop_mode'])
-    if isinstance(dataset, IterableDataset):
+        crop_pct=eval_config['crop_pct'], crop_mode=eval_config['crop_mode']))
+    if isinstance(getattr(dataset, 'reader', None), ShardReader):
+        samples: Dataset = ShardSamples(dataset.reader, transform, 0, processes.rank, processes.world_size)
+    elif isinstance(dataset, IterableDataset):
+        for name, alone in (('dist_rank', 0), ('dist_num_replicas', 1)):  # timm's readers take a part by themselves
+            if hasattr(dataset.reader, name):
+                setattr(dataset.reader, name, alone)
         dataset.set_loader_cfg(num_workers=workers)
-        samples: Dataset = StreamedSamples(dataset, transform, 0, 0)
+        samples = StreamedSamples(dataset, transform, 0, 0)
     else:
         samples = Samples(dataset, [transform], replace=False)
-    return EvalLoader(samples, eval_config, batch_size, workers, processes, device)
+    loader = EvalLoader(samples, eval_config, batch_size, workers, processes, device)
+    loader.num_classes = getattr(dataset, 'expected_classes', None)
+    return loader

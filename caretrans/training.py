@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import CheckpointError, load_checkpoint
 from .config import ConfigError, TrainConfig
-from .data import DataError, list_classes, open_dataset, resolve_eval_config
+from .data import DataError, check_labels, list_classes, open_dataset, resolve_eval_config
 from .distillation import build_task
 from .distributed import Processes
 from .engine import Stepper
@@ -100,6 +100,8 @@ class Trainer:
         self.num_classes = config.num_classes or len(self.classes)
         if self.classes and len(self.classes) != self.num_classes:
             raise ConfigError(f'num_classes={self.num_classes}, but the data have {len(self.classes)}: leave it out.')
+        for dataset in (self.train_set, self.val_set):
+            check_labels(dataset, self.num_classes)
 
     def _build_model(self) -> None:
         config = self.config

@@ -11,11 +11,10 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
-from caretrans.config import TrainConfig
 from caretrans.data import (
-    DataError, build_eval_loader, build_train_loader, describe_classes, list_classes, open_dataset, resolve_eval_config)
-
-CPU = torch.device('cpu')
+    DataError, check_labels, describe_classes, find_labels, list_classes, name_image, open_dataset,
+    resolve_eval_config)
+from caretrans.loader import build_eval_loader
 
 
 @pytest.fixture
@@ -94,23 +93,33 @@ def test_evaluation_prepares_images_as_published():
 
     dataset = open_dataset(FRUIT, 'val')
     path, label = dataset.reader.samples[5]
-    batch, labels = next(iter(build_eval_loader(dataset, config, 6, 0, CPU)))
+    batch, labels = next(build_eval_loader(dataset, config, 6, 0).run())
     image = center_crop(resize(Image.open(path), 256, interpolation=3), 224)  # 3: bicubic; 224 / 0.875 = 256
     mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     assert torch.allclose(batch[5], (pil_to_tensor(image) / 255 - mean) / std, atol=1e-6)
     assert labels[5] == label
 
 
-def test_training_batches_are_whole_and_augmented(small_data):
-    dataset = open_dataset(small_data, 'train')
-    config = TrainConfig(img_size=64, workers=0)
-    eval_config = resolve_eval_config(timm.create_model('care_s0'))
-    loader = build_train_loader(dataset, config, eval_config, 4, CPU)
-    (first, _), = loader
-    (second, _), = loader
-    assert first.shape == second.shape == (4, 3, 64, 64) and not torch.equal(first, second)
-    with pytest.raises(DataError, match='6 training images do not fill a batch of 7'):
-        build_train_loader(dataset, config, eval_config, 7, CPU)
+def test_labels_beyond_the_classes_of_the_model_are_refused_before_training(small_data):
+    with tarfile.open(small_data / 'photos.tar', 'w') as archive:
+        archive.add(small_data / 'val', arcname='.')
+    for dataset in (
+            open_dataset(small_data, 'val'), open_dataset(small_data / 'photos.tar', 'val'),
+            open_dataset(small_data, 'val', name='torch/image_folder')):
+        assert find_labels(dataset) == {0, 1}
+        check_labels(dataset, 2)
+        with pytest.raises(DataError, match='has 1 classes, labels 0 to 0, but the data has 1: give the number'):
+            check_labels(dataset, 1)
+
+
+def test_images_are_named_by_path_wherever_they_are(small_data):
+    with tarfile.open(small_data / 'photos.tar', 'w') as archive:
+        archive.add(small_data / 'val', arcname='.')
+    first = sorted((small_data / 'val' / 'kaiser').iterdir())[0]
+    assert name_image(open_dataset(small_data, 'val'), 0) == str(first)
+    assert name_image(open_dataset(small_data, 'val', name='torch/image_folder'), 0) == str(first)
+    tarred = name_image(open_dataset(small_data / 'photos.tar', 'val'), 0)
+    assert tarred == f'{small_data}/photos.tar:./kaiser/{first.name}'
 
 
 def test_classes_are_named_for_people():

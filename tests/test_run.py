@@ -13,10 +13,11 @@ from launch import ENVIRONMENT, ROOT, kill, list_differences, read_tensors, star
 from photos import copy_photographs
 
 import caretrans.run
+from caretrans import samples
 from caretrans.checkpoint import read_checkpoint
 from caretrans.config import parse_train_config
 from caretrans.distributed import Processes
-from caretrans.engine import TrainingError, train_steps
+from caretrans.engine import Stepper, TrainingError, train_steps
 from caretrans.run import train
 from caretrans.training import Trainer
 
@@ -122,19 +123,18 @@ def test_weights_that_are_not_finite_are_never_saved(data, tmp_path, monkeypatch
 
 # Data that come late, or never ----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('seconds, warns', [(0.2, True), (0., False)])
-def test_waiting_for_data_is_said_with_what_to_change(data, tmp_path, monkeypatch, capsys, seconds, warns):
-    from caretrans import samples
-
-    def read_slowly(*arguments):
-        time.sleep(seconds / 4)
-        return read_image(*arguments)
-    read_image = samples.read_image
-    monkeypatch.setattr(samples, 'read_image', read_slowly)
-    if not warns:  # as if a step took long
-        monkeypatch.setattr(caretrans.run.time, 'perf_counter', lambda counter=iter(range(10 ** 9)): next(counter))
-    run(data, tmp_path / 'run')
+@pytest.mark.parametrize('slow, warns', [('images', True), ('steps', False)])
+def test_waiting_for_data_is_said_with_what_to_change(data, tmp_path, monkeypatch, capsys, slow, warns):
+    def slowed(function):
+        def wait(*arguments):
+            time.sleep(0.05)
+            return function(*arguments)
+        return wait
+    owner, name = (samples, 'read_image') if slow == 'images' else (Stepper, 'update')
+    monkeypatch.setattr(owner, name, slowed(getattr(owner, name)))
+    share = run(data, tmp_path / 'run').last['data_wait']
     printed = capsys.readouterr().out
+    assert (share > 0.5) == warns and 0 <= share < 1
     assert ('The device waited for data' in printed and '--workers than 0' in printed) == warns
 
 
@@ -197,7 +197,8 @@ def test_a_step_computed_in_another_way_is_the_same_step(data, flags, tolerance)
     assert expected.norm() > 0 and error <= tolerance
     images = torch.randn(4, 3, 32, 32)
     with torch.inference_mode():  # what evaluation calls
-        assert torch.allclose(other.eval_model.eval()(images), other.modules.get('ema', other.model).eval()(images), atol=1e-4)
+        plain = other.modules.get('ema', other.model).eval()
+        assert torch.allclose(other.eval_model.eval()(images), plain(images), atol=1e-4)
 
 
 def test_the_average_of_the_weights_is_kept_and_evaluated(data, tmp_path):

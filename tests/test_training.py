@@ -148,7 +148,8 @@ def test_training_starts_from_a_checkpoint_of_other_classes(sample_run, tiny_dat
     ['--mixup', 0.8, '--cutmix', 1.0], ['--device-batch', 4], ['--amp', 'bf16'], ['--amp', 'fp16'],
     ['--auto-augment', 'rand-m9-mstd0.5-inc1', '--random-erasing', 1], ['--no-step-schedule', '--drop-path', 0.1],
     ['--no-channels-last', '--drop', 0.1], ['--ema'], ['--grad-checkpointing'], ['--sync-bn'], ['--clip-grad', 1],
-    ['--clip-grad', 0.01, '--clip-mode', 'agc'], ['--loss', 'bce', '--mixup', 0.8], ['--train-img-sizes', 32, 64], ['--model', 'mobilenetv2_035', '--model-args', 'drop_path_rate=0.1'],
+    ['--clip-grad', 0.01, '--clip-mode', 'agc'], ['--loss', 'bce', '--mixup', 0.8], ['--train-img-sizes', 32, 64],
+    ['--model', 'mobilenetv2_035', '--model-args', 'drop_path_rate=0.1'],
 ], ids=lambda flags: '-'.join(str(flag) for flag in flags[:3])[2:])
 def test_every_way_to_train_runs(tiny_data, tmp_path, flags):
     if '--model' in flags:
