@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run the tests, timm's own tests of our models among them.
-#   bash cmd/test.sh [arguments of pytest]
+#   bash cmd/test.sh [arguments of pytest, e.g. tests/test_engine.py, or -n 0 for one after the other]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$root"
@@ -12,4 +12,4 @@ if [ ! -f "build/$timm/tests/test_models.py" ]; then
         echo "timm's own tests could not be fetched, ours run alone." >&2
 fi
 "$python" -m ruff check .
-exec "$python" -m pytest "$@"
+exec "$python" -m pytest --numprocesses auto --dist loadfile "$@"

@@ -41,7 +41,7 @@ def load(data, processes=Processes(), name='', split='train', **settings):  # no
 
 
 def passes(loader, epoch=0, start_step=0):
-    """(images, targets, step, ends_step) of each pass, and the workers let go."""
+    """(images, targets, step, index, passes) of each pass, and the workers let go."""
     found = [tuple(each) for each in loader.run(epoch, start_step)]
     loader.close()
     return found
@@ -95,7 +95,8 @@ def test_two_processes_together_load_what_one_does(small_data):
     assert are_equal(
         [(images, targets) for images, targets, *_ in alone],
         [(images, targets) for both in zip(*shares, strict=True) for images, targets, *_ in both])
-    assert [ends for *_, ends in alone] == [False, True] * 4 and [ends for *_, ends in shares[0]] == [True] * 4
+    assert [place[-2:] for place in alone] == [(0, 2), (1, 2)] * 4
+    assert [place[-2:] for place in shares[0]] == [(0, 1)] * 4
 
 
 def test_an_epoch_begun_in_its_middle_is_the_tail_of_the_whole(small_data):
@@ -118,7 +119,7 @@ def test_sizes_that_change_keep_the_images_of_a_step_and_bound_the_pixels(small_
     sizes = set()
     for epoch in range(2):
         found, steps = passes(sized, epoch), []
-        for images, _, step, _ in found:
+        for images, _, step, *_ in found:
             sizes.add(images.shape[-1])
             assert images.shape[0] * images.shape[-1] ** 2 <= 4 * 32 ** 2
             steps += [step] * len(images)
