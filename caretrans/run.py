@@ -114,7 +114,8 @@ class Run:
             trainer.task, trainer.train_loader.run(standing.epoch, standing.step), trainer.stepper, self.config.amp,
             trainer.mixup, trainer.memory_format, self.processes, self.stop)
         for step in self._explain_failures(steps):
-            trainer.task.update_ema(step=trainer.stepper.steps)
+            if not step.skipped:
+                trainer.task.update_ema(step=trainer.stepper.steps)
             now = time.perf_counter()
             standing.seconds, start = standing.seconds + now - start, now
             if standing.step > first:  # the first batch waits for the workers to start
