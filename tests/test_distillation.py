@@ -103,6 +103,17 @@ def test_the_teacher_computes_in_the_precision_of_the_student(teacher_file):
     assert seen == [torch.bfloat16, torch.float32]
 
 
+def test_a_compiled_student_has_a_compiled_teacher(teacher_file):
+    plain, compiled = (build_task(make_config(teacher_file), make_student(), CPU).train() for _ in range(2))
+    compiled.compile(backend='eager')  # what `Trainer` calls for --compile, without the minutes of code generation
+    assert hasattr(compiled.teacher.model, '_orig_mod') and hasattr(compiled.get_trainable_module(), '_orig_mod')
+    losses = []
+    for task in (plain, compiled):
+        torch.manual_seed(7)
+        losses.append(task(*make_batch())['loss'].item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 def test_another_normalisation_of_the_teacher_is_undone(teacher_file):
     student = make_student()
     task = build_task(make_config(teacher_file), student, CPU)
