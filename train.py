@@ -1,4 +1,6 @@
 """Train a model of caretrans or timm: python train.py DATA --recipe NAME [flags]. See --help and caretrans/recipes."""
+import contextlib
+import os
 import shlex
 import sys
 
@@ -15,8 +17,15 @@ from caretrans.run import Preempted, train
 def main() -> int:
     is_primary = find_processes().is_primary
     show_messages(is_primary)
+    silent = contextlib.nullcontext() if is_primary else open(os.devnull, 'w')
     try:
-        config = parse_train_config(description=__doc__)
+        with silent as nowhere, contextlib.redirect_stderr(nowhere or sys.stderr):  # one process says what is wrong
+            config = parse_train_config(description=__doc__)
+    except ConfigError as error:
+        if is_primary:
+            print(f'train.py: {error}', file=sys.stderr)
+        return 2
+    try:
         result = train(config)
     except (ConfigError, DataError, CheckpointError, TrainingError) as error:
         if is_primary or not getattr(error, 'is_shared', False):

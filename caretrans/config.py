@@ -92,6 +92,7 @@ class TrainConfig:
     ema_warmup: bool = setting(False, 'start with a lesser ema_decay')
 
     amp: str = setting('off', 'autocast of the forward pass', choices=['off', 'bf16', 'fp16'])
+    tf32: bool = setting(False, 'let GPUs round float32 to 10 bits of mantissa in products and convolutions')
     channels_last: bool = setting(False, 'keep images and weights in NHWC order')
     compile: bool = setting(False, 'compile model and teacher with torch.compile')
     grad_checkpointing: bool = setting(False, 'compute activations twice instead of keeping them')

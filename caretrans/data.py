@@ -74,7 +74,9 @@ def _open(root: str, split: str, name: str, options: Dict[str, Any]) -> Dataset:
         if sharded:
             return _open_shards(root, split, is_training=options['is_training'], seed=options['seed'])
         return create_dataset(name, root=root, split=split, **options)
-    except (RuntimeError, OSError, ImportError, AssertionError) as error:  # how timm's readers and torchvision refuse
+    except DataError:
+        raise
+    except (RuntimeError, OSError, ImportError, AssertionError, ValueError) as error:  # of timm's readers, torchvision
         if 'Found 0 images' in str(error):
             raise DataError(f'{root} has no images. Expected: {root}/CLASS/IMAGE.jpg.') from None
         if isinstance(error, ImportError) and getattr(error, 'name', '') == 'datasets':

@@ -30,8 +30,13 @@ Box = Tuple[int, int, int, int]  # top, left, height, width
 
 def open_image(source: Union[bytes, Image.Image]) -> Image.Image:
     """The whole image as RGB, by Pillow; one of UNREADABLE is raised where that fails."""
-    image = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source))
-    return image.convert('RGB')
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source))
+        return image.convert('RGB')
+    except (MemoryError, *UNREADABLE):
+        raise
+    except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
+        raise OSError(f'{type(error).__name__}: {error}') from error
 
 
 def read_jpeg_size(data: bytes) -> Optional[Tuple[int, int]]:

@@ -57,6 +57,8 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     kind = (available + ['cpu'])[0] if name == 'auto' else name
     if kind.split(':')[0] not in available + ['cpu']:
         raise ConfigError(f'device={name}, but there is only {", ".join(available + ["cpu"])} here.')
+    if kind != 'cuda' and local_rank and kind.startswith('cuda'):
+        raise ConfigError(f'device={name}, but each process takes a GPU of its own: give device=cuda.')
     if kind != 'cuda':
         return torch.device(kind)
     if local_rank >= torch.cuda.device_count():
@@ -203,7 +205,7 @@ def train_steps(
         if not last:
             continue
         norm, lr = stepper.measure_gradient(), stepper.lr
-        mean, size = torch.stack([total / images, norm.float()]).tolist()  # the one wait for the device in a step
+        mean, size = torch.stack([total / images, norm.float()]).tolist()  # waits for the device, once in a step
         # In float16 the scaler sees to gradients that overflow.
         is_finite = math.isfinite(mean) and (math.isfinite(size) or stepper.scaler is not None)
         bad, stop = processes.largest([not is_finite, wants_stop()])
@@ -232,4 +234,5 @@ def _check_scale(stepper: Stepper) -> None:
     if stepper.scaler is not None and stepper.scaler.get_scale() < LEAST_SCALE:
         raise TrainingError(
             f'The loss scale fell to {stepper.scaler.get_scale():g} at step {stepper.steps} (learning rate '
-            f'{stepper.lr:.3g}): every gradient overflows float16. Take --amp bf16, or a lower rate.')
+            f'{stepper.lr:.3g}): every gradient overflows float16. Begin a run with --amp bf16 or a lower rate, '
+            f'from the last checkpoint of this one by --checkpoint.')

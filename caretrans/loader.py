@@ -4,8 +4,10 @@ What a training loader gives is a function of (seed, epoch, step) alone: each im
 so that a run can go on in the middle of an epoch, and workers and processes may change without changing the images.
 """
 import atexit
+import multiprocessing
+import os
+import signal
 import time
-import weakref
 from itertools import islice
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -166,7 +168,6 @@ class TrainLoader(_DeviceLoader):
             self.loader = DataLoader(
                 samples, batch_sampler=self.sampler, persistent_workers=config.workers > 0, **options)
             self.steps = len(samples) // config.batch_size
-        atexit.register(_close, weakref.ref(self))  # the interpreter would end them by SIGTERM, which they outlive
 
     def run(self, epoch: int, start_step: int = 0) -> Iterator[Pass]:
         """The forward passes of an epoch from a step on, each with the random generators seeded for it."""
@@ -215,9 +216,13 @@ class TrainLoader(_DeviceLoader):
         return islice(self.loader, first_pass, None)
 
 
-def _close(loader: 'weakref.ref[TrainLoader]') -> None:
-    if (alive := loader()) is not None:
-        alive.close()
+@atexit.register
+def _end_workers() -> None:
+    """Before the interpreter ends them by SIGTERM, which they outlive for a while."""
+    if os.name == 'posix':
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def build_train_loader(

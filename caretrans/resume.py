@@ -22,7 +22,8 @@ class Standing:
     Attributes:
         epoch: Finished epochs.
         step: Optimizer steps made in the epoch after these.
-        images, loss_total: In these steps and this process: images seen, sum of their losses.
+        images, counted, loss_total: In these steps and this process: images seen, those of steps that were not left
+            out, sum of their losses.
         seconds, waited: In these steps: time passed, and that of it in which data were waited for.
         lr: Rate of the last step.
         trained: Figures of the training half of the epoch, when it is done and the evaluation is not.
@@ -32,6 +33,7 @@ class Standing:
     epoch: int = 0
     step: int = 0
     images: int = 0
+    counted: int = 0
     loss_total: float = 0.
     seconds: float = 0.
     waited: float = 0.
@@ -44,7 +46,7 @@ class Standing:
         self.__init__(epoch=epoch)
 
 
-OF_ONE_PROCESS = ('images', 'loss_total', 'unreadable')
+OF_ONE_PROCESS = ('images', 'counted', 'loss_total', 'unreadable')
 
 
 def get_statistics(module: nn.Module) -> Statistics:
@@ -76,7 +78,7 @@ def restore_standing(saved: Dict[str, Any], modules: Dict[str, nn.Module], proce
         mine = parts[processes.rank]
         statistics = mine['statistics']
     else:
-        mine = dict(images=0, loss_total=0., unreadable=[])
+        mine = dict(images=0, counted=0, loss_total=0., unreadable=[])
         if processes.is_primary:
             mine = {name: sum((part[name] for part in parts), type(parts[0][name])()) for name in mine}
         statistics = {
@@ -86,21 +88,25 @@ def restore_standing(saved: Dict[str, Any], modules: Dict[str, nn.Module], proce
         buffers = dict(modules[name].named_buffers())
         for key, value in values.items():
             buffers[key].copy_(value)
-    unreadable = [tuple(entry) for entry in mine['unreadable']]
-    return Standing(**common, images=mine['images'], loss_total=mine['loss_total'], unreadable=unreadable)
+    standing = Standing(**common, **{name: mine[name] for name in OF_ONE_PROCESS})
+    standing.unreadable = [tuple(entry) for entry in standing.unreadable]
+    return standing
 
 
 def describe_world_change(before: Dict[str, Any], after: Dict[str, Any]) -> str:
-    """One line on what another number of processes means, or '' for the same number.
+    """One line on what other processes, batches or, for data that stream, workers mean; '' where nothing differs.
 
     Args:
-        before, after: world_size, device_batch and accumulation of both.
+        before, after: world_size, device_batch, accumulation, streams and workers of both.
     """
-    if before == after:
+    changed = {name for name in before if before[name] != after[name]} - (set() if after['streams'] else {'workers'})
+    if not changed:
         return ''
-    seen = 'BatchNorm sees as many images at a time as before' \
-        if before['device_batch'] == after['device_batch'] else \
-        f'BatchNorm sees {after["device_batch"]} images at a time instead of {before["device_batch"]}'
-    return (f'The run goes on with {after["world_size"]} process(es) instead of {before["world_size"]}: the images of '
-            f'each step are the same, but {seen}, its running statistics start from their mean, and sums are rounded '
-            f'in another order, so the result is not bit for bit that of an unchanged run.')
+    images = 'data that stream come in another order' if after['streams'] and changed & {'workers', 'world_size'} else \
+        'the images of each step are the same'
+    seen = f'BatchNorm sees {after["device_batch"]} images at a time' + (
+        f' instead of {before["device_batch"]}' if 'device_batch' in changed else ' as before')
+    statistics = ', its running statistics start from their mean' if 'world_size' in changed else ''
+    return (f'The run goes on with {after["world_size"]} process(es) instead of {before["world_size"]}: {images}, '
+            f'{seen}{statistics}, and sums are rounded in another order: the result is not bit for bit that of an '
+            f'unchanged run.')

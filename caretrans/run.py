@@ -12,18 +12,20 @@ from timm.utils import distribute_bn
 from .checkpoint import CheckpointError, read_checkpoint
 from .checkpoint_file import list_names
 from .config import ConfigError, TrainConfig
+from .data import open_dataset
 from .distributed import Processes, find_processes, join_processes, leave_processes
-from .engine import NonFiniteError, Step, TrainingError, resolve_device, train_steps
+from .engine import Step, TrainingError, resolve_device, train_steps
+from .failures import explain_failures
 from .metrics import evaluate
 from .progress import Progress
 from .resume import Standing, describe_world_change, gather_standing, restore_standing
-from .run_folder import RunFolder, find_run
+from .run_folder import RunFolder, find_run, list_checkpoints
 from .training import Trainer
 
 __all__ = ['Preempted', 'TrainResult', 'train']
 
 MOST_WAITING = 0.1  # share of the time in which the device may wait for data
-SETTLED = 10  # steps from which on that share says something
+SETTLED, SETTLED_EARLY = 10, 50  # steps from which on that share says something, at the end of an epoch and before
 
 
 class Preempted(Exception):
@@ -95,12 +97,13 @@ class Run:
             Preempted: The run was asked to stop.
             TrainingError: It cannot go on.
         """
-        while self.standing.epoch < self.trainer.epochs:
-            if self.progress is not None:
-                self.progress.describe(f'epoch {self.standing.epoch + 1}/{self.trainer.epochs}')
-            if self.standing.trained is None:
-                self._train()
-            self._end_epoch(self._evaluate())
+        with explain_failures(self.trainer, self.folder):
+            while self.standing.epoch < self.trainer.epochs:
+                if self.progress is not None:
+                    self.progress.describe(f'epoch {self.standing.epoch + 1}/{self.trainer.epochs}')
+                if self.standing.trained is None:
+                    self._train()
+                self._end_epoch(self._evaluate())
 
     # Training half of an epoch
 
@@ -113,7 +116,7 @@ class Run:
         steps = train_steps(
             trainer.task, trainer.train_loader.run(standing.epoch, standing.step), trainer.stepper, self.config.amp,
             trainer.mixup, trainer.memory_format, self.processes, self.stop)
-        for step in self._explain_failures(steps):
+        for step in steps:
             if not step.skipped:
                 trainer.task.update_ema(step=trainer.stepper.steps)
             now = time.perf_counter()
@@ -134,7 +137,9 @@ class Run:
         standing = self.standing
         standing.step, standing.lr = step.number + 1, step.lr
         standing.images += step.images
-        standing.loss_total += 0. if step.skipped else step.loss * step.images
+        if not step.skipped:
+            standing.counted += step.images
+            standing.loss_total += step.loss * step.images
         if self.trainer.train_loader.unreadable:
             standing.unreadable = _join([standing.unreadable, self.trainer.train_loader.unreadable])
             self.trainer.train_loader.unreadable.clear()
@@ -143,38 +148,45 @@ class Run:
                      f'{step.grad_norm:.3g} ({self.trainer.stepper.skipped} of {self.config.max_skips})')
         if self.progress is not None:
             self.progress.update(
-                self.config.batch_size, loss=standing.loss_total / standing.images, lr=step.lr,
+                self.config.batch_size, loss=standing.loss_total / max(standing.counted, 1), lr=step.lr,
                 grad_norm=step.grad_norm)
-        self._check_unreadable(len(standing.unreadable) * self.processes.world_size)
+        self._check_unreadable(standing.unreadable)
+        if standing.step >= SETTLED_EARLY:
+            self._check_waiting(standing.waited / standing.seconds)
 
     def _sum_up(self) -> None:
         """Put together what the processes saw; average the statistics of BatchNorm over them."""
         standing = self.standing
-        images, loss = self.processes.total([standing.images, standing.loss_total])
+        images, counted, loss = self.processes.total([standing.images, standing.counted, standing.loss_total])
         seconds, waited = self.processes.largest([standing.seconds, standing.waited])
         found = _join(self.processes.gather(standing.unreadable))
         standing.trained = dict(
-            loss=loss / images, lr=standing.lr, seconds=seconds, images_per_s=images / seconds,
+            loss=loss / max(counted, 1), lr=standing.lr, seconds=seconds, images_per_s=images / seconds,
             data_wait=waited / seconds)
-        self._check_unreadable(len(found), shared=True)
         if found and self.folder is not None:
-            file = self.folder.list_unreadable(found, f'unreadable-epoch-{standing.epoch + 1}.txt')
+            file = self.folder.list_images(found, f'unreadable-epoch-{standing.epoch + 1}.txt')
             self.say(f'{len(found)} of {len(self.trainer.train_set)} training images could not be read, others took '
                      f'their place: {list_names((name for name, _ in found), 5)}; listed in {file}')
-        if self.steps >= SETTLED and standing.trained['data_wait'] > MOST_WAITING and not self.warned:
-            self.warned = True
-            self.say(describe_waiting(standing.trained['data_wait'], self.config))
+        self._check_unreadable(found, shared=True)
+        if self.steps >= SETTLED:
+            self._check_waiting(standing.trained['data_wait'])
         if not self.processes.is_alone:
             for module in self.trainer.modules.values():
                 distribute_bn(module, self.processes.world_size, reduce=True)
 
-    def _check_unreadable(self, count: int, shared: bool = False) -> None:
+    def _check_unreadable(self, found: List[Tuple[str, str]], shared: bool = False) -> None:
+        """Stop when those found, by this process or by all, are too many."""
         images = len(self.trainer.train_set)
-        if count > self.config.max_unreadable * images:
-            name, reason = self.standing.unreadable[0] if self.standing.unreadable else ('listed by others', '')
+        if len(found) > self.config.max_unreadable * images:
+            name, reason = found[0]
             raise TrainingError(
-                f'{count} of {images} training images cannot be read, more than max_unreadable='
+                f'{len(found)} of {images} training images cannot be read, more than max_unreadable='
                 f'{self.config.max_unreadable:g}: mend the data, or raise it. The first is {name} ({reason}).', shared)
+
+    def _check_waiting(self, share: float) -> None:
+        if share > MOST_WAITING and not self.warned:
+            self.warned = True
+            self.say(describe_waiting(share, self.config))
 
     # Evaluation half of an epoch
 
@@ -183,9 +195,13 @@ class Run:
         if epoch % self.config.val_interval and epoch != trainer.epochs:
             return {}
 
-        def check(_: int) -> None:  # of several processes one cannot leave the others in the middle
-            if self.stop() and self.processes.is_alone:
-                self._leave()
+        alone = self.processes.is_alone
+        if not alone:  # now, while all are here: in the middle of an evaluation each may have to leave by itself
+            self._save_step()
+
+        def check(_: int) -> None:
+            if self.stop():
+                self._leave(save=alone)
 
         result = evaluate(
             trainer.eval_model, trainer.val_loader, trainer.device, self.config.amp, check, self.processes,
@@ -237,38 +253,8 @@ class Run:
             f'Asked to stop (SIGTERM) in epoch {self.standing.epoch + 1} after step {self.standing.step}: '
             f'the checkpoint is written, the same command goes on from it.')
 
-    # Failures
 
-    def _explain_failures(self, steps: Iterator[Step]) -> Iterator[Step]:
-        """The steps; what goes wrong in them as a `TrainingError` that says what to do."""
-        try:
-            yield from steps
-        except NonFiniteError as error:
-            names = self.trainer.train_loader.name_images(error.step) if error.is_local else []
-            names = [name for some in self.processes.gather(names) for name in some]
-            where = ''
-            if names and self.folder is not None:
-                file = self.folder.list_unreadable([(name, '') for name in names], 'nonfinite-images.txt')
-                where = f' Its {len(names)} images are listed in {file}: {list_names(names, 3)}.'
-            raise TrainingError(f'{error}{where}', is_shared=True) from error
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f'Out of memory with {self.trainer.device_batch} images at a time on {self.trainer.device}: '
-                f'take --device-batch {max(self.trainer.device_batch // 2, 1)}.') from error
-        except RuntimeError as error:
-            if any(sign in str(error) for sign in LOST_CONNECTION):
-                raise TrainingError(
-                    f'Process {self.processes.rank} lost its connection to another one, which ended or cannot be '
-                    f'reached: see what that one says.') from error
-            if 'DataLoader worker' not in str(error):
-                raise
-            raise TrainingError(
-                f'A process that loads images died ({" ".join(str(error).split())[:200]}). Killed means most often '
-                f'that memory ran out: take fewer --workers; a bus error, that /dev/shm is too small.') from error
-
-
-LOST_CONNECTION = ('gloo', 'NCCL', 'Connection closed by peer', 'Connection reset by peer')
-DIVISION = ('world_size', 'device_batch', 'accumulation')
+DIVISION = ('world_size', 'device_batch', 'accumulation', 'streams', 'workers')
 
 
 def _join(lists: Iterable[List[Tuple[str, str]]]) -> List[Tuple[str, str]]:
@@ -336,6 +322,17 @@ def _joined(config: TrainConfig) -> Iterator[Tuple[Processes, torch.device]]:
         leave_processes()
 
 
+def _set_precision(config: TrainConfig) -> None:
+    """TF32 is what a GPU does with float32 by default, in convolutions at least; here it is asked for."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+    torch.backends.cudnn.benchmark = not config.train_img_sizes
+
+
+def _download(config: TrainConfig) -> None:
+    for split in (config.train_split, config.val_split):
+        open_dataset(config.data, split, config.dataset, download=True)
+
+
 def train(config: TrainConfig) -> TrainResult:
     """Train as `config` says, print progress, and leave everything in the run folder; or go on with such a run.
 
@@ -347,6 +344,9 @@ def train(config: TrainConfig) -> TrainResult:
         Preempted: SIGTERM came; the checkpoint is written.
     """
     with _joined(config) as (processes, device), StopRequest() as stop:
+        _set_precision(config)
+        if config.download:  # once on each machine
+            processes.together(lambda: _download(config) if processes.local_rank == 0 else None)
         path, candidates = processes.first(lambda: find_run(config))
         trainer = processes.together(lambda: Trainer(config, processes, device))
         folder = processes.first(
@@ -369,10 +369,10 @@ def train(config: TrainConfig) -> TrainResult:
                 return TrainResult(path, folder.rows[-1], folder.best)
             return TrainResult(path, {}, {})
         except TrainingError as error:
-            last = next((str(file) for file in (path / 'last.pth.tar', path / 'previous.pth.tar') if file.exists()),
-                        'none yet')
-            raise TrainingError(
-                f'{error} Last good checkpoint: {last}; the same command goes on from it.', error.is_shared) from error
+            last = next(iter(list_checkpoints(path)), None)
+            how = f'Last good checkpoint: {last}; the same command goes on from it.' if last else \
+                'There is no checkpoint yet; the same command begins anew.'
+            raise TrainingError(f'{error} {how}', error.is_shared) from error
         finally:
             trainer.train_loader.close()
             if folder is not None:

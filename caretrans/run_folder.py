@@ -1,6 +1,7 @@
 """The folder of a training run: settings, versions, curves and checkpoints."""
 import csv
 import json
+import logging
 import os
 import platform
 import shutil
@@ -24,9 +25,11 @@ __all__ = ['RunFolder', 'describe_environment', 'find_run', 'list_checkpoints']
 # What may be another when a run goes on: where things are and how they are computed, not what is computed.
 FREE = {
     'data', 'download', 'workers', 'device', 'output', 'resume', 'save_steps', 'val_interval', 'on_nan', 'max_skips',
-    'max_unreadable', 'compile', 'grad_checkpointing', 'teacher_checkpoint'}
+    'max_unreadable', 'compile', 'grad_checkpointing', 'teacher_checkpoint', 'device_batch'}
 PLACES = {'data', 'teacher_checkpoint'}
 CHECKPOINTS = ('next.pth.tar', 'last.pth.tar', 'previous.pth.tar')  # the first there is goes on; see RunFolder.save
+
+_logger = logging.getLogger(__name__)
 
 
 def describe_environment() -> Dict[str, Any]:
@@ -213,7 +216,7 @@ class RunFolder:
             os.replace(last, previous)
         os.replace(new, last)
 
-    def list_unreadable(self, images: List[Tuple[str, str]], name: str = 'unreadable.txt') -> Path:
+    def list_images(self, images: List[Tuple[str, str]], name: str = 'unreadable.txt') -> Path:
         """Write names and reasons of images into a file."""
         path = self.path / name
         path.write_text(''.join(f'{image}\t{reason}\n' for image, reason in images))
@@ -245,10 +248,13 @@ class RunFolder:
         return path
 
     def close(self) -> None:
-        """Draw the curves of what was logged, and let go of the files."""
-        if self.rows:
-            self.draw_curves()
-        self.events.close()
+        """Draw the curves of what was logged, and let go of the files; on a full disk without the curves."""
+        try:
+            if self.rows:
+                self.draw_curves()
+            self.events.close()
+        except OSError as error:
+            _logger.warning(f'{self.path}: curves and events are not complete ({error.strerror or error}).')
         if self.lock is not None:
             os.close(self.lock)
             self.lock = None

@@ -1,5 +1,6 @@
 """What runs in the workers of a loader: images read, decoded, augmented, and those that cannot be."""
 import os
+import re
 import signal
 from collections import deque
 from itertools import islice
@@ -47,6 +48,11 @@ def collate(items: Sequence[Item]) -> Batch:
         return Batch(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), unreadable)
     return Batch(  # in a worker, straight into shared memory
         default_collate([item[0] for item in items]), torch.tensor([item[1] for item in items]), unreadable)
+
+
+def describe_error(error: Exception) -> str:
+    """Its type and text, without the addresses of objects."""
+    return f'{type(error).__name__}: {re.sub(" ?<_io[.][^>]*>", "", str(error))}'
 
 
 class EvalTransform:
@@ -100,7 +106,7 @@ class Samples(Dataset):
                 seed_sample(sample.seed)
                 return self.transforms[sample.size](source), int(target), unreadable
             except UNREADABLE as error:
-                unreadable.append((name_image(self.dataset, index), f'{type(error).__name__}: {error}'))
+                unreadable.append((name_image(self.dataset, index), describe_error(error)))
             if not self.replace:
                 return None, -1, unreadable
             index = (index + 1) % len(self)
@@ -198,7 +204,7 @@ class ShardSamples(IterableDataset):
         try:
             return self.transform(record.data), record.label, []
         except UNREADABLE as error:
-            return None, -1, [(record.name, f'{type(error).__name__}: {error}')]
+            return None, -1, [(record.name, describe_error(error))]
 
 
 def start_worker(worker_id: int) -> None:

@@ -1,5 +1,6 @@
 """Everything a training run needs, built from its config and checked before the first step."""
 import inspect
+import os
 from typing import Any, Dict, Optional
 
 import timm
@@ -83,8 +84,10 @@ class Trainer:
             self._build_loaders()
             self._build_task()
             self._build_optimizer()
-        except (CheckpointError, ConfigError, DataError, torch.OutOfMemoryError):
+        except (CheckpointError, ConfigError, DataError):
             raise
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(f'The model does not fit into the memory of {self.device}: {error}') from error
         except (AssertionError, KeyError, TypeError, ValueError, RuntimeError) as error:  # how timm refuses a setting
             raise ConfigError(f'These settings do not work: {" ".join(str(error).split())}') from error
 
@@ -149,8 +152,12 @@ class Trainer:
         if not self.processes.is_alone:
             options = inspect.signature(DistributedDataParallel.__init__).parameters
             leave_buffers = 'forward_sync_buffers' if 'forward_sync_buffers' in options else 'broadcast_buffers'
+            is_cuda = self.device.type == 'cuda'
+            # Looking for unused parameters keeps the order of the first sums, which otherwise changes after a step and
+            # would make a run that goes on differ in its last bits. On GPUs it would cost time and save nothing.
             self.task.prepare_distributed(
-                device_ids=[self.device.index] if self.device.type == 'cuda' else None, **{leave_buffers: False})
+                device_ids=[self.device.index] if is_cuda else None, find_unused_parameters=not is_cuda,
+                **{leave_buffers: False})
 
     @property
     def modules(self) -> Dict[str, nn.Module]:
@@ -166,14 +173,16 @@ class Trainer:
             train_images=len(self.train_set), val_images=len(self.val_set), num_classes=self.num_classes,
             device=str(self.device), world_size=self.processes.world_size, batch_size=config.batch_size,
             device_batch=self.device_batch, accumulation=self.accumulation, size_batches=sizes, epochs=self.epochs,
-            steps_per_epoch=self.train_loader.steps, lr=config.lr, eval_config=self.eval_config)
+            steps_per_epoch=self.train_loader.steps, lr=config.lr, streams=self.train_loader.sampler is None,
+            workers=config.workers, eval_config=self.eval_config)
 
     def checkpoint_meta(self) -> Dict[str, Any]:
         """What a checkpoint says beside the weights."""
         config = self.config
+        settings = dict(config.to_dict(), data=os.path.abspath(config.data) if config.data else '')
         return dict(
             arch=config.model, model_args=config.model_args, class_names=self.classes, eval_config=self.eval_config,
-            config=config.to_dict(), ema=self.ema)
+            config=settings, ema=self.ema)
 
     def resume_state(self) -> Dict[str, Any]:
         """What going on from this point needs beside the weights."""

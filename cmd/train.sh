@@ -14,6 +14,10 @@ nodes="${NNODES:-1}"
 if [ "$processes" = 1 ] && [ "$nodes" = 1 ]; then
     exec "$python" "$root/train.py" "$@"
 fi
+if [ -z "${OMP_NUM_THREADS:-}" ]; then  # the processes share the cores
+    cores="$("$python" -c 'import os; print(os.cpu_count())')"
+    export OMP_NUM_THREADS="$((cores > processes ? cores / processes : 1))"
+fi
 if [ "$nodes" = 1 ]; then
     meeting=(--standalone)
 else

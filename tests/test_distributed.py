@@ -2,12 +2,13 @@
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from signal import SIGTERM
 
 import pytest
 import torch
-from launch import ENVIRONMENT, ROOT, kill, list_differences, read_tensors, run, wait_for
+from launch import ENVIRONMENT, ROOT, kill, list_differences, read_tensors, run, start, wait_for
 from photos import copy_photographs
 
 FLAGS = [
@@ -92,6 +93,36 @@ def test_an_error_is_said_once_and_ends_all_processes(data, tmp_path):
     assert err.count('has images of one class only') == 1, err
     out, err = run('train.py', data, *FLAGS, '--sync-bn', '--output', tmp_path / 'run', processes=2, code=1)
     assert err.count("SyncBatchNorm does not run on cpu") == 1, err
+
+
+@pytest.mark.parametrize('share, code', [(0.025, 0), (0.02, 1)])
+def test_unreadable_images_are_counted_over_all_processes(data, tmp_path, share, code):
+    bad = shutil.copytree(data, tmp_path / 'bad')
+    image = sorted((bad / 'train' / 'orange').glob('*.jpg'))[5]
+    image.write_bytes(b'')
+    out, err = run(
+        'train.py', bad, *FLAGS, '--max-unreadable', share, '--output', tmp_path / 'run', processes=2, code=code)
+    assert (out + err).count(f'1 of 48 training images could not be read, others took their place: {image}') == 2 or code
+    assert err.count('1 of 48 training images cannot be read') == bool(code), err
+
+
+def test_all_processes_are_stopped_in_an_evaluation(data, tmp_path):
+    """SIGTERM to every process there is, workers too, as a scheduler sends it: a checkpoint, and soon an end."""
+    many = shutil.copytree(data, tmp_path / 'many')
+    for image in list((many / 'val').rglob('*.jpg')):
+        for i in range(60):
+            os.link(image, image.with_name(f'{i}-{image.name}'))
+    folder, log = tmp_path / 'run', tmp_path / 'log.txt'
+    flags = [many, *FLAGS, '--val-img-size', 160, '--val-interval', 1, '--output', folder]
+    process = start('train.py', *flags, log=log, processes=2)
+    assert wait_for((folder / 'last.pth.tar').exists, process), log.read_text()
+    time.sleep(2)  # into the evaluation of some 3,000 images
+    began = time.monotonic()
+    subprocess.run(['pkill', '-TERM', '-f', f'-u .*train.py .*{folder}'], check=True)
+    process.wait(timeout=60)
+    assert time.monotonic() - began < 15 and 'Asked to stop' in log.read_text(), log.read_text()
+    assert 'Alarm clock' not in log.read_text()
+    assert torch.load(folder / 'last.pth.tar', weights_only=True)['standing']['trained']
 
 
 def script(*flags, log: Path, **variables: str) -> subprocess.Popen:

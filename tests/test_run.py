@@ -1,6 +1,7 @@
 """What may go wrong in a run of days, and what it says then; and the ways to compute a step."""
 import os
 import random
+import re
 import shutil
 import subprocess
 import time
@@ -13,6 +14,7 @@ from launch import ENVIRONMENT, ROOT, kill, list_differences, read_tensors, star
 from photos import copy_photographs
 
 import caretrans.run
+import caretrans.run_folder
 from caretrans import samples
 from caretrans.checkpoint import read_checkpoint
 from caretrans.config import parse_train_config
@@ -100,10 +102,15 @@ def test_a_loss_that_is_not_finite_stops_with_all_that_helps(data, tmp_path, mon
 
 def test_some_steps_may_be_skipped(data, tmp_path, monkeypatch, capsys):
     spoil_step(monkeypatch, 3, 5)
+    kept, count = [], caretrans.run.Run._count
+    monkeypatch.setattr(caretrans.run.Run, '_count', lambda self, step: (
+        kept.append(step) if not step.skipped else None, count(self, step)))
     result = run(data, tmp_path / 'run', '--on-nan', 'skip', '--max-skips', 2)
     printed = capsys.readouterr().out
     assert 'step 3 was left out: loss nan' in printed and '(2 of 2)' in printed
-    assert result.last['train_loss'] == result.last['train_loss'], 'not a number'
+    losses = [float(loss) for loss in re.findall(r'loss ([0-9.]+)  val', printed)]
+    assert losses == [pytest.approx(result.last['train_loss'], abs=1e-3)] and result.last['train_loss'] == \
+        pytest.approx(sum(step.loss for step in kept) / 8)
     spoil_step(monkeypatch, 3, 5)
     with pytest.raises(TrainingError, match='after 1 steps were left out'):
         run(data, tmp_path / 'other', '--on-nan', 'skip', '--max-skips', 1)
@@ -136,6 +143,47 @@ def test_waiting_for_data_is_said_with_what_to_change(data, tmp_path, monkeypatc
     printed = capsys.readouterr().out
     assert (share > 0.5) == warns and 0 <= share < 1
     assert ('The device waited for data' in printed and '--workers than 0' in printed) == warns
+
+
+def test_an_error_inside_a_worker_is_the_one_that_is_said(data, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError('the reader says why')
+    monkeypatch.setattr(samples, 'read_image', fail)
+    with pytest.raises(TrainingError, match='^RuntimeError: the reader says why There is no checkpoint yet'):
+        run(data, tmp_path / 'run', '--workers', 1)
+
+
+def test_a_worker_that_dies_in_an_evaluation_ends_the_run_too(data, tmp_path, monkeypatch):
+    def die(*arguments):
+        os.kill(os.getpid(), 9)
+    monkeypatch.setattr(samples.EvalTransform, '__call__', die)
+    with pytest.raises(TrainingError, match='A process that loads images died .* the same command goes on from it|anew'):
+        run(data, tmp_path / 'run', '--workers', 1)
+
+
+def test_a_disk_that_fills_up_is_said_whatever_file_it_is(data, tmp_path, monkeypatch, caplog):
+    def fill(*arguments):
+        raise OSError(28, 'No space left on device', 'a file')
+    monkeypatch.setattr(caretrans.run_folder.RunFolder, 'draw_curves', fill)
+    assert run(data, tmp_path / 'run').last['epoch'] == 1, 'the weights are there'
+    assert 'curves and events are not complete (No space left on device)' in caplog.text
+    monkeypatch.setattr(caretrans.run_folder.RunFolder, '_publish', fill)
+    with pytest.raises(TrainingError, match='^a file: No space left on device. Last good checkpoint: .*last.pth.tar'):
+        run(data, tmp_path / 'other')
+
+
+def test_memory_that_runs_out_names_a_smaller_batch_which_goes_on(data, tmp_path, monkeypatch):
+    original, steps = Stepper.update, []
+
+    def update(self, norm):
+        steps.append(norm)
+        if len(steps) == 3:
+            raise torch.OutOfMemoryError('CUDA out of memory')
+        return original(self, norm)
+    monkeypatch.setattr(Stepper, 'update', update)
+    with pytest.raises(TrainingError, match='Out of memory with 4 images .* take --device-batch 2'):
+        run(data, tmp_path / 'run', '--save-steps', 1)
+    assert run(data, tmp_path / 'run', '--save-steps', 1, '--device-batch', 2).last['epoch'] == 1
 
 
 def test_a_worker_that_dies_ends_the_run_with_the_reason(data, tmp_path):
