@@ -1,0 +1,44 @@
+"""Training on GPUs, where there are some: a few steps in every way, and what they take."""
+import json
+
+import pytest
+import torch
+from launch import read_tensors, run
+from photos import copy_photographs
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU here')
+
+FLAGS = [
+    '--recipe', 'care_s0_imagenet_no_teacher', '--epochs', 2, '--warmup-epochs', 1, '--cooldown-epochs', 0,
+    '--batch-size', 32, '--device-batch', 32, '--workers', 2, '--device', 'cuda']
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return copy_photographs(tmp_path_factory.mktemp('data'), per_class=48)
+
+
+@pytest.mark.parametrize('flags', [
+    [], ['--tf32'], ['--channels-last'], ['--amp', 'bf16'], ['--amp', 'fp16', '--clip-grad', 1],
+    ['--amp', 'bf16', '--channels-last', '--compile', '--ema'], ['--grad-checkpointing'], ['--sync-bn'],
+    ['--train-img-sizes', 160, 224], ['--device-batch', 16]], ids=lambda flags: '-'.join(map(str, flags))[2:] or 'plain')
+@pytest.mark.parametrize('processes', [1, 2])
+def test_every_way_to_train_runs_and_says_how_fast(data, tmp_path, flags, processes):
+    if processes > torch.cuda.device_count():
+        pytest.skip('one GPU')
+    out, _ = run('train.py', data, *FLAGS, *flags, '--output', tmp_path / 'run', processes=processes)
+    print(f'{processes} process(es) {flags}: {out.splitlines()[-4]}')
+    assert json.loads((tmp_path / 'run' / 'result.json').read_text())['last']['epoch'] == 2
+    assert all(torch.isfinite(value).all() for value in read_tensors(tmp_path / 'run' / 'last.pth.tar').values())
+
+
+def test_a_run_stopped_on_a_gpu_goes_on(data, tmp_path, monkeypatch):
+    import caretrans.run
+    from caretrans.config import parse_train_config
+
+    config = parse_train_config([str(flag) for flag in (data, *FLAGS, '--output', tmp_path / 'run')])
+    looks = iter(range(10 ** 6))
+    monkeypatch.setattr(caretrans.run.StopRequest, '__call__', lambda self: next(looks) == 1)
+    with pytest.raises(caretrans.run.Preempted):
+        caretrans.run.train(config)
+    assert caretrans.run.train(config).last['epoch'] == 2
