@@ -118,7 +118,7 @@ def test_all_processes_are_stopped_in_an_evaluation(data, tmp_path):
     assert wait_for((folder / 'last.pth.tar').exists, process), log.read_text()
     time.sleep(2)  # into the evaluation of some 3,000 images
     began = time.monotonic()
-    subprocess.run(['pkill', '-TERM', '-f', f'-u .*train.py .*{folder}'], check=True)
+    subprocess.run(['pkill', '-TERM', '-f', f'python[^ ]* -u .*train.py .*{folder}'], check=True)
     process.wait(timeout=60)
     assert time.monotonic() - began < 15 and 'Asked to stop' in log.read_text(), log.read_text()
     assert 'Alarm clock' not in log.read_text()
