@@ -54,6 +54,7 @@ class PassSampler(Sampler):
         self.epoch = self.start_step = 0
         self.plan = ScheduledBatchSampler(
             SequentialSampler(range(images // batch_size)), batch_sizes=[1] * len(splits), seed=seed & 0x7fffffff,
+            num_batches=images // batch_size or None,  # so drawn anew for every epoch
             choice_schedule=schedule if len(splits) > 1 else 'constant', schedule_epochs=epochs)
 
     def choose_sizes(self, epoch: int) -> List[int]:

@@ -114,10 +114,10 @@ def test_every_image_comes_once_in_an_epoch_and_the_rest_is_left_out(small_data)
 
 
 def test_sizes_that_change_keep_the_images_of_a_step_and_bound_the_pixels(small_data):
-    settings = dict(train_img_sizes=[32, 48, 64], device_batch=4, seed=2)  # timm draws each size for this seed
+    settings = dict(train_img_sizes=[32, 48, 64], device_batch=4, seed=2)
     plain, sized = load(small_data, seed=2), load(small_data, **settings)
     sizes = set()
-    for epoch in range(2):
+    for epoch in range(8):
         found, steps = passes(sized, epoch), []
         for images, _, step, *_ in found:
             sizes.add(images.shape[-1])
