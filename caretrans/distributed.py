@@ -4,6 +4,7 @@ Started by torchrun, which sets RANK, LOCAL_RANK, WORLD_SIZE and where to meet; 
 travel over gloo on the CPU, gradients over NCCL where the device is a GPU.
 """
 import os
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Callable, List, Optional, Sequence, Tuple
@@ -120,4 +121,7 @@ def join_processes(device: torch.device, timeout: float = 1800.) -> Processes:
 def leave_processes() -> None:
     """Let go of the other processes."""
     if dist.is_available() and dist.is_initialized():
+        # The threads of gloo need the interpreter to let go of their last tensors; PyTorch 2.6 joins them while it holds
+        # that, and waits for ever.
+        time.sleep(0.2)
         dist.destroy_process_group()
