@@ -121,7 +121,7 @@ def join_processes(device: torch.device, timeout: float = 1800.) -> Processes:
 def leave_processes() -> None:
     """Let go of the other processes."""
     if dist.is_available() and dist.is_initialized():
-        # The threads of gloo need the interpreter to let go of their last tensors; PyTorch 2.6 joins them while it holds
-        # that, and waits for ever.
+        # The threads of gloo need the interpreter to let go of their last tensors; PyTorch 2.6 holds it, waiting for
+        # them for ever.
         time.sleep(0.2)
         dist.destroy_process_group()
