@@ -90,7 +90,7 @@ def _shard(**options: Any) -> int:
     from .shards import write_shards
 
     for split, info in write_shards(**options).items():
-        print(f'{split}: {info["num_samples"]} images in {len(info["filenames"])} shards, counted again')
+        print(f'{split}: {info["num_samples"]} images in {len(info["filenames"])} shards')
     return 0
 
 

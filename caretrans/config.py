@@ -115,7 +115,8 @@ class TrainConfig:
         if self.lr <= 0:
             raise ConfigError(f'lr is {self.lr}, it must be above 0.')
         if self.warmup_epochs >= self.epochs:
-            raise ConfigError(f'warmup_epochs={self.warmup_epochs} must be below epochs={self.epochs}: give both.')
+            raise ConfigError(
+                f'warmup_epochs={self.warmup_epochs} must be below epochs={self.epochs}: give --warmup-epochs as well.')
         if len(set(self.train_img_sizes)) != len(self.train_img_sizes):
             raise ConfigError(f'train_img_sizes is {self.train_img_sizes}: name each size once.')
         if self.teacher_checkpoint and self.teacher == 'none':
@@ -226,14 +227,25 @@ def _parse_model_arg(text: str) -> Dict[str, Any]:
     return {name: yaml.safe_load(value)}
 
 
+class _FlagParser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise ConfigError(f'{message}; see --help.')
+
+
+def _describe(item: dataclasses.Field) -> str:
+    """The help of a flag, with the default where there is one."""
+    default = item.default if item.default is not dataclasses.MISSING else item.default_factory()
+    shown = '' if default in (None, '', [], {}) else f' (default: {default})'
+    return item.metadata['help'].replace('%', '%%') + shown
+
+
 def _flag_parser(**kwargs: Any) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, argument_default=argparse.SUPPRESS, **kwargs)
+    parser = _FlagParser(argument_default=argparse.SUPPRESS, **kwargs)
     parser.add_argument('data_folder', nargs='?', metavar='DATA', help='same as --data')
     parser.add_argument('--recipe', help='bundled recipe or YAML file; flags go over it')
     for item in dataclasses.fields(TrainConfig):
         flag, wanted = '--' + item.name.replace('_', '-'), _plain_type(item)
-        options: Dict[str, Any] = dict(dest=item.name, help=item.metadata['help'].replace('%', '%%'))
+        options: Dict[str, Any] = dict(dest=item.name, help=_describe(item))
         if wanted is bool:
             options.update(action=argparse.BooleanOptionalAction)
         elif wanted is dict:
@@ -250,8 +262,8 @@ def parse_train_config(argv: Optional[Sequence[str]] = None, description: str = 
     """The config of a command line: defaults, then the recipe, then flags.
 
     Raises:
-        ConfigError: An unknown recipe or key, or a value that cannot work.
-        SystemExit: Unknown flags, as argparse does it.
+        ConfigError: An unknown recipe, key or flag, or a value that cannot work.
+        SystemExit: After --help.
     """
     flags = vars(_flag_parser(description=description).parse_args(argv))
     recipe = flags.pop('recipe', None)
@@ -303,6 +315,10 @@ def derive_batches(
     below = next((batch_size - n for n in span if _split_batch(batch_size - n, world_size, device_batch, even)), None)
     above = next((batch_size + n for n in span if _split_batch(batch_size + n, world_size, device_batch, even)), None)
     nearest = ' or '.join(str(n) for n in (below, above) if n)
+    if batch_size % world_size:
+        raise ConfigError(
+            f'batch_size={batch_size} cannot be shared equally by {world_size} devices: take {nearest}, or another '
+            f'number of devices.')
     images = f'{device_batch} images at most' if device_batch else 'one pass'
     raise ConfigError(
         f'batch_size={batch_size} cannot be made of equal passes over {world_size} device(s) of {images}'

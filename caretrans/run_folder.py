@@ -122,11 +122,15 @@ def _lock(path: Path) -> Optional[int]:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        holder = os.pread(file, 200, 0).decode(errors='replace') or 'unknown'
         os.close(file)
-        raise ConfigError(f'Another process is training into {path}: give another --output, or stop it.') from None
+        raise ConfigError(
+            f'Another process is training into {path} ({holder}): stop it, or give another --output.') from None
     except OSError:
         os.close(file)
         return None
+    os.ftruncate(file, 0)
+    os.pwrite(file, f'process {os.getpid()} on {platform.node()}'.encode(), 0)
     return file
 
 

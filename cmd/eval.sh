@@ -5,6 +5,10 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 NPROC="${NPROC:-$("$python" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}"
+if ! [[ "$NPROC" =~ ^[1-9][0-9]*$ ]]; then
+    echo "NPROC is '$NPROC', it must be a number of processes from 1 on." >&2
+    exit 2
+fi
 if [ "$NPROC" -eq 1 ]; then
     exec "$python" "$root/validate.py" "$@"
 fi

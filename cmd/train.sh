@@ -10,10 +10,15 @@ if [ $# -eq 0 ]; then
     set -- "$root/data/fruit14" --recipe care_s0_fruit14
 fi
 processes="${NPROC:-$("$python" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}"
+if ! [[ "$processes" =~ ^[1-9][0-9]*$ ]]; then
+    echo "NPROC is '$processes', it must be a number of processes from 1 on." >&2
+    exit 2
+fi
 nodes="${NNODES:-1}"
 if [ "$processes" = 1 ] && [ "$nodes" = 1 ]; then
     exec "$python" "$root/train.py" "$@"
 fi
+export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"  # on a CPU, advice of PyTorch's that would cost exactness
 if [ -z "${OMP_NUM_THREADS:-}" ]; then  # the processes share the cores
     cores="$("$python" -c 'import os; print(os.cpu_count())')"
     export OMP_NUM_THREADS="$((cores > processes ? cores / processes : 1))"
@@ -21,7 +26,8 @@ fi
 if [ "$nodes" = 1 ]; then
     meeting=(--standalone)
 else
-    : "${MASTER_ADDR:?the name of the first machine}" "${NODE_RANK:=${SLURM_NODEID:?0 on the first machine, 1 on the second, ...}}"
+    : "${MASTER_ADDR:?set it to the name of the first machine}"
+    : "${NODE_RANK:=${SLURM_NODEID:?or NODE_RANK: set it to 0 on the first machine, 1 on the second, ...}}"
     # With the launchers' shared store, processes that are started again after a failure wait for one another for ever.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     meeting=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}"

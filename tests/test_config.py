@@ -70,9 +70,9 @@ def test_the_global_batch_is_split_over_devices_and_time(batch_size, world_size,
 
 @pytest.mark.parametrize('arguments, message', [
     ((1536, 5, 128), 'batch_size=1536 cannot .* 5 device.* take 1530 or 1540'),
-    ((1536, 5, 128, True), 'an even number for mixup and cutmix: take 1530 or 1560'),
+    ((1536, 5, 128, True), 'cannot be shared equally by 5 devices: take 1530 or 1560'),
     ((31, 1, 8), 'take 30 or 32'),
-    ((5, 1, None, True), 'take 4 or 6'),
+    ((5, 1, None, True), 'an even number for mixup and cutmix: take 4 or 6'),
     ((2, 4, None), 'take 4'),
 ])
 def test_a_batch_that_cannot_be_split_is_refused_with_the_nearest_that_can(arguments, message):
