@@ -148,6 +148,15 @@ def test_the_script_stops_well_and_goes_on(data, one_process, tmp_path):
     assert max(weights.values(), default=0.) < 1e-6
 
 
+@pytest.mark.parametrize('name', ['train', 'eval'])
+def test_a_number_of_processes_that_is_none_is_refused(name):
+    path = f'{Path(os.sys.executable).parent}:{os.environ["PATH"]}'
+    done = subprocess.run(
+        ['bash', f'cmd/{name}.sh', 'x'], cwd=ROOT, capture_output=True, text=True,
+        env=dict(ENVIRONMENT, PATH=path, NPROC='0'))
+    assert done.returncode == 2 and done.stderr == "NPROC is '0', it must be a number of processes from 1 on.\n"
+
+
 def test_two_machines_meet_and_outlive_the_death_of_a_process(data, one_process, tmp_path):
     """Two launchers on this machine play them; a process of one is killed, all start again from the checkpoint."""
     folder, logs = tmp_path / 'run', [tmp_path / '0.txt', tmp_path / '1.txt']
