@@ -108,8 +108,11 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-def _lock(path: Path) -> Optional[int]:
+def _lock(path: Path, patience: float = 0.) -> Optional[int]:
     """Hold a folder as long as this process lives; None where the file system has no locks.
+
+    Args:
+        patience: Seconds for which another process may still hold it: one that was killed takes a moment to end.
 
     Raises:
         ConfigError: Another process holds it.
@@ -119,8 +122,16 @@ def _lock(path: Path) -> Optional[int]:
     except ImportError:  # Windows
         return None
     file = os.open(path / '.lock', os.O_RDWR | os.O_CREAT, 0o644)
+    end = time.monotonic() + patience
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise
+                time.sleep(0.1)
     except BlockingIOError:
         holder = os.pread(file, 200, 0).decode(errors='replace') or 'unknown'
         os.close(file)
@@ -152,7 +163,7 @@ class RunFolder:
         self.best: Optional[Dict[str, Any]] = None
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self.lock = _lock(path)
+            self.lock = _lock(path, patience=5.)
             for part in path.glob('.*.part'):  # of a run that was killed while it wrote
                 part.unlink()
             if is_new:

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
-from signal import SIGTERM
+from signal import SIGSTOP, SIGTERM
 
 import pytest
 import torch
@@ -288,6 +288,7 @@ def test_a_folder_in_use_or_finished_is_refused(data, undisturbed, half_way, tmp
     log = tmp_path / 'log.txt'
     process = start('train.py', data, *FLAGS, '--output', half_way, log=log)
     assert wait_for(lambda: 'goes on from' in log.read_text(), process), log.read_text()
+    process.send_signal(SIGSTOP)  # so that it does not end meanwhile
     with pytest.raises(ConfigError, match=r'Another process is training into .* \(process \d+ on .*stop it'):
         go_on(data, half_way)
     kill(process)
