@@ -1,6 +1,4 @@
 """Train a model of caretrans or timm: python train.py DATA --recipe NAME [flags]. See --help and caretrans/recipes."""
-import contextlib
-import os
 import shlex
 import sys
 
@@ -8,8 +6,8 @@ import caretrans  # noqa: F401 (registers the models)
 from caretrans.checkpoint import CheckpointError
 from caretrans.config import ConfigError, parse_train_config
 from caretrans.data import DataError
-from caretrans.engine import TrainingError
 from caretrans.distributed import find_processes
+from caretrans.engine import TrainingError
 from caretrans.progress import show_messages
 from caretrans.run import Preempted, train
 
@@ -17,12 +15,10 @@ from caretrans.run import Preempted, train
 def main() -> int:
     is_primary = find_processes().is_primary
     show_messages(is_primary)
-    silent = contextlib.nullcontext() if is_primary else open(os.devnull, 'w')
     try:
-        with silent as nowhere, contextlib.redirect_stderr(nowhere or sys.stderr):  # one process says what is wrong
-            config = parse_train_config(description=__doc__)
+        config = parse_train_config(description=__doc__)
     except ConfigError as error:
-        if is_primary:
+        if is_primary:  # the others say the same
             print(f'train.py: {error}', file=sys.stderr)
         return 2
     try:

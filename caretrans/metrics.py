@@ -105,29 +105,9 @@ def check_labels(labels: Sequence[torch.Tensor], num_classes: int, processes: Pr
             'split with labels, and data of the classes that the model was trained for.')
 
 
-def evaluate(
-        model: nn.Module,
-        loader: Any,
-        device: torch.device,
-        amp: str = 'off',
-        report: Callable[..., None] = lambda images, **figures: None,
-        processes: Processes = ALONE,
-        num_classes: Optional[int] = None,
-) -> Dict[str, Any]:
-    """Mean cross entropy and accuracy over the images of all processes, each of which calls this with its share.
-
-    Args:
-        loader: An `EvalLoader`, or anything whose `run()` gives batches (images, labels) on the device; a process may
-            have fewer batches than another, or none.
-        report: Called after every batch with the number of this process's images so far.
-        num_classes: Of the model; `model.num_classes` if not given.
-    Returns:
-        The same on every process: loss, top1 and top5 in percent (top5 of at most as many classes as there are),
-        images, unreadable (names and reasons of the images left out), seconds, images_per_s.
-    Raises:
-        DataError: No image could be read, or a label is no class of the model.
-    """
-    return evaluate_in_detail(model, loader, device, amp, report, processes, num_classes)[0]
+def evaluate(*arguments: Any, **options: Any) -> Dict[str, Any]:
+    """The figures of `evaluate_in_detail`, without the details."""
+    return evaluate_in_detail(*arguments, **options)[0]
 
 
 @torch.inference_mode()
@@ -140,7 +120,19 @@ def evaluate_in_detail(
         processes: Processes = ALONE,
         num_classes: Optional[int] = None,
 ) -> Tuple[Dict[str, Any], Details]:
-    """What `evaluate` returns, and the classes, confusions and single answers under it."""
+    """Mean cross entropy and accuracy over the images of all processes, each of which calls this with its share.
+
+    Args:
+        loader: An `EvalLoader`, or anything whose `run()` gives batches (images, labels) on the device; a process may
+            have fewer batches than another, or none.
+        report: Called after every batch with the number of this process's images so far.
+        num_classes: Of the model; `model.num_classes` if not given.
+    Returns:
+        The same on every process: loss, top1 and top5 in percent (top5 of at most as many classes as there are),
+        images, unreadable (names and reasons of the images left out), seconds, images_per_s; and the details of it.
+    Raises:
+        DataError: No image could be read, or a label is no class of the model.
+    """
     model.eval()
     answers = Answers(num_classes or model.num_classes, device)
     start, seen = time.perf_counter(), 0
