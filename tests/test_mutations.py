@@ -230,7 +230,7 @@ def test_training_parity_catches(mutate, model, monkeypatch):
 
 @pytest.mark.parametrize('eps', [1.001e-6, 1e-5, 1e-3, 0.])
 def test_definition_of_linear_attention_catches_another_eps(eps):
-    assert_linear_linear_attention(attention)
+    assert_linear_attention(linear_attention)
     with pytest.raises(AssertionError, match='off by'):
         assert_linear_attention(partial(linear_attention, eps=eps))
 
