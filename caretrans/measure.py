@@ -18,7 +18,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from . import models  # noqa: F401 (registers the models)
 
-__all__ = ['KINDS', 'Operations', 'count_operations', 'count_parameters', 'describe_counts', 'list_parts', 'make_empty']
+__all__ = ['KINDS', 'Operations', 'count_operations', 'count_parameters', 'list_parts', 'make_empty']
 
 KINDS = ('conv 1x1', 'conv depth-wise', 'conv other', 'linear', 'attention')
 OUTSIDE = 'outside of the parts'  # operations of the forward function of the network itself
@@ -159,16 +159,3 @@ def _check_sums(counts: Operations, total: FlopCounterMode, root: str) -> None:
         raise RuntimeError(
             f'Multiply-adds by kind sum up to {counts.gmacs:.6f} G, PyTorch counts {everything:.6f} G; '
             f'parts that differ: {wrong or "none"}.')
-
-
-def describe_counts(name: str, counts: Operations) -> List[str]:
-    """The multiply-adds of a model for people: a line for each part, a column for each kind."""
-    kinds = [kind for kind, gmacs in counts.sum_by_kind().items() if gmacs]
-    rows = [[part, gmacs, *(counts.macs.get((part, kind), 0) / 1e9 for kind in kinds)]
-            for part, gmacs in counts.sum_by_stage().items()]
-    rows.append(['all', counts.gmacs, *(counts.sum_by_kind()[kind] for kind in kinds)])
-    width = max(len(row[0]) for row in rows)
-    header = f'{name + ", GMACs":{width}}  ' + '  '.join(f'{title:>8}' for title in ['all', *kinds])
-    return [header, *(f'{row[0]:{max(width, len(name) + 7)}}  ' + '  '.join(
-        f'{value:{max(len(title), 8)}.4f}' for value, title in zip(row[1:], ['all', *kinds], strict=True))
-        for row in rows)]
