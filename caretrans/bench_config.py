@@ -3,6 +3,7 @@ import argparse
 import difflib
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import List, Optional, Sequence, Tuple
 
 import timm
@@ -17,6 +18,7 @@ __all__ = ['BENCHES', 'BenchConfig', 'expand_models', 'list_setups', 'parse_benc
 
 BENCHES = ('infer', 'train', 'profile')
 MIN_SIDE = 32
+README = Path(__file__).parent.parent / 'README.md'
 CHANNELS_LAST = ('fused', 'compile', 'cudagraph')  # in torch they are faster so; eager is as published
 
 
@@ -48,7 +50,8 @@ class BenchConfig:
     json: bool = setting(False, 'print one JSON object instead of text')
     markdown: bool = setting(False, 'print tables in Markdown')
     check: bool = setting(False, "count parameters and GMACs of the README's models again; 1 if it has others")
-    update: bool = setting(False, "write the tables into the README, between its markers")
+    update: bool = setting(False, 'write the tables into the README as well, between its markers')
+    readme: str = setting(str(README), 'file of --check and --update')
 
     def __post_init__(self) -> None:
         if self.published:

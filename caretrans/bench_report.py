@@ -48,8 +48,8 @@ def _describe_model(count: Dict[str, Any]) -> List[str]:
 
 def describe_counts(counts: Sequence[Dict[str, Any]], markdown: bool = False) -> List[str]:
     """Models side by side, a line each, with what the paper published of them in columns of their own."""
-    header = ['model', 'image', 'params, M', 'rewritten', 'GMACs', 'rewritten', 'activations, M', 'top-1 %, published',
-              'GMACs, published', 'params, published', 'RTX 4090 ms, published']
+    header = ['model', 'image', 'parameters, M', 'rewritten, M', 'GMACs', 'GMACs rewritten', 'activations rewritten, M',
+              'top-1 %, published', 'GMACs, published', 'parameters, M, published', 'RTX 4090 ms, published']
     rows = []
     for count in counts:
         row = count['published'] or {}
