@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import timm
+import torch.nn as nn
 
 from .backends import rewrite
 from .bench_config import parse_size
@@ -29,9 +30,16 @@ def _list_tables(text: str) -> Iterator[Tuple[List[str], List[List[str]]]]:
             yield rows[0], rows[2:]
 
 
+def _rewrite(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return rewrite(model)
+    except RuntimeError:  # a rewrite that needs values
+        return rewrite(timm.create_model(name).eval())
+
+
 def _count(name: str, size: Tuple[int, int]) -> Dict[str, Any]:
     model = make_empty(name)
-    fused = rewrite(model)
+    fused = _rewrite(model, name)
     trained, rewritten = count_operations(model, size), count_operations(fused, size)
     return dict(
         count_parameters(model, fused), gmacs=trained.gmacs, gmacs_fused=rewritten.gmacs,
