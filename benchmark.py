@@ -1,6 +1,7 @@
 """Measure models: python benchmark.py --model care_s1 [flags]. Prints parameters, GMACs, latency and memory."""
 import dataclasses
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -45,6 +46,7 @@ def measure(config: BenchConfig) -> int:
 
 def main() -> int:
     show_messages()
+    logging.getLogger('torch').setLevel(logging.ERROR)  # compiling warns of what a processor does not need
     try:
         config = parse_bench_config(description=__doc__)
         return check(config) if config.check else measure(config)

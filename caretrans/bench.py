@@ -33,6 +33,7 @@ __all__ = [
 Size = Tuple[int, int]  # height, width
 
 ROUNDS = 10
+BUILDING = 10  # steps of progress that making a candidate ready counts as; a block that is timed is one
 DEFAULT_RUNS = 50
 PATIENCE = 5.  # seconds of timed runs of a candidate, where their number is not given
 PHOTOGRAPHS = 64  # of which batches are made, and by which int8 is calibrated
@@ -217,7 +218,7 @@ def _make_all_ready(
     for candidate in candidates:
         progress.describe(candidate.name)
         problem = _try(candidate, config)
-        progress.update(1)
+        progress.update(BUILDING)
         if problem:
             failures.append(problem)
         else:
@@ -276,7 +277,7 @@ def run_inference(config: BenchConfig, stream: Optional[TextIO] = None) -> Bench
     torch.set_num_threads(config.threads)
     try:
         groups = len(config.batch_size) * len(config.sizes)
-        steps = groups * (len(names) * len(setups) * (1 + _count_rounds(config)) + _count_rounds(config))
+        steps = groups * (len(names) * len(setups) * (BUILDING + _count_rounds(config)) + _count_rounds(config))
         with Progress(steps, 'steps', stream=stream) as progress:
             for size in config.sizes:
                 _measure_size(names, setups, size, config, device, progress, result)

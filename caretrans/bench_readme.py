@@ -1,5 +1,6 @@
 """The tables of a README: their parameters and multiply-adds counted again, and the measured ones written anew."""
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
@@ -37,6 +38,7 @@ def _rewrite(model: nn.Module, name: str) -> nn.Module:
         return rewrite(timm.create_model(name).eval())
 
 
+@lru_cache(maxsize=None)
 def _count(name: str, size: Tuple[int, int]) -> Dict[str, Any]:
     model = make_empty(name)
     fused = _rewrite(model, name)
