@@ -14,7 +14,7 @@ KINDS = (
 
 OPERATIONS = (  # kind, names of operations (aten's, oneDNN's, of compiled programs, of kernels); the first that matches
     (GENERATED, r'^(triton_|graph_\d+_cpp_|cpp_fused_|graph_\d+_kernel)'),
-    ('optimizer', r'^Optimizer\.(step|zero_grad)#|_fused_adam|^_foreach_'),
+    ('optimizer', r'^Optimizer\.(step|zero_grad)#|_fused_adam|vector_norm|^_foreach_'),
     ('conv or product', r'gemm|nvjet|cutlass'),
     (ATTENTION, r'attention|attn|^(matmul|bmm|baddbmm|einsum)$|^Bmm'),  # products of two maps
     ('convolution', r'conv'),
