@@ -50,6 +50,7 @@ class Operation:
         reads, writes: {span of memory: bytes}.
         flops: Two for each multiply-add.
         group: The attention module it belongs to, None for others.
+        is_output: Whether the network gives out what it writes.
     """
     part: str
     kind: str
@@ -58,6 +59,7 @@ class Operation:
     writes: Dict[Span, int]
     flops: int
     group: Optional[str] = None
+    is_output: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,9 @@ def trace_operations(
     model = copy.deepcopy(model).to('meta', dtype).eval()
     images = torch.empty(batch, getattr(model, 'in_chans', 3), *size, device='meta', dtype=dtype)
     with torch.no_grad(), ModuleTracker() as tracker, _Tracer(model, tracker) as tracer:
-        model(images)
+        outputs = {storage for storage, *_ in _spans(model(images))}
+    for operation in tracer.operations:
+        operation.is_output = any(storage in outputs for storage, *_ in operation.writes)
     return tracer.operations
 
 
@@ -164,8 +168,7 @@ class _Graph:
         inner = {storage for op in operations for storage, *_ in op.writes if self.producer[storage] in members}
         reads = {span: size for op in operations for span, size in op.reads.items() if span[0] not in inner}
         writes = {span: size for op in operations for span, size in op.writes.items()
-                  if span[0] not in inner or not self.readers.get(span[0], set()) or
-                  self.readers[span[0]] - members}
+                  if op.is_output or span[0] not in inner or self.readers.get(span[0], set()) - members}
         vector = sum(op.flops for op in operations if op.kind == DEPTHWISE)
         first = next((op for op in operations if op.kind in HEAVY), operations[0])
         return Layer(
@@ -179,6 +182,8 @@ class _Graph:
         chain, inputs = [number], self.inputs(number)
         while len(inputs) == 1 and self.readers[inputs[0]] == {chain[0]}:
             chain.insert(0, self.producer[inputs[0]])
+            if self.operations[chain[0]].is_output:
+                return None
             kind = self.operations[chain[0]].kind
             if kind == POINTWISE:
                 return chain

@@ -17,7 +17,7 @@ OPERATIONS = (  # kind, names of operations (aten's, oneDNN's, of compiled progr
     ('optimizer', r'^Optimizer\.(step|zero_grad)#|_fused_adam|vector_norm|^_foreach_'),
     ('conv or product', r'gemm|nvjet|cutlass'),
     (ATTENTION, r'attention|attn|^(matmul|bmm|baddbmm|einsum)$|^Bmm'),  # products of two maps
-    ('convolution', r'conv'),
+    ('convolution', r'conv(?!olutionbackward)'),  # autograd's own entry does not show the weights, those in it do
     (LINEAR, r'^(linear|addmm|mm|_linear_pointwise|_mkl_linear)$|^(Addmm|Mm)Backward'),
     ('activation', r'gelu|relu|silu|sigmoid|tanh|hardswish|elu|softmax|leaky'),
     ('normalisation', r'norm(?!al)|instance_norm'),
