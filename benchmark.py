@@ -9,10 +9,10 @@ from pathlib import Path
 os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # before torch is loaded: its profiler counts memory here, silently
 
 import caretrans  # noqa: E402, F401 (registers the models)
-from caretrans.bench import run_inference  # noqa: E402
 from caretrans.bench_config import BenchConfig, parse_bench_config  # noqa: E402
 from caretrans.bench_readme import check_readme, update_readme  # noqa: E402
 from caretrans.bench_report import describe_result, write_result  # noqa: E402
+from caretrans.bench_sections import run_benches  # noqa: E402
 from caretrans.checkpoint import CheckpointError  # noqa: E402
 from caretrans.config import ConfigError  # noqa: E402
 from caretrans.progress import show_messages  # noqa: E402
@@ -30,7 +30,7 @@ def check(config: BenchConfig) -> int:
 
 def measure(config: BenchConfig) -> int:
     """Measure, print and write: 1 if a candidate failed."""
-    result = run_inference(config, sys.stderr if config.json else None)
+    result = run_benches(config, sys.stderr if config.json else None)
     folder = write_result(result, config)
     if config.json:
         print(json.dumps(dataclasses.asdict(result), indent=2))

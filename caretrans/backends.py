@@ -22,6 +22,7 @@ import torch.nn as nn
 from timm.utils import reparameterize_model
 
 from .config import ConfigError
+from .device_rates import allow_tf32
 from .fuse import fuse
 from .lively import PHOTOGRAPHS
 from .models.care import CareTransformer
@@ -74,12 +75,14 @@ class Runner:
         held: Bytes of weights and images; None where the memory of the backend cannot be seen.
         peak: Bytes at most, where `held` and PyTorch's counting during a run do not tell it.
         notes: What a reader of its figures must know.
+        module: The network that `run` calls, where there is one with its parts.
     """
     run: Callable[[], Any]
     read: Callable[[Any], torch.Tensor]
     held: Optional[int] = None
     peak: Optional[int] = None
     notes: List[str] = field(default_factory=list)
+    module: Optional[nn.Module] = None
 
 
 # What goes together ---------------------------------------------------------------------------------------------------
@@ -214,14 +217,8 @@ def check_output(network: Network, runner: Runner, dtype: str) -> float:
 @contextmanager
 def _precision(setup: Setup) -> Iterator[None]:
     """No gradients, and on a GPU float32 as float32 or as TF32, whatever is set outside."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = setup.dtype == 'tf32'
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+    with allow_tf32(setup.dtype == 'tf32'), torch.inference_mode():
+        yield
 
 
 def _guard(forward: Callable[[], Any], setup: Setup) -> Callable[[], Any]:
@@ -296,7 +293,8 @@ def _prepare_in_torch(network: Network, setup: Setup) -> Runner:
         run, peak = _capture(model, images, setup)
     held = sum(t.nbytes for t in [*model.parameters(), *model.buffers(), images])
     return Runner(
-        run, lambda logits: logits.detach().cpu().double(), held, None if peak is None else peak + held)
+        run, lambda logits: logits.detach().cpu().double(), held, None if peak is None else peak + held,
+        module=model if setup.backend in ('eager', 'fused') else None)
 
 
 def prepare(network: Network, setup: Setup) -> Runner:

@@ -7,7 +7,7 @@ and the rest goes on.
 import gc
 import math
 import sys
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterator, List, Optional, TextIO, Tuple
 
@@ -28,7 +28,8 @@ from .timing import (
     CandidateError, Rounds, compare_rounds, judge_noise, measure_peak, summarise, time_block, time_interleaved)
 
 __all__ = [
-    'BenchResult', 'Candidate', 'build_network', 'count_network', 'is_out_of_memory', 'measure_group', 'run_inference']
+    'BenchResult', 'Candidate', 'build_network', 'count_network', 'is_out_of_memory', 'measure_group', 'run_inference',
+    'shorten', 'take_batch', 'use_threads']
 
 Size = Tuple[int, int]  # height, width
 
@@ -46,6 +47,10 @@ class BenchResult:
     device: str
     counts: List[Dict[str, Any]] = field(default_factory=list)
     records: List[Dict[str, Any]] = field(default_factory=list)
+    training: List[Dict[str, Any]] = field(default_factory=list)
+    profiles: Dict[str, List[Dict[str, Any]]] = field(default_factory=dict)
+    texts: List[str] = field(default_factory=list)  # tables of profiles and of training
+    plots: List[str] = field(default_factory=list)
     remarks: List[str] = field(default_factory=list)
     failures: List[str] = field(default_factory=list)
 
@@ -102,7 +107,7 @@ def build_network(name: str, size: Size, checkpoint: str = '') -> Network:
     return Network(model, images, photographs=photographs)
 
 
-def _take_batch(network: Network, batch: int) -> Network:
+def take_batch(network: Network, batch: int) -> Network:
     """The same network for `batch` images, repeated if there are fewer."""
     images = network.images.repeat(-(-batch // len(network.images)), 1, 1, 1)[:batch]
     return Network(network.model, images, network.fused, network.photographs)
@@ -132,7 +137,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
 
 
-def _shorten(error: BaseException) -> str:
+def shorten(error: BaseException) -> str:
     return f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
 
 
@@ -166,7 +171,7 @@ def _try(candidate: Candidate, config: BenchConfig) -> str:
         except Exception as error:  # whatever a backend raises: the other candidates go on
             if not is_out_of_memory(error):
                 candidate.forget()
-                return f'{candidate.name}: {_shorten(error)}'
+                return f'{candidate.name}: {shorten(error)}'
         if not candidate.halve():
             return f'{candidate.name}: not even one image fits into memory'
 
@@ -185,7 +190,7 @@ def _time(
         except CandidateError as error:
             name, cause = first if error.name == AGAIN else error.name, error.__cause__
         failed = next(candidate for candidate in ready if candidate.name == name)
-        problem = f'{name}: {_shorten(cause)}'
+        problem = f'{name}: {shorten(cause)}'
         if is_out_of_memory(cause) and failed.halve():
             problem = _try(failed, config)
         if problem:
@@ -250,6 +255,17 @@ def measure_group(
     return records, failures
 
 
+@contextmanager
+def use_threads(number: int) -> Iterator[None]:
+    """Let PyTorch take so many threads of the processor, inside of the context."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 # The sweep ------------------------------------------------------------------------------------------------------------
 
 def _list_conditions(config: BenchConfig, device: torch.device) -> Iterator[str]:
@@ -273,16 +289,11 @@ def run_inference(config: BenchConfig, stream: Optional[TextIO] = None) -> Bench
     if config.checkpoint and len(names) > 1:
         raise ConfigError(f'--checkpoint {config.checkpoint} with {len(names)} models: name the one that it is of.')
     result = BenchResult(describe_device(device), remarks=[*_list_conditions(config, device), *left_out])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.threads)
-    try:
-        groups = len(config.batch_size) * len(config.sizes)
-        steps = groups * (len(names) * len(setups) * (BUILDING + _count_rounds(config)) + _count_rounds(config))
-        with Progress(steps, 'steps', stream=stream) as progress:
-            for size in config.sizes:
-                _measure_size(names, setups, size, config, device, progress, result)
-    finally:
-        torch.set_num_threads(threads)
+    groups = len(config.list_batches()) * len(config.sizes)
+    steps = groups * (len(names) * len(setups) * (BUILDING + _count_rounds(config)) + _count_rounds(config))
+    with use_threads(config.threads), Progress(steps, 'steps', stream=stream) as progress:
+        for size in config.sizes:
+            _measure_size(names, setups, size, config, device, progress, result)
     return result
 
 
@@ -297,9 +308,9 @@ def _measure_size(
             result.counts.append(count_network(name, networks[name], size))
         except (RuntimeError, AssertionError) as error:  # models for images of another size
             networks.pop(name, None)
-            result.failures.append(f'{name} at {size[0]} x {size[1]}: {_shorten(error)}')
-    for batch in config.batch_size:
-        batches = {name: _take_batch(network, batch) for name, network in networks.items()}
+            result.failures.append(f'{name} at {size[0]} x {size[1]}: {shorten(error)}')
+    for batch in config.list_batches():
+        batches = {name: take_batch(network, batch) for name, network in networks.items()}
         candidates = [Candidate(name, setup, batches[name]) for name in batches for setup in setups]
         records, failures = measure_group(candidates, config, device, progress)
         result.records += records

@@ -16,7 +16,7 @@ from .published import list_paper_models
 
 __all__ = ['BENCHES', 'BenchConfig', 'expand_models', 'list_setups', 'parse_bench_config', 'parse_size']
 
-BENCHES = ('infer', 'train', 'profile')
+BENCHES = ('infer', 'profile', 'train')
 MIN_SIDE = 32
 README = Path(__file__).parent.parent / 'README.md'
 CHANNELS_LAST = ('fused', 'compile', 'cudagraph')  # in torch they are faster so; eager is as published
@@ -36,7 +36,8 @@ class BenchConfig:
     dtype: List[str] = setting(['float32'], 'number formats; tf32 is for GPUs', choices=list(DTYPES))
     channels_last: Optional[bool] = setting(
         None, 'order of images and weights in torch; by default not for eager, which is as published, else yes')
-    batch_size: List[int] = setting([1], 'images at a time', bounds=(1, None))
+    batch_size: List[int] = setting(
+        [], 'images at a time; by default 1, and 128 per training step (16 on a processor)', bounds=(1, None))
     img_size: List[str] = setting(['224'], 'pixels: a side, or HEIGHTxWIDTH')
     threads: int = setting(1, 'threads of the processor', bounds=(1, None))
     published: bool = setting(
@@ -45,8 +46,10 @@ class BenchConfig:
     warmup: int = setting(5, 'runs before those that are timed', bounds=(0, None))
     runs: Optional[int] = setting(
         None, 'timed runs of each candidate; by default 50, or fewer where they take long', bounds=(1, None))
+    teacher: List[str] = setting(['none'], 'of training steps: none, a model of timm with random weights, or both')
+    ways: List[str] = setting([], 'ways of training, e.g. channels_last+bf16+compile; by default all that work here')
     output: str = setting('', 'folder of results.json and results.csv; one under runs/benchmark if not given')
-    plots: str = setting('', 'folder to draw plots into')
+    plots: str = setting('', 'folder to draw plots into; measures profiles and growth with resolution for them')
     json: bool = setting(False, 'print one JSON object instead of text')
     markdown: bool = setting(False, 'print tables in Markdown')
     check: bool = setting(False, "count parameters and GMACs of the README's models again; 1 if it has others")
@@ -63,8 +66,17 @@ class BenchConfig:
             if len(set(values)) != len(values):
                 raise ConfigError(f'{name} is {values}: name each once.')
 
+    def list_batches(self) -> List[int]:
+        """The batches of inference."""
+        return self.batch_size or [1]
+
+    def list_benches(self) -> List[str]:
+        """What is measured, in order; plots want profiles."""
+        wanted = set(BENCHES if self.bench == 'all' else [self.bench]) | ({'profile'} if self.plots else set())
+        return [bench for bench in BENCHES if bench in wanted]
+
     def _follow_paper(self) -> None:
-        given = dict(backend=['all'], dtype=['float32'], batch_size=[1], channels_last=None, warmup=5, runs=None)
+        given = dict(backend=['all'], dtype=['float32'], batch_size=[], channels_last=None, warmup=5, runs=None)
         changed = [f'--{name.replace("_", "-")}' for name, default in given.items() if getattr(self, name) != default]
         if changed:
             raise ConfigError(f'--published fixes {", ".join(changed)}: leave either out.')
@@ -81,7 +93,7 @@ def parse_size(text: str) -> Tuple[int, int]:
     return size
 
 
-def expand_models(names: Sequence[str]) -> List[str]:
+def expand_models(names: Sequence[str], flag: str = '--model') -> List[str]:
     """The models that names, wildcards and 'paper' stand for, each once.
 
     Raises:
@@ -99,7 +111,7 @@ def expand_models(names: Sequence[str]) -> List[str]:
         if not matches:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
             raise ConfigError(
-                f'--model {name}: no such model' + (f', the nearest are {", ".join(near)}.' if near else '.'))
+                f'{flag} {name}: no such model' + (f', the nearest are {", ".join(near)}.' if near else '.'))
         found += [match for match in matches if match not in found]
     return found
 

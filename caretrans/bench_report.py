@@ -100,10 +100,13 @@ def describe_result(result: BenchResult, markdown: bool = False) -> List[str]:
         lines += describe_counts(result.counts, markdown) + ['']
     if result.records:
         lines += describe_records(result.records, markdown) + [''] + _describe_conditions(result)
+    for text in result.texts:
+        lines += ['', *text.splitlines()]
     notes = [f'{r["model"]} {r["backend"]} {r["dtype"]} {r["layout"]}, batch {r["batch"]}: {note}'
              for r in result.records for note in r['notes'] if note not in NOT_IN_TABLE]
     published = list(FOOTNOTES) if any(count['published'] for count in result.counts) else []
-    return lines + result.remarks + notes + published + [f'failed: {failure}' for failure in result.failures]
+    plots = [f'plot: {path}' for path in result.plots]
+    return lines + result.remarks + notes + published + plots + [f'failed: {failure}' for failure in result.failures]
 
 
 def _flatten(record: Dict[str, Any]) -> Dict[str, Any]:
@@ -113,6 +116,8 @@ def _flatten(record: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def _write_csv(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
+    if not rows:
+        return
     with open(path, 'w', newline='') as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
@@ -120,7 +125,7 @@ def _write_csv(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
 
 
 def write_result(result: BenchResult, config: BenchConfig) -> Path:
-    """Write results.json (everything), results.csv (timings) and counts.csv into the folder of a config, which is made.
+    """Write results.json (everything), and results, counts, training and profiles as CSV, into the folder of a config.
 
     Raises:
         ConfigError: It cannot be written.
@@ -132,6 +137,8 @@ def write_result(result: BenchResult, config: BenchConfig) -> Path:
         (folder / 'results.json').write_text(json.dumps(contents, indent=2) + '\n')
         _write_csv(folder / 'results.csv', result.records)
         _write_csv(folder / 'counts.csv', result.counts)
+        _write_csv(folder / 'training.csv', result.training)
+        _write_csv(folder / 'profiles.csv', [row for rows in result.profiles.values() for row in rows])
     except OSError as error:
         raise ConfigError(f'{folder} cannot be written ({error}): give another --output.') from None
     return folder
