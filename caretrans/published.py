@@ -11,7 +11,7 @@ __all__ = ['FOOTNOTES', 'PUBLISHED', 'PublishedRow', 'find_published', 'list_pap
 FOOTNOTES = (
     'Accuracies of CARE are with a teacher (hard distillation from RegNetY-16GF); those of the other rows as their '
     'authors report them.',
-    'The published GMACs of FastViT are those of images of 256 x 256, as counting shows; the other rows are at 224 x 224.',
+    'The published GMACs of FastViT are those of images of 256 x 256, as counting shows; other rows are at 224 x 224.',
     'RTX 4090: milliseconds for a batch of 64, PyTorch eager, float32 with TF32 matrix products, mean of 40 after 10.',
     'iPhone 13: Core ML, batch 1, compute units not stated. Intel i9: batch 1, runtime and threads not stated.',
 )
