@@ -212,8 +212,6 @@ def _prepare(bench: TrainingBench, subject: Subject, way: Way, reference: First,
         standing.peak_mib = measure_peak(candidate, bench.device, candidate.held)
         standing.steps = max(round(bench.block_seconds / sum(time_block(candidate, 1, bench.device))), 1)
         standing.candidate = candidate
-    except ConfigError:
-        raise
     except Exception as error:  # compilers and kernels fail in many ways; the other ways are measured all the same
         if _is_out_of_memory(error) or not way.changes:
             raise

@@ -26,6 +26,7 @@ class SoftmaxAttention(nn.Module):
     def __init__(self, linear: LinearAttention) -> None:
         super().__init__()
         self.num_heads, self.qk = linear.num_heads, linear.qk
+        self.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, C, H, W = x.shape
@@ -35,7 +36,7 @@ class SoftmaxAttention(nn.Module):
 
 
 def make_softmax_twin(model: nn.Module) -> nn.Module:
-    """A copy of a CARE network with softmax attention, of the same weights, in the place of linear attention.
+    """A copy of a CARE network, fused or not, with softmax attention of the same weights in place of linear attention.
 
     Raises:
         ValueError: The network has no linear attention.
@@ -43,7 +44,7 @@ def make_softmax_twin(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model)
     found = [(name, module) for name, module in twin.named_modules() if isinstance(module, LinearAttention)]
     if not found:
-        raise ValueError(f'{type(model).__name__} has no LinearAttention: take a CARE network that is not rewritten.')
+        raise ValueError(f'{type(model).__name__} has no LinearAttention: take a CARE network.')
     for name, module in found:
         twin.set_submodule(name, SoftmaxAttention(module))
     return twin

@@ -12,6 +12,12 @@ KINDS = (
     *CONVOLUTIONS, ATTENTION, LINEAR, 'conv or product',  # the last: kernels whose names do not tell them apart
     'activation', 'normalisation', 'element-wise', COPIES, 'optimizer', GENERATED, REST)
 
+OURS = 'caretrans::'  # the operations of `caretrans.kernels`; one may launch kernels of several kinds
+OUR_KERNELS = (  # kind, names of our operations and of the kernels they launch
+    (DEPTHWISE, r'^(caretrans::mix_with_strips\w*|_convolve|_weight_gradients)$'),
+    (ATTENTION, r'^(caretrans::(attend|mix_with_attention)\w*|_forward|_backward)$'),
+    (POINTWISE, r'^(caretrans::expand|_expand)$'),  # with the GELU and the depth-wise convolution behind it
+)
 OPERATIONS = (  # kind, names of operations (aten's, oneDNN's, of compiled programs, of kernels); the first that matches
     (GENERATED, r'^(triton_|graph_\d+_cpp_|cpp_fused_|graph_\d+_kernel)'),
     ('optimizer', r'^Optimizer\.(step|zero_grad)#|_fused_adam|vector_norm|^_foreach_'),
@@ -35,6 +41,9 @@ def classify_operation(name: str, shapes: Sequence[Sequence[int]] = ()) -> Optio
         name: E.g. 'aten::conv2d', 'mkldnn::_convolution_pointwise', 'autograd::engine::evaluate_function: MmBackward0'.
         shapes: Of its arguments, () for those that are no tensors; they tell the convolutions apart.
     """
+    for kind, pattern in OUR_KERNELS:
+        if re.search(pattern, name):
+            return kind
     name = re.sub(r'^(\w+::)?(engine::evaluate_function: )?', '', name)
     for kind, pattern in OPERATIONS:
         if re.search(pattern, name, re.IGNORECASE):

@@ -18,7 +18,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, record_function
 
 from .measure import OUTSIDE, list_parts
-from .operations import ATTENTION, CONVOLUTIONS, COPIES, GENERATED, KINDS, LINEAR, REST, classify_operation, \
+from .operations import ATTENTION, CONVOLUTIONS, COPIES, GENERATED, KINDS, LINEAR, OURS, REST, classify_operation, \
     find_attention
 from .timing import synchronise
 
@@ -179,7 +179,9 @@ def _sum_events(
         if run < 0 or cost.name == RUN:
             continue
         part, attention = _find_scope(cost.event, forward)
-        kind = _find_kind(cost.event, attention) or classify_operation(cost.name) or REST
+        launched_here = any(outer.name.startswith(OURS) for outer in _ancestors(cost.event))
+        kind = (classify_operation(cost.name) if launched_here else None) or _find_kind(cost.event, attention)
+        kind = kind or classify_operation(cost.name) or REST
         operation = kind, _name_operation(cost.name), _name_shapes(cost.event)
         cells[part, kind][run] += cost.ms
         operations[operation][run] += cost.ms

@@ -43,10 +43,17 @@ class Way:
         return next((names[change] for change in names if change in self.changes), 'float32')
 
     def put_kernels(self, model: nn.Module) -> nn.Module:
-        """Swap in the Triton kernels, if this way has them."""
+        """Swap in the Triton kernels, if this way has them.
+
+        Raises:
+            ConfigError: Not one of them runs in this network.
+        """
         if 'kernels' in self.changes:
-            from .kernels import use_kernels  # Triton is there on GPUs alone
-            use_kernels(model)
+            from .kernels import use_kernels  # Triton is not everywhere
+            placements = use_kernels(model)
+            if not any(placement.runs == 'triton' for placement in placements):
+                reason = placements[0].reason if placements else f'{type(model).__name__} has no part for them'
+                raise ConfigError(f'{self.name}: no kernel runs here, {reason}: leave kernels out.')
         return model
 
 

@@ -10,6 +10,7 @@ from reference import filled_model
 from caretrans.bench_plots import (
     PlotError, draw_accuracy_by_gmacs, draw_accuracy_by_latency, draw_growth, draw_parts)
 from caretrans.config import ConfigError
+from caretrans.fuse import fuse
 from caretrans.growth import SoftmaxAttention, make_softmax_twin, measure_growth
 from caretrans.models.care import LinearAttention
 from caretrans.profiling import list_profile, profile_forward
@@ -98,6 +99,11 @@ def test_growth_is_measured_and_drawn(tmp_path, drawn):
     assert {'care_s0, linear attention', 'care_s0, softmax attention'} <= set(texts)
     assert any('float32, batch 1, threads' in text for text in texts)
     assert any('no network was trained' in text for text in texts)
+
+
+def test_fused_networks_grow_too():
+    records = measure_growth('care_s0', (32,), rounds=1, runs=1, rewrite=fuse, backend='fused')
+    assert [record['backend'] for record in records] == ['fused', 'fused']
 
 
 def test_softmax_attention_is_its_definition():

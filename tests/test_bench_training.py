@@ -3,6 +3,8 @@ import csv
 import dataclasses
 import json
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,6 +133,18 @@ def test_names_of_ways_come_back():
         names = [name for name in list_ways(device) if 'kernels' not in name]
         assert [parse_way(name, device).name for name in names] == names and names[0] == PUBLISHED
     assert parse_way('bf16+channels_last', CPU).name == 'channels_last+bf16'
+
+
+@pytest.mark.parametrize('placements, message', [
+    ([SimpleNamespace(runs='torch', reason='the GPU is old')], 'kernels: no kernel runs here, the GPU is old'),
+    ([], 'Linear has no part for them')])
+def test_kernels_that_do_not_run_are_no_way_of_training(monkeypatch, placements, message):
+    stand_in = SimpleNamespace(use_kernels=lambda model: placements)
+    monkeypatch.setitem(sys.modules, 'caretrans.kernels', stand_in)
+    with pytest.raises(ConfigError, match=message):
+        Way(frozenset({'kernels'})).put_kernels(nn.Linear(2, 2))
+    placements.append(SimpleNamespace(runs='triton', reason=''))
+    assert Way(frozenset({'kernels'})).put_kernels(nn.Linear(2, 2)) is not None
 
 
 def test_precision_is_that_of_the_way_and_comes_back():

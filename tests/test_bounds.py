@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from caretrans.bounds import FUSIONS, Layer, bound_layer, bound_time, describe_bounds, list_bounds, list_layers, \
     trace_operations
 from caretrans.device_rates import DeviceRates, allow_tf32, measure_rates
+from caretrans.fuse import fuse
 from caretrans.profiling import profile_forward
 
 RATES = DeviceRates(bandwidth=1e9, cached=4e9, matmul=1e12, vector=1e11, launch=1e-6)
@@ -119,6 +120,12 @@ def test_every_depthwise_convolution_of_inter1_and_inter2_stays_on_the_chip():
     expansions = [layer for layer in layers if layer.flops and layer.vector_flops]
     mixers = [layer for layer in layers if layer.kind == 'conv depth-wise']
     assert len(expansions) == 2 * 18 and len(mixers) == 18, 'two and one for each of the blocks'
+
+
+def test_a_fused_network_moves_less_in_fewer_layers():
+    model = timm.create_model('care_s0').eval()
+    plain, fused = (list_layers(trace_operations(network, (224, 224))) for network in (model, fuse(model)))
+    assert len(fused) < len(plain) and sum(layer.bytes for layer in fused) < sum(layer.bytes for layer in plain)
 
 
 def test_half_precision_halves_the_bytes_and_the_batch_multiplies_the_maps():

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from reference import filled_model
 from torch.autograd import DeviceType
 
+from caretrans.fuse import fuse
 from caretrans.measure import OUTSIDE, list_parts
 from caretrans.operations import KINDS, classify_operation, find_attention
 from caretrans.profiling import IN_ATTENTION, MARK, RUN, _sum_events, describe_profile, list_profile, profile_call, \
@@ -106,6 +107,13 @@ def test_the_backward_pass_is_told_by_the_part_of_the_forward_pass():
     assert profile.cells[OUTSIDE, 'optimizer'] > 0
 
 
+def test_a_fused_network_has_the_same_parts_and_no_normalisation_in_its_stages():
+    profile = profile_forward(fuse(filled_model('care_s0')), IMAGES, runs=1, warmup=1)
+    cells = {cell for cell, ms in profile.cells.items() if ms > 0}
+    assert {('stages.2', 'attention'), ('stages.0', 'conv depth-wise'), ('head', 'linear')} <= cells
+    assert {part for part, kind in cells if kind == 'normalisation'} == {'head'}
+
+
 @pytest.mark.parametrize('name', ['fastvit_t8', 'mobilenetv2_035', 'deit_tiny_patch16_224'])
 def test_models_of_timm_are_profiled_too(name):
     size = 224 if 'deit' in name else 64
@@ -144,7 +152,10 @@ def test_no_runs_are_refused():
     ('autograd::engine::evaluate_function: MmBackward0', (), 'linear'),
     ('graph_0_cpp_fused_convolution_0', (), 'generated'), ('triton_poi_fused_gelu_0', (), 'generated'),
     ('void at::native::vectorized_elementwise_kernel<4, at::native::GeluCUDAKernelImpl>', (), 'activation'),
-    ('sm90_xmma_gemm_bf16', (), 'conv or product'), ('aten::view', (), None), ('aten::normal_', (), None),
+    ('caretrans::mix_with_strips_backward', (), 'conv depth-wise'), ('_convolve', (), 'conv depth-wise'),
+    ('caretrans::mix_with_attention', (), 'attention'), ('caretrans::expand', (), 'conv 1x1'),
+    ('aten::expand', (), None), ('sm90_xmma_gemm_bf16', (), 'conv or product'),
+    ('aten::view', (), None), ('aten::normal_', (), None),
 ])
 def test_names_and_shapes_tell_the_kind(name, shapes, kind):
     assert classify_operation(name, shapes) == kind
@@ -161,6 +172,14 @@ def event(name, start, parent=None, kernels=(), device=DeviceType.CPU, microseco
 
 def on_gpu(name, start, microseconds, **kwargs):
     return event(name, start, device=DeviceType.CUDA, microseconds=microseconds, **kwargs)
+
+
+def test_kernels_of_one_operation_of_ours_are_told_apart():
+    run = event(RUN, 0)
+    mix = event('caretrans::mix_with_attention', 1, event(f'{MARK}stages.3', 1, run),
+                [('_forward', 2000.), ('_convolve', 1000.), ('FillFunctor', 500.)])
+    cells, _ = _sum_events([run, mix.cpu_parent, mix], True, 1)
+    assert cells == {('stages.3', 'attention'): 2.5, ('stages.3', 'conv depth-wise'): 1.}
 
 
 def test_kernels_are_told_by_the_operations_that_launched_them_and_those_of_a_graph_by_name():
