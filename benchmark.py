@@ -9,10 +9,10 @@ from pathlib import Path
 os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # before torch is loaded: its profiler counts memory here, silently
 
 import caretrans  # noqa: E402, F401 (registers the models)
-from caretrans.bench_config import BenchConfig, parse_bench_config  # noqa: E402
-from caretrans.bench_readme import check_readme, update_readme  # noqa: E402
-from caretrans.bench_report import describe_result, write_result  # noqa: E402
-from caretrans.bench_sections import run_benches  # noqa: E402
+from caretrans.bench.config import BenchConfig, parse_bench_config  # noqa: E402
+from caretrans.bench.readme import check_readme, update_readme  # noqa: E402
+from caretrans.bench.report import describe_result, write_result  # noqa: E402
+from caretrans.bench.sections import run_benches  # noqa: E402
 from caretrans.checkpoint import CheckpointError  # noqa: E402
 from caretrans.config import ConfigError  # noqa: E402
 from caretrans.progress import show_messages  # noqa: E402

@@ -95,7 +95,7 @@ def _shard(**options: Any) -> int:
 
 
 def _bench_loader(as_json: bool, **options: Any) -> int:
-    from .bench_loader import bench_loader, describe_bench
+    from .bench.loader import bench_loader, describe_bench
 
     result = bench_loader(**options)
     print(json.dumps(result) if as_json else describe_bench(result))

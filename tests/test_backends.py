@@ -6,11 +6,20 @@ import timm
 import torch
 import torch.nn as nn
 
-from caretrans import backends
-from caretrans.backends import (
-    TOLERANCES, Network, Runner, Setup, WrongOutputError, check_output, check_setup, measure_error, prepare)
+from caretrans.bench import backends
+from caretrans.bench.backends import (
+    TOLERANCES,
+    Network,
+    Runner,
+    Setup,
+    WrongOutputError,
+    check_output,
+    check_setup,
+    measure_error,
+    prepare,
+)
+from caretrans.bench.lively import enliven, load_photographs
 from caretrans.config import ConfigError
-from caretrans.lively import enliven, load_photographs
 
 CPU, CUDA = torch.device('cpu'), torch.device('cuda')
 SIZE = (64, 96)

@@ -7,13 +7,12 @@ import torch
 from matplotlib.figure import Figure
 from reference import filled_model
 
-from caretrans.bench_plots import (
-    PlotError, draw_accuracy_by_gmacs, draw_accuracy_by_latency, draw_growth, draw_parts)
+from caretrans.bench.growth import SoftmaxAttention, make_softmax_twin, measure_growth
+from caretrans.bench.plots import PlotError, draw_accuracy_by_gmacs, draw_accuracy_by_latency, draw_growth, draw_parts
+from caretrans.bench.profiling import list_profile, profile_forward
 from caretrans.config import ConfigError
 from caretrans.fuse import fuse
-from caretrans.growth import SoftmaxAttention, make_softmax_twin, measure_growth
 from caretrans.models.care import LinearAttention
-from caretrans.profiling import list_profile, profile_forward
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import benchmark
-from caretrans import bench_sections
-from caretrans.bench_config import BenchConfig
+from caretrans.bench import sections
+from caretrans.bench.config import BenchConfig
 
 QUICK = ['--device', 'cpu', '--img-size', '64', '--runs', '2', '--warmup', '1', '--model', 'care_s0', '--backend',
          'eager', 'fused', '--batch-size', '2', '--ways', 'channels_last']
@@ -31,10 +31,10 @@ def test_what_is_measured_is_what_was_asked_for_and_what_plots_need(bench, plots
 
 
 def test_everything_is_measured_printed_written_and_drawn(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_sections, 'ROUNDS', 2)
-    growth = bench_sections.measure_growth
+    monkeypatch.setattr(sections, 'ROUNDS', 2)
+    growth = sections.measure_growth
     monkeypatch.setattr(
-        bench_sections, 'measure_growth', lambda name, device: growth(name, sizes=(64, 96), device=device, rounds=2))
+        sections, 'measure_growth', lambda name, device: growth(name, sizes=(64, 96), device=device, rounds=2))
     code, out, err = call('--bench', 'all', '--plots', tmp_path / 'plots', '--output', tmp_path, *QUICK)
     assert code == 0, err
     for text in ('stages.2', 'The longest operations', 'bound, each operation by itself', 'Training steps of care_s0',
@@ -52,14 +52,14 @@ def test_everything_is_measured_printed_written_and_drawn(call, tmp_path, monkey
 
 
 def test_a_way_that_fails_under_the_profiler_is_reported_and_the_others_go_on(call, tmp_path, monkeypatch):
-    prepare = bench_sections.prepare
+    prepare = sections.prepare
 
     def prepare_or_fail(network, setup):
         if setup.backend == 'eager':
             raise ValueError('a kernel is missing')
         return prepare(network, setup)
 
-    monkeypatch.setattr(bench_sections, 'prepare', prepare_or_fail)
+    monkeypatch.setattr(sections, 'prepare', prepare_or_fail)
     code, _, err = call('--bench', 'profile', '--output', tmp_path, *QUICK)
     assert code == 1 and 'failed: profile of care_s0 eager float32 nchw, 2 x 64 x 64: ValueError: a kernel' in err
     assert len(json.loads((tmp_path / 'results.json').read_text())['profiles']) == 1
@@ -70,7 +70,7 @@ def test_a_way_that_fails_under_the_profiler_is_reported_and_the_others_go_on(ca
     (['--batch-size', '1'], '--batch-size 1 with --bench train: mixup'), (['--ways', 'faster'], 'faster'),
     (['--teacher', 'regnety_161'], '--teacher regnety_161: no such model'), (['--ways', 'tf32'], 'tf32')])
 def test_what_cannot_be_trained_is_refused_before_any_work(call, monkeypatch, flags, message):
-    monkeypatch.setattr(bench_sections, 'run_inference', None)
+    monkeypatch.setattr(sections, 'run_inference', None)
     code, out, err = call('--device', 'cpu', '--bench', 'train', *flags)
     assert code == 2 and out == '' and message in err and err.count('\n') == 1
 

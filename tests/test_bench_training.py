@@ -11,13 +11,20 @@ import torch
 import torch.nn as nn
 from photos import copy_photographs
 
-import caretrans.bench_training
-from caretrans.bench_training import TrainingBench, bench_training, describe_training
+import caretrans.bench.training
+from caretrans.bench.training import TrainingBench, bench_training, describe_training
+from caretrans.bench.training_curves import (
+    Comparison,
+    compare_curves,
+    describe_curves,
+    draw_curves,
+    measure_distance,
+    record_curves,
+    smooth_curve,
+    write_curves,
+)
+from caretrans.bench.training_ways import PUBLISHED, Way, list_ways, parse_way, training_precision
 from caretrans.config import ConfigError, TrainConfig, read_recipe
-from caretrans.training_curves import (
-    Comparison, compare_curves, describe_curves, draw_curves, measure_distance, record_curves, smooth_curve,
-    write_curves)
-from caretrans.training_ways import PUBLISHED, Way, list_ways, parse_way, training_precision
 
 CPU = torch.device('cpu')
 TINY = TrainingBench(
@@ -94,18 +101,18 @@ def test_a_way_that_fails_is_reported_and_the_others_are_measured(monkeypatch):
 
 
 def test_a_batch_that_does_not_fit_is_halved_for_all_ways(monkeypatch):
-    fits = caretrans.bench_training.Candidate.__call__
+    fits = caretrans.bench.training.Candidate.__call__
 
     def run_out(self):
         if len(self.images) > 2:
             raise torch.OutOfMemoryError('out of memory')
         return fits(self)
 
-    monkeypatch.setattr(caretrans.bench_training.Candidate, '__call__', run_out)
+    monkeypatch.setattr(caretrans.bench.training.Candidate, '__call__', run_out)
     records = bench_training(dataclasses.replace(TINY, batch=10), ['channels_last'])
     assert {record['batch'] for record in records} == {2}
     assert all('a batch of 10 did not fit: 2' in record['notes'] for record in records)
-    monkeypatch.setattr(caretrans.bench_training.Candidate, '__call__', lambda self: (_ for _ in ()).throw(
+    monkeypatch.setattr(caretrans.bench.training.Candidate, '__call__', lambda self: (_ for _ in ()).throw(
         torch.OutOfMemoryError('out of memory')))
     with pytest.raises(ConfigError, match='does not fit into the memory of cpu, not even with 2 images'):
         bench_training(TINY, [PUBLISHED])

@@ -10,12 +10,13 @@ from launch import run
 from reference import published_state_dict
 
 import benchmark
-from caretrans import bench, bench_config
-from caretrans.backends import BACKENDS, WrongOutputError, prepare
-from caretrans.bench_config import BenchConfig, expand_models, list_setups, parse_bench_config
-from caretrans.bench_readme import BEGIN, END, check_readme
+from caretrans.bench import config as bench_config
+from caretrans.bench import inference
+from caretrans.bench.backends import BACKENDS, WrongOutputError, prepare
+from caretrans.bench.config import BenchConfig, expand_models, list_setups, parse_bench_config
+from caretrans.bench.published import PUBLISHED, find_published, list_paper_models
+from caretrans.bench.readme import BEGIN, END, check_readme
 from caretrans.config import ConfigError
-from caretrans.published import PUBLISHED, find_published, list_paper_models
 
 README = Path(__file__).parent.parent / 'README.md'
 CPU = torch.device('cpu')
@@ -113,7 +114,7 @@ def test_published_is_how_the_column_was_made(monkeypatch):
     assert (config.warmup, config.runs, config.sizes) == (10, 40, [(224, 224)])
     assert [str(s) for s in list_setups(config, torch.device('cuda'))[0]] == ['eager tf32 nchw']
     assert [str(s) for s in list_setups(config, CPU)[0]] == ['eager float32 nchw']
-    assert list(bench._list_conditions(config, CPU))[0].startswith('--published: TF32 does nothing on cpu')
+    assert list(inference._list_conditions(config, CPU))[0].startswith('--published: TF32 does nothing on cpu')
 
 
 # What is measured -----------------------------------------------------------------------------------------------------
@@ -175,7 +176,7 @@ def memory_for(most):
 
 
 def test_a_batch_that_does_not_fit_is_halved_until_it_does(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, 'prepare', memory_for(2))
+    monkeypatch.setattr(inference, 'prepare', memory_for(2))
     code, out, _ = call('--model', 'care_s0', '--backend', 'eager', '--batch-size', 8, '--output', tmp_path, *QUICK)
     assert code == 0 and 'a batch of 8 does not fit into memory: halved to 4' in out
     record = read(tmp_path)[0]['records'][0]
@@ -184,7 +185,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(call, tmp_path, monke
 
 
 def test_one_image_that_does_not_fit_is_a_failure(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, 'prepare', memory_for(0))
+    monkeypatch.setattr(inference, 'prepare', memory_for(0))
     code, out, err = call('--model', 'care_s0', '--backend', 'eager', '--batch-size', 2, '--output', tmp_path, *QUICK)
     assert code == 1 and 'failed: care_s0 eager float32 nchw: not even one image fits into memory' in err
 
@@ -202,7 +203,7 @@ def test_memory_that_runs_out_while_others_are_timed_halves_the_batch(call, tmp_
             runner.run = run
         return runner
 
-    monkeypatch.setattr(bench, 'prepare', prepare_late)
+    monkeypatch.setattr(inference, 'prepare', prepare_late)
     code, out, _ = call('--model', 'care_s0', '--backend', 'eager', 'fused', '--batch-size', 4, '--output', tmp_path,
                         *QUICK)
     records = read(tmp_path)[0]['records']
@@ -224,7 +225,7 @@ def test_a_candidate_that_fails_is_reported_and_the_others_go_on(call, tmp_path,
             runner.run = run
         return runner
 
-    monkeypatch.setattr(bench, 'prepare', prepare_badly)
+    monkeypatch.setattr(inference, 'prepare', prepare_badly)
     code, out, err = call('--model', 'care_s0', '--backend', 'eager', 'fused', '--output', tmp_path, *QUICK)
     assert code == 1 and 'failed: care_s0 eager float32 nchw: ValueError: a kernel is missing' in err
     assert [r['backend'] for r in read(tmp_path)[0]['records']] == ['fused']
@@ -238,7 +239,7 @@ def test_a_rewrite_that_is_wrong_is_not_timed(call, tmp_path, monkeypatch):
             conv.bias.data.zero_()
         return prepare(network, setup)
 
-    monkeypatch.setattr(bench, 'prepare', prepare_broken)
+    monkeypatch.setattr(inference, 'prepare', prepare_broken)
     code, out, err = call('--model', 'care_s0', '--backend', 'eager', 'fused', '--output', tmp_path, *QUICK)
     assert code == 1 and re.search(r'care_s0 fused .* WrongOutputError: the logits differ .* not timed', err)
     assert [r['backend'] for r in read(tmp_path)[0]['records']] == ['eager']
@@ -248,16 +249,16 @@ def test_a_noisy_run_says_so(call, tmp_path, monkeypatch):
     def spread(runs, *args, **kwargs):
         return {name: [[0.01, 0.01, 0.03]] * 4 if 'fused' in name else [[0.01] * 3] * 4 for name in runs}
 
-    monkeypatch.setattr(bench, 'time_interleaved', spread)
+    monkeypatch.setattr(inference, 'time_interleaved', spread)
     _, out, _ = call('--model', 'care_s0', '--backend', 'eager', 'fused', '--output', tmp_path, *QUICK)
     assert [r['noisy'] for r in read(tmp_path)[0]['records']] == [False, True]
     assert len(re.findall(r'noisy$', out, re.MULTILINE)) == 1
     assert 'noisy: the slowest tenth of the runs takes 3.00 times as long' in out
 
     def drift(runs, *args, **kwargs):
-        return {name: [[0.012 if name == bench.AGAIN else 0.01]] * 4 for name in runs}
+        return {name: [[0.012 if name == inference.AGAIN else 0.01]] * 4 for name in runs}
 
-    monkeypatch.setattr(bench, 'time_interleaved', drift)
+    monkeypatch.setattr(inference, 'time_interleaved', drift)
     _, out, _ = call('--model', 'care_s0', '--backend', 'eager', 'fused', '--output', tmp_path, *QUICK)
     assert out.count('noisy: the reference differs from itself by a factor of 1.20') == 2
 
@@ -276,7 +277,7 @@ def test_a_model_for_another_size_is_reported(call, tmp_path):
     (RuntimeError('std::bad_alloc'), True), (RuntimeError('shape mismatch'), False),
     (ValueError('out of memory'), False)])
 def test_what_lack_of_memory_looks_like(error, is_memory):
-    assert bench.is_out_of_memory(error) == is_memory and not bench.is_out_of_memory(WrongOutputError('wrong'))
+    assert inference.is_out_of_memory(error) == is_memory and not inference.is_out_of_memory(WrongOutputError('wrong'))
 
 
 # The README -----------------------------------------------------------------------------------------------------------

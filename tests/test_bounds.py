@@ -6,11 +6,19 @@ import torch.nn as nn
 from registered import CARE
 from torch.utils.flop_counter import FlopCounterMode
 
-from caretrans.bounds import FUSIONS, Layer, bound_layer, bound_time, describe_bounds, list_bounds, list_layers, \
-    trace_operations
-from caretrans.device_rates import DeviceRates, allow_tf32, measure_rates
+from caretrans.bench.bounds import (
+    FUSIONS,
+    Layer,
+    bound_layer,
+    bound_time,
+    describe_bounds,
+    list_bounds,
+    list_layers,
+    trace_operations,
+)
+from caretrans.bench.device_rates import DeviceRates, allow_tf32, measure_rates
+from caretrans.bench.profiling import profile_forward
 from caretrans.fuse import fuse
-from caretrans.profiling import profile_forward
 
 RATES = DeviceRates(bandwidth=1e9, cached=4e9, matmul=1e12, vector=1e11, launch=1e-6)
 

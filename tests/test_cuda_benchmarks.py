@@ -6,15 +6,15 @@ import timm
 import torch
 from photos import FRUIT
 
-from caretrans.bench_training import TrainingBench, bench_training, describe_training
-from caretrans.bounds import FUSIONS, bound_time, describe_bounds, list_layers, trace_operations
+from caretrans.bench.training import TrainingBench, bench_training, describe_training
+from caretrans.bench.bounds import FUSIONS, bound_time, describe_bounds, list_layers, trace_operations
 from caretrans.config import TrainConfig, read_recipe
-from caretrans.device_rates import measure_rates
-from caretrans.growth import measure_growth
+from caretrans.bench.device_rates import measure_rates
+from caretrans.bench.growth import measure_growth
 from caretrans.measure import OUTSIDE
-from caretrans.profiling import describe_profile, profile_forward
-from caretrans.training_curves import compare_curves, describe_curves
-from caretrans.training_ways import list_ways
+from caretrans.bench.profiling import describe_profile, profile_forward
+from caretrans.bench.training_curves import compare_curves, describe_curves
+from caretrans.bench.training_ways import list_ways
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 

@@ -16,7 +16,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from torch.utils.data import IterableDataset
 
 from caretrans.__main__ import main
-from caretrans.bench_loader import describe_bench, make_photographs
+from caretrans.bench.loader import describe_bench, make_photographs
 from caretrans.config import TrainConfig
 from caretrans.data import DataError, check_labels, find_labels, list_classes, open_dataset
 from caretrans.distributed import Processes

@@ -9,11 +9,19 @@ import torch.nn.functional as F
 from reference import filled_model
 from torch.autograd import DeviceType
 
+from caretrans.bench.operations import KINDS, classify_operation, find_attention
+from caretrans.bench.profiling import (
+    IN_ATTENTION,
+    MARK,
+    RUN,
+    _sum_events,
+    describe_profile,
+    list_profile,
+    profile_call,
+    profile_forward,
+)
 from caretrans.fuse import fuse
 from caretrans.measure import OUTSIDE, list_parts
-from caretrans.operations import KINDS, classify_operation, find_attention
-from caretrans.profiling import IN_ATTENTION, MARK, RUN, _sum_events, describe_profile, list_profile, profile_call, \
-    profile_forward
 
 IMAGES = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 

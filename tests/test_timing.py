@@ -5,9 +5,16 @@ from collections import Counter
 import pytest
 import torch
 
-from caretrans import timing
-from caretrans.timing import (
-    CandidateError, compare_rounds, judge_noise, measure_peak, summarise, time_block, time_interleaved)
+from caretrans.bench import timing
+from caretrans.bench.timing import (
+    CandidateError,
+    compare_rounds,
+    judge_noise,
+    measure_peak,
+    summarise,
+    time_block,
+    time_interleaved,
+)
 
 CPU = torch.device('cpu')
 

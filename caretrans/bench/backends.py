@@ -21,11 +21,11 @@ import torch
 import torch.nn as nn
 from timm.utils import reparameterize_model
 
-from .config import ConfigError
+from ..config import ConfigError
+from ..fuse import fuse
+from ..models.care import CareTransformer
 from .device_rates import allow_tf32
-from .fuse import fuse
 from .lively import PHOTOGRAPHS
-from .models.care import CareTransformer
 
 __all__ = [
     'BACKENDS', 'DTYPES', 'TOLERANCES', 'Network', 'Runner', 'Setup', 'WrongOutputError', 'check_output', 'check_setup',

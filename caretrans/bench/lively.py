@@ -11,11 +11,11 @@ import torch
 import torch.nn as nn
 from timm.data import create_transform
 
-from .data import open_dataset, resolve_eval_config
+from ..data import open_dataset, resolve_eval_config
 
 __all__ = ['PHOTOGRAPHS', 'enliven', 'load_photographs']
 
-PHOTOGRAPHS = Path(__file__).parent.parent / 'data' / 'fruit14'
+PHOTOGRAPHS = Path(__file__).parents[2] / 'data' / 'fruit14'
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 

@@ -7,7 +7,7 @@ from typing import Any, Dict, FrozenSet, Iterator, Tuple
 import torch
 import torch.nn as nn
 
-from .config import ConfigError
+from ..config import ConfigError
 from .device_rates import allow_tf32
 
 __all__ = ['PUBLISHED', 'Way', 'list_ways', 'parse_way', 'training_precision']
@@ -49,7 +49,7 @@ class Way:
             ConfigError: Not one of them runs in this network.
         """
         if 'kernels' in self.changes:
-            from .kernels import use_kernels  # Triton is not everywhere
+            from ..kernels import use_kernels  # Triton is not everywhere
             placements = use_kernels(model)
             if not any(placement.runs == 'triton' for placement in placements):
                 reason = placements[0].reason if placements else f'{type(model).__name__} has no part for them'

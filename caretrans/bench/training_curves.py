@@ -15,10 +15,10 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 import numpy as np
 import torch
 
-from .config import ConfigError, TrainConfig
-from .distributed import Processes
-from .engine import train_steps
-from .training import Trainer
+from ..config import ConfigError, TrainConfig
+from ..distributed import Processes
+from ..engine import train_steps
+from ..training import Trainer
 from .training_ways import PUBLISHED, Way, parse_way, training_precision
 
 __all__ = [

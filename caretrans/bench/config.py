@@ -9,16 +9,16 @@ from typing import List, Optional, Sequence, Tuple
 import timm
 import torch
 
-from . import models  # noqa: F401 (registers the models)
+from .. import models  # noqa: F401 (registers the models)
+from ..config import ConfigError, FlagParser, add_flags, check_settings, setting
 from .backends import BACKENDS, DTYPES, IN_TORCH, Setup, check_setup
-from .config import ConfigError, FlagParser, add_flags, check_settings, setting
 from .published import list_paper_models
 
 __all__ = ['BENCHES', 'BenchConfig', 'expand_models', 'list_setups', 'parse_bench_config', 'parse_size']
 
 BENCHES = ('infer', 'profile', 'train')
 MIN_SIDE = 32
-README = Path(__file__).parent.parent / 'README.md'
+README = Path(__file__).parents[2] / 'README.md'
 CHANNELS_LAST = ('fused', 'compile', 'cudagraph')  # in torch they are faster so; eager is as published
 
 

@@ -18,14 +18,14 @@ from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_loader
 from torch.utils.data import Dataset
 
-from .config import TrainConfig
-from .data import DataError, open_dataset
-from .loader import build_train_loader
-from .machine import count_cores, describe_processor
+from ..config import TrainConfig
+from ..data import DataError, open_dataset
+from ..loader import build_train_loader
+from ..machine import count_cores, describe_processor
 
 __all__ = ['bench_loader', 'describe_bench', 'make_photographs']
 
-BUNDLED = Path(__file__).parent.parent / 'data' / 'fruit14' / 'val'
+BUNDLED = Path(__file__).parents[2] / 'data' / 'fruit14' / 'val'
 PHOTOGRAPHS = 128  # made where none are given
 TILES = 4  # along each side of a mosaic
 

@@ -7,10 +7,10 @@ from typing import Any, Dict, Iterator, List, Sequence, Tuple
 import timm
 import torch.nn as nn
 
+from ..config import ConfigError
+from ..measure import count_operations, count_parameters, make_empty
 from .backends import rewrite
-from .bench_config import parse_size
-from .config import ConfigError
-from .measure import count_operations, count_parameters, make_empty
+from .config import parse_size
 
 __all__ = ['BEGIN', 'END', 'check_readme', 'update_readme']
 

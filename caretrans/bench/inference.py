@@ -14,18 +14,26 @@ from typing import Any, Dict, Iterator, List, Optional, TextIO, Tuple
 import timm
 import torch
 
+from ..checkpoint import create_from_checkpoint
+from ..config import ConfigError
+from ..engine import resolve_device
+from ..machine import describe_device, list_versions
+from ..measure import count_operations, count_parameters
+from ..progress import Progress
 from .backends import Network, Runner, Setup, check_output, prepare
-from .bench_config import BenchConfig, expand_models, list_setups
-from .checkpoint import create_from_checkpoint
-from .config import ConfigError
-from .engine import resolve_device
+from .config import BenchConfig, expand_models, list_setups
 from .lively import enliven, load_photographs
-from .machine import describe_device, list_versions
-from .measure import count_operations, count_parameters
-from .progress import Progress
 from .published import find_published
 from .timing import (
-    CandidateError, Rounds, compare_rounds, judge_noise, measure_peak, summarise, time_block, time_interleaved)
+    CandidateError,
+    Rounds,
+    compare_rounds,
+    judge_noise,
+    measure_peak,
+    summarise,
+    time_block,
+    time_interleaved,
+)
 
 __all__ = [
     'BenchResult', 'Candidate', 'build_network', 'count_network', 'is_out_of_memory', 'measure_group', 'run_inference',

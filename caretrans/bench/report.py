@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
-from .bench import BenchResult
-from .bench_config import BenchConfig
-from .config import ConfigError
-from .measure import KINDS
+from ..config import ConfigError
+from ..measure import KINDS
+from .config import BenchConfig
+from .inference import BenchResult
 from .published import FOOTNOTES
 from .tables import format_table
 

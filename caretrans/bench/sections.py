@@ -4,19 +4,19 @@ from typing import Any, Callable, Dict, List, Optional, TextIO
 
 import torch
 
+from ..config import ConfigError
+from ..engine import resolve_device
+from ..machine import describe_device
+from ..progress import Progress
 from .backends import IN_TORCH, TORCH_DTYPES, Network, Setup, prepare
-from .bench import BenchResult, build_network, run_inference, shorten, take_batch, use_threads
-from .bench_config import BenchConfig, expand_models, list_setups
-from .bench_plots import PlotError, draw_accuracy_by_gmacs, draw_accuracy_by_latency, draw_growth, draw_parts
-from .bench_training import TrainingBench, bench_training, describe_training
 from .bounds import describe_bounds, trace_operations
-from .config import ConfigError
+from .config import BenchConfig, expand_models, list_setups
 from .device_rates import measure_rates
-from .engine import resolve_device
 from .growth import measure_growth
-from .machine import describe_device
+from .inference import BenchResult, build_network, run_inference, shorten, take_batch, use_threads
+from .plots import PlotError, draw_accuracy_by_gmacs, draw_accuracy_by_latency, draw_growth, draw_parts
 from .profiling import describe_profile, list_profile, profile_call
-from .progress import Progress
+from .training import TrainingBench, bench_training, describe_training
 from .training_ways import list_ways, parse_way
 
 __all__ = ['run_benches']

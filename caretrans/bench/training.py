@@ -17,16 +17,15 @@ import torch
 import torch.nn as nn
 from timm.optim import create_optimizer_v2
 
-from .config import ConfigError, TrainConfig, read_recipe
-from .distillation import build_task
-from .engine import Step, Stepper, train_steps
+from ..config import ConfigError, TrainConfig, read_recipe
+from ..distillation import build_task
+from ..engine import Step, Stepper, train_steps
+from ..loader import Pass
+from ..machine import describe_device, list_versions
+from ..randomness import seed_everything
+from ..training import build_mixup, build_model
 from .lively import enliven
-from .loader import Pass
-from .machine import describe_device, list_versions
-from .randomness import seed_everything
-from .timing import (
-    CandidateError, compare_rounds, judge_noise, measure_peak, summarise, time_block, time_interleaved)
-from .training import build_mixup, build_model
+from .timing import CandidateError, compare_rounds, judge_noise, measure_peak, summarise, time_block, time_interleaved
 from .training_ways import PUBLISHED, Way, list_ways, parse_way, training_precision
 
 __all__ = ['TOLERANCES', 'TrainingBench', 'bench_training', 'describe_training']
