@@ -18,8 +18,9 @@ from .launch import INTERPRETED, accumulation_types, is_channels_last, strides_i
 
 __all__ = ['convolve_in_torch', 'convolve_into', 'sum_weight_gradients']
 
-CHANNELS_LAST_TILES = [(128, 8, 4), (512, 8, 4), (256, 16, 8), (64, 32, 4), (64, 64, 8)]  # positions, channels, warps
-CHANNELS_FIRST_TILES = [(256, 1, 4), (512, 1, 4), (128, 1, 2)]
+TILES = [  # positions, channels, warps; channels-last memory first
+    (128, 8, 4), (512, 8, 4), (256, 16, 8), (64, 32, 4), (64, 64, 8), (256, 1, 4), (512, 1, 4), (128, 1, 2)]
+CONFIGS = [triton.Config(dict(BLOCK_P=p, BLOCK_C=c), num_warps=warps) for p, c, warps in TILES]
 TAPS = tl.constexpr(64)  # room for the weight gradients of a channel: 49 of the 7x7 kernel, and the bias
 PROGRAMS = 512  # of weight gradients; enough to fill a large GPU
 
@@ -64,7 +65,7 @@ def _fitting_tiles(configs: List[triton.Config], named_args) -> List[triton.Conf
     return [config for config in configs if (config.kwargs['BLOCK_C'] > 1) == (named_args['x_c'] == 1)]
 
 
-@tuned(CHANNELS_LAST_TILES + CHANNELS_FIRST_TILES, ['x_c', 'H', 'W', 'LONG', 'LOCAL', 'SIGN'], _fitting_tiles)
+@tuned(CONFIGS, ['x_c', 'H', 'W', 'LONG', 'LOCAL', 'SIGN'], _fitting_tiles)
 @triton.jit
 def _convolve(
         x, x_b, x_c, x_h, x_w, out, out_b, out_c, out_h, out_w,
@@ -213,8 +214,8 @@ def sum_weight_gradients(
     _weight_gradients[blocks, splits](
         x, *x_strides, grad, *grad_strides, sums, B, H, W, triton.cdiv(B * H * W, splits),
         LONG=long_chs, LOCAL=local_chs, UNIT=unit, BLOCK_C=block_c, ACC=dtype)
-    seven, three, *strips = sums.sum(dim=0).split([local_chs] * 2 + [long_chs] * (len(weights) - 2))
+    seven, three, *strips = sums.split([local_chs] * 2 + [long_chs] * (len(weights) - 2), dim=1)
     parts = list(zip([*strips, three, seven], weights, strict=True))
     return [
-        *(part[:, :weight[0].numel()].reshape(weight.shape).to(weight.dtype) for part, weight in parts),
-        *(part[:, weight[0].numel()].to(weight.dtype) for part, weight in parts)]
+        *(part[..., :weight[0].numel()].sum(dim=0).reshape(weight.shape).to(weight.dtype) for part, weight in parts),
+        *(part[..., weight[0].numel()].sum(dim=0).to(weight.dtype) for part, weight in parts)]

@@ -1,7 +1,7 @@
 """What all Triton kernels here share: where they run, the type they sum in, and how they are tuned."""
 import math
 import os
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import torch
 import triton
@@ -21,14 +21,14 @@ def accumulation_types(x: torch.Tensor) -> Dict[str, Any]:
     """
     if x.dtype == torch.float64:
         return dict(ACC=tl.float64, PRECISION='ieee')
-    ampere = x.is_cuda and torch.version.cuda is not None and torch.cuda.get_device_capability(x.device) >= (8, 0)
-    precise = 'tf32x3' if ampere else 'ieee'
-    return dict(ACC=tl.float32, PRECISION='tf32' if ampere and x.dtype == torch.bfloat16 else precise)
+    if not x.is_cuda or torch.version.hip:
+        return dict(ACC=tl.float32, PRECISION='ieee')
+    return dict(ACC=tl.float32, PRECISION='tf32' if x.dtype == torch.bfloat16 else 'tf32x3')
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
     """Whether the channels of the map `x` (B, C, H, W), perhaps a slice of another map, lie next to each other."""
-    return x.stride(1) == 1 and x.shape[1:].numel() > 1
+    return x.stride(1) == 1
 
 
 def strides_in_units(*maps: torch.Tensor) -> Tuple[int, List[Tuple[int, ...]]]:
@@ -51,14 +51,12 @@ def empty_map(like: torch.Tensor, chs: int) -> torch.Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
-def tuned(tiles: Sequence[Tuple[int, int, int]], key: List[str], fitting: Callable[..., List[triton.Config]]):
-    """`triton.autotune` over `tiles` (positions, channels, warps), per process and per value of the arguments `key`.
+def tuned(configs: List[triton.Config], key: List[str], fitting: Callable[..., List[triton.Config]]):
+    """`triton.autotune` over `configs`, once per process and per value of the arguments `key`.
 
     Only for kernels that sum each output in one order whatever the tile, so that results do not depend on the choice.
-    Of the tiles `fitting(tiles, arguments)` are tried; the interpreter, which has nothing to time, takes the first.
+    Of the configs `fitting(configs, arguments)` are tried; the interpreter, which has nothing to time, takes the first.
     """
-    configs = [triton.Config(dict(BLOCK_P=p, BLOCK_C=c), num_warps=warps) for p, c, warps in tiles]
-
     def prune(configs: List[triton.Config], named_args, **kwargs) -> List[triton.Config]:
         return configs[:1] if INTERPRETED else fitting(configs, named_args)
 

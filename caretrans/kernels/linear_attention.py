@@ -222,7 +222,7 @@ def _arguments(k: torch.Tensor, v: torch.Tensor, eps: float) -> Tuple[int, Dict[
     """The number of programs per head, and what both kernels are told."""
     heads, chs, num_positions = k.shape[1:]
     splits, per_split = split_positions(k.shape[0] * heads, num_positions)
-    block_d, block_e = (max(16, triton.next_power_of_2(n)) for n in (chs, v.shape[2]))  # 16: the least that tl.dot takes
+    block_d, block_e = (max(16, triton.next_power_of_2(n)) for n in (chs, v.shape[2]))  # tl.dot takes no less than 16
     return splits, dict(
         heads=heads, D=chs, E=v.shape[2], N=num_positions, per_split=per_split, eps=eps,
         BLOCK_D=block_d, BLOCK_E=block_e, **accumulation_types(v))

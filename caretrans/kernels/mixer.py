@@ -5,7 +5,7 @@ Both operators work under torch.compile, in CUDA graphs and under autocast, sum 
 for float64), and return the dtype and the layout of their input. `DecoupledMixer.forward` is the slow and obvious
 version.
 """
-from typing import List, Tuple
+from typing import List
 
 import torch
 
@@ -25,6 +25,12 @@ def _head_views(x: torch.Tensor, num_heads: int) -> torch.Tensor:
     """The same, to write to: always a view."""
     B, C, H, W = x.shape
     return x.view(B, num_heads, C // num_heads, H * W)
+
+
+def _empty_parameters(weights: List[torch.Tensor]) -> List[torch.Tensor]:
+    """Of the shapes of the gradients of `weights` and of their biases."""
+    shapes = [weight.shape for weight in weights] + [weight.shape[:1] for weight in weights]
+    return [weights[0].new_empty(shape) for shape in shapes]
 
 
 # Strips: stages 1 and 2 -----------------------------------------------------------------------------------------------
@@ -53,8 +59,7 @@ def mix_with_strips_backward(
 
 @mix_with_strips_backward.register_fake
 def _(grad, x, weights):
-    biases = [weight.new_empty(weight.shape[0]) for weight in weights]
-    return [empty_map(x, x.shape[1]), *(torch.empty_like(weight) for weight in weights), *biases]
+    return [empty_map(x, x.shape[1]), *_empty_parameters(weights)]
 
 
 def _save_strips(ctx, inputs, output) -> None:
@@ -76,7 +81,7 @@ mix_with_strips.register_autograd(_differentiate_strips, setup_context=_save_str
 @torch.library.custom_op('caretrans::mix_with_attention', mutates_args=())
 def mix_with_attention(
         x: torch.Tensor, qk: torch.Tensor, weights: List[torch.Tensor], biases: List[torch.Tensor],
-        num_heads: int, eps: float) -> torch.Tensor:
+        num_heads: int, eps: float = 1e-6) -> torch.Tensor:
     """[linear attention | 3x3 | 7x7] of x (B, C, H, W), in two kernels.
 
     Args:
@@ -93,7 +98,7 @@ def mix_with_attention(
 
 
 @mix_with_attention.register_fake
-def _(x, qk, weights, biases, num_heads, eps):
+def _(x, qk, weights, biases, num_heads, eps=1e-6):
     return empty_map(x, x.shape[1])
 
 
@@ -115,9 +120,7 @@ def mix_with_attention_backward(
 
 @mix_with_attention_backward.register_fake
 def _(grad, x, qk, weights, num_heads, eps):
-    biases = [weight.new_empty(weight.shape[0]) for weight in weights]
-    return [
-        empty_map(x, x.shape[1]), empty_map(qk, qk.shape[1]), *(torch.empty_like(weight) for weight in weights), *biases]
+    return [empty_map(x, x.shape[1]), empty_map(qk, qk.shape[1]), *_empty_parameters(weights)]
 
 
 def _save_attention(ctx, inputs, output) -> None:
