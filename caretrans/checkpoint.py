@@ -31,6 +31,7 @@ from .checkpoint_file import (
     write_safetensors,
     write_torch,
 )
+from .fuse import is_fused
 from .models.published_keys import Table, rename_keys
 
 __all__ = [
@@ -281,11 +282,14 @@ def save_checkpoint(
             texts, and lists, tuples and dicts of them.
     Raises:
         CheckpointError: The file cannot be written, because the disk is full for instance.
-        TypeError, ValueError: `rest` holds other types, which could not be read back; too few or many `class_names`.
+        TypeError, ValueError: `rest` holds other types, which could not be read back; too few or many `class_names`; a
+            fused network, which no reader could load.
     """
     path = Path(path)
     if not path.name.endswith(TORCH_ENDINGS):
         raise CheckpointError(f'{path}: timm goes by the name: let it end in {" or ".join(TORCH_ENDINGS)}.')
+    if is_fused(model):
+        raise ValueError(f'{path}: fused networks are not saved. Save what it was made from, and fuse after loading.')
     num_classes = unwrap_model(model).num_classes
     if class_names is not None and len(class_names) != num_classes:
         raise ValueError(f'{len(class_names)} class names for a model of {num_classes} classes.')

@@ -10,7 +10,7 @@ from definitions import assert_head, assert_linear_attention, linear_attention_b
 from reference import filled_input, published_model, published_state_dict
 
 from caretrans import models
-from caretrans.models import care
+from caretrans.models import attention, care
 
 HALVES = [torch.float16, torch.bfloat16]
 DEVICES = ['cpu'] + ['cuda'] * torch.cuda.is_available()
@@ -30,7 +30,7 @@ def attention_inputs(dtype, num_positions, device='cpu', head_chs=16):
     return inputs, torch.randn(shape).to(device, dtype)
 
 
-def error_of(attention, inputs, grad):
+def error_of(attend, inputs, grad):
     """The largest errors of output and gradients against float64 on the same inputs, relative to their largest values.
 
     The gradients of a single position vanish up to eps: values below 0.01 count as 0.01. NaN and infinity come out.
@@ -38,7 +38,7 @@ def error_of(attention, inputs, grad):
     exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
     exact = linear_attention_by_definition(*exact_inputs)
     exact = [exact, *torch.autograd.grad(exact, exact_inputs, grad.double())]
-    out = attention(*inputs)
+    out = attend(*inputs)
     found = [out, *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
     with torch.no_grad():
         errors = [
@@ -46,30 +46,30 @@ def error_of(attention, inputs, grad):
         return torch.stack(errors).max().item() if all(e.isfinite() for e in errors) else math.nan
 
 
-def under_autocast(attention, dtype):
-    """`attention` with its forward pass under autocast; the backward pass belongs outside, says PyTorch."""
+def under_autocast(attend, dtype):
+    """`attend` with its forward pass under autocast; the backward pass belongs outside, says PyTorch."""
     def forward(q, k, v):
         with torch.autocast(q.device.type, dtype=dtype):
-            return attention(q, k, v)
+            return attend(q, k, v)
     return forward
 
 
 # Linear attention -----------------------------------------------------------------------------------------------------
 
 def test_linear_attention_equals_its_definition():
-    assert models.linear_attention is care.linear_attention
-    assert_linear_attention(care.linear_attention)
+    assert models.linear_attention is care.linear_attention is attention.linear_attention
+    assert_linear_attention(attention.linear_attention)
 
 
 @pytest.mark.parametrize('eps', [1e-3, 0.])
 def test_linear_attention_takes_another_eps(eps):
-    assert_linear_attention(lambda q, k, v: care.linear_attention(q, k, v, eps), eps)
+    assert_linear_attention(lambda q, k, v: attention.linear_attention(q, k, v, eps), eps)
 
 
 def test_linear_attention_takes_values_wider_than_keys():
     q, k = torch.randn(2, 2, 3, 4, 9, dtype=torch.float64)
     v = torch.randn(2, 3, 5, 9, dtype=torch.float64)
-    torch.testing.assert_close(care.linear_attention(q, k, v), linear_attention_by_definition(q, k, v))
+    torch.testing.assert_close(attention.linear_attention(q, k, v), linear_attention_by_definition(q, k, v))
 
 
 @pytest.mark.parametrize('shapes', [
@@ -81,22 +81,22 @@ def test_linear_attention_takes_values_wider_than_keys():
 ])
 def test_linear_attention_refuses_wrong_shapes_and_names_them(shapes):
     with pytest.raises(ValueError) as caught:
-        care.linear_attention(*(torch.zeros(shape) for shape in shapes))
+        attention.linear_attention(*(torch.zeros(shape) for shape in shapes))
     for shape in shapes:
         assert str(list(shape)) in str(caught.value)
 
 
 def test_positive_feature_is_elu_plus_one_without_cancellation():
     x = torch.linspace(-30, 30, 601, dtype=torch.float64)
-    torch.testing.assert_close(care.positive_feature(x), F.elu(x) + 1)
-    assert care.positive_feature(torch.tensor(-12., dtype=torch.bfloat16)) > 0
+    torch.testing.assert_close(attention.positive_feature(x), F.elu(x) + 1)
+    assert attention.positive_feature(torch.tensor(-12., dtype=torch.bfloat16)) > 0
     assert F.elu(torch.tensor(-12., dtype=torch.bfloat16)) + 1 == 0, 'nothing to see here otherwise'
 
 
 def test_positive_feature_has_slope_one_at_zero_as_elu_has():
     x = torch.zeros(1, requires_grad=True)
     assert torch.autograd.grad(F.elu(x) + 1, x) == (1.,)
-    assert torch.autograd.grad(care.positive_feature(x), x) == (1.,)
+    assert torch.autograd.grad(attention.positive_feature(x), x) == (1.,)
 
 
 @pytest.mark.parametrize('device', DEVICES)
@@ -105,9 +105,9 @@ def test_positive_feature_has_slope_one_at_zero_as_elu_has():
 def test_linear_attention_in_half_precision_only_rounds_its_result(dtype, num_positions, device):
     """Forward and backward, pure and under autocast: measured 4.5e-4 in float16 and 3.6e-3 in bfloat16."""
     inputs, grad = attention_inputs(dtype, num_positions, device)
-    pure = error_of(care.linear_attention, inputs, grad)
-    mixed = error_of(under_autocast(care.linear_attention, dtype), inputs, grad)
-    assert care.linear_attention(*inputs).dtype == dtype
+    pure = error_of(attention.linear_attention, inputs, grad)
+    mixed = error_of(under_autocast(attention.linear_attention, dtype), inputs, grad)
+    assert attention.linear_attention(*inputs).dtype == dtype
     assert pure <= one_rounding(dtype) and mixed <= one_rounding(dtype), f'{pure:.1e} {mixed:.1e}'
 
 
@@ -115,9 +115,9 @@ def test_linear_attention_in_half_precision_only_rounds_its_result(dtype, num_po
 @pytest.mark.parametrize('dtype', HALVES)
 def test_autocast_changes_nothing_in_linear_attention(dtype, device):
     inputs, _ = attention_inputs(torch.float32, 196, device)
-    expected = care.linear_attention(*inputs)
+    expected = attention.linear_attention(*inputs)
     with torch.autocast(device, dtype=dtype):
-        out = care.linear_attention(*inputs)
+        out = attention.linear_attention(*inputs)
     assert out.dtype == torch.float32 and torch.equal(out, expected)
 
 
@@ -131,7 +131,7 @@ def test_linear_attention_inside_half_precision_would_fail(dtype, device):
 
     inputs, grad = attention_inputs(dtype, 4096, device)
     assert not error_of(naive, inputs, grad) <= one_rounding(dtype)
-    unguarded = under_autocast(lambda q, k, v: care._linear_attention(q, k, v, 1e-6), dtype)
+    unguarded = under_autocast(lambda q, k, v: attention._linear_attention(q, k, v, 1e-6), dtype)
     assert not error_of(unguarded, inputs, grad) <= one_rounding(dtype)
 
 
@@ -140,14 +140,14 @@ def test_linear_attention_inside_half_precision_would_fail(dtype, device):
 @pytest.mark.parametrize('dtype', HALVES)
 def test_linear_attention_is_finite_and_right_at_the_corners(dtype, q, k):
     inputs = [torch.full((1, 2, 16, 64), value, dtype=dtype, requires_grad=True) for value in (q, k, -30.)]
-    error = error_of(care.linear_attention, inputs, torch.ones(1, 2, 16, 64, dtype=dtype))
+    error = error_of(attention.linear_attention, inputs, torch.ones(1, 2, 16, 64, dtype=dtype))
     assert error <= one_rounding(dtype), f'{error:.1e}'
 
 
 def test_linear_attention_divides_by_the_positions_before_it_sums():
     q, k, v = (torch.full((1, 1, 16, 4096), value, dtype=torch.bfloat16) for value in (30., 30., 1e34))
     assert 31 * v[0, 0, 0].float().sum() > torch.finfo(torch.float32).max, 'the sum must overflow for this to mean it'
-    assert torch.equal(care.linear_attention(q, k, v), v)
+    assert torch.equal(attention.linear_attention(q, k, v), v)
 
 
 # Network --------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from definitions import assert_head, assert_linear_attention
 from parity import assert_evaluation_parity, assert_training_parity, largest
 from reference import published_model
 
-from caretrans.models import care
+from caretrans.models import attention, care
 
 
 @pytest.fixture(scope='module')
@@ -74,29 +74,29 @@ def interleave_the_channels_of_heads(model, monkeypatch):
             return t.reshape(B, self.head_chs, self.num_heads, H * W).transpose(1, 2)
 
         q, k = self.qk(x).chunk(2, dim=1)
-        return care.linear_attention(heads(q), heads(k), heads(x)).transpose(1, 2).reshape(B, C, H, W)
+        return linear_attention(heads(q), heads(k), heads(x)).transpose(1, 2).reshape(B, C, H, W)
     monkeypatch.setattr(care.LinearAttention, 'forward', forward)
 
 
 # Errors in the long range ---------------------------------------------------------------------------------------------
 
-attention = care.linear_attention
+linear_attention = attention.linear_attention
 
 
 def swap_queries_and_keys(model, monkeypatch):
-    monkeypatch.setattr(care, 'linear_attention', lambda q, k, v: attention(k, q, v))
+    monkeypatch.setattr(care, 'linear_attention', lambda q, k, v: linear_attention(k, q, v))
 
 
 def change_eps(model, monkeypatch, eps):
-    monkeypatch.setattr(care, 'linear_attention', partial(attention, eps=eps))
+    monkeypatch.setattr(care, 'linear_attention', partial(linear_attention, eps=eps))
 
 
 def leave_eps_out_of_the_mean(model, monkeypatch):
-    monkeypatch.setattr(care, 'linear_attention', lambda q, k, v: attention(q, k, v, eps=1e-6 / q.shape[-1]))
+    monkeypatch.setattr(care, 'linear_attention', lambda q, k, v: linear_attention(q, k, v, eps=1e-6 / q.shape[-1]))
 
 
 def take_relu_for_the_feature_map(model, monkeypatch):
-    monkeypatch.setattr(care, 'positive_feature', torch.relu)
+    monkeypatch.setattr(attention, 'positive_feature', torch.relu)
 
 
 def chain_the_strips(model, monkeypatch):
@@ -230,15 +230,15 @@ def test_training_parity_catches(mutate, model, monkeypatch):
 
 @pytest.mark.parametrize('eps', [1.001e-6, 1e-5, 1e-3, 0.])
 def test_definition_of_linear_attention_catches_another_eps(eps):
-    assert_linear_attention(attention)
+    assert_linear_attention(linear_attention)
     with pytest.raises(AssertionError, match='off by'):
-        assert_linear_attention(partial(attention, eps=eps))
+        assert_linear_attention(partial(linear_attention, eps=eps))
 
 
 @pytest.mark.parametrize('mutated', [
-    lambda q, k, v: attention(k, q, v),
-    lambda q, k, v: attention(q, k, v, eps=1e-6 / q.shape[-1]),
-    lambda q, k, v: attention(q, k, v.flip(-1)),
+    lambda q, k, v: linear_attention(k, q, v),
+    lambda q, k, v: linear_attention(q, k, v, eps=1e-6 / q.shape[-1]),
+    lambda q, k, v: linear_attention(q, k, v.flip(-1)),
 ])
 def test_definition_of_linear_attention_catches(mutated):
     with pytest.raises(AssertionError, match='off by'):

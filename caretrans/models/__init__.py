@@ -1,4 +1,5 @@
 """The networks; importing this package registers them with timm."""
-from .care import CareTransformer, linear_attention
+from .attention import linear_attention
+from .care import CareTransformer
 
 __all__ = ['CareTransformer', 'linear_attention']

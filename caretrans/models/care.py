@@ -26,65 +26,14 @@ from timm.layers import (
     DropPath, LayerScale2d, SelectAdaptivePool2d, calculate_drop_path_rates, get_device_dtype)
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 
+from .attention import linear_attention
 from .backbone import MIN_SIDE, Backbone, build_backbone, check_image_size, init_weights
+from .care_fused import FusedBlock, FusedHead, FusedStem, fold_norm_into_next
 
-__all__ = ['CareTransformer', 'linear_attention']
+__all__ = ['CareTransformer']
 
-torch.fx.wrap('check_image_size')  # a leaf of FX graphs, as linear_attention is: both look at shapes
-
-
-# Linear attention -----------------------------------------------------------------------------------------------------
-
-def positive_feature(x: torch.Tensor) -> torch.Tensor:
-    """The feature map of linear attention, phi(x) = elu(x) + 1 > 0.
-
-    Written as exp(x) below 0 and x + 1 above: `elu(x) + 1` cancels to 0 for very negative x.
-    """
-    return torch.where(x < 0, x.clamp(max=0).exp(), x + 1)
-
-
-def _linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
-    num_positions = k.shape[-1]
-    q, k = positive_feature(q), positive_feature(k)
-    context = (v / num_positions) @ k.transpose(-2, -1)  # (B, h, e, d)
-    mass = k.mean(dim=-1).unsqueeze(-2)  # (B, h, 1, d)
-    return (context @ q) / (mass @ q + eps)
-
-
-@torch.fx.wrap
-def linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """Mix positions globally in time linear in their number.
-
-    With phi(t) = elu(t) + 1, positive, each query takes a weighted mean of the values:
-
-        out_i = (1/N) sum_j w_ij v_j / ((1/N) sum_j w_ij + eps),   w_ij = phi(q_i) . phi(k_j)
-
-    The feature map, the sums and the division are computed in float32 (float64 for float64 input), under autocast
-    too, and 1/N goes inside the sums: in half precision the sums would overflow and the denominator vanish.
-
-    Args:
-        q, k: (B, h, d, N) queries and keys, channels first, any floating dtype.
-        v: (B, h, e, N) values.
-        eps: Added to the denominator.
-    Returns:
-        (B, h, e, N) in the dtype of `v`.
-    Raises:
-        ValueError: The shapes disagree; the message gives all three.
-    Cost: B*h*N*d*(2e + 1) multiply-adds, against B*h*N^2*(d + e) for softmax attention.
-    Source: Katharopoulos et al. 2020, arXiv:2006.16236, section 3.2.
-    """
-    if q.shape != k.shape or k.shape[:2] != v.shape[:2] or k.shape[3] != v.shape[3]:
-        raise ValueError(
-            f'linear_attention: q and k must be (B, h, d, N) and v (B, h, e, N), '
-            f'got q {q.shape}, k {k.shape}, v {v.shape}')
-    dtype = torch.promote_types(v.dtype, torch.float32)
-    q, k, values = q.to(dtype), k.to(dtype), v.to(dtype)
-    if torch.jit.is_scripting():  # TorchScript has no such context manager: call a scripted model outside of autocast
-        return _linear_attention(q, k, values, eps).to(v.dtype)
-    if v.is_meta or not torch.is_autocast_enabled(v.device.type):  # keeps the context out of exported graphs
-        return _linear_attention(q, k, values, eps).to(v.dtype)
-    with torch.autocast(v.device.type, enabled=False):
-        return _linear_attention(q, k, values, eps).to(v.dtype)
+torch.fx.wrap('check_image_size')  # leaves of FX graphs: both look at shapes
+torch.fx.wrap('linear_attention')
 
 
 # Layers ---------------------------------------------------------------------------------------------------------------
@@ -232,6 +181,10 @@ class CareBlock(nn.Module):
         y = self.drop_path(self.layer_scale(y))
         return y if self.last else x + y
 
+    def fuse(self) -> nn.Module:
+        """The same block for inference alone."""
+        return FusedBlock(self)
+
 
 class Downsample(nn.Module):
     """BatchNorm, then a 2x2 convolution of stride 2: (B, in_chs, H, W) to (B, out_chs, H // 2, W // 2)."""
@@ -243,6 +196,10 @@ class Downsample(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv(self.norm(x))
+
+    def fuse(self) -> nn.Module:
+        """One convolution for inference alone; exact, for it has no padding."""
+        return fold_norm_into_next(self.norm, self.conv)
 
 
 class CareStage(nn.Module):
@@ -272,9 +229,19 @@ class Stem(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(self.conv(check_image_size(x)))
 
+    def fuse(self) -> nn.Module:
+        """The same stem for inference alone."""
+        return FusedStem(self)
+
 
 class ClassifierHead(nn.Module):
-    """GELU, LayerNorm, Dropout and Linear on pooled features: (B, C) to (B, num_classes)."""
+    """GELU, LayerNorm, Dropout and Linear on pooled features: (B, C) to (B, num_classes).
+
+    `siblings` are the heads that its output is averaged with.
+    """
+
+    siblings: Tuple[nn.Module, ...] = ()  # in a tuple, not to be registered as parts of this head
+    __jit_ignored_attributes__ = ['siblings']
 
     def __init__(self, chs: int, num_classes: int, drop: float = 0., **dd: Any) -> None:
         super().__init__()
@@ -285,6 +252,10 @@ class ClassifierHead(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(self.drop(self.norm(self.act(x))))
+
+    def fuse(self) -> nn.Module:
+        """One head for inference alone, equal to the mean of this one and its siblings; they become identities."""
+        return FusedHead([self, *self.siblings]) if self.siblings else nn.Identity()
 
 
 # Network --------------------------------------------------------------------------------------------------------------
@@ -394,6 +365,8 @@ class CareTransformer(Backbone):
         make_head = partial(ClassifierHead, self.num_features, num_classes, self.drop_rate, **dd)
         self.head = make_head() if num_classes else nn.Identity()
         self.head_dist = make_head() if num_classes else nn.Identity()
+        if num_classes:
+            self.head.siblings = (self.head_dist,)
 
     @torch.jit.ignore
     def set_distilled_training(self, enable: bool = True) -> None:
@@ -402,7 +375,7 @@ class CareTransformer(Backbone):
 
     @torch.jit.ignore
     def get_classifier(self) -> Tuple[nn.Module, nn.Module]:
-        return (self.head.fc, self.head_dist.fc) if self.num_classes else (self.head, self.head_dist)
+        return tuple(getattr(head, 'fc', head) for head in (self.head, self.head_dist))
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Put fresh heads (0 classes: none) on the same device, in the same dtype; the pooling stays if not given.
@@ -424,6 +397,8 @@ class CareTransformer(Backbone):
         x = self.global_pool(x)
         if pre_logits or not self.num_classes:
             return x
+        if hasattr(self.head, 'num_merged'):
+            return self.head(x)
         logits, logits_dist = self.head(x), self.head_dist(x)
         if self.distilled_training and self.training and not torch.jit.is_scripting():
             return logits, logits_dist
