@@ -6,7 +6,8 @@ import torch
 import torch.nn as nn
 
 from caretrans.kernels import use_kernels
-from caretrans.models.care import DecoupledMixer, linear_attention
+from caretrans.models.attention import linear_attention
+from caretrans.models.care import DecoupledMixer
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .launch import INTERPRETED, MEMORY_FORMATS, accumulation_types, is_channels_last, tuned
+from .launch import INTERPRETED, MEMORY_FORMATS, accumulation_types, is_channels_last, matrix_product, tuned
 
 __all__ = ['expand', 'expand_in_torch']
 
@@ -47,8 +47,7 @@ def _expand_positions(
         features = tl.load(
             x + p[:, None] * x_p + c[None, :] * x_c, mask=inside[:, None] & (c < C)[None, :], other=0.).to(DTYPE)
         rates = tl.load(weight + r[None, :] * C + c[:, None], mask=(r < R)[None, :] & (c < C)[:, None], other=0.)
-        acc += tl.dot(
-            features.to(FACTOR), rates.to(DTYPE).to(FACTOR), input_precision=PRECISION, out_dtype=ACC)
+        acc += matrix_product(features.to(FACTOR), rates.to(DTYPE).to(FACTOR), ACC, PRECISION)
     acc += tl.load(bias + r, mask=r < R, other=0.).to(ACC)[None, :]
     acc = 0.5 * acc * (1 + tl.erf(acc * 0.7071067811865476))
     return tl.where(inside[:, None], acc, 0.)

@@ -8,7 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ['INTERPRETED', 'accumulation_types', 'empty_map', 'is_channels_last', 'strides_in_units', 'tuned']
+__all__ = [
+    'INTERPRETED', 'MEMORY_FORMATS', 'accumulation_types', 'empty_map', 'is_channels_last', 'matrix_product',
+    'strides_in_units', 'tuned']
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'  # Triton's interpreter: the kernels run on the CPU, slowly
 MEMORY_FORMATS = {True: torch.channels_last, False: torch.contiguous_format}
@@ -25,6 +27,15 @@ def accumulation_types(x: torch.Tensor) -> Dict[str, Any]:
     if not x.is_cuda or torch.version.hip:
         return dict(ACC=tl.float32, PRECISION='ieee')
     return dict(ACC=tl.float32, PRECISION='tf32' if x.dtype == torch.bfloat16 else 'tf32x3')
+
+
+@triton.jit
+def matrix_product(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    if ACC == tl.float64:  # which tl.dot takes in newer releases only
+        product = tl.sum(a[:, :, None].to(ACC) * b[None, :, :].to(ACC), 1)
+    else:
+        product = tl.dot(a, b, input_precision=PRECISION, out_dtype=ACC)
+    return product
 
 
 def is_channels_last(x: torch.Tensor) -> bool:

@@ -1,8 +1,8 @@
 """The core of linear attention as one Triton kernel, forward and backward.
 
-`attend` computes what `caretrans.models.care.linear_attention` computes, which is the slow and obvious version beside
-it: the tests compare the two, and where Triton is absent that one runs. PyTorch needs ten kernels and writes phi(q),
-phi(k) and float32 copies of q, k and v to memory; here every input is read once and the result written once.
+`attend` computes what `linear_attention` of the models computes. That is the slow and obvious version: the tests
+compare the two, and it runs where Triton is absent. It writes phi(q), phi(k) and float32 copies of q, k and v to memory
+on the way; here every input is read once and the result written once.
 
 A program takes one head of one sample and walks over its positions twice: to sum the *context* phi(k) v^T and the
 *mass* phi(k), and to read them out with phi(q). Heads of large maps in small batches are too few to fill a GPU: their
@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import accumulation_types
+from .launch import accumulation_types, matrix_product
 
 __all__ = ['attend', 'attend_backward_into', 'attend_into']
 
@@ -72,7 +72,7 @@ def _sum_keys(
         n = first + tl.arange(0, BLOCK_N)
         keys = _positive(_load(k, k_c, k_n, n, D, stop, float('-inf'), BLOCK_D, ACC)) / N
         values = _load(v, v_c, v_n, n, E, stop, 0., BLOCK_E, ACC)
-        context += tl.dot(keys, tl.trans(values), input_precision=PRECISION, out_dtype=ACC)
+        context += matrix_product(keys, tl.trans(values), ACC, PRECISION)
         mass += tl.sum(keys, 1)
     return context, mass
 
@@ -127,7 +127,7 @@ def _forward(
         for first in range(start, stop, BLOCK_N):
             n = first + tl.arange(0, BLOCK_N)
             queries = _positive(_load(q, q_c, q_n, n, D, stop, float('-inf'), BLOCK_D, ACC))
-            values = tl.dot(tl.trans(context), queries, input_precision=PRECISION, out_dtype=ACC)
+            values = matrix_product(tl.trans(context), queries, ACC, PRECISION)
             weight = tl.sum(mass[:, None] * queries, 0) + eps
             _store(out, out_c, out_n, n, E, stop, values / weight[None, :], BLOCK_E)
 
@@ -146,12 +146,12 @@ def _query_gradients(
         queries = _positive(x)
         grad = _load(g, g_c, g_n, n, E, stop, 0., BLOCK_E, ACC)
         weight = tl.sum(mass[:, None] * queries, 0) + eps
-        values = tl.dot(tl.trans(context), queries, input_precision=PRECISION, out_dtype=ACC)
+        values = matrix_product(tl.trans(context), queries, ACC, PRECISION)
         grad = grad / weight[None, :]  # of the numerator
         dweight = -tl.sum(grad * (values / weight[None, :]), 0)
-        dqueries = tl.dot(context, grad, input_precision=PRECISION, out_dtype=ACC) + mass[:, None] * dweight[None, :]
+        dqueries = matrix_product(context, grad, ACC, PRECISION) + mass[:, None] * dweight[None, :]
         _store(dq, dq_c, dq_n, n, D, stop, dqueries * _slope(x), BLOCK_D)
-        dcontext += tl.dot(queries, tl.trans(grad), input_precision=PRECISION, out_dtype=ACC)
+        dcontext += matrix_product(queries, tl.trans(grad), ACC, PRECISION)
         dmass += tl.sum(queries * dweight[None, :], 1)
     return dcontext, dmass
 
@@ -166,9 +166,9 @@ def _key_gradients(
         n = first + tl.arange(0, BLOCK_N)
         x = _load(k, k_c, k_n, n, D, stop, float('-inf'), BLOCK_D, ACC)
         values = _load(v, v_c, v_n, n, E, stop, 0., BLOCK_E, ACC)
-        dkeys = tl.dot(dcontext, values, input_precision=PRECISION, out_dtype=ACC) + dmass[:, None]
+        dkeys = matrix_product(dcontext, values, ACC, PRECISION) + dmass[:, None]
         _store(dk, dk_c, dk_n, n, D, stop, dkeys / N * _slope(x), BLOCK_D)
-        dvalues = tl.dot(tl.trans(dcontext), _positive(x) / N, input_precision=PRECISION, out_dtype=ACC)
+        dvalues = matrix_product(tl.trans(dcontext), _positive(x) / N, ACC, PRECISION)
         _store(dv, dv_c, dv_n, n, E, stop, dvalues, BLOCK_E)
 
 
@@ -282,7 +282,7 @@ def attend_backward_into(
 
 @torch.library.custom_op('caretrans::attend', mutates_args=())
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """`caretrans.models.care.linear_attention` as one kernel, with its gradients: same arguments, shapes and dtypes.
+    """`linear_attention` of the models as one kernel, with its gradients: same arguments, shapes and dtypes.
 
     Widths d and e up to 128. Works under torch.compile, in CUDA graphs and under autocast: it computes in float32
     whatever the dtypes, float64 for float64. Gradients of gradients there are none.
