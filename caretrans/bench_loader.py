@@ -3,8 +3,6 @@
 Both give the same augmentation of the same files as uint8 batches; what then happens on the device is no part of it.
 They take turns in one process, with workers that stay, so that whatever else the machine does meets both.
 """
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -23,6 +21,7 @@ from torch.utils.data import Dataset
 from .config import TrainConfig
 from .data import DataError, open_dataset
 from .loader import build_train_loader
+from .machine import count_cores, describe_processor
 
 __all__ = ['bench_loader', 'describe_bench', 'make_photographs']
 
@@ -63,14 +62,9 @@ def make_photographs(sources: Sequence[str], size: Tuple[int, int], folder: Path
 
 def _describe_machine() -> Dict[str, Any]:
     """What the figures hang on."""
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-        processor = next(line.split(':')[1].strip() for line in lines if line.startswith('model name'))
-    except (OSError, StopIteration):
-        processor = platform.processor() or platform.machine()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return dict(
-        processor=processor, cores=cores, torch=torch.__version__, timm=timm.__version__, pillow=PIL.__version__)
+        processor=describe_processor(), cores=count_cores(), torch=torch.__version__, timm=timm.__version__,
+        pillow=PIL.__version__)
 
 
 def _open_images(data: str, images: int) -> Dataset:

@@ -10,7 +10,11 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import yaml
 
-__all__ = ['ConfigError', 'TrainConfig', 'derive_batches', 'number', 'parse_train_config']
+from .machine import count_cores
+
+__all__ = [
+    'ConfigError', 'FlagParser', 'TrainConfig', 'add_flags', 'check_settings', 'derive_batches', 'number',
+    'parse_train_config', 'setting']
 
 RECIPES = Path(__file__).parent / 'recipes'
 
@@ -107,11 +111,9 @@ class TrainConfig:
     max_unreadable: float = setting(0.01, 'share of unreadable training images that stops the run', bounds=(0, 1))
 
     def __post_init__(self) -> None:
-        for item in dataclasses.fields(self):
-            setattr(self, item.name, _checked(item, getattr(self, item.name)))
+        check_settings(self)
         if self.workers is None:
-            cores = os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else range(os.cpu_count() or 1)
-            self.workers = min(max(len(cores) // int(os.environ.get('LOCAL_WORLD_SIZE', 1)), 1), 8)
+            self.workers = min(max(count_cores() // int(os.environ.get('LOCAL_WORLD_SIZE', 1)), 1), 8)
         if self.lr <= 0:
             raise ConfigError(f'lr is {self.lr}, it must be above 0.')
         if self.warmup_epochs >= self.epochs:
@@ -142,6 +144,12 @@ class TrainConfig:
     def to_dict(self) -> Dict[str, Any]:
         """The settings as plain values, for YAML and checkpoints."""
         return dataclasses.asdict(self)
+
+
+def check_settings(config: Any) -> None:
+    """Bring the fields of a config, made with `setting`, into their types; ConfigError names one that cannot be."""
+    for item in dataclasses.fields(config):
+        setattr(config, item.name, _checked(item, getattr(config, item.name)))
 
 
 def _plain_type(item: dataclasses.Field) -> Any:
@@ -227,7 +235,9 @@ def _parse_model_arg(text: str) -> Dict[str, Any]:
     return {name: yaml.safe_load(value)}
 
 
-class _FlagParser(argparse.ArgumentParser):
+class FlagParser(argparse.ArgumentParser):
+    """A parser that says what is wrong in a ConfigError of one line."""
+
     def error(self, message: str) -> None:
         raise ConfigError(f'{message}; see --help.')
 
@@ -239,11 +249,9 @@ def _describe(item: dataclasses.Field) -> str:
     return item.metadata['help'].replace('%', '%%') + shown
 
 
-def _flag_parser(**kwargs: Any) -> argparse.ArgumentParser:
-    parser = _FlagParser(argument_default=argparse.SUPPRESS, **kwargs)
-    parser.add_argument('data_folder', nargs='?', metavar='DATA', help='same as --data')
-    parser.add_argument('--recipe', help='bundled recipe or YAML file; flags go over it')
-    for item in dataclasses.fields(TrainConfig):
+def add_flags(parser: argparse.ArgumentParser, config_type: type) -> None:
+    """Give a parser a flag for each field of a config made with `setting`."""
+    for item in dataclasses.fields(config_type):
         flag, wanted = '--' + item.name.replace('_', '-'), _plain_type(item)
         options: Dict[str, Any] = dict(dest=item.name, help=_describe(item))
         if wanted is bool:
@@ -255,6 +263,13 @@ def _flag_parser(**kwargs: Any) -> argparse.ArgumentParser:
             options.update(
                 type=wanted, nargs=item.metadata.get('size', several), choices=item.metadata.get('choices'))
         parser.add_argument(flag, **options)
+
+
+def _flag_parser(**kwargs: Any) -> argparse.ArgumentParser:
+    parser = FlagParser(argument_default=argparse.SUPPRESS, **kwargs)
+    parser.add_argument('data_folder', nargs='?', metavar='DATA', help='same as --data')
+    parser.add_argument('--recipe', help='bundled recipe or YAML file; flags go over it')
+    add_flags(parser, TrainConfig)
     return parser
 
 

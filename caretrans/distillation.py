@@ -1,5 +1,6 @@
 """The loss of a run: on labels alone, or on a teacher's decisions too."""
 import logging
+from typing import Optional
 
 import timm
 import torch
@@ -55,7 +56,7 @@ def build_teacher(config: TrainConfig, num_classes: int) -> nn.Module:
 
 def build_task(
         config: TrainConfig, model: nn.Module, device: torch.device,
-        memory_format: torch.memory_format = torch.contiguous_format,
+        memory_format: torch.memory_format = torch.contiguous_format, teacher: Optional[nn.Module] = None,
 ) -> TrainingTask:
     """Forward pass and loss of a run.
 
@@ -64,6 +65,8 @@ def build_task(
     loss of the first head on the labels, plus the rest of 1 times the cross entropy of the second head with the class
     that the teacher finds in the same, augmented and mixed, image. Under autocast, and compiled, where the student is.
 
+    Args:
+        teacher: Instead of one with the weights that `config` names.
     Raises:
         ConfigError: The model has no second head; else see `build_teacher`.
     """
@@ -73,7 +76,7 @@ def build_task(
         return ClassificationTask(model, criterion_kwargs=criterion, device=device, verbose=False)
     if not hasattr(model, 'set_distilled_training'):
         raise ConfigError(f'{config.model} has no second head to learn from a teacher: give --teacher none.')
-    teacher = build_teacher(config, model.num_classes).to(device, memory_format=memory_format)
+    teacher = (teacher or build_teacher(config, model.num_classes)).to(device, memory_format=memory_format)
     return TokenDistillationTask(
         model, teacher, criterion_kwargs=criterion, distill_type='hard', task_loss_weight=config.task_weight,
         device=device, verbose=False)

@@ -60,9 +60,8 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, C, H, W = x.shape
-        q, k = self.qk(x).chunk(2, dim=1)
-        heads = (B, self.num_heads, self.head_chs, H * W)
-        out = linear_attention(q.reshape(heads), k.reshape(heads), x.reshape(heads))
+        q, k = self.qk(x).reshape(B, 2 * self.num_heads, self.head_chs, H * W).chunk(2, dim=1)
+        out = linear_attention(q, k, x.reshape(B, self.num_heads, self.head_chs, H * W))
         return out.reshape(B, C, H, W)
 
 

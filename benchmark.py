@@ -1,0 +1,61 @@
+"""Measure models: python benchmark.py --model care_s1 [flags]. Prints parameters, GMACs, latency and memory."""
+import dataclasses
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # before torch is loaded: its profiler counts memory here, silently
+
+import caretrans  # noqa: E402, F401 (registers the models)
+from caretrans.bench_config import BenchConfig, parse_bench_config  # noqa: E402
+from caretrans.bench_readme import check_readme, update_readme  # noqa: E402
+from caretrans.bench_report import describe_result, write_result  # noqa: E402
+from caretrans.bench_sections import run_benches  # noqa: E402
+from caretrans.checkpoint import CheckpointError  # noqa: E402
+from caretrans.config import ConfigError  # noqa: E402
+from caretrans.progress import show_messages  # noqa: E402
+
+
+def check(config: BenchConfig) -> int:
+    """Compare the README with what is counted: 1 if a figure differs."""
+    number, differences = check_readme(Path(config.readme))
+    for difference in differences:
+        print(f'benchmark.py: {config.readme}: {difference}', file=sys.stderr)
+    if not differences:
+        print(f'{config.readme}: {number} figures are as counted')
+    return int(bool(differences))
+
+
+def measure(config: BenchConfig) -> int:
+    """Measure, print and write: 1 if a candidate failed."""
+    result = run_benches(config, sys.stderr if config.json else None)
+    folder = write_result(result, config)
+    if config.json:
+        print(json.dumps(dataclasses.asdict(result), indent=2))
+    else:
+        print('\n'.join(describe_result(result, config.markdown)))
+        print(f'table: {folder / "results.csv"}   all: {folder / "results.json"}')
+    if config.update:
+        update_readme(Path(config.readme), describe_result(result, markdown=True))
+    for failure in result.failures:
+        print(f'benchmark.py: failed: {failure}', file=sys.stderr)
+    return int(bool(result.failures))
+
+
+def main() -> int:
+    show_messages()
+    logging.getLogger('torch').setLevel(logging.ERROR)  # compiling warns of what a processor does not need
+    try:
+        config = parse_bench_config(description=__doc__)
+        return check(config) if config.check else measure(config)
+    except (ConfigError, CheckpointError) as error:
+        print(f'benchmark.py: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == '__main__':
+    sys.exit(main())

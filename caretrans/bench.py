@@ -1,0 +1,317 @@
+"""Measure models in every way they can be run: what they hold, how fast they are, how much memory they take.
+
+All candidates of one batch and size are made ready, checked against float64 and then timed interleaved, so that they
+can be compared with one another. One that does not fit into memory gets half of its batch; one that fails is reported,
+and the rest goes on.
+"""
+import gc
+import math
+import sys
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from typing import Any, Dict, Iterator, List, Optional, TextIO, Tuple
+
+import timm
+import torch
+
+from .backends import Network, Runner, Setup, check_output, prepare
+from .bench_config import BenchConfig, expand_models, list_setups
+from .checkpoint import create_from_checkpoint
+from .config import ConfigError
+from .engine import resolve_device
+from .lively import enliven, load_photographs
+from .machine import describe_device, list_versions
+from .measure import count_operations, count_parameters
+from .progress import Progress
+from .published import find_published
+from .timing import (
+    CandidateError, Rounds, compare_rounds, judge_noise, measure_peak, summarise, time_block, time_interleaved)
+
+__all__ = [
+    'BenchResult', 'Candidate', 'build_network', 'count_network', 'is_out_of_memory', 'measure_group', 'run_inference',
+    'shorten', 'take_batch', 'use_threads']
+
+Size = Tuple[int, int]  # height, width
+
+ROUNDS = 10
+BUILDING = 10  # steps of progress that making a candidate ready counts as; a block that is timed is one
+DEFAULT_RUNS = 50
+PATIENCE = 5.  # seconds of timed runs of a candidate, where their number is not given
+PHOTOGRAPHS = 64  # of which batches are made, and by which int8 is calibrated
+AGAIN = 'the reference again'
+
+
+@dataclass
+class BenchResult:
+    """What was measured: records of timings, counts of each model, and lines on what was left out or failed."""
+    device: str
+    counts: List[Dict[str, Any]] = field(default_factory=list)
+    records: List[Dict[str, Any]] = field(default_factory=list)
+    training: List[Dict[str, Any]] = field(default_factory=list)
+    profiles: Dict[str, List[Dict[str, Any]]] = field(default_factory=dict)
+    texts: List[str] = field(default_factory=list)  # tables of profiles and of training
+    plots: List[str] = field(default_factory=list)
+    remarks: List[str] = field(default_factory=list)
+    failures: List[str] = field(default_factory=list)
+
+
+@dataclass
+class Candidate:
+    """A network in one way of running it, and what is known of it so far."""
+    model: str
+    setup: Setup
+    network: Network
+    runner: Optional[Runner] = None
+    error: float = 0.
+    peak_mib: Optional[float] = None
+    count: int = 1  # runs in a round
+    notes: List[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f'{self.model} {self.setup}'
+
+    @property
+    def batch(self) -> int:
+        return len(self.network.images)
+
+    def forget(self) -> None:
+        """Give the memory back."""
+        self.runner = None
+        gc.collect()
+        if self.setup.device.type == 'cuda':
+            torch.cuda.empty_cache()
+
+    def halve(self) -> bool:
+        """Take half of the batch, for the whole does not fit; False if there is one image only."""
+        self.forget()
+        if self.batch == 1:
+            return False
+        self.notes.append(f'a batch of {self.batch} does not fit into memory: halved to {self.batch // 2}')
+        self.network = self.network.halve()
+        return True
+
+
+# Networks -------------------------------------------------------------------------------------------------------------
+
+def build_network(name: str, size: Size, checkpoint: str = '') -> Network:
+    """A model in evaluation mode with photographs to run it on; without a checkpoint it gets lively weights."""
+    model = create_from_checkpoint(checkpoint, name)[0] if checkpoint else timm.create_model(name)
+    model.eval()
+    photographs = load_photographs(model, size, PHOTOGRAPHS)
+    images = photographs
+    if photographs is None:
+        images = torch.randn(8, getattr(model, 'in_chans', 3), *size, generator=torch.Generator().manual_seed(0))
+    if not checkpoint:
+        enliven(model, images[:8])
+    return Network(model, images, photographs=photographs)
+
+
+def take_batch(network: Network, batch: int) -> Network:
+    """The same network for `batch` images, repeated if there are fewer."""
+    images = network.images.repeat(-(-batch // len(network.images)), 1, 1, 1)[:batch]
+    return Network(network.model, images, network.fused, network.photographs)
+
+
+def count_network(name: str, network: Network, size: Size) -> Dict[str, Any]:
+    """Parameters, multiply-adds and activations, as trained and rewritten for inference, beside published figures."""
+    trained, fused = (count_operations(model, size) for model in (network.model, network.fused))
+    macs: Dict[str, Dict[str, float]] = {}
+    for (part, kind), number in trained.macs.items():
+        macs.setdefault(part, {})[kind] = number / 1e9
+    row = find_published(name)
+    return dict(
+        model=name, height=size[0], width=size[1], **count_parameters(network.model, network.fused),
+        gmacs=trained.gmacs, gmacs_fused=fused.gmacs, gmacs_by_kind=trained.sum_by_kind(), gmacs_by_part=macs,
+        activations_m=trained.activations / 1e6, activations_fused_m=fused.activations / 1e6,
+        published=None if row is None else vars(row))
+
+
+# One batch and size ---------------------------------------------------------------------------------------------------
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice, of a GPU or of the processor, as each library says it."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    signs = ('out of memory', 'not enough memory', "can't allocate memory", 'failed to allocate memory', 'bad_alloc')
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+
+
+def shorten(error: BaseException) -> str:
+    return f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
+
+
+def _count_rounds(config: BenchConfig) -> int:
+    return min(ROUNDS, config.runs or ROUNDS)
+
+
+def _make_ready(candidate: Candidate, config: BenchConfig) -> None:
+    """Build, check, measure memory, warm up, and see how many runs a round can have."""
+    setup = candidate.setup
+    with redirect_stdout(sys.stderr):  # the runtimes' own remarks
+        runner = candidate.runner = prepare(candidate.network, setup)
+    candidate.error = check_output(candidate.network, runner, setup.dtype)
+    if runner.peak is not None:
+        candidate.peak_mib = runner.peak / 2 ** 20
+    elif runner.held is not None:
+        candidate.peak_mib = measure_peak(runner.run, setup.device, runner.held)
+    seconds = time_block(runner.run, max(config.warmup, 1), setup.device)[-1]
+    if config.runs is not None:
+        candidate.count = math.ceil(config.runs / _count_rounds(config))
+    else:
+        candidate.count = max(min(DEFAULT_RUNS, int(PATIENCE / seconds)) // ROUNDS, 1)
+
+
+def _try(candidate: Candidate, config: BenchConfig) -> str:
+    """Make a candidate ready, with as much of its batch as fits; why it cannot be, or ''."""
+    while True:
+        try:
+            _make_ready(candidate, config)
+            return ''
+        except Exception as error:  # whatever a backend raises: the other candidates go on
+            if not is_out_of_memory(error):
+                candidate.forget()
+                return f'{candidate.name}: {shorten(error)}'
+        if not candidate.halve():
+            return f'{candidate.name}: not even one image fits into memory'
+
+
+def _time(
+        ready: List[Candidate], config: BenchConfig, device: torch.device, progress: Progress, failures: List[str],
+) -> Dict[str, Rounds]:
+    """Time what is ready, the first candidate twice; one that fails on the way is halved or taken out of `ready`."""
+    while ready:
+        first = ready[0].name
+        runs = {candidate.name: candidate.runner.run for candidate in ready}
+        counts = {candidate.name: candidate.count for candidate in ready}
+        runs[AGAIN], counts[AGAIN] = runs[first], counts[first]
+        try:
+            return time_interleaved(runs, device, counts, _count_rounds(config), report=lambda: progress.update(1))
+        except CandidateError as error:
+            name, cause = first if error.name == AGAIN else error.name, error.__cause__
+        failed = next(candidate for candidate in ready if candidate.name == name)
+        problem = f'{name}: {shorten(cause)}'
+        if is_out_of_memory(cause) and failed.halve():
+            problem = _try(failed, config)
+        if problem:
+            failures.append(problem)
+            ready.remove(failed)
+    return {}
+
+
+def _record(
+        candidate: Candidate, reference: Candidate, times: Dict[str, Rounds], self_ratio: float, config: BenchConfig,
+) -> Dict[str, Any]:
+    rounds, setup = times[candidate.name], candidate.setup
+    summary = summarise(rounds)
+    noise = judge_noise(summary, self_ratio)
+    return dict(
+        model=candidate.model, bench='infer', backend=setup.backend, device=describe_device(setup.device),
+        dtype=setup.dtype, layout=setup.layout, batch=candidate.batch, height=candidate.network.images.shape[2],
+        width=candidate.network.images.shape[3], threads=setup.threads, warmup=config.warmup,
+        runs=sum(map(len, rounds)), **summary, images_per_s=1e3 * candidate.batch / summary['median_ms'],
+        peak_mib=candidate.peak_mib,
+        **compare_rounds(times[reference.name], rounds, (reference.batch, candidate.batch)), reference=reference.name,
+        noisy=bool(noise), error=candidate.error, kernels='torch', versions=list_versions(),
+        notes=candidate.notes + candidate.runner.notes + noise)
+
+
+def _make_all_ready(
+        candidates: List[Candidate], config: BenchConfig, progress: Progress, failures: List[str]) -> List[Candidate]:
+    """Those of the candidates that can be timed."""
+    ready = []
+    for candidate in candidates:
+        progress.describe(candidate.name)
+        problem = _try(candidate, config)
+        progress.update(BUILDING)
+        if problem:
+            failures.append(problem)
+        else:
+            ready.append(candidate)
+    return ready
+
+
+def measure_group(
+        candidates: List[Candidate], config: BenchConfig, device: torch.device, progress: Progress,
+) -> Tuple[List[Dict[str, Any]], List[str]]:
+    """Make candidates ready and time them interleaved.
+
+    Ratios of a model are to the first of its candidates that could be timed.
+
+    Returns:
+        Records, and a line for each candidate that failed.
+    """
+    failures: List[str] = []
+    ready = _make_all_ready(candidates, config, progress, failures)
+    progress.describe('timing')
+    times = _time(ready, config, device, progress, failures)
+    references: Dict[str, Candidate] = {}
+    for candidate in ready:
+        references.setdefault(candidate.model, candidate)
+    self_ratio = compare_rounds(times[ready[0].name], times[AGAIN])['ratio'] if ready else 1.
+    records = [_record(candidate, references[candidate.model], times, self_ratio, config) for candidate in ready]
+    for candidate in candidates:
+        candidate.forget()
+    return records, failures
+
+
+@contextmanager
+def use_threads(number: int) -> Iterator[None]:
+    """Let PyTorch take so many threads of the processor, inside of the context."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# The sweep ------------------------------------------------------------------------------------------------------------
+
+def _list_conditions(config: BenchConfig, device: torch.device) -> Iterator[str]:
+    if config.published and device.type != 'cuda':
+        yield f'--published: TF32 does nothing on {device.type}, this is plain float32'
+    if not config.checkpoint:
+        yield 'weights: random ones under which all parts of a network count; speed does not depend on them'
+
+
+def run_inference(config: BenchConfig, stream: Optional[TextIO] = None) -> BenchResult:
+    """Measure all models, backends, number formats, batches and sizes of a config.
+
+    Args:
+        stream: Where progress is shown; stdout if not given.
+    Raises:
+        ConfigError: Something that cannot be measured was asked for; nothing has been measured then.
+        CheckpointError: The checkpoint does not fit the model.
+    """
+    names, device = expand_models(config.model), resolve_device(config.device)
+    setups, left_out = list_setups(config, device)
+    if config.checkpoint and len(names) > 1:
+        raise ConfigError(f'--checkpoint {config.checkpoint} with {len(names)} models: name the one that it is of.')
+    result = BenchResult(describe_device(device), remarks=[*_list_conditions(config, device), *left_out])
+    groups = len(config.list_batches()) * len(config.sizes)
+    steps = groups * (len(names) * len(setups) * (BUILDING + _count_rounds(config)) + _count_rounds(config))
+    with use_threads(config.threads), Progress(steps, 'steps', stream=stream) as progress:
+        for size in config.sizes:
+            _measure_size(names, setups, size, config, device, progress, result)
+    return result
+
+
+def _measure_size(
+        names: List[str], setups: List[Setup], size: Size, config: BenchConfig, device: torch.device,
+        progress: Progress, result: BenchResult) -> None:
+    networks: Dict[str, Network] = {}
+    for name in names:
+        progress.describe(f'{name}, counting')
+        try:
+            networks[name] = build_network(name, size, config.checkpoint)
+            result.counts.append(count_network(name, networks[name], size))
+        except (RuntimeError, AssertionError) as error:  # models for images of another size
+            networks.pop(name, None)
+            result.failures.append(f'{name} at {size[0]} x {size[1]}: {shorten(error)}')
+    for batch in config.list_batches():
+        batches = {name: take_batch(network, batch) for name, network in networks.items()}
+        candidates = [Candidate(name, setup, batches[name]) for name in batches for setup in setups]
+        records, failures = measure_group(candidates, config, device, progress)
+        result.records += records
+        result.failures += failures

@@ -1,0 +1,164 @@
+"""The settings of `benchmark.py`: what is measured, and which ways of running a network are candidates."""
+import argparse
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import List, Optional, Sequence, Tuple
+
+import timm
+import torch
+
+from . import models  # noqa: F401 (registers the models)
+from .backends import BACKENDS, DTYPES, IN_TORCH, Setup, check_setup
+from .config import ConfigError, FlagParser, add_flags, check_settings, setting
+from .published import list_paper_models
+
+__all__ = ['BENCHES', 'BenchConfig', 'expand_models', 'list_setups', 'parse_bench_config', 'parse_size']
+
+BENCHES = ('infer', 'profile', 'train')
+MIN_SIDE = 32
+README = Path(__file__).parent.parent / 'README.md'
+CHANNELS_LAST = ('fused', 'compile', 'cudagraph')  # in torch they are faster so; eager is as published
+
+
+@dataclass
+class BenchConfig:
+    """Everything that decides what `benchmark.py` measures. A flag exists for each field."""
+
+    model: List[str] = setting(
+        ['care_s1'], "models of timm and caretrans, also with wildcards (care_*); 'paper' for those of the published "
+        'table that timm has, and ours')
+    checkpoint: str = setting('', 'weights of the one model; by default random ones under which all parts count')
+    bench: str = setting('infer', 'what to measure', choices=[*BENCHES, 'all'])
+    device: str = setting('auto', 'cpu, cuda, mps or auto')
+    backend: List[str] = setting(['all'], 'ways to run a network; all that work here', choices=[*BACKENDS, 'all'])
+    dtype: List[str] = setting(['float32'], 'number formats; tf32 is for GPUs', choices=list(DTYPES))
+    channels_last: Optional[bool] = setting(
+        None, 'order of images and weights in torch; by default not for eager, which is as published, else yes')
+    batch_size: List[int] = setting(
+        [], 'images at a time; by default 1, and 128 per training step (16 on a processor)', bounds=(1, None))
+    img_size: List[str] = setting(['224'], 'pixels: a side, or HEIGHTxWIDTH')
+    threads: int = setting(1, 'threads of the processor', bounds=(1, None))
+    published: bool = setting(
+        False, 'as the RTX 4090 column was made: eager, float32 with TF32 matrix products, batch 64, mean of 40 runs '
+        'after 10')
+    warmup: int = setting(5, 'runs before those that are timed', bounds=(0, None))
+    runs: Optional[int] = setting(
+        None, 'timed runs of each candidate; by default 50, or fewer where they take long', bounds=(1, None))
+    teacher: List[str] = setting(['none'], 'of training steps: none, a model of timm with random weights, or both')
+    ways: List[str] = setting([], 'ways of training, e.g. channels_last+bf16+compile; by default all that work here')
+    output: str = setting('', 'folder of results.json and results.csv; one under runs/benchmark if not given')
+    plots: str = setting('', 'folder to draw plots into; measures profiles and growth with resolution for them')
+    json: bool = setting(False, 'print one JSON object instead of text')
+    markdown: bool = setting(False, 'print tables in Markdown')
+    check: bool = setting(False, "count parameters and GMACs of the README's models again; 1 if it has others")
+    update: bool = setting(False, 'write the tables into the README as well, between its markers')
+    readme: str = setting(str(README), 'file of --check and --update')
+
+    def __post_init__(self) -> None:
+        if self.published:
+            self._follow_paper()
+        check_settings(self)
+        self.sizes = [parse_size(size) for size in self.img_size]
+        for name in ('backend', 'dtype', 'batch_size', 'img_size'):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise ConfigError(f'{name} is {values}: name each once.')
+
+    def list_batches(self) -> List[int]:
+        """The batches of inference."""
+        return self.batch_size or [1]
+
+    def list_benches(self) -> List[str]:
+        """What is measured, in order; plots want profiles."""
+        wanted = set(BENCHES if self.bench == 'all' else [self.bench]) | ({'profile'} if self.plots else set())
+        return [bench for bench in BENCHES if bench in wanted]
+
+    def _follow_paper(self) -> None:
+        given = dict(backend=['all'], dtype=['float32'], batch_size=[], channels_last=None, warmup=5, runs=None)
+        changed = [f'--{name.replace("_", "-")}' for name, default in given.items() if getattr(self, name) != default]
+        if changed:
+            raise ConfigError(f'--published fixes {", ".join(changed)}: leave either out.')
+        self.backend, self.dtype, self.batch_size, self.channels_last = ['eager'], ['tf32'], [64], False
+        self.warmup, self.runs = 10, 40
+
+
+def parse_size(text: str) -> Tuple[int, int]:
+    """Height and width of '224' or '224x320' (HEIGHTxWIDTH)."""
+    match = re.fullmatch(r'(\d+)(?:x(\d+))?', text)
+    size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if min(size) < MIN_SIDE:
+        raise ConfigError(f'img_size is {text!r}: give a side or HEIGHTxWIDTH, each at least {MIN_SIDE} pixels.')
+    return size
+
+
+def expand_models(names: Sequence[str], flag: str = '--model') -> List[str]:
+    """The models that names, wildcards and 'paper' stand for, each once.
+
+    Raises:
+        ConfigError: Nothing has such a name; the message names the nearest.
+    """
+    found: List[str] = []
+    known = timm.list_models(include_tags=False)
+    for name in names:
+        if name == 'paper':
+            matches = list_paper_models()
+        elif set(name) & set('*?['):
+            matches = timm.list_models(name)
+        else:
+            matches = [name] if timm.is_model(name) else []
+        if not matches:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            raise ConfigError(
+                f'{flag} {name}: no such model' + (f', the nearest are {", ".join(near)}.' if near else '.'))
+        found += [match for match in matches if match not in found]
+    return found
+
+
+def _choose_layout(config: BenchConfig, backend: str) -> str:
+    chosen = backend in CHANNELS_LAST if config.channels_last is None else config.channels_last
+    return 'channels_last' if chosen and backend in IN_TORCH else 'nchw'
+
+
+def list_setups(config: BenchConfig, device: torch.device) -> Tuple[List[Setup], List[str]]:
+    """The ways to run each model, and lines that say what `--backend all` leaves out and why.
+
+    Raises:
+        ConfigError: A backend that was named does not work here, or not in a number format that was named.
+    """
+    dtypes = ['float32' if dtype == 'tf32' and config.published and device.type != 'cuda' else dtype
+              for dtype in config.dtype]
+    named = config.backend != ['all']
+    if named and 'all' in config.backend:
+        raise ConfigError(f'backend is {config.backend}: all stands alone.')
+    if named and config.channels_last is not None and not set(config.backend) & set(IN_TORCH):
+        raise ConfigError(
+            f'--channels-last with --backend {" ".join(config.backend)}: it chooses its own order; leave it out.')
+    setups: List[Setup] = []
+    left_out: List[str] = []
+    for backend in config.backend if named else BACKENDS:
+        for dtype in dtypes:
+            setup = Setup(backend, dtype, _choose_layout(config, backend), device, config.threads)
+            try:
+                check_setup(setup)
+                setups.append(setup)
+            except ConfigError as error:
+                if named:
+                    raise
+                left_out.append(f'left out: {error}')
+    if not setups:
+        raise ConfigError(f'--dtype {" ".join(dtypes)} with --device {device.type}: no backend has it there.')
+    return setups, left_out
+
+
+def parse_bench_config(argv: Optional[Sequence[str]] = None, description: str = '') -> BenchConfig:
+    """The config of a command line.
+
+    Raises:
+        ConfigError: An unknown flag, or a value that cannot work.
+        SystemExit: After --help.
+    """
+    parser = FlagParser(description=description, argument_default=argparse.SUPPRESS)
+    add_flags(parser, BenchConfig)
+    return BenchConfig(**vars(parser.parse_args(argv)))

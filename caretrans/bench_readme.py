@@ -1,0 +1,92 @@
+"""The tables of a README: their parameters and multiply-adds counted again, and the measured ones written anew."""
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
+
+import timm
+import torch.nn as nn
+
+from .backends import rewrite
+from .bench_config import parse_size
+from .config import ConfigError
+from .measure import count_operations, count_parameters, make_empty
+
+__all__ = ['BEGIN', 'END', 'check_readme', 'update_readme']
+
+BEGIN, END = '<!-- benchmark: begin -->', '<!-- benchmark: end -->'
+COLUMNS = {  # header of a column: what it holds, in units of
+    'parameters, two heads': ('parameters', 1), 'one head': ('parameters_one_head', 1),
+    'GMACs at 224 x 224': ('gmacs', 1), 'GMACs': ('gmacs', 1), 'GMACs rewritten': ('gmacs_fused', 1),
+    'parameters, M': ('parameters', 1e6), 'rewritten, M': ('parameters_fused', 1e6),
+    'activations rewritten, M': ('activations_fused', 1e6),
+}
+
+
+def _list_tables(text: str) -> Iterator[Tuple[List[str], List[List[str]]]]:
+    """Header and rows of each Markdown table."""
+    for block in re.findall(r'(?:^\|.*\|\n)+', text, re.MULTILINE):
+        rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in block.splitlines()]
+        if len(rows) > 2:
+            yield rows[0], rows[2:]
+
+
+def _rewrite(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return rewrite(model)
+    except RuntimeError:  # a rewrite that needs values
+        return rewrite(timm.create_model(name).eval())
+
+
+@lru_cache(maxsize=None)
+def _count(name: str, size: Tuple[int, int]) -> Dict[str, Any]:
+    model = make_empty(name)
+    fused = _rewrite(model, name)
+    trained, rewritten = count_operations(model, size), count_operations(fused, size)
+    return dict(
+        count_parameters(model, fused), gmacs=trained.gmacs, gmacs_fused=rewritten.gmacs,
+        activations_fused=rewritten.activations)
+
+
+def _compare(header: List[str], row: List[str]) -> Iterator[str]:
+    """For each figure of a row that can be counted, '' or how it differs."""
+    name, cells = row[0].strip('`'), dict(zip(header, row, strict=False))
+    wanted = {column: COLUMNS[column] for column in header if column in COLUMNS}
+    if not wanted or not timm.is_model(name):
+        return
+    counts = _count(name, parse_size(cells.get('image', '224').replace(' ', '')))
+    for column, (key, unit) in wanted.items():
+        decimals = len(cells[column].partition('.')[2])
+        counted = f'{counts[key] / unit:,.{decimals}f}'
+        yield '' if counted == cells[column] else f'{name}, {column}: {cells[column]} there, {counted} counted'
+
+
+def check_readme(path: Path) -> Tuple[int, List[str]]:
+    """Count parameters and multiply-adds of the models in the tables of a Markdown file again.
+
+    Returns:
+        How many figures were compared, and a line for each that differs, which names model and column.
+    Raises:
+        ConfigError: The file is not there, or has no such table.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f'{path} is not there: name the file with --readme.')
+    found = [line for header, rows in _list_tables(Path(path).read_text()) for row in rows
+             for line in _compare(header, row)]
+    if not found:
+        raise ConfigError(f'{path} has no table of models with a column of {", ".join(COLUMNS)}.')
+    return len(found), [line for line in found if line]
+
+
+def update_readme(path: Path, lines: Sequence[str]) -> None:
+    """Put lines between the markers `BEGIN` and `END` of a file, in place of those that are there.
+
+    Raises:
+        ConfigError: The markers are not there.
+    """
+    text = Path(path).read_text()
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ConfigError(f'{path} has no place for the tables: put {BEGIN} and {END} where they belong.')
+    Path(path).write_text('\n'.join([before + begin, *lines, end + after]))

@@ -1,0 +1,144 @@
+"""What `benchmark.py` prints and writes: tables of counts and of timings, JSON and CSV."""
+import csv
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Sequence
+
+from .bench import BenchResult
+from .bench_config import BenchConfig
+from .config import ConfigError
+from .measure import KINDS
+from .published import FOOTNOTES
+from .tables import format_table
+
+__all__ = ['describe_counts', 'describe_records', 'describe_result', 'write_result']
+
+NOT_IN_TABLE = ('the memory of this backend is not seen',)  # a dash says it
+
+
+def _describe_parts(count: Dict[str, Any]) -> List[str]:
+    kinds = [kind for kind in KINDS if count['gmacs_by_kind'][kind]]
+    rows = [[part, sum(macs.values()), *(macs.get(kind) for kind in kinds)]
+            for part, macs in count['gmacs_by_part'].items()]
+    rows.append(['all', count['gmacs'], *(count['gmacs_by_kind'][kind] for kind in kinds)])
+    shown = [[row[0], *(None if value is None else f'{value:.4f}' for value in row[1:])] for row in rows]
+    return format_table(['GMACs', 'all', *kinds], shown)
+
+
+def _describe_model(count: Dict[str, Any]) -> List[str]:
+    """One model in full."""
+    heads = count['parameters'] != count['parameters_one_head']
+    lines = [
+        f'{count["model"]} at {count["height"]} x {count["width"]}',
+        f'parameters   {count["parameters"]:,}' + (f' (one head {count["parameters_one_head"]:,})' if heads else '')
+        + f', rewritten for inference {count["parameters_fused"]:,}',
+        f'GMACs        {count["gmacs"]:.4f}, rewritten {count["gmacs_fused"]:.4f} (multiply-adds of convolutions, '
+        f'linear layers and matrix products)',
+        f'activations  {count["activations_m"]:.2f} M, rewritten {count["activations_fused_m"]:.2f} M (elements of the '
+        f'outputs of these)']
+    row = count['published']
+    if row:
+        lines.append(
+            f'published    {row["gmacs"]} GMACs, {row["params_m"]} M parameters, top-1 {row["top1"]} %, RTX 4090 '
+            f'{row["rtx4090_ms"]} ms (64 images), iPhone 13 {row["iphone13_ms"]} ms, Intel i9 {row["intel_i9_ms"]} ms')
+    return [*lines, '', *_describe_parts(count)]
+
+
+def describe_counts(counts: Sequence[Dict[str, Any]], markdown: bool = False) -> List[str]:
+    """Models side by side, a line each, with what the paper published of them in columns of their own."""
+    header = ['model', 'image', 'parameters, M', 'rewritten, M', 'GMACs', 'GMACs rewritten', 'activations rewritten, M',
+              'top-1 %, published', 'GMACs, published', 'parameters, M, published', 'RTX 4090 ms, published']
+    rows = []
+    for count in counts:
+        row = count['published'] or {}
+        rows.append([
+            f'`{count["model"]}`' if markdown else count['model'], f'{count["height"]} x {count["width"]}',
+            f'{count["parameters"] / 1e6:.2f}', f'{count["parameters_fused"] / 1e6:.2f}', f'{count["gmacs"]:.3f}',
+            f'{count["gmacs_fused"]:.3f}', f'{count["activations_fused_m"]:.1f}',
+            *(None if row.get(key) is None else str(row[key]) for key in ('top1', 'gmacs', 'params_m', 'rtx4090_ms'))])
+    return format_table(header, rows, markdown)
+
+
+def describe_records(records: Sequence[Dict[str, Any]], markdown: bool = False) -> List[str]:
+    """A line for each candidate: milliseconds of a batch, images/s, memory, and how it compares with its reference."""
+    header = ['model', 'backend', 'format', 'layout', 'image', 'batch', 'median ms', 'p10', 'p90', 'images/s',
+              'peak MiB', 'times as fast', 'p10 to p90', 'error', '']
+    rows = [[
+        f'`{r["model"]}`' if markdown else r['model'], r['backend'], r['dtype'], r['layout'],
+        f'{r["height"]} x {r["width"]}', r['batch'], r['median_ms'], r['p10_ms'], r['p90_ms'], r['images_per_s'],
+        r['peak_mib'], r['ratio'], f'{r["ratio_p10"]:.2f} to {r["ratio_p90"]:.2f}', f'{r["error"]:.0e}',
+        'noisy' if r['noisy'] else ''] for r in records]
+    return format_table(header, rows, markdown)
+
+
+def _describe_conditions(result: BenchResult) -> List[str]:
+    first = result.records[0]
+    versions = ', '.join(f'{name} {version}' for name, version in first['versions'].items())
+    runs = sorted({record['runs'] for record in result.records})
+    return [
+        f'{result.device}, {first["threads"]} thread(s); {first["warmup"]} runs to warm up, then '
+        f'{" to ".join(str(n) for n in (runs[0], runs[-1])[:len(runs)])} timed, interleaved',
+        f'{versions}',
+        f'times as fast: than {_name_references(result)}, median over rounds; error: of the logits against float64, '
+        f'relative to the largest']
+
+
+def _name_references(result: BenchResult) -> str:
+    references = {record['reference'] for record in result.records}
+    ways = {reference.split(' ', 1)[1] for reference in references}
+    return f'{ways.pop()} of the same model' if len(ways) == 1 else 'the first way of the same model'
+
+
+def describe_result(result: BenchResult, markdown: bool = False) -> List[str]:
+    """All that was measured, for people."""
+    lines: List[str] = []
+    if len(result.counts) == 1 and not markdown:
+        lines += _describe_model(result.counts[0]) + ['']
+    elif result.counts:
+        lines += describe_counts(result.counts, markdown) + ['']
+    if result.records:
+        lines += describe_records(result.records, markdown) + [''] + _describe_conditions(result)
+    for text in result.texts:
+        lines += ['', *text.splitlines()]
+    notes = [f'{r["model"]} {r["backend"]} {r["dtype"]} {r["layout"]}, batch {r["batch"]}: {note}'
+             for r in result.records for note in r['notes'] if note not in NOT_IN_TABLE]
+    published = list(FOOTNOTES) if any(count['published'] for count in result.counts) else []
+    plots = [f'plot: {path}' for path in result.plots]
+    return lines + result.remarks + notes + published + plots + [f'failed: {failure}' for failure in result.failures]
+
+
+def _flatten(record: Dict[str, Any]) -> Dict[str, Any]:
+    """For CSV: lists as text, dictionaries as JSON."""
+    return {key: '; '.join(value) if isinstance(value, list) else json.dumps(value) if isinstance(value, dict)
+            else value for key, value in record.items()}
+
+
+def _write_csv(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
+    if not rows:
+        return
+    with open(path, 'w', newline='') as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(map(_flatten, rows))
+
+
+def write_result(result: BenchResult, config: BenchConfig) -> Path:
+    """Write results.json (everything), and results, counts, training and profiles as CSV, into the folder of a config.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    folder = Path(config.output or f'runs/benchmark/{time.strftime("%Y%m%d-%H%M%S")}')
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        contents = dict(dataclasses.asdict(result), config=dataclasses.asdict(config))
+        (folder / 'results.json').write_text(json.dumps(contents, indent=2) + '\n')
+        _write_csv(folder / 'results.csv', result.records)
+        _write_csv(folder / 'counts.csv', result.counts)
+        _write_csv(folder / 'training.csv', result.training)
+        _write_csv(folder / 'profiles.csv', [row for rows in result.profiles.values() for row in rows])
+    except OSError as error:
+        raise ConfigError(f'{folder} cannot be written ({error}): give another --output.') from None
+    return folder

@@ -1,0 +1,141 @@
+"""All that `benchmark.py` measures: inference, where its time goes, training steps; and plots of it."""
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, TextIO
+
+import torch
+
+from .backends import IN_TORCH, TORCH_DTYPES, Network, Setup, prepare
+from .bench import BenchResult, build_network, run_inference, shorten, take_batch, use_threads
+from .bench_config import BenchConfig, expand_models, list_setups
+from .bench_plots import PlotError, draw_accuracy_by_gmacs, draw_accuracy_by_latency, draw_growth, draw_parts
+from .bench_training import TrainingBench, bench_training, describe_training
+from .bounds import describe_bounds, trace_operations
+from .config import ConfigError
+from .device_rates import measure_rates
+from .engine import resolve_device
+from .growth import measure_growth
+from .machine import describe_device
+from .profiling import describe_profile, list_profile, profile_call
+from .progress import Progress
+from .training_ways import list_ways, parse_way
+
+__all__ = ['run_benches']
+
+BATCHES = {'cuda': 128, 'mps': 128, 'cpu': 16}  # images of a training step where none are given
+ROUNDS = 7  # of training steps
+
+
+def _check(config: BenchConfig, device: torch.device) -> None:
+    """Refuse what cannot be trained before anything is measured."""
+    oblong = [text for text, (height, width) in zip(config.img_size, config.sizes, strict=True) if height != width]
+    if oblong:
+        raise ConfigError(f'--img-size {oblong[0]} with --bench {config.bench}: training takes square images.')
+    expand_models([teacher for teacher in config.teacher if teacher != 'none'], '--teacher')
+    for way in config.ways:
+        parse_way(way, device)
+    if 1 in config.batch_size:
+        raise ConfigError(f'--batch-size 1 with --bench {config.bench}: mixup takes at least two images.')
+
+
+def run_benches(config: BenchConfig, stream: Optional[TextIO] = None) -> BenchResult:
+    """Measure what a config asks for, and draw its plots.
+
+    Args:
+        stream: Where progress is shown; stdout if not given.
+    Raises:
+        ConfigError: Something that cannot be measured was asked for; nothing has been measured then.
+        CheckpointError: The checkpoint does not fit the model.
+    """
+    names, device = expand_models(config.model), resolve_device(config.device)
+    setups, _ = list_setups(config, device)
+    benches = config.list_benches()
+    if 'train' in benches:
+        _check(config, device)
+    result = run_inference(config, stream) if 'infer' in benches else BenchResult(describe_device(device))
+    with use_threads(config.threads):
+        if 'profile' in benches:
+            _profile_all(config, names, setups, result)
+        if 'train' in benches:
+            _train_all(config, names, device, result, stream)
+        if config.plots:
+            _draw_all(config, names, device, result)
+    return result
+
+
+# Profiles -------------------------------------------------------------------------------------------------------------
+
+def _profile_all(config: BenchConfig, names: List[str], setups: List[Setup], result: BenchResult) -> None:
+    for name in names:
+        for size in config.sizes:
+            network = build_network(name, size, config.checkpoint)
+            for batch in config.list_batches():
+                for setup in setups:
+                    if setup.backend in IN_TORCH:
+                        _profile(name, take_batch(network, batch), setup, result)
+
+
+def _profile(name: str, network: Network, setup: Setup, result: BenchResult) -> None:
+    batch, _, height, width = network.images.shape
+    title = f'{name} {setup}, {batch} x {height} x {width}'
+    try:
+        runner = prepare(network, setup)
+        profile = profile_call(runner.run, setup.device, runner.module)
+        text = describe_profile(profile)
+        if setup.backend == 'fused':
+            operations = trace_operations(network.fused, (height, width), batch, TORCH_DTYPES[setup.dtype])
+            text += '\n\n' + describe_bounds(operations, measure_rates(setup.device, setup.dtype), profile)
+    except Exception as error:  # whatever a backend raises: the others go on
+        result.failures.append(f'profile of {title}: {shorten(error)}')
+        return
+    result.profiles[title] = list_profile(
+        profile, model=name, backend=setup.backend, device=describe_device(setup.device), dtype=setup.dtype,
+        layout=setup.layout, batch=batch, height=height, width=width, threads=setup.threads)
+    result.texts.append(f'{title}\n{text}')
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+def _train_all(
+        config: BenchConfig, names: List[str], device: torch.device, result: BenchResult, stream: Optional[TextIO],
+) -> None:
+    benches = [
+        TrainingBench(name, teacher, batch, size[0], device, rounds=ROUNDS)
+        for name in names for teacher in config.teacher for size in config.sizes
+        for batch in config.batch_size or [BATCHES[device.type]]]
+    ways = config.ways or list(list_ways(device))
+    with Progress(len(benches) * (len(ways) + 1) * ROUNDS, 'blocks', stream=stream) as progress:
+        for bench in benches:
+            progress.describe(f'training {bench.model}, teacher {bench.teacher}')
+            try:
+                records = bench_training(bench, ways, report=lambda: progress.update(1))
+            except RuntimeError as error:
+                result.failures.append(f'training of {bench.model}: {shorten(error)}')
+                continue
+            result.training += records
+            result.texts.append(describe_training(records))
+
+
+# Plots ----------------------------------------------------------------------------------------------------------------
+
+def _draw_all(config: BenchConfig, names: List[str], device: torch.device, result: BenchResult) -> None:
+    folder = Path(config.plots)
+    groups: Dict[str, List[Dict[str, Any]]] = {}
+    for record in result.records:
+        groups.setdefault(f'batch{record["batch"]}_{record["height"]}x{record["width"]}', []).append(record)
+    plots: List[Callable[[], Path]] = [
+        lambda group=group, rows=rows: draw_accuracy_by_latency(rows, folder / f'accuracy_latency_{group}.png')
+        for group, rows in groups.items()]
+    gmacs = {count['model']: count['gmacs_fused'] for count in result.counts if (count['height'], count['width']) == (
+        224, 224)}
+    if result.counts:
+        plots.append(lambda: draw_accuracy_by_gmacs(gmacs, folder / 'accuracy_gmacs.png'))
+    if result.profiles:
+        plots.append(lambda: draw_parts(result.profiles, folder / 'parts.png'))
+    care = next((name for name in names if name.startswith('care_')), None)
+    if care is not None:
+        plots.append(lambda: draw_growth(measure_growth(care, device=device), folder / 'growth.png'))
+    for draw in plots:
+        try:
+            result.plots.append(str(draw()))
+        except PlotError as error:
+            result.remarks.append(f'plot left out: {error}')

@@ -1,0 +1,183 @@
+"""Time several candidates in one process, interleaved, so that their ratios hold where the machine is not alone.
+
+A measurement is made of rounds. In each round every candidate runs a short block, in random order; whatever else the
+machine does meets them all. A ratio is the median over the rounds of the ratios of blocks of the same round. One
+candidate, the reference, takes part twice: how far it is from itself says what the other ratios are worth.
+"""
+import gc
+import json
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+
+import numpy as np
+import torch
+
+__all__ = [
+    'MAX_SELF_RATIO', 'MAX_SPREAD', 'CandidateError', 'compare_rounds', 'judge_noise', 'measure_peak', 'summarise',
+    'synchronise', 'time_block', 'time_interleaved']
+
+Run = Callable[[], Any]
+Rounds = List[List[float]]  # seconds of each run, a row for each round
+
+MAX_SPREAD = 1.3  # p90 / p10 of the runs of a candidate from which it is called noisy
+MAX_SELF_RATIO = 1.05  # of the reference to itself, likewise
+
+
+class CandidateError(RuntimeError):
+    """A candidate failed while the others were timed; `name` says which, `__cause__` why."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f'{name} failed while it was timed.')
+        self.name = name
+
+
+# Time -----------------------------------------------------------------------------------------------------------------
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done all it was asked to."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    elif device.type == 'mps':
+        torch.mps.synchronize()
+
+
+def _time_by_events(run: Run, count: int, device: torch.device) -> List[float]:
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        run()
+        mark.record()
+    torch.cuda.synchronize(device)
+    return [before.elapsed_time(after) / 1e3 for before, after in zip(marks, marks[1:], strict=False)]
+
+
+def time_block(run: Run, count: int, device: torch.device) -> List[float]:
+    """Seconds of each of `count` runs, one after the other.
+
+    A GPU gets them without pause, as a service would send them, and marks the time after each; other devices are
+    waited for after each.
+    """
+    synchronise(device)
+    if device.type == 'cuda':
+        return _time_by_events(run, count, device)
+    seconds = []
+    for _ in range(count):
+        start = time.perf_counter()
+        run()
+        synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def time_interleaved(
+        runs: Mapping[str, Run],
+        device: torch.device,
+        counts: Mapping[str, int],
+        rounds: int = 10,
+        seed: int = 0,
+        report: Optional[Callable[[], None]] = None,
+) -> Dict[str, Rounds]:
+    """Time candidates that are warm already.
+
+    Args:
+        runs: What runs each candidate once.
+        counts: Runs of each candidate in a round.
+        seed: Of the order in the rounds.
+        report: Called after each block.
+    Returns:
+        For each candidate, rounds of seconds.
+    Raises:
+        CandidateError: A candidate failed.
+    """
+    order, generator = list(runs), random.Random(seed)
+    times: Dict[str, Rounds] = {name: [] for name in runs}
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            generator.shuffle(order)
+            for name in order:
+                try:
+                    times[name].append(time_block(runs[name], counts[name], device))
+                except Exception as error:
+                    raise CandidateError(name) from error
+                if report is not None:
+                    report()
+    finally:
+        if collects:
+            gc.enable()
+    return times
+
+
+# What the times say ---------------------------------------------------------------------------------------------------
+
+def summarise(times: Rounds) -> Dict[str, float]:
+    """Median, 10th and 90th percentile and mean of all runs, milliseconds."""
+    runs = 1e3 * np.concatenate([np.asarray(block) for block in times])
+    p10, median, p90 = np.percentile(runs, [10, 50, 90])
+    return dict(median_ms=float(median), p10_ms=float(p10), p90_ms=float(p90), mean_ms=float(runs.mean()))
+
+
+def compare_rounds(reference: Rounds, times: Rounds, images: Sequence[int] = (1, 1)) -> Dict[str, float]:
+    """How many times as fast as the reference a candidate is: above 1 it is faster.
+
+    Args:
+        images: In a run of the reference and of the candidate, where they are not the same: then it is about images.
+    Returns:
+        Median, 10th and 90th percentile over the rounds; of each round, the medians of both blocks are compared.
+    """
+    ratios = [(np.median(a) / images[0]) / (np.median(b) / images[1]) for a, b in zip(reference, times, strict=True)]
+    p10, median, p90 = np.percentile(ratios, [10, 50, 90])
+    return dict(ratio=float(median), ratio_p10=float(p10), ratio_p90=float(p90))
+
+
+def judge_noise(summary: Mapping[str, float], self_ratio: float = 1.) -> List[str]:
+    """Why a measurement is not to be relied on; nothing if it is.
+
+    Args:
+        summary: Of `summarise`.
+        self_ratio: Of the reference, to itself.
+    """
+    spread = summary['p90_ms'] / summary['p10_ms']
+    apart = max(self_ratio, 1 / self_ratio)
+    reasons = [f'noisy: the slowest tenth of the runs takes {spread:.2f} times as long as the fastest'] \
+        if spread > MAX_SPREAD else []
+    if apart > MAX_SELF_RATIO:
+        reasons.append(f'noisy: the reference differs from itself by a factor of {apart:.2f}')
+    return reasons
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+def _trace_cpu_peak(run: Run) -> int:
+    """The most bytes that PyTorch's CPU allocator held at a time during a run beyond what it held before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'trace.json'
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())['traceEvents']
+    changes = sorted((event['ts'], event['args']['Bytes']) for event in events if event.get('name') == '[memory]')
+    return int(max(np.cumsum([0] + [size for _, size in changes])))
+
+
+def measure_peak(run: Run, device: torch.device, held: int = 0) -> Optional[float]:
+    """The peak of the memory of PyTorch's allocator during a run, MiB; None where there is no way to see it (mps).
+
+    Args:
+        run: Runs a warm candidate once.
+        held: Bytes that the candidate holds between runs: its weights and its input.
+    """
+    if device.type == 'cuda':
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before + held) / 2 ** 20
+    if device.type == 'cpu':
+        return (_trace_cpu_peak(run) + held) / 2 ** 20
+    return None
