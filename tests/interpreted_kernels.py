@@ -179,6 +179,8 @@ def test_a_fused_block_runs_as_kernels(num_heads):
         assert error_of([fused(x)], [copy.deepcopy(block).double()(x.double())]) <= 1e-5
         with torch.autocast('cpu', dtype=torch.bfloat16):
             hidden, expected = fused.inter1(x[:, 8:]), block.fuse().inter1(x[:, 8:])
+            compiled = torch.compile(fused, fullgraph=True, backend='aot_eager')(x)
+            assert error_of([compiled], [fused(x)]) <= 1e-5
         assert hidden.dtype == expected.dtype == torch.bfloat16
         assert error_of([hidden], [expected]) <= 3e-2
 

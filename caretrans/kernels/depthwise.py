@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .launch import INTERPRETED, accumulation_types, is_channels_last, strides_in_units, tuned
+from .launch import INTERPRETED, accumulation_types, is_channels_last, on_its_device, strides_in_units, tuned
 
 __all__ = ['convolve_in_torch', 'convolve_into', 'sum_weight_gradients']
 
@@ -106,6 +106,7 @@ def _four(weights: Sequence[torch.Tensor]) -> List[torch.Tensor]:
     return [weight.contiguous() for weight in (*weights[:2], *weights[-2:])]
 
 
+@on_its_device
 def convolve_into(
         x: torch.Tensor, out: torch.Tensor, weights: Sequence[torch.Tensor],
         biases: Optional[Sequence[torch.Tensor]], transposed: bool = False) -> None:
@@ -192,6 +193,7 @@ def _weight_gradients(
                 1, 11, 16, UNIT, 256 // BLOCK_C, BLOCK_C, ACC)
 
 
+@on_its_device
 def sum_weight_gradients(
         x: torch.Tensor, grad: torch.Tensor, weights: Sequence[torch.Tensor]) -> List[torch.Tensor]:
     """Gradients of `weights`, then of the biases, of `convolve_into`, given that of its output (B, C, H, W).

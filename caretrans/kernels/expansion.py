@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .launch import INTERPRETED, MEMORY_FORMATS, accumulation_types, is_channels_last, matrix_product, tuned
+from .launch import INTERPRETED, accumulation_types, empty_map, matrix_product, on_its_device, tuned
 
 __all__ = ['expand', 'expand_in_torch']
 
@@ -105,6 +105,7 @@ def _expand(
 
 
 @torch.library.custom_op('caretrans::expand', mutates_args=())
+@on_its_device
 def expand(
         x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dw_weight: torch.Tensor, dw_bias: torch.Tensor,
         dtype: torch.dtype) -> torch.Tensor:
@@ -122,7 +123,7 @@ def expand(
     """
     B, C, H, W = x.shape
     chs = len(weight)
-    out = _empty_hidden(x, chs, dtype)
+    out = empty_map(x, chs, dtype)
     flat = x.flatten(2)  # a view in the usual layouts
     largest = max(p for p, _, _ in TILES) + 2 * W + 2 + BLOCK_M
     scratch = torch.empty(PROGRAMS * largest * max(r for _, r, _ in TILES), dtype=dtype, device=x.device)
@@ -143,11 +144,6 @@ def _types(out: torch.Tensor) -> Dict[str, Any]:
     return dict(accumulation_types(out), DTYPE=dtype, FACTOR=factor)
 
 
-def _empty_hidden(x: torch.Tensor, chs: int, dtype: torch.dtype) -> torch.Tensor:
-    shape = (x.shape[0], chs, *x.shape[2:])
-    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=MEMORY_FORMATS[is_channels_last(x)])
-
-
 @expand.register_fake
 def _(x, weight, bias, dw_weight, dw_bias, dtype):
-    return _empty_hidden(x, weight.shape[0], dtype)
+    return empty_map(x, weight.shape[0], dtype)

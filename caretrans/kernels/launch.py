@@ -1,19 +1,18 @@
 """What all Triton kernels here share: where they run, the type they sum in, and how they are tuned."""
 import math
 import os
-from functools import partial
-from typing import Any, Callable, Dict, List, Tuple
+from functools import partial, wraps
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 import triton
 import triton.language as tl
 
 __all__ = [
-    'INTERPRETED', 'MEMORY_FORMATS', 'accumulation_types', 'empty_map', 'is_channels_last', 'matrix_product',
+    'INTERPRETED', 'accumulation_types', 'empty_map', 'is_channels_last', 'matrix_product', 'on_its_device',
     'strides_in_units', 'tuned']
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'  # Triton's interpreter: the kernels run on the CPU, slowly
-MEMORY_FORMATS = {True: torch.channels_last, False: torch.contiguous_format}
 
 
 def accumulation_types(x: torch.Tensor) -> Dict[str, Any]:
@@ -56,11 +55,20 @@ def strides_in_units(*maps: torch.Tensor) -> Tuple[int, List[Tuple[int, ...]]]:
     return unit, [(b // unit, x.stride(1), h // unit, w // unit) for x, (b, h, w) in zip(maps, steps, strict=True)]
 
 
-def empty_map(like: torch.Tensor, chs: int) -> torch.Tensor:
-    """An uninitialised dense map (B, chs, H, W) with the layout, dtype and device of the map `like`, maybe a slice."""
-    shape = (like.shape[0], chs, *like.shape[2:])
-    memory_format = MEMORY_FORMATS[is_channels_last(like)]
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+def empty_map(like: torch.Tensor, chs: int, dtype: Optional[torch.dtype] = None) -> torch.Tensor:
+    """An uninitialised dense map (B, chs, H, W) with the layout, device and dtype of the map `like`, maybe a slice."""
+    return torch.empty(
+        (like.shape[0], chs, *like.shape[2:]), dtype=dtype or like.dtype, device=like.device,
+        memory_format=torch.channels_last if is_channels_last(like) else torch.contiguous_format)
+
+
+def on_its_device(function: Callable) -> Callable:
+    """Let `function` launch on the GPU of its first argument, which need not be the current one."""
+    @wraps(function)
+    def launch(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(x):
+            return function(x, *args, **kwargs)
+    return launch
 
 
 def tuned(configs: List[triton.Config], key: List[str], fitting: Callable[..., List[triton.Config]]):

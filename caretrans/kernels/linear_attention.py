@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import accumulation_types, matrix_product
+from .launch import accumulation_types, matrix_product, on_its_device
 
 __all__ = ['attend', 'attend_backward_into', 'attend_into']
 
@@ -248,19 +248,21 @@ def _strided(*tensors: torch.Tensor) -> List[Any]:
     return [argument for x in tensors for argument in (x, *x.stride())]
 
 
+@on_its_device
 def attend_into(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, eps: float) -> None:
     """Write linear attention of q, k (B, h, d, N) and v (B, h, e, N) to `out` (B, h, e, N); any strides, no copies.
 
-    Cost: reads q, k, v once and writes out once, B*h*N*(3d + e) numbers for d = e (a split head adds d*(e + 1) float32
+    Cost: reads q, k, v once and writes out once, 2*B*h*N*(d + e) numbers (a split head adds d*(e + 1) float32
     per part); B*h*N*d*(2e + 2) multiply-adds and 2*B*h*N*d exponentials.
     """
     splits, arguments = _arguments(k, v, eps)
     sums = _empty_sums(splits, k, v)
     tile = _tile(arguments, backward=False)
     for step in (WHOLE,) if splits == 1 else (SUMS, QUERIES):
-        _forward[k.shape[0] * k.shape[1], splits](*_strided(q, k, v, out), *sums, STEP=step, **arguments, **tile)
+        _forward[k.shape[0] * k.shape[1], splits](*_strided(q, k, v, out), *sums, STEP=step.value, **arguments, **tile)
 
 
+@on_its_device
 def attend_backward_into(
         grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
         dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, eps: float) -> None:
@@ -274,10 +276,11 @@ def attend_backward_into(
     sums, gradients = _empty_sums(splits, k, v), _empty_sums(splits, k, v)
     grid = k.shape[0] * k.shape[1], splits
     if splits > 1:  # `grad` stands in for the output, which this step does not write
-        _forward[grid](*_strided(q, k, v, grad), *sums, STEP=SUMS, **arguments, **_tile(arguments, backward=False))
+        tile = _tile(arguments, backward=False)
+        _forward[grid](*_strided(q, k, v, grad), *sums, STEP=SUMS.value, **arguments, **tile)
     tile = _tile(arguments, backward=True)
     for step in (WHOLE,) if splits == 1 else (QUERIES, KEYS):
-        _backward[grid](*_strided(q, k, v, grad, dq, dk, dv), *sums, *gradients, STEP=step, **arguments, **tile)
+        _backward[grid](*_strided(q, k, v, grad, dq, dk, dv), *sums, *gradients, STEP=step.value, **arguments, **tile)
 
 
 @torch.library.custom_op('caretrans::attend', mutates_args=())
