@@ -1,0 +1,221 @@
+"""The kernels, interpreted on the CPU: tests/test_kernels.py runs this in a process of its own.
+
+Triton reads TRITON_INTERPRET when it is first imported, and a process that interprets can do nothing else with it.
+"""
+import copy
+
+import caretrans.kernels
+import caretrans.kernels.depthwise as depthwise
+import caretrans.kernels.linear_attention as linear_attention
+import pytest
+import torch
+import torch.nn as nn
+from caretrans.kernels.expansion import expand
+from caretrans.kernels.launch import INTERPRETED
+from caretrans.kernels.mixer import mix_with_attention, mix_with_strips
+from caretrans.models.care import CareBlock
+from definitions import assert_linear_attention
+from kernel_checks import (
+    EXPANSIONS, HEADS, MIXERS, check_attention, check_expansion, check_mixer, error_of, expansion_inputs, run, slice_of)
+
+attend = linear_attention.attend
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def test_this_process_interprets():
+    assert INTERPRETED and caretrans.kernels.available('cpu')
+    assert 'interpreter' in caretrans.kernels.why_unavailable('cuda')
+
+
+# Linear attention -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('shape', HEADS, ids=str)
+def test_linear_attention_equals_its_definition(shape, channels_last):
+    check_attention(attend, shape, torch.float64, channels_last)
+
+
+@pytest.mark.parametrize('dtype', DTYPES[1:], ids=str)
+@pytest.mark.parametrize('shape', HEADS[:3], ids=str)
+def test_linear_attention_in_lower_precision(shape, dtype):
+    check_attention(attend, shape, dtype)
+
+
+def test_linear_attention_at_small_weights_and_large():
+    assert_linear_attention(attend)
+
+
+@pytest.mark.parametrize('scale', [100., 1e4])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_large_queries_and_keys_do_not_overflow(dtype, scale):
+    check_attention(attend, (1, 2, 16, 16, 70), dtype, scale=scale)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('shape', [(1, 2, 16, 16, 100), (1, 1, 32, 24, 131)], ids=str)
+def test_heads_split_over_programs(monkeypatch, shape, dtype):
+    monkeypatch.setattr(linear_attention, 'POSITIONS_OF_A_PROGRAM', 30)
+    assert linear_attention.split_positions(shape[1], shape[4])[0] > 2
+    check_attention(attend, shape, dtype)
+
+
+def test_a_wrong_eps_is_caught():
+    with pytest.raises(AssertionError, match='off by'):
+        assert_linear_attention(lambda q, k, v: attend(q, k, v, 1e-5))
+
+
+def test_a_wrong_gradient_is_caught(monkeypatch):
+    backward = linear_attention.attend_backward_into
+    monkeypatch.setattr(
+        linear_attention, 'attend_backward_into', lambda *args: backward(*args[:-1], 1e-2))
+    with pytest.raises(AssertionError, match='off by'):
+        check_attention(attend, HEADS[0], torch.float64)
+
+
+def test_outputs_are_written_completely_and_nothing_else_is():
+    q, k, v = (torch.randn(2, 2, 12, 37) for _ in range(3))
+    room = torch.full((2, 30, 37), float('nan'))
+    out = room[:, 3:27].unflatten(1, (2, 12))
+    linear_attention.attend_into(q, k, v, out, 1e-6)
+    torch.testing.assert_close(out, attend(q, k, v))
+    assert room[:, :3].isnan().all() and room[:, 27:].isnan().all()
+
+
+# Mixer ----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('shape', MIXERS, ids=str)
+def test_mixers_equal_their_modules(shape, channels_last):
+    check_mixer(shape, torch.float64, channels_last)
+
+
+@pytest.mark.parametrize('dtype', DTYPES[1:], ids=str)
+@pytest.mark.parametrize('shape', [MIXERS[0], MIXERS[3]], ids=str)
+def test_mixers_in_lower_precision(shape, dtype):
+    check_mixer(shape, dtype, channels_last=True)
+
+
+@pytest.mark.parametrize('name', ['local_3x3', 'local_7x7', 'long_range.conv_11x1', 'long_range.conv_1x11'])
+def test_a_lost_bias_is_caught(monkeypatch, name):
+    def lose(mixer: nn.Module) -> None:
+        torch_forward = type(mixer).forward
+
+        def forward(self, x):
+            nn.init.zeros_(self.get_submodule(name).bias)
+            return torch_forward(self, x)
+        monkeypatch.setattr(type(mixer), 'forward', forward)
+
+    with pytest.raises(AssertionError, match='off by'):
+        check_mixer((1, (4, 4), 0, 3, 4), torch.float64, spoil=lose)
+
+
+def test_convolutions_are_written_completely_and_nothing_else_is():
+    x, weights = torch.randn(1, 12, 5, 6), [torch.randn(6, 1, n, n) for n in (3, 7)]
+    biases = [torch.randn(6) for _ in weights]
+    room = torch.full((1, 15, 5, 6), float('nan'))
+    depthwise.convolve_into(x, room[:, 2:14], weights, biases)
+    torch.testing.assert_close(room[:, 2:14], depthwise.convolve_in_torch(x, weights, biases))
+    assert room[:, :2].isnan().all() and room[:, 14:].isnan().all()
+
+
+def test_gradients_of_weights_are_summed_over_splits(monkeypatch):
+    x, grad, weights = torch.randn(3, 4, 9, 9), torch.randn(3, 4, 9, 9), [torch.randn(2, 1, n, n) for n in (3, 7)]
+    whole = depthwise.sum_weight_gradients(x, grad, weights)
+    monkeypatch.setattr(depthwise, 'PROGRAMS', 4)
+    torch.testing.assert_close(depthwise.sum_weight_gradients(x, grad, weights), whole)
+
+
+# Expansion ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('shape', EXPANSIONS, ids=str)
+def test_expansion_equals_its_convolutions(shape, channels_last, dtype):
+    check_expansion(shape, dtype, channels_last)
+
+
+def test_few_programs_take_many_tiles(monkeypatch):
+    import caretrans.kernels.expansion as expansion
+    monkeypatch.setattr(expansion, 'PROGRAMS', 2)
+    check_expansion((2, 6, 100, 18, 20), torch.float64)
+
+
+# Modules, operators ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('num_heads', [0, 1])
+def test_a_block_trains_as_it_does_in_torch(num_heads):
+    block = CareBlock(4, (2, 2), num_heads, ls_init_value=1.).double().train()
+    with_kernels = copy.deepcopy(block)
+    caretrans.kernels.use_kernels(with_kernels)
+    x = slice_of(16, 0, (2, 4, 5), True, torch.float64, 'cpu')
+    assert error_of(run(with_kernels, [x]), run(block, [x])) <= 1e-10
+    assert list(with_kernels.state_dict()) == list(block.state_dict())
+
+
+@pytest.mark.parametrize('num_heads', [0, 1])
+def test_under_autocast_the_layout_and_the_dtype_of_the_input_stay(num_heads):
+    block = CareBlock(8, (2, 2), num_heads, ls_init_value=1.).eval()
+    with_kernels = copy.deepcopy(block)
+    caretrans.kernels.use_kernels(with_kernels)
+    x = torch.randn(1, 32, 4, 5).to(memory_format=torch.channels_last)
+    with torch.autocast('cpu', dtype=torch.bfloat16), torch.no_grad():
+        assert error_of([with_kernels.mixer(x[:, 8:])], [block.mixer(x[:, 8:])]) <= 2e-2
+        assert error_of([with_kernels(x)], [block(x)]) <= 2e-2
+        assert with_kernels.mixer(x[:, 8:]).dtype == torch.float32
+
+
+@pytest.mark.parametrize('num_heads', [0, 1])
+def test_a_fused_block_runs_as_kernels(num_heads):
+    block = CareBlock(8, (2, 2), num_heads, ls_init_value=1.).eval()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    fused = block.fuse()
+    placements = caretrans.kernels.use_kernels(fused, parts=caretrans.kernels.PARTS)
+    runs = {placement.name: placement.runs for placement in placements}
+    assert {name: runs[name] for name in ('mixer', 'inter1', 'inter2')} == dict.fromkeys(
+        ('mixer', 'inter1', 'inter2'), 'triton')
+    x = slice_of(32, 1, (1, 4, 5), True, torch.float32, 'cpu')
+    with torch.no_grad():
+        assert error_of([fused(x)], [copy.deepcopy(block).double()(x.double())]) <= 1e-5
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            hidden, expected = fused.inter1(x[:, 8:]), block.fuse().inter1(x[:, 8:])
+            compiled = torch.compile(fused, fullgraph=True, backend='aot_eager')(x)
+            assert error_of([compiled], [fused(x)]) <= 1e-5
+        assert hidden.dtype == expected.dtype == torch.bfloat16
+        assert error_of([hidden], [expected]) <= 3e-2
+
+
+def test_a_local_convolution_that_is_no_joined_one_stays():
+    fused = CareBlock(4, (2, 2), 0).eval().fuse()
+    nn.init.ones_(fused.mixer.local.weight)
+    placement, = [p for p in caretrans.kernels.use_kernels(fused) if p.part == 'mixer']
+    assert placement.runs == 'torch' and 'larger than 3x3' in placement.reason
+
+
+def test_normalisations_must_be_folded_into_expansions():
+    placements = caretrans.kernels.use_kernels(CareBlock(4, (2, 2), 0), parts=['expansion'])
+    assert {(p.name, p.runs) for p in placements} == {('mixer', 'torch'), ('inter1', 'torch'), ('inter2', 'torch')}
+    assert all('folded' in p.reason for p in placements if p.part == 'expansion')
+
+
+@pytest.mark.parametrize('num_heads', [0, 1])
+def test_a_compiled_block_is_one_graph(num_heads):
+    block = CareBlock(4, (2, 2), num_heads, ls_init_value=1.).double().train()
+    caretrans.kernels.use_kernels(block)
+    compiled = torch.compile(copy.deepcopy(block), fullgraph=True, backend='aot_eager')
+    x = slice_of(16, 0, (2, 2, 3), True, torch.float64, 'cpu')
+    assert error_of(run(compiled, [x]), run(block, [x])) <= 1e-12
+
+
+def test_operators_keep_the_rules_of_pytorch():
+    """Schemas, shapes and strides under FakeTensor, autograd, and what torch.compile traces: PyTorch's own checks."""
+    q, k, v = (torch.randn(1, 2, 4, 9, requires_grad=True) for _ in range(3))
+    torch.library.opcheck(attend, (q, k, v, 1e-6))
+    x = slice_of(9, 2, (1, 2, 3), True, torch.float32, 'cpu').requires_grad_()
+    weights = [torch.randn(3, 1, *size, requires_grad=True) for size in ((11, 1), (1, 11), (3, 3), (7, 7))]
+    biases = [torch.randn(3, requires_grad=True) for _ in weights]
+    torch.library.opcheck(mix_with_strips, (x, weights, biases))
+    qk = torch.randn(1, 6, 2, 3, requires_grad=True)
+    torch.library.opcheck(mix_with_attention, (x, qk, weights[2:], biases[2:], 1, 1e-6))
+    x, parameters = expansion_inputs((1, 3, 6, 4, 4), torch.float32, True, 'cpu')
+    torch.library.opcheck(expand, (x, *parameters, torch.float32))

@@ -1,0 +1,112 @@
+"""The kernels of caretrans.kernels against slow and obvious versions in float64, on any device they run on."""
+import copy
+from typing import Callable, List, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+
+from caretrans.kernels import use_kernels
+from caretrans.models.attention import linear_attention
+from caretrans.models.care import DecoupledMixer
+
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+# (B, h, d, e, N): heads of the network, odd and unequal widths, one position, more than a tile, wide heads
+HEADS = [(2, 2, 16, 16, 49), (1, 2, 32, 32, 65), (1, 3, 24, 8, 30), (2, 1, 5, 40, 33), (1, 1, 16, 16, 1),
+         (1, 1, 64, 128, 20)]
+# (B, widths of the slices, num_heads, H, W): strips or attention; maps smaller than the kernels, long, odd
+MIXERS = [
+    (2, (8, 8), 0, 5, 9), (1, (6, 3), 0, 1, 2), (1, (16, 10), 0, 3, 20), (2, (16, 16), 2, 4, 7), (1, (5, 3), 1, 1, 1)]
+# (B, C, R, H, W): channels that fill no tile, several tiles of positions, one position
+EXPANSIONS = [(2, 24, 48, 9, 7), (1, 5, 10, 20, 30), (1, 40, 70, 1, 1), (1, 70, 130, 2, 19)]
+
+
+def slice_of(chs: int, offset: int, shape: Sequence[int], channels_last: bool, dtype: torch.dtype, device: str):
+    """A random map (B, chs, H, W) that is a slice of a wider one, as a block's parts are."""
+    B, H, W = shape
+    x = torch.randn(B, chs + offset + 3, H, W, device=device, dtype=dtype)
+    return x.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)[:, offset:offset + chs]
+
+
+def error_of(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """The largest difference, relative to the largest value of the expected tensor if that is above 1."""
+    errors = [
+        ((a.double() - e.double()).abs().max() / e.double().abs().max().clamp(min=1)).item()
+        for a, e in zip(actual, expected, strict=True)]
+    return max(errors) if all(error == error for error in errors) else float('nan')
+
+
+def run(function: Callable, inputs: Sequence[torch.Tensor]) -> List[torch.Tensor]:
+    """The output of the function and the gradients of its inputs, for a fixed gradient of the output."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    output = function(*inputs)
+    grad = torch.linspace(-1, 1, output.numel(), dtype=torch.float64, device=output.device).sin() * 3
+    return [output, *torch.autograd.grad(output, inputs, grad.reshape(output.shape).to(output.dtype))]
+
+
+def check_attention(
+        attend: Callable, shape: Tuple[int, ...], dtype: torch.dtype, channels_last: bool = False, scale: float = 1.,
+        device: str = 'cpu') -> None:
+    """`attend` (q, k, v) with strided inputs, forward and backward, in the layout and dtype of the values."""
+    B, h, d, e, N = shape
+    qk = slice_of(2 * h * d, 2, (B, 1, N), channels_last, dtype, device) * scale
+    q, k = (x.reshape(B, h, d, N) for x in qk.chunk(2, dim=1))
+    v = slice_of(h * e, 8, (B, 1, N), channels_last, dtype, device).reshape(B, h, e, N)
+    actual = run(attend, (q, k, v))
+    assert actual[0].dtype == v.dtype
+    assert N == 1 or actual[0].stride(3) == (h * e if channels_last else 1)
+    error = error_of(actual, run(linear_attention, [x.double() for x in (q, k, v)]))
+    assert error <= TOLERANCES[dtype], f'off by {error:.1e}'
+
+
+def make_mixer(widths: Tuple[int, int], num_heads: int, dtype: torch.dtype, device: str) -> DecoupledMixer:
+    mixer = DecoupledMixer(*widths, num_heads).to(device, dtype)
+    for parameter in mixer.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return mixer
+
+
+def check_mixer(
+        shape: Tuple, dtype: torch.dtype, channels_last: bool = False, device: str = 'cpu',
+        spoil: Callable = lambda mixer: None) -> None:
+    """A mixer with kernels inside and a strided input: output, gradients of the input and of all parameters.
+
+    `spoil` may break the one with kernels.
+    """
+    B, widths, num_heads, H, W = shape
+    mixer = make_mixer(widths, num_heads, dtype, device)
+    reference = copy.deepcopy(mixer).double()
+    assert [placement.runs for placement in use_kernels(mixer, parts=['mixer'])].count('triton') == 1
+    spoil(mixer)
+    x = slice_of(widths[0] + 2 * widths[1], 5, (B, H, W), channels_last, dtype, device)
+
+    def call(module: nn.Module) -> Callable:
+        names = [name for name, _ in module.named_parameters()]
+        return lambda x, *values: torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x,))
+
+    actual = run(call(mixer), (x, *mixer.parameters()))
+    expected = run(call(reference), (x.double(), *reference.parameters()))
+    assert actual[0].dtype == dtype and actual[0].is_contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    error = error_of(actual, expected)
+    assert error <= TOLERANCES[dtype], f'off by {error:.1e}'
+
+
+def expansion_inputs(shape: Tuple[int, ...], dtype: torch.dtype, channels_last: bool, device: str):
+    """The input, a slice, and the parameters of both convolutions."""
+    B, C, R, H, W = shape
+    shapes = (R, C, 1, 1), (R,), (R, 1, 3, 3), (R,)
+    parameters = [torch.randn(size, device=device, dtype=dtype) * 0.4 for size in shapes]
+    return slice_of(C, 3, (B, H, W), channels_last, dtype, device), parameters
+
+
+def check_expansion(
+        shape: Tuple[int, ...], dtype: torch.dtype, channels_last: bool = False, device: str = 'cpu') -> None:
+    from caretrans.kernels.expansion import expand, expand_in_torch
+    x, parameters = expansion_inputs(shape, dtype, channels_last, device)
+    actual = expand(x, *parameters, dtype)
+    expected = expand_in_torch(x.double(), *(parameter.double() for parameter in parameters))
+    assert actual.dtype == dtype and actual.is_contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    error = error_of([actual], [expected])
+    assert error <= TOLERANCES[dtype], f'off by {error:.1e}'

@@ -1,0 +1,177 @@
+"""The Triton kernels without a GPU: interpreted, compiled for one, and left out.
+
+On a GPU: tests/test_cuda_kernels.py.
+"""
+import copy
+import inspect
+from importlib.util import find_spec
+
+import caretrans.fuse
+import caretrans.kernels
+import pytest
+import torch
+from kernel_checks import expansion_inputs
+from launch import run
+from reference import filled_model
+
+needs_triton = pytest.mark.skipif(find_spec('triton') is None, reason='Triton is not installed')
+
+HOPPER = ('cuda', 90, 32)
+NUMBERS = {int: 'i32', float: 'fp32'}
+POINTERS = {torch.float32: '*fp32', torch.bfloat16: '*bf16'}
+
+
+@needs_triton
+@pytest.mark.parametrize('subject', ['attention', 'mixer or convolutions or bias or weights', 'expansion', 'rest'])
+def test_interpreted_kernels_equal_their_definitions(subject):
+    """tests/interpreted_kernels.py in a process of its own, which says why."""
+    subjects = ['attention', 'mixer', 'convolutions', 'bias', 'weights', 'expansion']
+    chosen = ' and '.join(f'not {word}' for word in subjects) if subject == 'rest' else subject
+    out, _ = run(
+        '-m', 'pytest', 'tests/interpreted_kernels.py', '-q', '-k', chosen, '-p', 'no:xdist', TRITON_INTERPRET='1')
+    assert ' passed' in out and ' skipped' not in out
+
+
+def test_without_triton_pytorch_runs():
+    run('-c', """if True:
+        import sys
+        sys.modules['triton'] = None  # importing it fails
+        import caretrans, caretrans.kernels, timm
+        placements = caretrans.kernels.use_kernels(timm.create_model('care_s0'))
+        assert {(p.runs, p.reason) for p in placements} == {('torch', 'Triton is not installed')}""")
+
+
+# Compiled for a GPU ---------------------------------------------------------------------------------------------------
+
+class Compiled:
+    """Stands in for a kernel: compiles it for a Hopper GPU where it would be launched, and keeps the assembly."""
+
+    def __init__(self, kernel, **arguments):
+        self.kernel, self.arguments, self.assembly = kernel, arguments, []
+
+    def __getitem__(self, grid):
+        return self.compile
+
+    def compile(self, *args, **kwargs):
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        values = dict(zip(self.kernel.arg_names, args, strict=False), **kwargs, **self.arguments)
+        signature, constants, attributes = {}, {}, {}
+        for i, parameter in enumerate(self.kernel.params):
+            value = values.pop(parameter.name)
+            if parameter.is_constexpr or type(value) is int and value == 1:  # a launch specialises on ones ...
+                signature[parameter.name], constants[(i,)] = 'constexpr', value
+                continue
+            is_tensor = isinstance(value, torch.Tensor)
+            signature[parameter.name] = POINTERS[value.dtype] if is_tensor else NUMBERS[type(value)]
+            if is_tensor or type(value) is int and value % 16 == 0:  # ... and on sixteens
+                attributes[(i,)] = [['tt.divisibility', 16]]
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        self.assembly.append(triton.compile(source, target=GPUTarget(*HOPPER), options=values).asm)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Put a `Compiled` in the place of a kernel of a module of caretrans.kernels."""
+    ASTSource = pytest.importorskip('triton.compiler').ASTSource
+    if 'constexprs' not in inspect.signature(ASTSource).parameters:
+        pytest.skip('this release of Triton is told otherwise what to compile')
+
+    def replace(module, name, **arguments):
+        kernel = getattr(module, name)
+        compiled = Compiled(getattr(kernel, 'fn', kernel) if arguments else kernel, **arguments)
+        monkeypatch.setattr(module, name, compiled)
+        return compiled
+    return replace
+
+
+def channels_last(chs, height, width):
+    return torch.randn(2, chs, height, width, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+
+
+def loads_16_bytes(assembly) -> bool:
+    return 'ld.global.v4' in assembly['ptx'] and len(assembly['cubin']) > 0
+
+
+@pytest.mark.parametrize('num_positions, launches', [(196, (1, 1)), (1100, (3, 2))])
+def test_linear_attention_compiles_for_a_gpu(stand_in, monkeypatch, num_positions, launches):
+    import caretrans.kernels.linear_attention as module
+    from caretrans.kernels.launch import accumulation_types
+    monkeypatch.setattr(module, 'accumulation_types', lambda x: dict(accumulation_types(x), PRECISION='tf32'))
+    forward, backward = stand_in(module, '_forward'), stand_in(module, '_backward')
+    x = channels_last(128, 1, num_positions)[:, 32:]
+    q, k, v = (part.reshape(2, 2, 16, num_positions) for part in x.chunk(3, dim=1))
+    module.attend_into(q, k, v, torch.empty_like(v), 1e-6)
+    module.attend_backward_into(v, q, k, v, *map(torch.empty_like, (q, k, v)), 1e-6)
+    assert (len(forward.assembly), len(backward.assembly)) == launches
+    assert loads_16_bytes(forward.assembly[0])
+
+
+def test_depthwise_convolutions_compile_for_a_gpu(stand_in):
+    import caretrans.kernels.depthwise as module
+    convolve = stand_in(module, '_convolve', BLOCK_P=256, BLOCK_C=16, num_warps=8)
+    gradients = stand_in(module, '_weight_gradients')
+    x, out = channels_last(32, 8, 8)[:, 8:], channels_last(24, 8, 8)  # 24: no multiple of 16
+    weights = [torch.randn(8, 1, *size) for size in ((11, 1), (1, 11), (3, 3), (7, 7))]
+    module.convolve_into(x, out, weights, [torch.randn(8) for _ in weights])
+    module.sum_weight_gradients(x, out, weights)
+    assert loads_16_bytes(convolve.assembly[0]) and loads_16_bytes(gradients.assembly[0])
+    assert 'st.global.v4' in convolve.assembly[0]['ptx']
+
+
+def test_expansion_compiles_for_a_gpu(stand_in):
+    import caretrans.kernels.expansion as module
+    expand = stand_in(module, '_expand', BLOCK_P=256, BLOCK_R=64, num_warps=4)
+    _, parameters = expansion_inputs((2, 48, 192, 14, 14), torch.float32, True, 'cpu')
+    module.expand(channels_last(64, 14, 14)[:, 16:], *parameters, torch.bfloat16)
+    assert loads_16_bytes(expand.assembly[0])
+    assert 'wgmma' in expand.assembly[0]['ptx']  # tensor cores
+
+
+# Left out -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('fused', [False, True])
+def test_on_the_cpu_pytorch_runs_and_is_named(fused):
+    model = filled_model('care_s0', num_classes=7)
+    model = caretrans.fuse.fuse(model) if fused else model
+    x = torch.randn(1, 3, 32, 32)
+    expected, classes = model(x), [type(module) for module in model.modules()]
+    placements = caretrans.kernels.use_kernels(model, parts=caretrans.kernels.PARTS)
+    assert {placement.part for placement in placements} == set(caretrans.kernels.PARTS)
+    assert {placement.runs for placement in placements} == {'torch'}
+    assert all('CUDA' in placement.reason for placement in placements)
+    assert [type(module) for module in model.modules()] == classes
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize('fused', [False, True])
+def test_a_network_with_kernels_runs_in_pytorch_when_it_comes_to_the_cpu(monkeypatch, fused):
+    model = filled_model('care_s0', num_classes=7)
+    model = caretrans.fuse.fuse(model) if fused else model
+    x = torch.randn(1, 3, 32, 32)
+    expected, keys = model(x), list(model.state_dict())
+    monkeypatch.setattr(caretrans.kernels, 'why_unavailable', lambda device: '')  # as if it had been on a GPU
+    placements = caretrans.kernels.use_kernels(model, parts=caretrans.kernels.PARTS)
+    assert {'mixer', 'attention'} <= {placement.part for placement in placements if placement.runs == 'triton'}
+    assert isinstance(model.stages[0].blocks[0].mixer, caretrans.kernels.KernelModule)
+    assert torch.equal(model(x), expected) and torch.equal(copy.deepcopy(model)(x), expected)
+    assert list(model.state_dict()) == keys
+    caretrans.kernels.use_kernels(model, parts=())
+    assert not any(isinstance(module, caretrans.kernels.KernelModule) for module in model.modules())
+
+
+def test_why_there_are_no_kernels(monkeypatch):
+    assert not caretrans.kernels.available('cpu') and 'not on cpu' in caretrans.kernels.why_unavailable('cpu')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    assert 'sees no CUDA GPU' in caretrans.kernels.why_unavailable('cuda')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (7, 5))
+    assert 'compute capability 7.5' in caretrans.kernels.why_unavailable('cuda')
+    monkeypatch.setattr(caretrans.kernels, 'find_spec', lambda name: None)
+    assert caretrans.kernels.why_unavailable('cuda') == 'Triton is not installed'
+
+
+def test_unknown_parts_are_refused():
+    with pytest.raises(ValueError, match='Unknown parts stem: choose from mixer, attention, expansion'):
+        caretrans.kernels.use_kernels(torch.nn.Linear(2, 2), parts=['mixer', 'stem'])
