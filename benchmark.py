@@ -15,6 +15,7 @@ from caretrans.bench.report import describe_result, write_result  # noqa: E402
 from caretrans.bench.sections import run_benches  # noqa: E402
 from caretrans.checkpoint import CheckpointError  # noqa: E402
 from caretrans.config import ConfigError  # noqa: E402
+from caretrans.data import DataError  # noqa: E402
 from caretrans.progress import show_messages  # noqa: E402
 
 
@@ -50,7 +51,7 @@ def main() -> int:
     try:
         config = parse_bench_config(description=__doc__)
         return check(config) if config.check else measure(config)
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, CheckpointError, DataError) as error:
         print(f'benchmark.py: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -22,7 +22,8 @@ from .metrics import evaluate_in_detail, list_worst, tabulate_classes, write_cla
 from .progress import Progress
 from .real_labels import RealLabels
 
-__all__ = ['describe_result', 'evaluate_checkpoint', 'find_images', 'load_for_evaluation', 'predict_images']
+__all__ = [
+    'describe_result', 'evaluate_checkpoint', 'find_images', 'load_for_evaluation', 'open_data', 'predict_images']
 
 CPU = torch.device('cpu')
 EVAL_SETTINGS = ('interpolation', 'crop_pct', 'crop_mode', 'mean', 'std')
@@ -71,7 +72,7 @@ class _Evaluation:
     facts: Dict[str, Any]
 
 
-def _open_data(loaded: Checkpoint, data: str, split: str, dataset: str, num_classes: int) -> Tuple[Dataset, str]:
+def open_data(loaded: Checkpoint, data: str, split: str, dataset: str, num_classes: int) -> Tuple[Dataset, str]:
     """The images to score, those of the training if none are named; and what to call them."""
     trained = loaded.meta.get('config') or {}
     if not data and not dataset:
@@ -93,7 +94,7 @@ def _prepare(
 ) -> _Evaluation:
     """Load, open and check everything, without talking to the other processes."""
     model, loaded, eval_config = load_for_evaluation(checkpoint, model_name, entry, device, **overrides)
-    images, name = _open_data(loaded, data, split, dataset, model.num_classes)
+    images, name = open_data(loaded, data, split, dataset, model.num_classes)
     if expect is not None and len(images) != expect:
         raise DataError(f'{name} has {len(images)} images, but {expect} are expected.')
     facts = dict(

@@ -115,11 +115,11 @@ def test_a_wrong_image_at_the_end_of_the_batch_is_caught(network):
         return logits
 
     with pytest.raises(WrongOutputError):
-        check_output(network, Runner(run, lambda logits: logits), 'float32')
+        check_output(network, Runner(run, lambda logits: logits, network.images), 'float32')
 
 
 def test_logits_that_are_not_finite_are_caught(network):
-    runner = Runner(lambda: torch.full((2, 1000), float('nan')), lambda logits: logits)
+    runner = Runner(lambda: torch.full((2, 1000), float('nan')), lambda logits: logits, network.images)
     with pytest.raises(WrongOutputError, match='by inf'):
         check_output(network, runner, 'int8')
 

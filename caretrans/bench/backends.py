@@ -72,6 +72,7 @@ class Runner:
     Attributes:
         run: Runs it once; on a GPU without waiting for the end.
         read: The logits (B, num_classes) of what `run` gave, float64 on the CPU.
+        images: What `run` runs the network on; whatever is copied into this tensor is run next.
         held: Bytes of weights and images; None where the memory of the backend cannot be seen.
         peak: Bytes at most, where `held` and PyTorch's counting during a run do not tell it.
         notes: What a reader of its figures must know.
@@ -79,6 +80,7 @@ class Runner:
     """
     run: Callable[[], Any]
     read: Callable[[Any], torch.Tensor]
+    images: torch.Tensor
     held: Optional[int] = None
     peak: Optional[int] = None
     notes: List[str] = field(default_factory=list)
@@ -285,7 +287,7 @@ def _prepare_in_torch(network: Network, setup: Setup) -> Runner:
     memory_format = torch.channels_last if setup.layout == 'channels_last' else torch.contiguous_format
     source = network.model if setup.backend == 'eager' else network.fused
     model = copy.deepcopy(source).to(setup.device, dtype).to(memory_format=memory_format)
-    images = network.images.to(setup.device, dtype).contiguous(memory_format=memory_format)
+    images = network.images.to(setup.device, dtype, copy=True).contiguous(memory_format=memory_format)
     run, peak = _guard(lambda: model(images), setup), None
     if setup.backend == 'compile':
         run, peak = _compile(model, images, setup)
@@ -293,7 +295,7 @@ def _prepare_in_torch(network: Network, setup: Setup) -> Runner:
         run, peak = _capture(model, images, setup)
     held = sum(t.nbytes for t in [*model.parameters(), *model.buffers(), images])
     return Runner(
-        run, lambda logits: logits.detach().cpu().double(), held, None if peak is None else peak + held,
+        run, lambda logits: logits.detach().cpu().double(), images, held, None if peak is None else peak + held,
         module=model if setup.backend in ('eager', 'fused') else None)
 
 

@@ -16,7 +16,8 @@ from .published import list_paper_models
 
 __all__ = ['BENCHES', 'BenchConfig', 'expand_models', 'list_setups', 'parse_bench_config', 'parse_size']
 
-BENCHES = ('infer', 'profile', 'train')
+BENCHES = ('infer', 'profile', 'train')  # what 'all' stands for
+ALONE = ('accuracy',)  # of checkpoints
 MIN_SIDE = 32
 README = Path(__file__).parents[2] / 'README.md'
 CHANNELS_LAST = ('fused', 'compile', 'cudagraph')  # in torch they are faster so; eager is as published
@@ -30,7 +31,10 @@ class BenchConfig:
         ['care_s1'], "models of timm and caretrans, also with wildcards (care_*); 'paper' for those of the published "
         'table that timm has, and ours')
     checkpoint: str = setting('', 'weights of the one model; by default random ones under which all parts count')
-    bench: str = setting('infer', 'what to measure', choices=[*BENCHES, 'all'])
+    bench: str = setting(
+        'infer', 'what to measure; accuracy is of a checkpoint, and not part of all',
+        choices=[*BENCHES, *ALONE, 'all'])
+    data: str = setting('', 'folder with val/CLASS/* for accuracy; by default that of the training')
     device: str = setting('auto', 'cpu, cuda, mps or auto')
     backend: List[str] = setting(['all'], 'ways to run a network; all that work here', choices=[*BACKENDS, 'all'])
     dtype: List[str] = setting(['float32'], 'number formats; tf32 is for GPUs', choices=list(DTYPES))
@@ -60,6 +64,10 @@ class BenchConfig:
         if self.published:
             self._follow_paper()
         check_settings(self)
+        if self.bench == 'accuracy' and not self.checkpoint:
+            raise ConfigError('--bench accuracy is of a trained network: give its file with --checkpoint.')
+        if self.data and self.bench != 'accuracy':
+            raise ConfigError(f'--data {self.data} with --bench {self.bench}: it is for --bench accuracy.')
         self.sizes = [parse_size(size) for size in self.img_size]
         for name in ('backend', 'dtype', 'batch_size', 'img_size'):
             values = getattr(self, name)
@@ -73,7 +81,7 @@ class BenchConfig:
     def list_benches(self) -> List[str]:
         """What is measured, in order; plots want profiles."""
         wanted = set(BENCHES if self.bench == 'all' else [self.bench]) | ({'profile'} if self.plots else set())
-        return [bench for bench in BENCHES if bench in wanted]
+        return [bench for bench in (*BENCHES, *ALONE) if bench in wanted]
 
     def _follow_paper(self) -> None:
         given = dict(backend=['all'], dtype=['float32'], batch_size=[], channels_last=None, warmup=5, runs=None)

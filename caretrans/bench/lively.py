@@ -5,7 +5,7 @@ wrong rewrite would pass unseen. So layers get random weights that keep the size
 of 0.1 to 0.4, and the BatchNorm statistics of the images. Time and memory do not depend on it.
 """
 from pathlib import Path
-from typing import Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -61,18 +61,20 @@ def enliven(model: nn.Module, images: torch.Tensor, seed: int = 0) -> nn.Module:
 
 
 def load_photographs(
-        model: nn.Module, size: Tuple[int, int], count: int, folder: Path = PHOTOGRAPHS) -> Optional[torch.Tensor]:
+        model: nn.Module, size: Tuple[int, int], count: int, folder: Path = PHOTOGRAPHS, **settings: Any,
+) -> Optional[torch.Tensor]:
     """Bundled photographs made ready for a model as in evaluation; None where they are not installed.
 
     Args:
         size: Height and width.
+        settings: Of `resolve_eval_config`, over those of the model.
         count: How many, evenly spaced over the classes; repeated if there are fewer.
     Returns:
         (count, C, height, width) float32.
     """
     if not folder.is_dir():
         return None
-    config = resolve_eval_config(model, input_size=(getattr(model, 'in_chans', 3), *size))
+    config = resolve_eval_config(model, input_size=(getattr(model, 'in_chans', 3), *size), **settings)
     dataset = open_dataset(str(folder), 'train')
     dataset.transform = create_transform(**config, is_training=False)
     chosen = [i * len(dataset) // count for i in range(count)]

@@ -138,6 +138,7 @@ def write_result(result: BenchResult, config: BenchConfig) -> Path:
         _write_csv(folder / 'results.csv', result.records)
         _write_csv(folder / 'counts.csv', result.counts)
         _write_csv(folder / 'training.csv', result.training)
+        _write_csv(folder / 'accuracy.csv', result.accuracy)
         _write_csv(folder / 'profiles.csv', [row for rows in result.profiles.values() for row in rows])
     except OSError as error:
         raise ConfigError(f'{folder} cannot be written ({error}): give another --output.') from None

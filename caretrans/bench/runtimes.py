@@ -94,9 +94,10 @@ def prepare_onnxruntime(network: 'Network', setup: 'Setup') -> 'Runner':
     session = onnxruntime.InferenceSession(program, options, providers=_provide(setup))
     if setup.device.type == 'cuda':
         return _bind(session, network.images.to(setup.device, dtype), setup)
-    feed = {INPUT: network.images.numpy()}
+    images = network.images.clone()
+    feed = {INPUT: images.numpy()}
     return Runner(
-        lambda: session.run(None, feed)[0], lambda logits: torch.from_numpy(logits).double(), notes=[UNSEEN])
+        lambda: session.run(None, feed)[0], lambda logits: torch.from_numpy(logits).double(), images, notes=[UNSEEN])
 
 
 def _bind(session: Any, images: torch.Tensor, setup: 'Setup') -> 'Runner':
@@ -111,7 +112,7 @@ def _bind(session: Any, images: torch.Tensor, setup: 'Setup') -> 'Runner':
     def run() -> torch.Tensor:
         session.run_with_iobinding(binding)
         return logits
-    return Runner(run, lambda output: output.cpu().double(), notes=[UNSEEN])
+    return Runner(run, lambda output: output.cpu().double(), images, notes=[UNSEEN])
 
 
 # OpenVINO -------------------------------------------------------------------------------------------------------------
@@ -155,7 +156,8 @@ def prepare_openvino(network: 'Network', setup: 'Setup') -> 'Runner':
     taken = compiled.get_property('INFERENCE_PRECISION_HINT').to_string()
     if taken != hint:
         raise RuntimeError(f'OpenVINO computes in {taken} where {hint} was asked for')
-    request, feed = compiled.create_infer_request(), {0: network.images.numpy()}
+    request, images = compiled.create_infer_request(), network.images.clone()
+    feed = {0: images.numpy()}
     return Runner(
         lambda: request.infer(feed, share_inputs=True, share_outputs=True)[0],
-        lambda logits: torch.from_numpy(np.array(logits)).double(), notes=[UNSEEN])
+        lambda logits: torch.from_numpy(np.array(logits)).double(), images, notes=[UNSEEN])

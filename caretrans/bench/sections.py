@@ -8,6 +8,7 @@ from ..config import ConfigError
 from ..engine import resolve_device
 from ..machine import describe_device
 from ..progress import Progress
+from .accuracy import describe_accuracy, measure_accuracy
 from .backends import IN_TORCH, TORCH_DTYPES, Network, Setup, prepare
 from .bounds import describe_bounds, trace_operations
 from .config import BenchConfig, expand_models, list_setups
@@ -55,6 +56,8 @@ def run_benches(config: BenchConfig, stream: Optional[TextIO] = None) -> BenchRe
     with use_threads(config.threads):
         if 'profile' in benches:
             _profile_all(config, names, setups, result)
+        if 'accuracy' in benches:
+            _score_all(config, names, setups, result, stream)
         if 'train' in benches:
             _train_all(config, names, device, result, stream)
         if config.plots:
@@ -91,6 +94,19 @@ def _profile(name: str, network: Network, setup: Setup, result: BenchResult) -> 
         profile, model=name, backend=setup.backend, device=describe_device(setup.device), dtype=setup.dtype,
         layout=setup.layout, batch=batch, height=height, width=width, threads=setup.threads)
     result.texts.append(f'{title}\n{text}')
+
+
+# Accuracy -------------------------------------------------------------------------------------------------------------
+
+def _score_all(
+        config: BenchConfig, names: List[str], setups: List[Setup], result: BenchResult, stream: Optional[TextIO],
+) -> None:
+    height, width = config.sizes[0]
+    if len(names) > 1 or len(config.sizes) > 1 or height != width:
+        raise ConfigError('--bench accuracy takes one --model and one square --img-size.')
+    size = height if config.img_size != BenchConfig().img_size else None
+    result.accuracy = measure_accuracy(config.checkpoint, setups, config.data, names[0], size, stream)
+    result.texts.append('\n'.join(describe_accuracy(result.accuracy, config.markdown)))
 
 
 # Training -------------------------------------------------------------------------------------------------------------

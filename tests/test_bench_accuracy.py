@@ -1,0 +1,95 @@
+"""benchmark.py --bench accuracy: what a way of running a network does to its answers."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from photos import copy_photographs
+from reference import filled_model
+
+import benchmark
+from caretrans.bench import accuracy
+from caretrans.bench.accuracy import measure_accuracy
+from caretrans.bench.backends import Setup
+from caretrans.checkpoint import save_checkpoint
+from caretrans.evaluation import evaluate_checkpoint
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return str(copy_photographs(tmp_path_factory.mktemp('data'), per_class=5))
+
+
+@pytest.fixture(scope='module')
+def checkpoint(data, tmp_path_factory):
+    file = str(tmp_path_factory.mktemp('model') / 'model.pth')
+    classes = sorted(path.name for path in (Path(data) / 'val').iterdir())
+    config = dict(input_size=[3, 64, 64], interpolation='bilinear', crop_pct=1.0)
+    save_checkpoint(
+        file, filled_model('care_s0', num_classes=len(classes)), arch='care_s0', class_names=classes,
+        eval_config=config, config=dict(data=data, val_split='val'))
+    return file
+
+
+def test_every_way_answers_as_an_evaluation_of_the_checkpoint(checkpoint, data):
+    setups = [Setup('eager'), Setup('fused', 'float32', 'channels_last'), Setup('openvino'), Setup('onnxruntime')]
+    expected = evaluate_checkpoint(checkpoint, workers=0)
+    for record in measure_accuracy(checkpoint, setups):
+        assert record['images'] == expected['images'] and record['images'] % accuracy.BATCH, 'the last batch is smaller'
+        assert (record['top1'], record['agreement'], record['top1_change']) == (expected['top1'], 100, 0)
+        assert record['loss'] == pytest.approx(expected['loss'], rel=1e-4)
+
+
+def test_a_way_that_answers_otherwise_is_seen(checkpoint, monkeypatch):
+    prepare = accuracy.prepare
+
+    def prepare_wrongly(network, setup):
+        runner = prepare(network, setup)
+        read = runner.read
+        runner.read = lambda logits: read(logits).roll(1, dims=1)  # each image gets the next class
+        return runner
+    monkeypatch.setattr(accuracy, 'prepare', prepare_wrongly)
+    record, = measure_accuracy(checkpoint, [Setup('fused')])
+    assert record['agreement'] == 0
+
+
+def test_int8_is_calibrated_and_its_loss_stated(checkpoint):
+    record, = measure_accuracy(checkpoint, [Setup('openvino', 'int8')])
+    assert 0 < record['agreement'] <= 100 and record['dtype'] == 'int8'
+    assert record['loss'] != pytest.approx(evaluate_checkpoint(checkpoint, workers=0)['loss'], rel=1e-6)
+
+
+def call(monkeypatch, capsys, *flags):
+    monkeypatch.setattr('sys.argv', ['benchmark.py', '--bench', 'accuracy', '--device', 'cpu', *map(str, flags)])
+    code = benchmark.main()
+    return code, *capsys.readouterr()
+
+
+def test_the_script_prints_and_writes_it(checkpoint, data, tmp_path, monkeypatch, capsys):
+    code, out, err = call(
+        monkeypatch, capsys, '--model', 'care_s0', '--checkpoint', checkpoint, '--data', data, '--backend', 'fused',
+        '--dtype', 'bfloat16', '--output', tmp_path)
+    assert code == 0, err
+    record, = json.loads((tmp_path / 'results.json').read_text())['accuracy']
+    assert record['dtype'] == 'bfloat16' and f'{record["top1"]:.2f}' in out and (tmp_path / 'accuracy.csv').exists()
+
+
+@pytest.mark.parametrize('flags, message', [
+    ([], 'give its file with --checkpoint'),
+    (['--checkpoint', 'FILE', '--model', 'care_s0', '--data', 'no/such/folder'], 'no/such/folder'),
+    (['--checkpoint', 'FILE', '--model', 'care_s1'], 'care_s1'),
+    (['--checkpoint', 'FILE', '--model', 'care_s0', 'care_s1'], 'one --model'),
+    (['--checkpoint', 'FILE', '--model', 'care_s0', '--img-size', '64x96'], 'one square --img-size')])
+def test_what_cannot_be_scored_is_refused_in_a_line(checkpoint, flags, message, monkeypatch, capsys):
+    code, out, err = call(monkeypatch, capsys, *[checkpoint if flag == 'FILE' else flag for flag in flags])
+    assert code == 2 and out == '' and message in err.splitlines()[-1]
+
+
+def test_the_images_of_a_runner_are_its_own(checkpoint):
+    network = accuracy.Network(filled_model('care_s0').eval(), torch.randn(2, 3, 64, 64))
+    for setup in Setup('eager'), Setup('onnxruntime'), Setup('openvino'):
+        runner, before = accuracy.prepare(network, setup), network.images.clone()
+        found = runner.read(runner.run())
+        runner.images.copy_(before.flip(0))
+        torch.testing.assert_close(runner.read(runner.run()), found.flip(0), rtol=1e-3, atol=1e-3)
+        assert torch.equal(network.images, before)
