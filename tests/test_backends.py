@@ -181,3 +181,10 @@ def test_under_lively_weights_values_stay_small_and_images_matter(name):
         logits = network.model(network.images)
     assert 1 < max(largest) < 300 and 0.3 < logits.abs().max() < 60
     assert (logits[0] - logits[1]).abs().max() > 0.05
+
+
+def test_openvino_is_started_once_for_it_leaves_no_stack_for_signals_behind(network, monkeypatch):
+    import openvino
+    prepare(network, Setup('openvino'))
+    monkeypatch.setattr(openvino, 'Core', lambda: pytest.fail('OpenVINO was started again'))
+    assert backends.list_dtypes('openvino', CPU) and prepare(network, Setup('openvino')).run().shape == (2, 1000)

@@ -5,6 +5,7 @@ does not. ONNX Runtime and NNCF are told not to.
 """
 import os
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Tuple
 
@@ -117,11 +118,20 @@ def _bind(session: Any, images: torch.Tensor, setup: 'Setup') -> 'Runner':
 
 # OpenVINO -------------------------------------------------------------------------------------------------------------
 
+@lru_cache(maxsize=None)
+def _get_core() -> Any:
+    """OpenVINO's entry point, one for the life of the process.
+
+    It gives the process a stack of its own for signals and, when it goes, leaves that unmapped behind: the next signal
+    that Python handles there, such as the end of a child process, would then kill this one.
+    """
+    import openvino
+    return openvino.Core()
+
+
 def list_openvino_dtypes() -> Tuple[str, ...]:
     """The number formats in which OpenVINO computes on this processor."""
-    import openvino
-
-    able = openvino.Core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES')
+    able = _get_core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES')
     names = {'float32': 'FP32', 'bfloat16': 'BF16', 'float16': 'FP16', 'int8': 'INT8'}
     return tuple(dtype for dtype, name in names.items() if name in able)
 
@@ -142,10 +152,8 @@ def prepare_openvino(network: 'Network', setup: 'Setup') -> 'Runner':
     Raises:
         RuntimeError: It would compute in another format; without a hint it takes bfloat16 where the processor has it.
     """
-    import openvino
-
     from .backends import Runner
-    core = openvino.Core()
+    core = _get_core()
     model = core.read_model(network.export())
     if setup.dtype == 'int8':
         model = quantize_for_openvino(model, network)
