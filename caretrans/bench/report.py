@@ -91,6 +91,17 @@ def _name_references(result: BenchResult) -> str:
     return f'{ways.pop()} of the same model' if len(ways) == 1 else 'the first way of the same model'
 
 
+def _describe_notes(records: Sequence[Dict[str, Any]]) -> List[str]:
+    """What a reader of the figures must know, each once, with the candidates that it is about."""
+    about: Dict[str, List[str]] = {}
+    for r in records:
+        for note in r['notes']:
+            if note not in NOT_IN_TABLE:
+                about.setdefault(note, []).append(f'{r["model"]} {r["backend"]} {r["dtype"]}, batch {r["batch"]}')
+    return [f'{note} ({"all" if len(names) == len(records) > 1 else "; ".join(names)})'
+            for note, names in about.items()]
+
+
 def describe_result(result: BenchResult, markdown: bool = False) -> List[str]:
     """All that was measured, for people."""
     lines: List[str] = []
@@ -102,8 +113,7 @@ def describe_result(result: BenchResult, markdown: bool = False) -> List[str]:
         lines += describe_records(result.records, markdown) + [''] + _describe_conditions(result)
     for text in result.texts:
         lines += ['', *text.splitlines()]
-    notes = [f'{r["model"]} {r["backend"]} {r["dtype"]} {r["layout"]}, batch {r["batch"]}: {note}'
-             for r in result.records for note in r['notes'] if note not in NOT_IN_TABLE]
+    notes = _describe_notes(result.records)
     published = list(FOOTNOTES) if any(count['published'] for count in result.counts) else []
     plots = [f'plot: {path}' for path in result.plots]
     return lines + result.remarks + notes + published + plots + [f'failed: {failure}' for failure in result.failures]
