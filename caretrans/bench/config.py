@@ -1,6 +1,7 @@
 """The settings of `benchmark.py`: what is measured, and which ways of running a network are candidates."""
 import argparse
 import difflib
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from .. import models  # noqa: F401 (registers the models)
 from ..config import ConfigError, FlagParser, add_flags, check_settings, setting
 from .backends import BACKENDS, DTYPES, IN_TORCH, Setup, check_setup
+from .kernel_choice import KERNELS, WITH_KERNELS, choose_kernels
 from .published import list_paper_models
 
 __all__ = ['BENCHES', 'BenchConfig', 'expand_models', 'list_setups', 'parse_bench_config', 'parse_size']
@@ -36,6 +38,9 @@ class BenchConfig:
     dtype: List[str] = setting(['float32'], 'number formats; tf32 is for GPUs', choices=list(DTYPES))
     channels_last: Optional[bool] = setting(
         None, 'order of images and weights in torch; by default not for eager, which is as published, else yes')
+    kernels: List[str] = setting(
+        [], 'of the rewritten network in torch: its own, ours in Triton, ours of the expansions too; by default all '
+        'that run here', choices=list(KERNELS))
     batch_size: List[int] = setting(
         [], 'images at a time; by default 1, and 128 per training step (16 on a processor)', bounds=(1, None))
     img_size: List[str] = setting(['224'], 'pixels: a side, or HEIGHTxWIDTH')
@@ -61,7 +66,7 @@ class BenchConfig:
             self._follow_paper()
         check_settings(self)
         self.sizes = [parse_size(size) for size in self.img_size]
-        for name in ('backend', 'dtype', 'batch_size', 'img_size'):
+        for name in ('backend', 'dtype', 'kernels', 'batch_size', 'img_size'):
             values = getattr(self, name)
             if len(set(values)) != len(values):
                 raise ConfigError(f'{name} is {values}: name each once.')
@@ -76,7 +81,8 @@ class BenchConfig:
         return [bench for bench in BENCHES if bench in wanted]
 
     def _follow_paper(self) -> None:
-        given = dict(backend=['all'], dtype=['float32'], batch_size=[], channels_last=None, warmup=5, runs=None)
+        given = dict(
+            backend=['all'], dtype=['float32'], kernels=[], batch_size=[], channels_last=None, warmup=5, runs=None)
         changed = [f'--{name.replace("_", "-")}' for name, default in given.items() if getattr(self, name) != default]
         if changed:
             raise ConfigError(f'--published fixes {", ".join(changed)}: leave either out.')
@@ -122,7 +128,7 @@ def _choose_layout(config: BenchConfig, backend: str) -> str:
 
 
 def list_setups(config: BenchConfig, device: torch.device) -> Tuple[List[Setup], List[str]]:
-    """The ways to run each model, and lines that say what `--backend all` leaves out and why.
+    """The ways to run each model, and lines that say what the defaults leave out and why.
 
     Raises:
         ConfigError: A backend that was named does not work here, or not in a number format that was named.
@@ -136,10 +142,11 @@ def list_setups(config: BenchConfig, device: torch.device) -> Tuple[List[Setup],
         raise ConfigError(
             f'--channels-last with --backend {" ".join(config.backend)}: it chooses its own order; leave it out.')
     setups: List[Setup] = []
-    left_out: List[str] = []
-    for backend in config.backend if named else BACKENDS:
-        for dtype in dtypes:
-            setup = Setup(backend, dtype, _choose_layout(config, backend), device, config.threads)
+    backends = config.backend if named else BACKENDS
+    kinds, left_out = choose_kernels(config.kernels, backends, device)
+    for backend, dtype in itertools.product(backends, dtypes):
+        for kernels in kinds if backend in WITH_KERNELS else ['torch']:
+            setup = Setup(backend, dtype, _choose_layout(config, backend), device, config.threads, kernels)
             try:
                 check_setup(setup)
                 setups.append(setup)
@@ -149,7 +156,7 @@ def list_setups(config: BenchConfig, device: torch.device) -> Tuple[List[Setup],
                 left_out.append(f'left out: {error}')
     if not setups:
         raise ConfigError(f'--dtype {" ".join(dtypes)} with --device {device.type}: no backend has it there.')
-    return setups, left_out
+    return setups, list(dict.fromkeys(left_out))
 
 
 def parse_bench_config(argv: Optional[Sequence[str]] = None, description: str = '') -> BenchConfig:

@@ -63,12 +63,14 @@ def describe_counts(counts: Sequence[Dict[str, Any]], markdown: bool = False) ->
 
 def describe_records(records: Sequence[Dict[str, Any]], markdown: bool = False) -> List[str]:
     """A line for each candidate: milliseconds of a batch, images/s, memory, and how it compares with its reference."""
-    header = ['model', 'backend', 'format', 'layout', 'image', 'batch', 'median ms', 'p10', 'p90', 'images/s',
-              'peak MiB', 'times as fast', 'p10 to p90', 'error', '']
+    has_kernels = any(r['kernels'] != 'torch' for r in records)
+    header = ['model', 'backend', 'format', 'layout', *['kernels'] * has_kernels, 'image', 'batch', 'median ms', 'p10',
+              'p90', 'images/s', 'peak MiB', 'times as fast', 'p10 to p90', 'error', '']
     rows = [[
         f'`{r["model"]}`' if markdown else r['model'], r['backend'], r['dtype'], r['layout'],
-        f'{r["height"]} x {r["width"]}', r['batch'], r['median_ms'], r['p10_ms'], r['p90_ms'], r['images_per_s'],
-        r['peak_mib'], r['ratio'], f'{r["ratio_p10"]:.2f} to {r["ratio_p90"]:.2f}', f'{r["error"]:.0e}',
+        *[r['kernels']] * has_kernels, f'{r["height"]} x {r["width"]}', r['batch'], r['median_ms'], r['p10_ms'],
+        r['p90_ms'], r['images_per_s'], r['peak_mib'], r['ratio'],
+        f'{r["ratio_p10"]:.2f} to {r["ratio_p90"]:.2f}', f'{r["error"]:.0e}',
         'noisy' if r['noisy'] else ''] for r in records]
     return format_table(header, rows, markdown)
 
@@ -91,6 +93,10 @@ def _name_references(result: BenchResult) -> str:
     return f'{ways.pop()} of the same model' if len(ways) == 1 else 'the first way of the same model'
 
 
+def _name_kernels(record: Dict[str, Any]) -> str:
+    return '' if record['kernels'] == 'torch' else f' {record["kernels"]}'
+
+
 def describe_result(result: BenchResult, markdown: bool = False) -> List[str]:
     """All that was measured, for people."""
     lines: List[str] = []
@@ -102,7 +108,7 @@ def describe_result(result: BenchResult, markdown: bool = False) -> List[str]:
         lines += describe_records(result.records, markdown) + [''] + _describe_conditions(result)
     for text in result.texts:
         lines += ['', *text.splitlines()]
-    notes = [f'{r["model"]} {r["backend"]} {r["dtype"]} {r["layout"]}, batch {r["batch"]}: {note}'
+    notes = [f'{r["model"]} {r["backend"]} {r["dtype"]} {r["layout"]}{_name_kernels(r)}, batch {r["batch"]}: {note}'
              for r in result.records for note in r['notes'] if note not in NOT_IN_TABLE]
     published = list(FOOTNOTES) if any(count['published'] for count in result.counts) else []
     plots = [f'plot: {path}' for path in result.plots]

@@ -8,7 +8,7 @@ from ..config import ConfigError
 from ..engine import resolve_device
 from ..machine import describe_device
 from ..progress import Progress
-from .backends import IN_TORCH, TORCH_DTYPES, Network, Setup, prepare
+from .backends import IN_TORCH, TORCH_DTYPES, Network, Setup, fit_setups, prepare
 from .bounds import describe_bounds, trace_operations
 from .config import BenchConfig, expand_models, list_setups
 from .device_rates import measure_rates
@@ -47,11 +47,12 @@ def run_benches(config: BenchConfig, stream: Optional[TextIO] = None) -> BenchRe
         CheckpointError: The checkpoint does not fit the model.
     """
     names, device = expand_models(config.model), resolve_device(config.device)
-    setups, _ = list_setups(config, device)
+    setups, left_out = list_setups(config, device)
     benches = config.list_benches()
     if 'train' in benches:
         _check(config, device)
-    result = run_inference(config, stream) if 'infer' in benches else BenchResult(describe_device(device))
+    result = run_inference(config, stream) if 'infer' in benches else BenchResult(
+        describe_device(device), remarks=left_out if 'profile' in benches else [])
     with use_threads(config.threads):
         if 'profile' in benches:
             _profile_all(config, names, setups, result)
@@ -69,7 +70,7 @@ def _profile_all(config: BenchConfig, names: List[str], setups: List[Setup], res
         for size in config.sizes:
             network = build_network(name, size, config.checkpoint)
             for batch in config.list_batches():
-                for setup in setups:
+                for setup in fit_setups(setups, network.fused):
                     if setup.backend in IN_TORCH:
                         _profile(name, take_batch(network, batch), setup, result)
 
@@ -89,7 +90,7 @@ def _profile(name: str, network: Network, setup: Setup, result: BenchResult) -> 
         return
     result.profiles[title] = list_profile(
         profile, model=name, backend=setup.backend, device=describe_device(setup.device), dtype=setup.dtype,
-        layout=setup.layout, batch=batch, height=height, width=width, threads=setup.threads)
+        layout=setup.layout, batch=batch, height=height, width=width, threads=setup.threads, kernels=runner.kernels)
     result.texts.append(f'{title}\n{text}')
 
 
