@@ -18,7 +18,8 @@ from .published import list_paper_models
 
 __all__ = ['BENCHES', 'BenchConfig', 'expand_models', 'list_setups', 'parse_bench_config', 'parse_size']
 
-BENCHES = ('infer', 'profile', 'train')
+BENCHES = ('infer', 'profile', 'train')  # what 'all' stands for
+ALONE = ('curves',)
 MIN_SIDE = 32
 README = Path(__file__).parents[2] / 'README.md'
 CHANNELS_LAST = ('fused', 'compile', 'cudagraph')  # in torch they are faster so; eager is as published
@@ -32,7 +33,11 @@ class BenchConfig:
         ['care_s1'], "models of timm and caretrans, also with wildcards (care_*); 'paper' for those of the published "
         'table that timm has, and ours')
     checkpoint: str = setting('', 'weights of the one model; by default random ones under which all parts count')
-    bench: str = setting('infer', 'what to measure', choices=[*BENCHES, 'all'])
+    bench: str = setting(
+        'infer', 'what to measure; curves, whether faster training learns the same, are not part of all',
+        choices=[*BENCHES, *ALONE, 'all'])
+    data: str = setting('', 'folder with train/ and val/ for curves; by default the bundled photographs')
+    steps: int = setting(500, 'training steps of each curve', bounds=(2, None))
     device: str = setting('auto', 'cpu, cuda, mps or auto')
     backend: List[str] = setting(['all'], 'ways to run a network; all that work here', choices=[*BACKENDS, 'all'])
     dtype: List[str] = setting(['float32'], 'number formats; tf32 is for GPUs', choices=list(DTYPES))
@@ -65,6 +70,8 @@ class BenchConfig:
         if self.published:
             self._follow_paper()
         check_settings(self)
+        if self.data and self.bench != 'curves':
+            raise ConfigError(f'--data {self.data} with --bench {self.bench}: it is for --bench curves.')
         self.sizes = [parse_size(size) for size in self.img_size]
         for name in ('backend', 'dtype', 'kernels', 'batch_size', 'img_size'):
             values = getattr(self, name)
@@ -78,7 +85,7 @@ class BenchConfig:
     def list_benches(self) -> List[str]:
         """What is measured, in order; plots want profiles."""
         wanted = set(BENCHES if self.bench == 'all' else [self.bench]) | ({'profile'} if self.plots else set())
-        return [bench for bench in BENCHES if bench in wanted]
+        return [bench for bench in (*BENCHES, *ALONE) if bench in wanted]
 
     def _follow_paper(self) -> None:
         given = dict(

@@ -58,6 +58,7 @@ class BenchResult:
     counts: List[Dict[str, Any]] = field(default_factory=list)
     records: List[Dict[str, Any]] = field(default_factory=list)
     training: List[Dict[str, Any]] = field(default_factory=list)
+    curves: List[Any] = field(default_factory=list)  # of `training_curves.Comparison`
     profiles: Dict[str, List[Dict[str, Any]]] = field(default_factory=dict)
     texts: List[str] = field(default_factory=list)  # tables of profiles and of training
     plots: List[str] = field(default_factory=list)

@@ -12,8 +12,9 @@ from .config import BenchConfig
 from .inference import BenchResult
 from .published import FOOTNOTES
 from .tables import format_table
+from .training_curves import draw_curves, record_curves, write_curves
 
-__all__ = ['describe_counts', 'describe_records', 'describe_result', 'write_result']
+__all__ = ['describe_counts', 'describe_records', 'describe_result', 'list_contents', 'write_result']
 
 NOT_IN_TABLE = ('the memory of this backend is not seen',)  # a dash says it
 
@@ -130,8 +131,20 @@ def _write_csv(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
         writer.writerows(map(_flatten, rows))
 
 
+def list_contents(result: BenchResult) -> Dict[str, Any]:
+    """A result as plain values, for JSON."""
+    return dict(dataclasses.asdict(result), curves=[record_curves(comparison) for comparison in result.curves])
+
+
+def _write_curves(result: BenchResult, folder: Path) -> None:
+    for number, comparison in enumerate(result.curves, 1):
+        stem = 'curves' if len(result.curves) == 1 else f'curves-{number}'
+        write_curves(comparison, folder / f'{stem}.csv')
+        result.plots.append(str(draw_curves(comparison, folder / f'{stem}.png')))
+
+
 def write_result(result: BenchResult, config: BenchConfig) -> Path:
-    """Write results.json (everything), and results, counts, training and profiles as CSV, into the folder of a config.
+    """Write results.json, and results, counts, training, profiles and curves as CSV, into the folder of a config.
 
     Raises:
         ConfigError: It cannot be written.
@@ -139,7 +152,8 @@ def write_result(result: BenchResult, config: BenchConfig) -> Path:
     folder = Path(config.output or f'runs/benchmark/{time.strftime("%Y%m%d-%H%M%S")}')
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        contents = dict(dataclasses.asdict(result), config=dataclasses.asdict(config))
+        _write_curves(result, folder)
+        contents = dict(list_contents(result), config=dataclasses.asdict(config))
         (folder / 'results.json').write_text(json.dumps(contents, indent=2) + '\n')
         _write_csv(folder / 'results.csv', result.records)
         _write_csv(folder / 'counts.csv', result.counts)

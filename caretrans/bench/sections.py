@@ -14,6 +14,7 @@ from .config import BenchConfig, expand_models, list_setups
 from .device_rates import measure_rates
 from .growth import measure_growth
 from .inference import BenchResult, build_network, run_inference, shorten, take_batch, use_threads
+from .learning import bench_curves, list_comparisons
 from .plots import PlotError, draw_accuracy_by_gmacs, draw_accuracy_by_latency, draw_growth, draw_parts
 from .profiling import describe_profile, list_profile, profile_call
 from .training import TrainingBench, bench_training, describe_training
@@ -51,6 +52,7 @@ def run_benches(config: BenchConfig, stream: Optional[TextIO] = None) -> BenchRe
     benches = config.list_benches()
     if 'train' in benches:
         _check(config, device)
+    comparisons = list_comparisons(config, names, device) if 'curves' in benches else []
     result = run_inference(config, stream) if 'infer' in benches else BenchResult(
         describe_device(device), remarks=left_out if 'profile' in benches else [])
     with use_threads(config.threads):
@@ -58,6 +60,8 @@ def run_benches(config: BenchConfig, stream: Optional[TextIO] = None) -> BenchRe
             _profile_all(config, names, setups, result)
         if 'train' in benches:
             _train_all(config, names, device, result, stream)
+        if comparisons:
+            bench_curves(comparisons, config.steps, device, result, stream)
         if config.plots:
             _draw_all(config, names, device, result)
     return result
