@@ -11,15 +11,17 @@ import timm
 import torch
 
 import benchmark
-from caretrans.bench import backends, kernel_choice
+from caretrans.bench import backends, kernel_choice, training_ways
 from caretrans.bench.backends import Network, Setup, check_output, check_setup, fit_setups, prepare
-from caretrans.bench.config import BenchConfig, list_setups
+from caretrans.bench.config import BenchConfig, expand_models, list_setups, parse_bench_config
 from caretrans.bench.kernel_choice import KERNELS, place_kernels
+from caretrans.bench.learning import list_comparisons
 from caretrans.bench.lively import enliven
 from caretrans.bench.operations import OUR_KERNELS, classify_operation
 from caretrans.config import ConfigError
 
 CPU, CUDA = torch.device('cpu'), torch.device('cuda')
+ROOT = Path(benchmark.__file__).parent
 SOURCES = sorted(Path(caretrans.kernels.__file__).parent.glob('*.py'))
 
 
@@ -172,6 +174,39 @@ def test_on_a_processor_a_remark_says_which_kernels_run(call, tmp_path):
                             '--output', tmp_path)
         assert code == 0 and out.count(
             '--kernels triton, triton+expansion: the kernels run on CUDA GPUs, not on cpu; those of PyTorch run') == 1
+
+
+# Commands of the document ---------------------------------------------------------------------------------------------
+
+def read_commands():
+    """{step: command line} of the table in docs/gpu.md, and those of cmd/benchmark_gpu.sh."""
+    table = dict(re.findall(r'^\| `(\w+)` \| `python (.*?)` \|', (ROOT / 'docs' / 'gpu.md').read_text(), re.MULTILINE))
+    script = (ROOT / 'cmd' / 'benchmark_gpu.sh').read_text().replace('"${models[@]}"', 'care_s0 care_s1 care_s2')
+    steps = {name: f'benchmark.py --device cuda {flags}'
+             for name, flags in re.findall(r'^bench (\w+) (.*)$', script, re.MULTILINE)}
+    tests = re.search(r'^step tests "\$python" (.*)$', script, re.MULTILINE)[1]
+    return table, dict(tests=tests, **steps)
+
+
+def test_the_document_and_the_script_run_the_same():
+    table, script = read_commands()
+    assert len(table) == 8 and {name: sorted(line.split()) for name, line in table.items()} == {
+        name: sorted(line.split()) for name, line in script.items()}
+
+
+def test_the_commands_for_a_gpu_are_accepted(pretend, monkeypatch):
+    monkeypatch.setattr(training_ways, 'why_unavailable', lambda device: '')
+    for name, line in read_commands()[0].items():
+        if name == 'tests':
+            assert all((ROOT / word).is_file() for word in line.split() if word.endswith('.py'))
+            continue
+        config = parse_bench_config(line.split()[1:])
+        models, (setups, left_out) = expand_models(config.model), list_setups(config, CUDA)
+        if config.bench == 'curves':
+            assert [way for _, way in list_comparisons(config, models, CUDA)] == ['channels_last+bf16+compile+kernels']
+        elif config.bench != 'train':
+            assert left_out == [] and str(setups[0]) == 'eager tf32 nchw'
+            assert {s.kernels for s in setups} == ({'torch'} if config.published else set(KERNELS))
 
 
 # Names ----------------------------------------------------------------------------------------------------------------
