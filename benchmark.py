@@ -1,5 +1,4 @@
 """Measure models: python benchmark.py --model care_s1 [flags]. Prints parameters, GMACs, latency and memory."""
-import dataclasses
 import json
 import logging
 import os
@@ -11,7 +10,7 @@ os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # before torch is loaded: its p
 import caretrans  # noqa: E402, F401 (registers the models)
 from caretrans.bench.config import BenchConfig, parse_bench_config  # noqa: E402
 from caretrans.bench.readme import check_readme, update_readme  # noqa: E402
-from caretrans.bench.report import describe_result, write_result  # noqa: E402
+from caretrans.bench.report import describe_result, list_contents, write_result  # noqa: E402
 from caretrans.bench.sections import run_benches  # noqa: E402
 from caretrans.checkpoint import CheckpointError  # noqa: E402
 from caretrans.config import ConfigError  # noqa: E402
@@ -34,7 +33,7 @@ def measure(config: BenchConfig) -> int:
     result = run_benches(config, sys.stderr if config.json else None)
     folder = write_result(result, config)
     if config.json:
-        print(json.dumps(dataclasses.asdict(result), indent=2))
+        print(json.dumps(list_contents(result), indent=2))
     else:
         print('\n'.join(describe_result(result, config.markdown)))
         print(f'table: {folder / "results.csv"}   all: {folder / "results.json"}')

@@ -20,7 +20,7 @@ from .metrics import evaluate
 from .progress import Progress
 from .resume import Standing, describe_world_change, gather_standing, restore_standing
 from .run_folder import RunFolder, find_run, list_checkpoints
-from .training import Trainer
+from .training import Trainer, check_kernels
 
 __all__ = ['Preempted', 'TrainResult', 'train']
 
@@ -309,6 +309,8 @@ def _introduce(trainer: Trainer, path: Path) -> Iterator[str]:
                f'{facts["steps_per_epoch"]} steps per epoch, {trainer.epochs} epochs, rate up to {config.lr:g}')
         if config.device_batch and images < config.device_batch and not at_size:
             yield f'BatchNorm sees {images} images at a time here, {config.device_batch} with device_batch'
+    if config.kernels:
+        yield f'kernels: {trainer.kernels}'
     if config.teacher != 'none':
         yield f'teacher {config.teacher}, {1 - config.task_weight:g} of the loss'
 
@@ -345,6 +347,7 @@ def train(config: TrainConfig) -> TrainResult:
     """
     with _joined(config) as (processes, device), StopRequest() as stop:
         _set_precision(config)
+        check_kernels(config, device)
         if config.download:  # once on each machine
             processes.together(lambda: _download(config) if processes.local_rank == 0 else None)
         path, candidates = processes.first(lambda: find_run(config))

@@ -1,6 +1,7 @@
 """Everything a training run needs, built from its config and checked before the first step."""
 import inspect
 import os
+from dataclasses import replace
 from typing import Any, Dict, Optional
 
 import timm
@@ -18,10 +19,11 @@ from .data import DataError, check_labels, list_classes, open_dataset, resolve_e
 from .distillation import build_task
 from .distributed import Processes
 from .engine import Stepper
+from .kernels import describe_placements, use_kernels, why_unavailable
 from .loader import build_eval_loader, build_train_loader
 from .randomness import seed_everything
 
-__all__ = ['Trainer', 'build_mixup', 'build_model', 'build_schedule']
+__all__ = ['Trainer', 'build_mixup', 'build_model', 'build_schedule', 'check_kernels', 'put_kernels']
 
 
 def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
@@ -43,6 +45,40 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
             raise ConfigError(f'{config.model} has no gradient checkpointing: leave --grad-checkpointing out.')
         model.set_grad_checkpointing(True)
     return model
+
+
+def check_kernels(config: TrainConfig, device: torch.device) -> None:
+    """Refuse kernels that cannot run, before any data are read.
+
+    Raises:
+        ConfigError: Not on this device, or the model has no parts for them.
+    """
+    if not config.kernels:
+        return
+    reason = why_unavailable(device)
+    if reason:
+        raise ConfigError(f'kernels with device={device}: {reason}: leave --kernels out.')
+    if not use_kernels(build_model(replace(config, checkpoint=''), num_classes=1), parts=()):
+        raise ConfigError(f'kernels: {config.model} has no parts for them: leave --kernels out.')
+
+
+def put_kernels(model: nn.Module, config: TrainConfig) -> str:
+    """Let Triton kernels run in a model that is on its device, if the config says so; its state dict stays.
+
+    Returns:
+        Which kernels run, and where.
+    Raises:
+        ConfigError: Not one runs.
+    """
+    if not config.kernels:
+        return 'torch'
+    placements = use_kernels(model)
+    lines = describe_placements(placements)
+    if not any(placement.runs == 'triton' for placement in placements):
+        raise ConfigError(f'kernels: none runs in {config.model} ({"; ".join(lines) or "it has no parts for them"}): '
+                          f'leave --kernels out.')
+    import triton  # not everywhere
+    return f'triton {triton.__version__} ({"; ".join(lines)})'
 
 
 def build_mixup(config: TrainConfig, num_classes: int) -> Optional[Mixup]:
@@ -68,6 +104,7 @@ class Trainer:
     Attributes:
         model: The weights that are trained, without wrappers.
         ema: Their average over the steps, or None.
+        kernels: Which kernels run.
         task: Forward pass and loss; compiled as asked, and distributed after `distribute`.
     Raises:
         ConfigError, DataError, CheckpointError: The settings, the data or the checkpoint cannot work.
@@ -115,6 +152,7 @@ class Trainer:
         if config.sync_bn:
             model = convert_sync_batchnorm(model)
         self.model = model.to(self.device, memory_format=self.memory_format)
+        self.kernels = put_kernels(self.model, config)  # before its average, compiled and distributed forms are made
 
     def _build_loaders(self) -> None:
         config = self.config
@@ -138,6 +176,7 @@ class Trainer:
             self.task.compile()
             self.task.compile_ema()
         self.eval_model = self.task.get_eval_model(ema=config.ema)
+
     def _build_optimizer(self) -> None:
         config = self.config
         optimizer = create_optimizer_v2(self.model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay)
@@ -171,10 +210,10 @@ class Trainer:
         return dict(
             model=config.model, parameters=sum(p.numel() for p in self.model.parameters()),
             train_images=len(self.train_set), val_images=len(self.val_set), num_classes=self.num_classes,
-            device=str(self.device), world_size=self.processes.world_size, batch_size=config.batch_size,
-            device_batch=self.device_batch, accumulation=self.accumulation, size_batches=sizes, epochs=self.epochs,
-            steps_per_epoch=self.train_loader.steps, lr=config.lr, streams=self.train_loader.sampler is None,
-            workers=config.workers, eval_config=self.eval_config)
+            device=str(self.device), kernels=self.kernels, world_size=self.processes.world_size,
+            batch_size=config.batch_size, device_batch=self.device_batch, accumulation=self.accumulation,
+            size_batches=sizes, epochs=self.epochs, steps_per_epoch=self.train_loader.steps, lr=config.lr,
+            streams=self.train_loader.sampler is None, workers=config.workers, eval_config=self.eval_config)
 
     def checkpoint_meta(self) -> Dict[str, Any]:
         """What a checkpoint says beside the weights."""

@@ -26,8 +26,8 @@ def drawn(monkeypatch):
 
 def record(model, ms, backend='eager', **changes):
     return dict(dict(
-        model=model, backend=backend, dtype='float32', layout='nchw', device='cpu: Processor', batch=1, height=224,
-        width=224, threads=2, median_ms=ms), **changes)
+        model=model, backend=backend, dtype='float32', layout='nchw', kernels='torch', device='cpu: Processor',
+        batch=1, height=224, width=224, threads=2, median_ms=ms), **changes)
 
 
 def list_texts(figure):

@@ -1,13 +1,16 @@
-"""benchmark.py beyond inference: profiles, training steps, plots."""
+"""benchmark.py beyond inference: profiles, training steps, loss curves, plots."""
 import csv
 import json
+import re
 
 import pytest
 import torch
+from photos import FRUIT, copy_photographs
 
 import benchmark
-from caretrans.bench import sections
+from caretrans.bench import learning, sections
 from caretrans.bench.config import BenchConfig
+from caretrans.bench.learning import list_comparisons
 
 QUICK = ['--device', 'cpu', '--img-size', '64', '--runs', '2', '--warmup', '1', '--model', 'care_s0', '--backend',
          'eager', 'fused', '--batch-size', '2', '--ways', 'channels_last']
@@ -79,3 +82,61 @@ def test_threads_are_as_before_afterwards(call, tmp_path):
     before = torch.get_num_threads()
     assert call('--bench', 'profile', '--threads', 2, '--output', tmp_path, *QUICK)[0] == 0
     assert torch.get_num_threads() == before
+
+
+# Curves ---------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def photographs(tmp_path_factory):
+    return copy_photographs(tmp_path_factory.mktemp('photographs'), per_class=8)
+
+
+def test_curves_are_trained_written_and_drawn(call, tmp_path, photographs):
+    code, out, err = call(
+        '--bench', 'curves', '--model', 'care_s0', '--device', 'cpu', '--steps', 4, '--img-size', 64, '--batch-size', 8,
+        '--ways', 'channels_last', '--data', photographs, '--output', tmp_path)
+    assert code == 0, err
+    assert re.search(r'channels_last is [\d.]+ from the published way .* seeds are [\d.]+ apart: within noise', out)
+    with open(tmp_path / 'curves.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [
+        'step', 'published, seed 0', 'published, seed 1', 'published, seed 2', 'channels_last, seed 0']
+    assert [row['step'] for row in rows] == ['1', '2', '3', '4']
+    assert (tmp_path / 'curves.png').read_bytes().startswith(b'\x89PNG') and f'plot: {tmp_path}/curves.png' in out
+    record, = json.loads((tmp_path / 'results.json').read_text())['curves']
+    assert record['way'] == 'channels_last' and record['steps'] == 4 and record['within_noise'] is True
+
+
+def test_by_default_500_steps_of_the_way_with_most_changes_are_compared():
+    config = BenchConfig(bench='curves', model=['care_s0', 'mobilenetv2_035'])
+    comparisons = list_comparisons(config, config.model, torch.device('cpu'))
+    assert [(train.model, train.model_args, way) for train, way in comparisons] == [
+        ('care_s0', {'ls_init_value': 0.1}, 'channels_last+bf16+compile'),
+        ('mobilenetv2_035', {}, 'channels_last+bf16+compile')]
+    assert config.steps == 500 and comparisons[0][0].data == str(FRUIT) and comparisons[0][0].img_size == 224
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--teacher', 'resnet18'], 'leave --teacher and --checkpoint out'), (['--ways', 'published'], 'published way is'),
+    (['--img-size', '64x96'], '--img-size 64x96 with --bench curves'), (['--steps', '1'], 'steps is 1'),
+    (['--ways', 'kernels'], 'not on cpu'), (['--data', 'nowhere'], "No data at 'nowhere'"),
+    (['--data', 'nowhere', '--bench', 'train'], '--data nowhere with --bench train: it is for --bench curves')])
+def test_curves_that_cannot_be_are_one_line_and_exit_code_2(call, flags, message):
+    code, out, err = call('--bench', 'curves', '--device', 'cpu', *flags)
+    assert code == 2 and out == '' and message in err and err.count('\n') == 1
+
+
+def test_curves_that_fail_are_reported_and_the_others_go_on(call, tmp_path, monkeypatch, photographs):
+    compare = learning.compare_curves
+
+    def compare_or_fail(config, way, *args, **kwargs):
+        if config.model == 'care_s0':
+            raise RuntimeError('a kernel is missing')
+        return compare(config, way, *args, **kwargs)
+
+    monkeypatch.setattr(learning, 'compare_curves', compare_or_fail)
+    code, _, err = call(
+        '--bench', 'curves', '--model', 'care_s0', 'mobilenetv2_035', '--device', 'cpu', '--steps', 2, '--img-size', 32,
+        '--batch-size', 8, '--ways', 'channels_last', '--data', photographs, '--output', tmp_path)
+    assert code == 1 and 'failed: curves of care_s0, channels_last: RuntimeError: a kernel is missing' in err
+    assert (tmp_path / 'curves.csv').exists()

@@ -3,15 +3,14 @@ import csv
 import dataclasses
 import json
 import math
-import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn as nn
 from photos import copy_photographs
 
 import caretrans.bench.training
+import caretrans.training
+from caretrans.bench import training_ways
 from caretrans.bench.training import TrainingBench, bench_training, describe_training
 from caretrans.bench.training_curves import (
     Comparison,
@@ -75,12 +74,11 @@ def test_a_way_that_computes_something_else_is_not_timed(monkeypatch, broken):
     def change(module, args, out):
         return (out + out.detach()) / 2 if broken == 'gradient' else out + 0.1 * out.roll(1, dims=1)
 
-    def spoil(way: Way, model: nn.Module) -> nn.Module:
-        if way.changes:
+    def spoil(model, config):
+        if config.channels_last:
             model.stages[2].register_forward_hook(change)
-        return model
 
-    monkeypatch.setattr(Way, 'put_kernels', spoil)
+    monkeypatch.setattr(caretrans.bench.training, 'put_kernels', spoil)
     published, spoiled = bench_training(TINY, ['channels_last'])
     assert published['median_ms'] > 0
     assert spoiled['median_ms'] is None and spoiled['ratio'] is None and spoiled['error'] > 2e-4
@@ -89,12 +87,11 @@ def test_a_way_that_computes_something_else_is_not_timed(monkeypatch, broken):
 
 
 def test_a_way_that_fails_is_reported_and_the_others_are_measured(monkeypatch):
-    def fail(way: Way, model: nn.Module) -> nn.Module:
-        if way.changes:
+    def fail(model, config):
+        if config.amp == 'bf16':
             raise RuntimeError('no such kernel')
-        return model
 
-    monkeypatch.setattr(Way, 'put_kernels', fail)
+    monkeypatch.setattr(caretrans.bench.training, 'put_kernels', fail)
     published, failed = bench_training(TINY, ['bf16'])
     assert published['ratio'] == 1 and failed['median_ms'] is None
     assert failed['notes'][0] == 'not timed: RuntimeError: no such kernel'
@@ -121,7 +118,7 @@ def test_a_batch_that_does_not_fit_is_halved_for_all_ways(monkeypatch):
 @pytest.mark.parametrize('name, message', [
     ('fast', "No way of training 'fast': take published, or some of tf32, channels_last"),
     ('bf16+fp16', 'has two precisions'), ('tf32', 'tf32 needs a GPU, the device is cpu'),
-    ('channels_last+kernels', 'kernels needs a GPU')])
+    ('channels_last+kernels', "'channels_last.kernels': the kernels run on CUDA GPUs, not on cpu: leave")])
 def test_ways_that_cannot_be_are_refused(name, message):
     with pytest.raises(ConfigError, match=message):
         bench_training(TINY, [name])
@@ -142,16 +139,23 @@ def test_names_of_ways_come_back():
     assert parse_way('bf16+channels_last', CPU).name == 'channels_last+bf16'
 
 
-@pytest.mark.parametrize('placements, message', [
-    ([SimpleNamespace(runs='torch', reason='the GPU is old')], 'kernels: no kernel runs here, the GPU is old'),
-    ([], 'Linear has no part for them')])
-def test_kernels_that_do_not_run_are_no_way_of_training(monkeypatch, placements, message):
-    stand_in = SimpleNamespace(use_kernels=lambda model: placements)
-    monkeypatch.setitem(sys.modules, 'caretrans.kernels', stand_in)
-    with pytest.raises(ConfigError, match=message):
-        Way(frozenset({'kernels'})).put_kernels(nn.Linear(2, 2))
-    placements.append(SimpleNamespace(runs='triton', reason=''))
-    assert Way(frozenset({'kernels'})).put_kernels(nn.Linear(2, 2)) is not None
+def test_kernels_are_a_way_where_they_run(monkeypatch):
+    cuda = torch.device('cuda')
+    monkeypatch.setattr(training_ways, 'why_unavailable', lambda device: '')
+    assert 'channels_last+bf16+compile+kernels' in list_ways(cuda)
+    assert parse_way('kernels', cuda).settings == dict(
+        amp='off', tf32=False, channels_last=False, compile=False, kernels=True)
+    monkeypatch.setattr(training_ways, 'why_unavailable', lambda device: 'Triton is not installed')
+    assert not any('kernels' in name for name in list_ways(cuda))
+    with pytest.raises(ConfigError, match="'kernels': Triton is not installed: leave kernels out"):
+        parse_way('kernels', cuda)
+
+
+def test_kernels_that_do_not_run_are_no_way_of_training(monkeypatch):
+    monkeypatch.setattr(training_ways, 'why_unavailable', lambda device: '')  # those of caretrans.kernels stay
+    published, kernels = bench_training(TINY, ['kernels'])
+    assert published['kernels'] == 'torch' and kernels['kernels'] == 'triton' and kernels['median_ms'] is None
+    assert 'not timed: ConfigError: kernels: none runs in care_s0' in kernels['notes'][0]
 
 
 def test_precision_is_that_of_the_way_and_comes_back():
@@ -200,15 +204,14 @@ def test_a_run_is_repeated_to_the_bit(config, comparison):
 
 
 def test_a_way_that_learns_something_else_is_not_within_noise(config, monkeypatch):
-    def spoil(way: Way, model: nn.Module) -> nn.Module:
-        if way.changes:
+    def spoil(model, config):
+        if config.amp == 'bf16':
             for parameter in model.stages.parameters():
                 parameter.requires_grad_(False)
             model.register_forward_hook(lambda module, args, out: 30 * out)
-        return model
 
-    monkeypatch.setattr(Way, 'put_kernels', spoil)
-    wrong = compare_curves(config, 'channels_last', CPU, steps=4, seeds=(0, 1))
+    monkeypatch.setattr(caretrans.training, 'put_kernels', spoil)
+    wrong = compare_curves(config, 'bf16', CPU, steps=4, seeds=(0, 1))
     assert not wrong.is_within_noise and 'NOT within noise' in describe_curves(wrong)
 
 

@@ -1,4 +1,4 @@
-"""Profiles, bounds and training steps on a GPU. No test asserts a speed."""
+"""Ways to run a network, profiles, bounds and training steps on a GPU. No test asserts a speed."""
 import dataclasses
 
 import pytest
@@ -6,20 +6,68 @@ import timm
 import torch
 from photos import FRUIT
 
-from caretrans.bench.training import TrainingBench, bench_training, describe_training
+from caretrans.bench.backends import Setup, check_output, prepare
 from caretrans.bench.bounds import FUSIONS, bound_time, describe_bounds, list_layers, trace_operations
-from caretrans.config import TrainConfig, read_recipe
+from caretrans.bench.config import BenchConfig, list_setups
 from caretrans.bench.device_rates import measure_rates
 from caretrans.bench.growth import measure_growth
-from caretrans.measure import OUTSIDE
-from caretrans.bench.profiling import describe_profile, profile_forward
+from caretrans.bench.inference import build_network, run_inference, take_batch
+from caretrans.bench.kernel_choice import KERNELS
+from caretrans.bench.profiling import describe_profile, profile_call, profile_forward
+from caretrans.bench.report import describe_result
+from caretrans.bench.training import TrainingBench, bench_training, describe_training
 from caretrans.bench.training_curves import compare_curves, describe_curves
 from caretrans.bench.training_ways import list_ways
+from caretrans.config import TrainConfig, read_recipe
+from caretrans.kernels import why_unavailable
+from caretrans.measure import OUTSIDE
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 
 CUDA = torch.device('cuda')
 BENCH = TrainingBench(batch=16, img_size=64, device=CUDA, rounds=2, block_seconds=0.05)
+
+
+needs_kernels = pytest.mark.skipif(bool(why_unavailable('cuda')), reason=why_unavailable('cuda'))
+
+
+@needs_kernels
+@pytest.mark.parametrize('dtype', ['float32', 'tf32', 'bfloat16', 'float16'])
+def test_all_kernels_are_checked_and_timed(dtype):
+    config = BenchConfig(
+        model=['care_s0', 'mobilenetv2_035'], device='cuda', backend=['eager', 'fused', 'cudagraph'], dtype=[dtype],
+        batch_size=[4], img_size=['96'], runs=10)
+    result = run_inference(config)
+    print('\n'.join(describe_result(result)))
+    assert not result.failures
+    assert [(r['backend'], r['kernels']) for r in result.records if r['model'] == 'care_s0'] == [
+        ('eager', 'torch'), *((backend, kernels) for backend in ('fused', 'cudagraph') for kernels in KERNELS)]
+    assert {r['kernels'] for r in result.records if r['model'] != 'care_s0'} == {'torch'}
+
+
+@needs_kernels
+@pytest.mark.parametrize('kernels', [kernels for kernels in KERNELS if kernels != 'torch'])
+def test_a_compiled_network_with_kernels_is_right(kernels):
+    network = take_batch(build_network('care_s0', (96, 96)), 4)
+    runner = prepare(network, Setup('compile', 'bfloat16', 'channels_last', CUDA, kernels=kernels))
+    print(check_output(network, runner, 'bfloat16'))
+    assert runner.kernels == kernels
+
+
+@needs_kernels
+def test_kernels_of_ours_in_a_cuda_graph_are_told_by_kind():
+    network = take_batch(build_network('care_s0', (96, 96)), 4)
+    runner = prepare(network, Setup('cudagraph', 'bfloat16', 'channels_last', CUDA, kernels='triton+expansion'))
+    profile = profile_call(runner.run, CUDA, runs=3)
+    print(describe_profile(profile))
+    names = {name for _, name, _ in profile.operations}
+    assert {'_forward', '_convolve', '_expand'} <= names
+    assert {'attention', 'conv depth-wise', 'conv 1x1'} <= set(profile.sum_by(1))
+
+
+def test_the_published_way_is_without_kernels():
+    setup, = list_setups(BenchConfig(published=True), CUDA)[0]
+    assert str(setup) == 'eager tf32 nchw' and setup.kernels == 'torch'
 
 
 @pytest.fixture
@@ -85,9 +133,10 @@ def test_a_batch_that_does_not_fit_is_halved():
     assert 2 <= record['batch'] < 256 and 'did not fit' in ' '.join(record['notes'])
 
 
-def test_curves_of_a_faster_way_are_within_noise():
+@pytest.mark.parametrize('way', ['channels_last+bf16', pytest.param('channels_last+bf16+kernels', marks=needs_kernels)])
+def test_curves_of_a_faster_way_are_within_noise(way):
     config = TrainConfig(**{**read_recipe('care_s0_fruit14'), 'data': str(FRUIT), 'batch_size': 32, 'img_size': 64})
-    comparison = compare_curves(config, 'channels_last+bf16', CUDA, steps=60)
+    comparison = compare_curves(config, way, CUDA, steps=60)
     print(describe_curves(comparison))
     assert comparison.is_within_noise
 

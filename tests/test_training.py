@@ -169,6 +169,7 @@ def test_plain_labels_train_both_heads():
 
 @pytest.mark.parametrize('flags, message', [
     (['nowhere'], "No data at 'nowhere'"),
+    (['nowhere', '--kernels', '--device', 'cpu'], 'kernels with device=cpu: the kernels run on CUDA GPUs, not on cpu'),
     ([], 'No data named'),
     ([FRUIT, '--model', 'care_s7'], "No model 'care_s7'; near: care_s0"),
     ([FRUIT, '--model-args', 'width=3'], "unexpected keyword argument 'width'"),

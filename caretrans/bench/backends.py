@@ -13,9 +13,9 @@ import importlib.util
 import os
 import shutil
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -25,11 +25,12 @@ from ..config import ConfigError
 from ..fuse import fuse
 from ..models.care import CareTransformer
 from .device_rates import allow_tf32
+from .kernel_choice import check_kernels, has_parts, place_kernels
 from .lively import PHOTOGRAPHS
 
 __all__ = [
     'BACKENDS', 'DTYPES', 'TOLERANCES', 'Network', 'Runner', 'Setup', 'WrongOutputError', 'check_output', 'check_setup',
-    'find_obstacle', 'list_dtypes', 'measure_error', 'prepare', 'rewrite']
+    'find_obstacle', 'fit_setups', 'list_dtypes', 'measure_error', 'prepare', 'rewrite']
 
 BACKENDS = ('eager', 'fused', 'compile', 'cudagraph', 'onnxruntime', 'openvino')
 IN_TORCH = ('eager', 'fused', 'compile', 'cudagraph')
@@ -54,15 +55,17 @@ class WrongOutputError(RuntimeError):
 
 @dataclass(frozen=True)
 class Setup:
-    """How a network is run: one of `BACKENDS`, `DTYPES` and `LAYOUTS`, on a device, with so many threads of a CPU."""
+    """How a network is run: one of `BACKENDS`, `DTYPES`, `LAYOUTS` and `KERNELS`, a device, threads of a CPU."""
     backend: str
     dtype: str = 'float32'
     layout: str = 'nchw'
     device: torch.device = torch.device('cpu')
     threads: int = 1
+    kernels: str = 'torch'
 
     def __str__(self) -> str:
-        return ' '.join([self.backend, self.dtype] + [self.layout] * (self.backend in IN_TORCH))
+        return ' '.join([self.backend, self.dtype] + [self.layout] * (self.backend in IN_TORCH)
+                        + [self.kernels] * (self.kernels != 'torch'))
 
 
 @dataclass
@@ -77,6 +80,7 @@ class Runner:
         peak: Bytes at most, where `held` and PyTorch's counting during a run do not tell it.
         notes: What a reader of its figures must know.
         module: The network that `run` calls, where there is one with its parts.
+        kernels: Which of `KERNELS` run, if any of those that were asked for.
     """
     run: Callable[[], Any]
     read: Callable[[Any], torch.Tensor]
@@ -85,6 +89,7 @@ class Runner:
     peak: Optional[int] = None
     notes: List[str] = field(default_factory=list)
     module: Optional[nn.Module] = None
+    kernels: str = 'torch'
 
 
 # What goes together ---------------------------------------------------------------------------------------------------
@@ -139,6 +144,7 @@ def check_setup(setup: Setup) -> None:
     obstacle = find_obstacle(setup.backend, setup.device)
     if obstacle:
         raise ConfigError(f'--backend {setup.backend} with --device {setup.device.type}: {obstacle}.')
+    check_kernels(setup.kernels, setup.backend, setup.device)
     dtypes = list_dtypes(setup.backend, setup.device)
     if setup.dtype not in dtypes:
         raise ConfigError(
@@ -155,6 +161,11 @@ def check_setup(setup: Setup) -> None:
 def rewrite(model: nn.Module) -> nn.Module:
     """A copy for inference that computes the same: ours by `fuse`, others reparameterised as their authors do."""
     return fuse(model) if isinstance(model, CareTransformer) else reparameterize_model(model)
+
+
+def fit_setups(setups: Sequence[Setup], model: nn.Module) -> List[Setup]:
+    """The setups for a rewritten model: with the kernels of PyTorch, each once, where it has no parts for others."""
+    return list(setups) if has_parts(model) else list(dict.fromkeys(replace(s, kernels='torch') for s in setups))
 
 
 class Network:
@@ -288,15 +299,18 @@ def _prepare_in_torch(network: Network, setup: Setup) -> Runner:
     source = network.model if setup.backend == 'eager' else network.fused
     model = copy.deepcopy(source).to(setup.device, dtype).to(memory_format=memory_format)
     images = network.images.to(setup.device, dtype, copy=True).contiguous(memory_format=memory_format)
+    ran, notes = place_kernels(model, setup.kernels)
     run, peak = _guard(lambda: model(images), setup), None
+    if ran != 'torch':
+        run()  # compiles and tunes kernels, before anything is captured or memory is counted
     if setup.backend == 'compile':
         run, peak = _compile(model, images, setup)
     elif setup.backend == 'cudagraph':
         run, peak = _capture(model, images, setup)
     held = sum(t.nbytes for t in [*model.parameters(), *model.buffers(), images])
     return Runner(
-        run, lambda logits: logits.detach().cpu().double(), images, held, None if peak is None else peak + held,
-        module=model if setup.backend in ('eager', 'fused') else None)
+        run, lambda logits: logits.detach().cpu().double(), images, held, None if peak is None else peak + held, notes,
+        module=model if setup.backend in ('eager', 'fused') else None, kernels=ran)
 
 
 def prepare(network: Network, setup: Setup) -> Runner:

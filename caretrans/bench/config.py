@@ -1,6 +1,7 @@
 """The settings of `benchmark.py`: what is measured, and which ways of running a network are candidates."""
 import argparse
 import difflib
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,13 @@ import torch
 from .. import models  # noqa: F401 (registers the models)
 from ..config import ConfigError, FlagParser, add_flags, check_settings, setting
 from .backends import BACKENDS, DTYPES, IN_TORCH, Setup, check_setup
+from .kernel_choice import KERNELS, WITH_KERNELS, choose_kernels
 from .published import list_paper_models
 
 __all__ = ['BENCHES', 'BenchConfig', 'expand_models', 'list_setups', 'parse_bench_config', 'parse_size']
 
 BENCHES = ('infer', 'profile', 'train')  # what 'all' stands for
-ALONE = ('accuracy',)  # of checkpoints
+ALONE = ('accuracy', 'curves')  # what more there is
 MIN_SIDE = 32
 README = Path(__file__).parents[2] / 'README.md'
 CHANNELS_LAST = ('fused', 'compile', 'cudagraph')  # in torch they are faster so; eager is as published
@@ -32,14 +34,19 @@ class BenchConfig:
         'table that timm has, and ours')
     checkpoint: str = setting('', 'weights of the one model; by default random ones under which all parts count')
     bench: str = setting(
-        'infer', 'what to measure; accuracy is of a checkpoint, and not part of all',
-        choices=[*BENCHES, *ALONE, 'all'])
-    data: str = setting('', 'folder with val/CLASS/* for accuracy; by default that of the training')
+        'infer', 'what to measure; accuracy, of a checkpoint, and curves, whether faster training learns the same, are '
+        'not part of all', choices=[*BENCHES, *ALONE, 'all'])
+    data: str = setting(
+        '', 'folder with train/ and val/ for accuracy and curves; by default of the checkpoint, or the bundled one')
+    steps: int = setting(500, 'training steps of each curve', bounds=(2, None))
     device: str = setting('auto', 'cpu, cuda, mps or auto')
     backend: List[str] = setting(['all'], 'ways to run a network; all that work here', choices=[*BACKENDS, 'all'])
     dtype: List[str] = setting(['float32'], 'number formats; tf32 is for GPUs', choices=list(DTYPES))
     channels_last: Optional[bool] = setting(
         None, 'order of images and weights in torch; by default not for eager, which is as published, else yes')
+    kernels: List[str] = setting(
+        [], 'of the rewritten network in torch: its own, ours in Triton, ours of the expansions too; by default all '
+        'that run here', choices=list(KERNELS))
     batch_size: List[int] = setting(
         [], 'images at a time; by default 1, and 128 per training step (16 on a processor)', bounds=(1, None))
     img_size: List[str] = setting(['224'], 'pixels: a side, or HEIGHTxWIDTH')
@@ -66,10 +73,10 @@ class BenchConfig:
         check_settings(self)
         if self.bench == 'accuracy' and not self.checkpoint:
             raise ConfigError('--bench accuracy is of a trained network: give its file with --checkpoint.')
-        if self.data and self.bench != 'accuracy':
-            raise ConfigError(f'--data {self.data} with --bench {self.bench}: it is for --bench accuracy.')
+        if self.data and self.bench not in ALONE:
+            raise ConfigError(f'--data {self.data} with --bench {self.bench}: it is for --bench accuracy and curves.')
         self.sizes = [parse_size(size) for size in self.img_size]
-        for name in ('backend', 'dtype', 'batch_size', 'img_size'):
+        for name in ('backend', 'dtype', 'kernels', 'batch_size', 'img_size'):
             values = getattr(self, name)
             if len(set(values)) != len(values):
                 raise ConfigError(f'{name} is {values}: name each once.')
@@ -84,7 +91,8 @@ class BenchConfig:
         return [bench for bench in (*BENCHES, *ALONE) if bench in wanted]
 
     def _follow_paper(self) -> None:
-        given = dict(backend=['all'], dtype=['float32'], batch_size=[], channels_last=None, warmup=5, runs=None)
+        given = dict(
+            backend=['all'], dtype=['float32'], kernels=[], batch_size=[], channels_last=None, warmup=5, runs=None)
         changed = [f'--{name.replace("_", "-")}' for name, default in given.items() if getattr(self, name) != default]
         if changed:
             raise ConfigError(f'--published fixes {", ".join(changed)}: leave either out.')
@@ -130,7 +138,7 @@ def _choose_layout(config: BenchConfig, backend: str) -> str:
 
 
 def list_setups(config: BenchConfig, device: torch.device) -> Tuple[List[Setup], List[str]]:
-    """The ways to run each model, and lines that say what `--backend all` leaves out and why.
+    """The ways to run each model, and lines that say what the defaults leave out and why.
 
     Raises:
         ConfigError: A backend that was named does not work here, or not in a number format that was named.
@@ -144,10 +152,11 @@ def list_setups(config: BenchConfig, device: torch.device) -> Tuple[List[Setup],
         raise ConfigError(
             f'--channels-last with --backend {" ".join(config.backend)}: it chooses its own order; leave it out.')
     setups: List[Setup] = []
-    left_out: List[str] = []
-    for backend in config.backend if named else BACKENDS:
-        for dtype in dtypes:
-            setup = Setup(backend, dtype, _choose_layout(config, backend), device, config.threads)
+    backends = config.backend if named else BACKENDS
+    kinds, left_out = choose_kernels(config.kernels, backends, device)
+    for backend, dtype in itertools.product(backends, dtypes):
+        for kernels in kinds if backend in WITH_KERNELS else ['torch']:
+            setup = Setup(backend, dtype, _choose_layout(config, backend), device, config.threads, kernels)
             try:
                 check_setup(setup)
                 setups.append(setup)
@@ -157,7 +166,7 @@ def list_setups(config: BenchConfig, device: torch.device) -> Tuple[List[Setup],
                 left_out.append(f'left out: {error}')
     if not setups:
         raise ConfigError(f'--dtype {" ".join(dtypes)} with --device {device.type}: no backend has it there.')
-    return setups, left_out
+    return setups, list(dict.fromkeys(left_out))
 
 
 def parse_bench_config(argv: Optional[Sequence[str]] = None, description: str = '') -> BenchConfig:

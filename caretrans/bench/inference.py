@@ -20,14 +20,16 @@ from ..engine import resolve_device
 from ..machine import describe_device, list_versions
 from ..measure import count_operations, count_parameters
 from ..progress import Progress
-from .backends import Network, Runner, Setup, check_output, prepare
+from .backends import Network, Runner, Setup, check_output, fit_setups, prepare
 from .config import BenchConfig, expand_models, list_setups
+from .kernel_choice import has_parts
 from .lively import enliven, load_photographs
 from .published import find_published
 from .timing import (
     CandidateError,
     Rounds,
     compare_rounds,
+    is_out_of_memory,
     judge_noise,
     measure_peak,
     summarise,
@@ -36,8 +38,8 @@ from .timing import (
 )
 
 __all__ = [
-    'BenchResult', 'Candidate', 'build_network', 'count_network', 'is_out_of_memory', 'measure_group', 'run_inference',
-    'shorten', 'take_batch', 'use_threads']
+    'BenchResult', 'Candidate', 'build_network', 'count_network', 'measure_group', 'run_inference', 'shorten',
+    'take_batch', 'use_threads']
 
 Size = Tuple[int, int]  # height, width
 
@@ -57,6 +59,7 @@ class BenchResult:
     records: List[Dict[str, Any]] = field(default_factory=list)
     training: List[Dict[str, Any]] = field(default_factory=list)
     accuracy: List[Dict[str, Any]] = field(default_factory=list)
+    curves: List[Any] = field(default_factory=list)  # of `training_curves.Comparison`
     profiles: Dict[str, List[Dict[str, Any]]] = field(default_factory=dict)
     texts: List[str] = field(default_factory=list)  # tables of profiles and of training
     plots: List[str] = field(default_factory=list)
@@ -138,14 +141,6 @@ def count_network(name: str, network: Network, size: Size) -> Dict[str, Any]:
 
 # One batch and size ---------------------------------------------------------------------------------------------------
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory did not suffice, of a GPU or of the processor, as each library says it."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    signs = ('out of memory', 'not enough memory', "can't allocate memory", 'failed to allocate memory', 'bad_alloc')
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
-
-
 def shorten(error: BaseException) -> str:
     return f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
 
@@ -221,7 +216,7 @@ def _record(
         runs=sum(map(len, rounds)), **summary, images_per_s=1e3 * candidate.batch / summary['median_ms'],
         peak_mib=candidate.peak_mib,
         **compare_rounds(times[reference.name], rounds, (reference.batch, candidate.batch)), reference=reference.name,
-        noisy=bool(noise), error=candidate.error, kernels='torch', versions=list_versions(),
+        noisy=bool(noise), error=candidate.error, kernels=candidate.runner.kernels, versions=list_versions(),
         notes=candidate.notes + candidate.runner.notes + noise)
 
 
@@ -306,6 +301,11 @@ def run_inference(config: BenchConfig, stream: Optional[TextIO] = None) -> Bench
     return result
 
 
+def _describe_kernels(name: str, network: Network, setups: List[Setup]) -> List[str]:
+    is_other = any(setup.kernels != 'torch' for setup in setups) and not has_parts(network.fused)
+    return [f'{name}: no part of it has Triton kernels, those of PyTorch run'] if is_other else []
+
+
 def _measure_size(
         names: List[str], setups: List[Setup], size: Size, config: BenchConfig, device: torch.device,
         progress: Progress, result: BenchResult) -> None:
@@ -315,12 +315,14 @@ def _measure_size(
         try:
             networks[name] = build_network(name, size, config.checkpoint)
             result.counts.append(count_network(name, networks[name], size))
+            result.remarks += _describe_kernels(name, networks[name], setups)
         except (RuntimeError, AssertionError) as error:  # models for images of another size
             networks.pop(name, None)
             result.failures.append(f'{name} at {size[0]} x {size[1]}: {shorten(error)}')
     for batch in config.list_batches():
         batches = {name: take_batch(network, batch) for name, network in networks.items()}
-        candidates = [Candidate(name, setup, batches[name]) for name in batches for setup in setups]
+        candidates = [Candidate(name, setup, network) for name, network in batches.items()
+                      for setup in fit_setups(setups, network.fused)]
         records, failures = measure_group(candidates, config, device, progress)
         result.records += records
         result.failures += failures

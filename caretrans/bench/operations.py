@@ -13,11 +13,13 @@ KINDS = (
     'activation', 'normalisation', 'element-wise', COPIES, 'optimizer', GENERATED, REST)
 
 OURS = 'caretrans::'  # the operations of `caretrans.kernels`; one may launch kernels of several kinds
-OUR_KERNELS = (  # kind, names of our operations and of the kernels they launch
-    (DEPTHWISE, r'^(caretrans::mix_with_strips\w*|_convolve|_weight_gradients)$'),
-    (ATTENTION, r'^(caretrans::(attend|mix_with_attention)\w*|_forward|_backward)$'),
-    (POINTWISE, r'^(caretrans::expand|_expand)$'),  # with the GELU and the depth-wise convolution behind it
-)
+OUR_KERNELS = {  # our operations and the kernels they launch, by name: kind
+    **dict.fromkeys((f'{OURS}mix_with_strips', f'{OURS}mix_with_strips_backward'), DEPTHWISE),
+    **dict.fromkeys(('_convolve', '_weight_gradients'), DEPTHWISE),
+    **dict.fromkeys((f'{OURS}attend', f'{OURS}attend_backward', '_forward', '_backward'), ATTENTION),
+    **dict.fromkeys((f'{OURS}mix_with_attention', f'{OURS}mix_with_attention_backward'), ATTENTION),
+    **dict.fromkeys((f'{OURS}expand', '_expand'), POINTWISE),  # with GELU and depth-wise convolution
+}
 OPERATIONS = (  # kind, names of operations (aten's, oneDNN's, of compiled programs, of kernels); the first that matches
     (GENERATED, r'^(triton_|graph_\d+_cpp_|cpp_fused_|graph_\d+_kernel)'),
     ('optimizer', r'^Optimizer\.(step|zero_grad)#|_fused_adam|vector_norm|^_foreach_'),
@@ -41,9 +43,8 @@ def classify_operation(name: str, shapes: Sequence[Sequence[int]] = ()) -> Optio
         name: E.g. 'aten::conv2d', 'mkldnn::_convolution_pointwise', 'autograd::engine::evaluate_function: MmBackward0'.
         shapes: Of its arguments, () for those that are no tensors; they tell the convolutions apart.
     """
-    for kind, pattern in OUR_KERNELS:
-        if re.search(pattern, name):
-            return kind
+    if name in OUR_KERNELS:
+        return OUR_KERNELS[name]
     name = re.sub(r'^(\w+::)?(engine::evaluate_function: )?', '', name)
     for kind, pattern in OPERATIONS:
         if re.search(pattern, name, re.IGNORECASE):

@@ -96,7 +96,8 @@ def draw_accuracy_by_latency(
     if mixed:
         raise PlotError(f'Records of several values of {", ".join(mixed)} in one plot: draw each by itself.')
     for record in drawn:
-        name = f'{record["backend"]}, {record["dtype"]}, {record["layout"]}'
+        ours = [record['kernels']] * (record['kernels'] != 'torch')
+        name = ', '.join([record['backend'], record['dtype'], record['layout'], *ours])
         series[name].append((record['median_ms'], find_accuracy(record['model']), record['model']))
     figure, axes = _start(
         'Accuracy against latency', _describe_facts(drawn), f'latency of a batch of {drawn[0]["batch"]}, median, ms',

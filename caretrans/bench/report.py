@@ -12,8 +12,9 @@ from .config import BenchConfig
 from .inference import BenchResult
 from .published import FOOTNOTES
 from .tables import format_table
+from .training_curves import draw_curves, record_curves, write_curves
 
-__all__ = ['describe_counts', 'describe_records', 'describe_result', 'write_result']
+__all__ = ['describe_counts', 'describe_records', 'describe_result', 'list_contents', 'write_result']
 
 NOT_IN_TABLE = ('the memory of this backend is not seen',)  # a dash says it
 
@@ -63,12 +64,14 @@ def describe_counts(counts: Sequence[Dict[str, Any]], markdown: bool = False) ->
 
 def describe_records(records: Sequence[Dict[str, Any]], markdown: bool = False) -> List[str]:
     """A line for each candidate: milliseconds of a batch, images/s, memory, and how it compares with its reference."""
-    header = ['model', 'backend', 'format', 'layout', 'image', 'batch', 'median ms', 'p10', 'p90', 'images/s',
-              'peak MiB', 'times as fast', 'p10 to p90', 'error', '']
+    has_kernels = any(r['kernels'] != 'torch' for r in records)
+    header = ['model', 'backend', 'format', 'layout', *['kernels'] * has_kernels, 'image', 'batch', 'median ms', 'p10',
+              'p90', 'images/s', 'peak MiB', 'times as fast', 'p10 to p90', 'error', '']
     rows = [[
         f'`{r["model"]}`' if markdown else r['model'], r['backend'], r['dtype'], r['layout'],
-        f'{r["height"]} x {r["width"]}', r['batch'], r['median_ms'], r['p10_ms'], r['p90_ms'], r['images_per_s'],
-        r['peak_mib'], r['ratio'], f'{r["ratio_p10"]:.2f} to {r["ratio_p90"]:.2f}', f'{r["error"]:.0e}',
+        *[r['kernels']] * has_kernels, f'{r["height"]} x {r["width"]}', r['batch'], r['median_ms'], r['p10_ms'],
+        r['p90_ms'], r['images_per_s'], r['peak_mib'], r['ratio'],
+        f'{r["ratio_p10"]:.2f} to {r["ratio_p90"]:.2f}', f'{r["error"]:.0e}',
         'noisy' if r['noisy'] else ''] for r in records]
     return format_table(header, rows, markdown)
 
@@ -91,13 +94,18 @@ def _name_references(result: BenchResult) -> str:
     return f'{ways.pop()} of the same model' if len(ways) == 1 else 'the first way of the same model'
 
 
+def _name_candidate(record: Dict[str, Any]) -> str:
+    kernels = '' if record['kernels'] == 'torch' else f' {record["kernels"]}'
+    return f'{record["model"]} {record["backend"]} {record["dtype"]}{kernels}, batch {record["batch"]}'
+
+
 def _describe_notes(records: Sequence[Dict[str, Any]]) -> List[str]:
     """What a reader of the figures must know, each once, with the candidates that it is about."""
     about: Dict[str, List[str]] = {}
-    for r in records:
-        for note in r['notes']:
+    for record in records:
+        for note in record['notes']:
             if note not in NOT_IN_TABLE:
-                about.setdefault(note, []).append(f'{r["model"]} {r["backend"]} {r["dtype"]}, batch {r["batch"]}')
+                about.setdefault(note, []).append(_name_candidate(record))
     return [f'{note} ({"all" if len(names) == len(records) > 1 else "; ".join(names)})'
             for note, names in about.items()]
 
@@ -134,8 +142,20 @@ def _write_csv(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
         writer.writerows(map(_flatten, rows))
 
 
+def list_contents(result: BenchResult) -> Dict[str, Any]:
+    """A result as plain values, for JSON."""
+    return dict(dataclasses.asdict(result), curves=[record_curves(comparison) for comparison in result.curves])
+
+
+def _write_curves(result: BenchResult, folder: Path) -> None:
+    for number, comparison in enumerate(result.curves, 1):
+        stem = 'curves' if len(result.curves) == 1 else f'curves-{number}'
+        write_curves(comparison, folder / f'{stem}.csv')
+        result.plots.append(str(draw_curves(comparison, folder / f'{stem}.png')))
+
+
 def write_result(result: BenchResult, config: BenchConfig) -> Path:
-    """Write results.json (everything), and results, counts, training and profiles as CSV, into the folder of a config.
+    """Write results.json, and results, counts, training, profiles and curves as CSV, into the folder of a config.
 
     Raises:
         ConfigError: It cannot be written.
@@ -143,7 +163,8 @@ def write_result(result: BenchResult, config: BenchConfig) -> Path:
     folder = Path(config.output or f'runs/benchmark/{time.strftime("%Y%m%d-%H%M%S")}')
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        contents = dict(dataclasses.asdict(result), config=dataclasses.asdict(config))
+        _write_curves(result, folder)
+        contents = dict(list_contents(result), config=dataclasses.asdict(config))
         (folder / 'results.json').write_text(json.dumps(contents, indent=2) + '\n')
         _write_csv(folder / 'results.csv', result.records)
         _write_csv(folder / 'counts.csv', result.counts)

@@ -9,12 +9,13 @@ from ..engine import resolve_device
 from ..machine import describe_device
 from ..progress import Progress
 from .accuracy import describe_accuracy, measure_accuracy
-from .backends import IN_TORCH, TORCH_DTYPES, Network, Setup, prepare
+from .backends import IN_TORCH, TORCH_DTYPES, Network, Setup, fit_setups, prepare
 from .bounds import describe_bounds, trace_operations
 from .config import BenchConfig, expand_models, list_setups
 from .device_rates import measure_rates
 from .growth import measure_growth
 from .inference import BenchResult, build_network, run_inference, shorten, take_batch, use_threads
+from .learning import bench_curves, list_comparisons
 from .plots import PlotError, draw_accuracy_by_gmacs, draw_accuracy_by_latency, draw_growth, draw_parts
 from .profiling import describe_profile, list_profile, profile_call
 from .training import TrainingBench, bench_training, describe_training
@@ -48,11 +49,13 @@ def run_benches(config: BenchConfig, stream: Optional[TextIO] = None) -> BenchRe
         CheckpointError: The checkpoint does not fit the model.
     """
     names, device = expand_models(config.model), resolve_device(config.device)
-    setups, _ = list_setups(config, device)
+    setups, left_out = list_setups(config, device)
     benches = config.list_benches()
     if 'train' in benches:
         _check(config, device)
-    result = run_inference(config, stream) if 'infer' in benches else BenchResult(describe_device(device))
+    comparisons = list_comparisons(config, names, device) if 'curves' in benches else []
+    result = run_inference(config, stream) if 'infer' in benches else BenchResult(
+        describe_device(device), remarks=left_out if 'profile' in benches else [])
     with use_threads(config.threads):
         if 'profile' in benches:
             _profile_all(config, names, setups, result)
@@ -60,6 +63,8 @@ def run_benches(config: BenchConfig, stream: Optional[TextIO] = None) -> BenchRe
             _score_all(config, names, setups, result, stream)
         if 'train' in benches:
             _train_all(config, names, device, result, stream)
+        if comparisons:
+            bench_curves(comparisons, config.steps, device, result, stream)
         if config.plots:
             _draw_all(config, names, device, result)
     return result
@@ -72,7 +77,7 @@ def _profile_all(config: BenchConfig, names: List[str], setups: List[Setup], res
         for size in config.sizes:
             network = build_network(name, size, config.checkpoint)
             for batch in config.list_batches():
-                for setup in setups:
+                for setup in fit_setups(setups, network.fused):
                     if setup.backend in IN_TORCH:
                         _profile(name, take_batch(network, batch), setup, result)
 
@@ -92,7 +97,7 @@ def _profile(name: str, network: Network, setup: Setup, result: BenchResult) -> 
         return
     result.profiles[title] = list_profile(
         profile, model=name, backend=setup.backend, device=describe_device(setup.device), dtype=setup.dtype,
-        layout=setup.layout, batch=batch, height=height, width=width, threads=setup.threads)
+        layout=setup.layout, batch=batch, height=height, width=width, threads=setup.threads, kernels=runner.kernels)
     result.texts.append(f'{title}\n{text}')
 
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 __all__ = [
-    'MAX_SELF_RATIO', 'MAX_SPREAD', 'CandidateError', 'compare_rounds', 'judge_noise', 'measure_peak', 'summarise',
-    'synchronise', 'time_block', 'time_interleaved']
+    'MAX_SELF_RATIO', 'MAX_SPREAD', 'CandidateError', 'compare_rounds', 'is_out_of_memory', 'judge_noise',
+    'measure_peak', 'summarise', 'synchronise', 'time_block', 'time_interleaved']
 
 Run = Callable[[], Any]
 Rounds = List[List[float]]  # seconds of each run, a row for each round
@@ -32,6 +32,14 @@ class CandidateError(RuntimeError):
     def __init__(self, name: str) -> None:
         super().__init__(f'{name} failed while it was timed.')
         self.name = name
+
+
+def is_out_of_memory(error: Optional[BaseException]) -> bool:
+    """Whether memory did not suffice, of a GPU or of the processor, as each library says it."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    signs = ('out of memory', 'not enough memory', "can't allocate memory", 'failed to allocate memory', 'bad_alloc')
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
 
 
 # Time -----------------------------------------------------------------------------------------------------------------

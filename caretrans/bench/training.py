@@ -23,9 +23,17 @@ from ..engine import Step, Stepper, train_steps
 from ..loader import Pass
 from ..machine import describe_device, list_versions
 from ..randomness import seed_everything
-from ..training import build_mixup, build_model
+from ..training import build_mixup, build_model, put_kernels
 from .lively import enliven
-from .timing import CandidateError, compare_rounds, judge_noise, measure_peak, summarise, time_block, time_interleaved
+from .timing import (
+    compare_rounds,
+    is_out_of_memory,
+    judge_noise,
+    measure_peak,
+    summarise,
+    time_block,
+    time_interleaved,
+)
 from .training_ways import PUBLISHED, Way, list_ways, parse_way, training_precision
 
 __all__ = ['TOLERANCES', 'TrainingBench', 'bench_training', 'describe_training']
@@ -114,7 +122,8 @@ class Candidate:
         config = bench.configure(batch, way)
         model = copy.deepcopy(subject.model).to(device, dtype, memory_format=way.memory_format)
         teacher = None if subject.teacher is None else copy.deepcopy(subject.teacher).to(dtype)
-        task = build_task(config, way.put_kernels(model), device, way.memory_format, teacher)
+        put_kernels(model, config)
+        task = build_task(config, model, device, way.memory_format, teacher)
         if config.compile:
             task.compile()
         self.stepper = Stepper(
@@ -149,16 +158,12 @@ class Candidate:
 
 # Memory and correctness -----------------------------------------------------------------------------------------------
 
-def _is_out_of_memory(error: Optional[BaseException]) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def _make_reference(bench: TrainingBench, subject: Subject) -> Tuple[First, str]:
     """The first step in float64, and the name of that; in float32 where float64 does not fit."""
     try:
         return Candidate(bench, subject, Way(), torch.float64).make_first(), 'float64'
-    except RuntimeError as error:
-        if not _is_out_of_memory(error):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
     _release(bench.device)
     return Candidate(bench, subject, Way()).make_first(), 'float32'
@@ -212,7 +217,7 @@ def _prepare(bench: TrainingBench, subject: Subject, way: Way, reference: First,
         standing.steps = max(round(bench.block_seconds / sum(time_block(candidate, 1, bench.device))), 1)
         standing.candidate = candidate
     except Exception as error:  # compilers and kernels fail in many ways; the other ways are measured all the same
-        if _is_out_of_memory(error) or not way.changes:
+        if is_out_of_memory(error) or not way.changes:
             raise
         _logger.warning(f'{bench.model}, {way.name} failed: {error}')
         standing.notes.append(f'not timed: {type(error).__name__}: {" ".join(str(error).split())[:200]}')
@@ -224,7 +229,7 @@ def _measure(
     """The records of all ways, the published one first, with a batch.
 
     Raises:
-        torch.OutOfMemoryError, RuntimeError, CandidateError: It does not fit.
+        RuntimeError, MemoryError: It does not fit.
     """
     subject = Subject.make(bench, batch)
     torch.compiler.reset()  # PyTorch compiles one function only so many times
@@ -289,8 +294,8 @@ def bench_training(
     while batch >= 2:
         try:
             return _measure(bench, chosen, batch, report)
-        except (RuntimeError, CandidateError) as error:
-            if not _is_out_of_memory(error) and not _is_out_of_memory(error.__cause__):
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) and not is_out_of_memory(error.__cause__):
                 raise
         _release(bench.device)
         batch = batch // 4 * 2  # an even number, for mixup pairs images

@@ -28,18 +28,6 @@ __all__ = [
 SMOOTHING = 20  # of the steps: a mean over this part of the curve
 
 
-class _WayTrainer(Trainer):
-    """A run in some way: its kernels are in place before anything is compiled."""
-
-    def __init__(self, config: TrainConfig, way: Way, device: torch.device) -> None:
-        self.way = way
-        super().__init__(config, Processes(), device)
-
-    def _build_model(self) -> None:
-        super()._build_model()
-        self.way.put_kernels(self.model)
-
-
 def smooth_curve(losses: Sequence[float], window: Optional[int] = None) -> np.ndarray:
     """Means over `window` steps, by default a twentieth of the curve: (len(losses) - window + 1,)."""
     window = window or max(len(losses) // SMOOTHING, 1)
@@ -82,7 +70,7 @@ def _run(config: TrainConfig, way: Way, steps: int, device: torch.device, report
     """The losses of the first steps of a run."""
     with training_precision(way):
         torch.compiler.reset()
-        trainer = _WayTrainer(replace(config, **way.settings), way, device)
+        trainer = Trainer(replace(config, **way.settings), Processes(), device)
         losses: List[float] = []
         try:
             for epoch in range(math.ceil(steps / trainer.train_loader.steps)):
@@ -102,7 +90,7 @@ def _run(config: TrainConfig, way: Way, steps: int, device: torch.device, report
 
 def _set_epochs(config: TrainConfig, steps: int, device: torch.device) -> TrainConfig:
     """The config with as many epochs as hold the steps, for a schedule that ends where they do."""
-    trainer = Trainer(replace(config, compile=False), Processes(), device)
+    trainer = Trainer(replace(config, compile=False, kernels=False), Processes(), device)
     trainer.train_loader.close()
     epochs = math.ceil(steps / trainer.train_loader.steps)
     return replace(config, epochs=epochs, warmup_epochs=min(config.warmup_epochs, epochs - 1), cooldown_epochs=0)

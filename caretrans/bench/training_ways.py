@@ -1,20 +1,19 @@
 """Ways to make the same training step: layout, precision, compiler, kernels; the speed changes, not the mathematics."""
-import importlib.util
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Dict, FrozenSet, Iterator, Tuple
 
 import torch
-import torch.nn as nn
 
 from ..config import ConfigError
+from ..kernels import why_unavailable
 from .device_rates import allow_tf32
 
 __all__ = ['PUBLISHED', 'Way', 'list_ways', 'parse_way', 'training_precision']
 
 CHANGES = ('tf32', 'channels_last', 'bf16', 'fp16', 'compile', 'kernels')
 PUBLISHED = 'published'
-ON_GPU = ('tf32', 'kernels', 'fp16')
+ON_GPU = ('tf32', 'fp16')
 
 
 @dataclass(frozen=True)
@@ -28,9 +27,10 @@ class Way:
 
     @property
     def settings(self) -> Dict[str, Any]:
-        """Of a `TrainConfig`; the kernels have none."""
+        """Of a `TrainConfig`."""
         amp = next(iter(self.changes & {'bf16', 'fp16'}), 'off')
-        return dict(amp=amp, **{name: name in self.changes for name in ('tf32', 'channels_last', 'compile')})
+        switches = ('tf32', 'channels_last', 'compile', 'kernels')
+        return dict(amp=amp, **{name: name in self.changes for name in switches})
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -41,20 +41,6 @@ class Way:
         """Of the products, as records name it."""
         names = {'bf16': 'bfloat16', 'fp16': 'float16', 'tf32': 'tf32'}
         return next((names[change] for change in names if change in self.changes), 'float32')
-
-    def put_kernels(self, model: nn.Module) -> nn.Module:
-        """Swap in the Triton kernels, if this way has them.
-
-        Raises:
-            ConfigError: Not one of them runs in this network.
-        """
-        if 'kernels' in self.changes:
-            from ..kernels import use_kernels  # Triton is not everywhere
-            placements = use_kernels(model)
-            if not any(placement.runs == 'triton' for placement in placements):
-                reason = placements[0].reason if placements else f'{type(model).__name__} has no part for them'
-                raise ConfigError(f'{self.name}: no kernel runs here, {reason}: leave kernels out.')
-        return model
 
 
 def parse_way(name: str, device: torch.device) -> Way:
@@ -73,8 +59,9 @@ def parse_way(name: str, device: torch.device) -> Way:
     absent = [change for change in ON_GPU if change in changes]
     if device.type != 'cuda' and absent:
         raise ConfigError(f'{name!r}: {", ".join(absent)} needs a GPU, the device is {device}: leave it out.')
-    if 'kernels' in changes and importlib.util.find_spec('triton') is None:
-        raise ConfigError(f'{name!r}: the kernels need the package triton, which is not installed.')
+    reason = why_unavailable(device) if 'kernels' in changes else ''
+    if reason:
+        raise ConfigError(f'{name!r}: {reason}: leave kernels out.')
     return Way(changes)
 
 
@@ -83,7 +70,7 @@ def list_ways(device: torch.device) -> Tuple[str, ...]:
     alone = ('channels_last', 'bf16', 'compile')
     if device.type != 'cuda':
         return (PUBLISHED, *alone, 'channels_last+compile', 'channels_last+bf16+compile')
-    kernels = ('kernels',) if importlib.util.find_spec('triton') is not None else ()
+    kernels = () if why_unavailable(device) else ('kernels',)
     together = ('channels_last+bf16', 'channels_last+bf16+compile')
     most = (f'{way}+{change}' for way in together for change in kernels)
     return (PUBLISHED, 'tf32', *alone, *kernels, *together, *most)

@@ -7,6 +7,7 @@
 Every call looks where its input lies: on the CPU, in float64 and wherever Triton or the GPU is missing, PyTorch runs.
 Run a network once before its calls are captured in a CUDA graph: the first call of a size compiles and tunes kernels.
 """
+from collections import Counter
 from importlib.util import find_spec
 from typing import Any, List, NamedTuple, Sequence, Union
 
@@ -15,9 +16,10 @@ import torch.nn as nn
 
 from .modules import KERNEL_MODULES, PARTS, KernelModule, is_interpreted
 
-__all__ = ['PARTS', 'Placement', 'available', 'use_kernels', 'why_unavailable']
+__all__ = ['PARTS', 'Placement', 'available', 'describe_placements', 'use_kernels', 'why_unavailable']
 
 MIN_CAPABILITY = (8, 0)  # bfloat16 and TF32
+NOT_ASKED = 'not asked for'
 
 
 class Placement(NamedTuple):
@@ -74,13 +76,22 @@ def use_kernels(model: nn.Module, parts: Sequence[str] = ('mixer', 'attention'))
     return placements
 
 
+def describe_placements(placements: Sequence[Placement]) -> List[str]:
+    """A line for each part, where it runs and why, e.g. '12 x mixer: triton'; none for parts not asked for."""
+    counts = Counter(
+        (placement.part, placement.runs, placement.reason) for placement in placements
+        if placement.reason != NOT_ASKED)
+    return [f'{count} x {part}: {runs}' + (f', {reason}' if reason else '')
+            for (part, runs, reason), count in counts.items()]
+
+
 def _place(name: str, module: nn.Module, parts: Sequence[str], reason: str) -> List[Any]:
     torch_class = type(module).torch_class if isinstance(module, KernelModule) else type(module)
     kernel_class = KERNEL_MODULES.get(torch_class)
     if kernel_class is None:
         return []
     module.__class__ = torch_class
-    reason = reason or ('' if kernel_class.part in parts else 'not asked for') or kernel_class.why_not(module)
+    reason = reason or ('' if kernel_class.part in parts else NOT_ASKED) or kernel_class.why_not(module)
     if not reason:
         module.__class__ = kernel_class
     return [Placement(name, kernel_class.part, 'torch' if reason else 'triton', reason)]
