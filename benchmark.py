@@ -36,7 +36,8 @@ def measure(config: BenchConfig) -> int:
         print(json.dumps(list_contents(result), indent=2))
     else:
         print('\n'.join(describe_result(result, config.markdown)))
-        print(f'table: {folder / "results.csv"}   all: {folder / "results.json"}')
+        tables = ', '.join(sorted(path.name for path in folder.glob('*.csv')))
+        print(f'written to {folder}: results.json, {tables}')
     if config.update:
         update_readme(Path(config.readme), describe_result(result, markdown=True))
     for failure in result.failures:

@@ -120,7 +120,8 @@ def test_by_default_500_steps_of_the_way_with_most_changes_are_compared():
     (['--teacher', 'resnet18'], 'leave --teacher and --checkpoint out'), (['--ways', 'published'], 'published way is'),
     (['--img-size', '64x96'], '--img-size 64x96 with --bench curves'), (['--steps', '1'], 'steps is 1'),
     (['--ways', 'kernels'], 'not on cpu'), (['--data', 'nowhere'], "No data at 'nowhere'"),
-    (['--data', 'nowhere', '--bench', 'train'], '--data nowhere with --bench train: it is for --bench curves')])
+    (['--data', 'nowhere', '--bench', 'train'],
+     '--data nowhere with --bench train: it is for --bench accuracy and curves')])
 def test_curves_that_cannot_be_are_one_line_and_exit_code_2(call, flags, message):
     code, out, err = call('--bench', 'curves', '--device', 'cpu', *flags)
     assert code == 2 and out == '' and message in err and err.count('\n') == 1

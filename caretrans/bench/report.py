@@ -4,14 +4,14 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Sequence, Tuple
 
 from ..config import ConfigError
 from ..measure import KINDS
 from .config import BenchConfig
 from .inference import BenchResult
 from .published import FOOTNOTES
-from .tables import format_table
+from .tables import format_table, format_value
 from .training_curves import draw_curves, record_curves, write_curves
 
 __all__ = ['describe_counts', 'describe_records', 'describe_result', 'list_contents', 'write_result']
@@ -62,18 +62,35 @@ def describe_counts(counts: Sequence[Dict[str, Any]], markdown: bool = False) ->
     return format_table(header, rows, markdown)
 
 
-def describe_records(records: Sequence[Dict[str, Any]], markdown: bool = False) -> List[str]:
+def describe_records(records: Sequence[Dict[str, Any]]) -> List[str]:
     """A line for each candidate: milliseconds of a batch, images/s, memory, and how it compares with its reference."""
     has_kernels = any(r['kernels'] != 'torch' for r in records)
     header = ['model', 'backend', 'format', 'layout', *['kernels'] * has_kernels, 'image', 'batch', 'median ms', 'p10',
               'p90', 'images/s', 'peak MiB', 'times as fast', 'p10 to p90', 'error', '']
     rows = [[
-        f'`{r["model"]}`' if markdown else r['model'], r['backend'], r['dtype'], r['layout'],
+        r['model'], r['backend'], r['dtype'], r['layout'],
         *[r['kernels']] * has_kernels, f'{r["height"]} x {r["width"]}', r['batch'], r['median_ms'], r['p10_ms'],
         r['p90_ms'], r['images_per_s'], r['peak_mib'], r['ratio'],
         f'{r["ratio_p10"]:.2f} to {r["ratio_p90"]:.2f}', f'{r["error"]:.0e}',
         'noisy' if r['noisy'] else ''] for r in records]
-    return format_table(header, rows, markdown)
+    return format_table(header, rows)
+
+
+def compare_models(records: Sequence[Dict[str, Any]]) -> List[str]:
+    """A Markdown table: a row for each model, size and batch, for each way of running it ms and times as fast."""
+    ways = list(dict.fromkeys(_name_way(record) for record in records))
+    rows: Dict[Tuple[Any, ...], Dict[str, str]] = {}
+    for r in records:
+        cell = f'{format_value(r["median_ms"])} ({r["ratio"]:.2f}' + (', noisy)' if r['noisy'] else ')')
+        rows.setdefault((f'`{r["model"]}`', f'{r["height"]} x {r["width"]}', r['batch']), {})[_name_way(r)] = cell
+    return format_table(
+        ['model', 'image', 'batch', *(f'{way}, ms' for way in ways)],
+        [[*row, *(cells.get(way) for way in ways)] for row, cells in rows.items()], markdown=True)
+
+
+def _name_way(record: Dict[str, Any]) -> str:
+    kernels = '' if record['kernels'] == 'torch' else f' {record["kernels"]}'
+    return f'{record["backend"]} {record["dtype"]}{kernels}'
 
 
 def _describe_conditions(result: BenchResult) -> List[str]:
@@ -95,8 +112,7 @@ def _name_references(result: BenchResult) -> str:
 
 
 def _name_candidate(record: Dict[str, Any]) -> str:
-    kernels = '' if record['kernels'] == 'torch' else f' {record["kernels"]}'
-    return f'{record["model"]} {record["backend"]} {record["dtype"]}{kernels}, batch {record["batch"]}'
+    return f'{record["model"]} {_name_way(record)}, batch {record["batch"]}'
 
 
 def _describe_notes(records: Sequence[Dict[str, Any]]) -> List[str]:
@@ -118,7 +134,8 @@ def describe_result(result: BenchResult, markdown: bool = False) -> List[str]:
     elif result.counts:
         lines += describe_counts(result.counts, markdown) + ['']
     if result.records:
-        lines += describe_records(result.records, markdown) + [''] + _describe_conditions(result)
+        lines += compare_models(result.records) if markdown else describe_records(result.records)
+        lines += ['', *_describe_conditions(result)]
     for text in result.texts:
         lines += ['', *text.splitlines()]
     notes = _describe_notes(result.records)

@@ -2,6 +2,7 @@
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, TextIO
 
+import timm
 import torch
 
 from ..config import ConfigError
@@ -110,6 +111,7 @@ def _score_all(
     if len(names) > 1 or len(config.sizes) > 1 or height != width:
         raise ConfigError('--bench accuracy takes one --model and one square --img-size.')
     size = height if config.img_size != BenchConfig().img_size else None
+    setups = fit_setups(setups, timm.create_model(names[0]))
     result.accuracy = measure_accuracy(config.checkpoint, setups, config.data, names[0], size, stream)
     result.texts.append('\n'.join(describe_accuracy(result.accuracy, config.markdown)))
 
