@@ -7,7 +7,11 @@ from pathlib import Path
 
 os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # before torch is loaded: its profiler counts memory here, silently
 
-import caretrans  # noqa: E402, F401 (registers the models)
+try:
+    import caretrans  # noqa: E402, F401 (registers the models)
+except ModuleNotFoundError as error:
+    print(f'benchmark.py: {error}: take .venv/bin/python, which bash cmd/benchmark.sh makes.', file=sys.stderr)
+    sys.exit(2)
 from caretrans.bench.config import BenchConfig, parse_bench_config  # noqa: E402
 from caretrans.bench.readme import check_readme, update_readme  # noqa: E402
 from caretrans.bench.report import describe_result, list_contents, write_result  # noqa: E402

@@ -101,8 +101,8 @@ def _describe_conditions(result: BenchResult) -> List[str]:
         f'{result.device}, {first["threads"]} thread(s); {first["warmup"]} runs to warm up, then '
         f'{" to ".join(str(n) for n in (runs[0], runs[-1])[:len(runs)])} timed, interleaved',
         f'{versions}',
-        f'times as fast: than {_name_references(result)}, median over rounds; error: of the logits against float64, '
-        f'relative to the largest']
+        f'times as fast (in brackets where each way has a column): than {_name_references(result)}, median of rounds; '
+        f'error: of the logits against float64, relative to the largest']
 
 
 def _name_references(result: BenchResult) -> str:
@@ -126,8 +126,15 @@ def _describe_notes(records: Sequence[Dict[str, Any]]) -> List[str]:
             for note, names in about.items()]
 
 
+def _describe_remarks(result: BenchResult) -> List[str]:
+    """What holds for the whole of a result, a line each."""
+    published = list(FOOTNOTES) if any(count['published'] for count in result.counts) else []
+    return [*result.remarks, *_describe_notes(result.records), *published, *(f'plot: {path}' for path in result.plots),
+            *(f'failed: {failure}' for failure in result.failures)]
+
+
 def describe_result(result: BenchResult, markdown: bool = False) -> List[str]:
-    """All that was measured, for people."""
+    """All that was measured, for people; in Markdown tables of several models, which name the noisy ones."""
     lines: List[str] = []
     if len(result.counts) == 1 and not markdown:
         lines += _describe_model(result.counts[0]) + ['']
@@ -135,13 +142,11 @@ def describe_result(result: BenchResult, markdown: bool = False) -> List[str]:
         lines += describe_counts(result.counts, markdown) + ['']
     if result.records:
         lines += compare_models(result.records) if markdown else describe_records(result.records)
-        lines += ['', *_describe_conditions(result)]
-    for text in result.texts:
-        lines += ['', *text.splitlines()]
-    notes = _describe_notes(result.records)
-    published = list(FOOTNOTES) if any(count['published'] for count in result.counts) else []
-    plots = [f'plot: {path}' for path in result.plots]
-    return lines + result.remarks + notes + published + plots + [f'failed: {failure}' for failure in result.failures]
+        lines += ['']
+    remarks = (_describe_conditions(result) if result.records else []) + _describe_remarks(result)
+    if markdown:
+        remarks = [f'- {remark}' for remark in remarks if not remark.startswith('noisy: ')]
+    return lines + [line for text in result.texts for line in ('', *text.splitlines(), '')] + remarks
 
 
 def _flatten(record: Dict[str, Any]) -> Dict[str, Any]:
