@@ -12,9 +12,11 @@ import copy
 import importlib.util
 import os
 import shutil
+import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
@@ -244,18 +246,28 @@ def _guard(forward: Callable[[], Any], setup: Setup) -> Callable[[], Any]:
     return run
 
 
-def _compile(model: nn.Module, images: torch.Tensor, setup: Setup) -> Tuple[Callable[[], Any], Optional[int]]:
-    """Inductor: with weights as constants on a CPU, with its search for the best kernels and CUDA graphs on a GPU."""
-    import torch._dynamo.config as dynamo
+def _compile_ahead(model: nn.Module, images: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Inductor for a processor: ahead of time, weights as constants, no Python between the kernels."""
     import torch._inductor.config as inductor
 
-    is_cpu = setup.device.type == 'cpu'
-    compiled = torch.compile(model, dynamic=False, fullgraph=True, mode=None if is_cpu else 'max-autotune')
+    with torch.no_grad(), inductor.patch(freezing=True), tempfile.TemporaryDirectory() as folder:
+        package = torch._inductor.aoti_compile_and_package(
+            torch.export.export(model, (images,)), package_path=str(Path(folder) / 'network.pt2'))
+        return torch._inductor.aoti_load_package(package)
+
+
+def _compile(model: nn.Module, images: torch.Tensor, setup: Setup) -> Tuple[Callable[[], Any], Optional[int]]:
+    """Inductor: ahead of time on a processor, with its search for the best kernels and CUDA graphs on a GPU."""
+    import torch._dynamo.config as dynamo
+
+    if setup.device.type == 'cpu':
+        ahead = _compile_ahead(model, images)
+        return _guard(lambda: ahead(images), setup), None
+    compiled = torch.compile(model, dynamic=False, fullgraph=True, mode='max-autotune')
     run = _guard(lambda: compiled(images), setup)
-    # Many networks of one class are compiled side by side.
-    with inductor.patch(freezing=is_cpu), dynamo.patch(cache_size_limit=1024, accumulated_cache_size_limit=4096):
+    with dynamo.patch(cache_size_limit=1024, accumulated_cache_size_limit=4096):  # many networks of one class
         run()
-    return run, None if is_cpu else _trace_cuda_peak(lambda: [run() for _ in range(3)], setup.device)  # records graphs
+    return run, _trace_cuda_peak(lambda: [run() for _ in range(3)], setup.device)  # records graphs
 
 
 def _capture(model: nn.Module, images: torch.Tensor, setup: Setup) -> Tuple[Callable[[], Any], int]:
