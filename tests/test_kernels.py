@@ -171,7 +171,8 @@ def test_attention_within_a_mixer_is_named_where_it_runs_as_a_kernel_of_its_own(
     def place(*parts):
         """Attentions that are named, by where they run; and those that have a kernel of their own."""
         named = {p.name: p.runs for p in caretrans.kernels.use_kernels(model, parts) if p.part == 'attention'}
-        return named, [name for name in attention if isinstance(model.get_submodule(name), caretrans.kernels.KernelModule)]
+        return named, [
+            name for name in attention if isinstance(model.get_submodule(name), caretrans.kernels.KernelModule)]
 
     assert attention
     assert place('attention') == (dict.fromkeys(attention, 'triton'), attention)
