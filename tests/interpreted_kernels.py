@@ -22,6 +22,18 @@ attend = linear_attention.attend
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
+class Launches:
+    """Stands in for a kernel of a module, launches it and keeps the grids."""
+
+    def __init__(self, monkeypatch, module, name: str) -> None:
+        self.kernel, self.grids = getattr(module, name), []
+        monkeypatch.setattr(module, name, self)
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return self.kernel[grid]
+
+
 def test_this_process_interprets():
     assert INTERPRETED and caretrans.kernels.available('cpu')
     assert 'interpreter' in caretrans.kernels.why_unavailable('cuda')
@@ -55,8 +67,10 @@ def test_large_queries_and_keys_do_not_overflow(dtype, scale):
 @pytest.mark.parametrize('shape', [(1, 2, 16, 16, 100), (1, 1, 32, 24, 131)], ids=str)
 def test_heads_split_over_programs(monkeypatch, shape, dtype):
     monkeypatch.setattr(linear_attention, 'POSITIONS_OF_A_PROGRAM', 30)
-    assert linear_attention.split_positions(shape[1], shape[4])[0] > 2
+    launches = [Launches(monkeypatch, linear_attention, name) for name in ('_forward', '_backward')]
     check_attention(attend, shape, dtype)
+    for kernel, steps in zip(launches, (3, 2), strict=True):  # sums and queries, again the sums; queries and keys
+        assert len(kernel.grids) == steps and all(splits > 2 for _, splits in kernel.grids)
 
 
 def test_a_wrong_eps_is_caught():
@@ -118,11 +132,25 @@ def test_convolutions_are_written_completely_and_nothing_else_is():
     assert room[:, :2].isnan().all() and room[:, 14:].isnan().all()
 
 
-def test_gradients_of_weights_are_summed_over_splits(monkeypatch):
-    x, grad, weights = torch.randn(3, 4, 9, 9), torch.randn(3, 4, 9, 9), [torch.randn(2, 1, n, n) for n in (3, 7)]
-    whole = depthwise.sum_weight_gradients(x, grad, weights)
-    monkeypatch.setattr(depthwise, 'PROGRAMS', 4)
-    torch.testing.assert_close(depthwise.sum_weight_gradients(x, grad, weights), whole)
+@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('strips', [False, True])
+@pytest.mark.parametrize('shape', [(1, 17, 17), (2, 14, 20)], ids=str)
+def test_gradients_of_weights_are_summed_over_splits(monkeypatch, shape, strips, channels_last):
+    """Splits whose lengths are no multiples of those of the tiles: the last tile of each reaches into the next."""
+    launches = Launches(monkeypatch, depthwise, '_weight_gradients')
+    sizes = [(11, 1), (1, 11), (3, 3), (7, 7)] if strips else [(3, 3), (7, 7)]
+    x = slice_of(9 if strips else 6, 2, shape, channels_last, torch.float64, 'cpu')
+    parameters = [torch.randn(3, 1, *size, dtype=torch.float64) for size in sizes]
+    parameters += [torch.randn(3, dtype=torch.float64) for _ in sizes]
+
+    def call(convolve):
+        return lambda x, *p: convolve(x, list(p[:len(sizes)]), list(p[len(sizes):]))
+
+    found, expected = (
+        run(call(convolve), (x, *parameters)) for convolve in (mix_with_strips, depthwise.convolve_in_torch))
+    assert error_of(found, expected) <= 1e-12
+    (_, splits), = launches.grids
+    assert splits > 1
 
 
 # Expansion ------------------------------------------------------------------------------------------------------------

@@ -56,7 +56,9 @@ def test_large_queries_and_keys_do_not_overflow(dtype):
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
 @pytest.mark.parametrize('channels_last', [False, True])
-@pytest.mark.parametrize('shape', [*MIXERS, (8, (8, 8), 0, 56, 56), (8, (32, 32), 2, 14, 14)], ids=str)
+@pytest.mark.parametrize('shape', [
+    *MIXERS, (8, (8, 8), 0, 56, 56), (8, (32, 32), 2, 14, 14), (64, (64, 64), 2, 7, 7), (128, (24, 24), 0, 17, 13),
+    (128, (32, 32), 2, 14, 14)], ids=str)
 def test_mixers_equal_their_modules(shape, channels_last, dtype):
     check_mixer(shape, dtype, channels_last, device=DEVICE)
 

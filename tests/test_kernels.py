@@ -10,6 +10,7 @@ import caretrans.fuse
 import caretrans.kernels
 import pytest
 import torch
+from caretrans.models.care import LinearAttention
 from kernel_checks import expansion_inputs
 from launch import run
 from reference import filled_model
@@ -153,12 +154,30 @@ def test_a_network_with_kernels_runs_in_pytorch_when_it_comes_to_the_cpu(monkeyp
     expected, keys = model(x), list(model.state_dict())
     monkeypatch.setattr(caretrans.kernels, 'why_unavailable', lambda device: '')  # as if it had been on a GPU
     placements = caretrans.kernels.use_kernels(model, parts=caretrans.kernels.PARTS)
-    assert {'mixer', 'attention'} <= {placement.part for placement in placements if placement.runs == 'triton'}
+    assert {placement.part for placement in placements if placement.runs == 'triton'} == (
+        {'mixer', 'expansion'} if fused else {'mixer'})
     assert isinstance(model.stages[0].blocks[0].mixer, caretrans.kernels.KernelModule)
     assert torch.equal(model(x), expected) and torch.equal(copy.deepcopy(model)(x), expected)
     assert list(model.state_dict()) == keys
     caretrans.kernels.use_kernels(model, parts=())
     assert not any(isinstance(module, caretrans.kernels.KernelModule) for module in model.modules())
+
+
+def test_attention_within_a_mixer_is_named_where_it_runs_as_a_kernel_of_its_own(monkeypatch):
+    model = filled_model('care_s0', num_classes=7)
+    attention = [name for name, module in model.named_modules() if isinstance(module, LinearAttention)]
+    monkeypatch.setattr(caretrans.kernels, 'why_unavailable', lambda device: '')
+
+    def place(*parts):
+        """Attentions that are named, by where they run; and those that have a kernel of their own."""
+        named = {p.name: p.runs for p in caretrans.kernels.use_kernels(model, parts) if p.part == 'attention'}
+        return named, [
+            name for name in attention if isinstance(model.get_submodule(name), caretrans.kernels.KernelModule)]
+
+    assert attention
+    assert place('attention') == (dict.fromkeys(attention, 'triton'), attention)
+    assert place('mixer', 'attention') == ({}, [])
+    assert place() == (dict.fromkeys(attention, 'torch'), [])
 
 
 def test_why_there_are_no_kernels(monkeypatch):

@@ -9,7 +9,7 @@ Run a network once before its calls are captured in a CUDA graph: the first call
 """
 from collections import Counter
 from importlib.util import find_spec
-from typing import Any, List, NamedTuple, Sequence, Union
+from typing import List, NamedTuple, Sequence, Union
 
 import torch
 import torch.nn as nn
@@ -61,7 +61,7 @@ def use_kernels(model: nn.Module, parts: Sequence[str] = ('mixer', 'attention'))
             'attention': `LinearAttention` elsewhere, forward and backward; 'expansion': expansion, GELU and depth-wise
             convolution of interactions whose normalisation is folded (`caretrans.fuse`), in inference.
     Returns:
-        A `Placement` for each module that has a kernel version.
+        A `Placement` for each module that has a kernel version, save the attention of a mixer that runs in Triton.
     Raises:
         ValueError: An unknown part.
     """
@@ -71,8 +71,14 @@ def use_kernels(model: nn.Module, parts: Sequence[str] = ('mixer', 'attention'))
     tensor = next(model.parameters(), None)
     reason = why_unavailable('cpu' if tensor is None else tensor.device)
     placements: List[Placement] = []
+    within = set()  # of mixers with kernels, which call nothing of their attention but its projection
     for name, module in model.named_modules():
+        if module in within:
+            _restore(module)
+            continue
         placements.extend(_place(name, module, parts, reason))
+        if isinstance(module, KernelModule) and module.part == 'mixer':
+            within.add(module.long_range)
     return placements
 
 
@@ -85,12 +91,16 @@ def describe_placements(placements: Sequence[Placement]) -> List[str]:
             for (part, runs, reason), count in counts.items()]
 
 
-def _place(name: str, module: nn.Module, parts: Sequence[str], reason: str) -> List[Any]:
-    torch_class = type(module).torch_class if isinstance(module, KernelModule) else type(module)
-    kernel_class = KERNEL_MODULES.get(torch_class)
+def _restore(module: nn.Module) -> None:
+    if isinstance(module, KernelModule):
+        module.__class__ = type(module).torch_class
+
+
+def _place(name: str, module: nn.Module, parts: Sequence[str], reason: str) -> List[Placement]:
+    _restore(module)
+    kernel_class = KERNEL_MODULES.get(type(module))
     if kernel_class is None:
         return []
-    module.__class__ = torch_class
     reason = reason or ('' if kernel_class.part in parts else NOT_ASKED) or kernel_class.why_not(module)
     if not reason:
         module.__class__ = kernel_class

@@ -145,12 +145,13 @@ def _sum_taps(
     c, t = block * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, T)
     i, j = t // KW - KH // 2, t % KW - KW // 2
     start = tl.program_id(1) * per_split
+    stop = tl.minimum(start + per_split, B * H * W)
     acc = tl.zeros((BLOCK_P, T, BLOCK_C), ACC)
-    for first in range(start, tl.minimum(start + per_split, B * H * W), BLOCK_P):
+    for first in range(start, stop, BLOCK_P):
         p = first + tl.arange(0, BLOCK_P)
         b, h, w = (p // (H * W)).to(tl.int64), p // W % H, p % W
         row, col = h[:, None] + i[None, :], w[:, None] + j[None, :]
-        present = (b < B)[:, None] & (c < chs)[None, :]
+        present = (p < stop)[:, None] & (c < chs)[None, :]
         positions = (b * grad_b + h * grad_h + w * grad_w) * UNIT
         g = tl.load(grad + positions[:, None] + c[None, :] * grad_c, mask=present, other=0.)
         inside = (row >= 0) & (row < H) & (col >= 0) & (col < W) & (t < KH * KW)[None, :]
