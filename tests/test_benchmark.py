@@ -67,6 +67,18 @@ def test_a_gpu_that_is_not_there_is_refused(call):
     assert call('--device', 'cuda')[0::2] == (2, 'benchmark.py: device=cuda, but there is only cpu here.\n')
 
 
+@pytest.mark.parametrize('flags, message', [
+    (['--output', 'FILE'], '--output .*README.md: .* is not a folder'), (['--plots', 'FILE/here'], '--plots .*here: '),
+    (['--update', '--readme', 'FILE'], 'has no place for the tables'),
+    (['--update', '--readme', 'none.md'], 'none.md is not a file that can be written')])
+def test_what_cannot_be_written_is_refused_before_anything_is_measured(call, tmp_path, monkeypatch, flags, message):
+    file = tmp_path / 'README.md'
+    file.write_text('no markers\n')
+    monkeypatch.setattr(benchmark, 'run_benches', None)
+    code, out, err = call(*[flag.replace('FILE', str(file)) for flag in flags])
+    assert code == 2 and out == '' and re.search(message, err) and err.count('\n') == 1
+
+
 # What is asked for ----------------------------------------------------------------------------------------------------
 
 def test_names_wildcards_and_paper_stand_for_models():
@@ -281,6 +293,15 @@ def test_a_model_for_another_size_is_reported(call, tmp_path):
 def test_what_lack_of_memory_looks_like(error, is_memory):
     assert is_out_of_memory(error) == is_memory and not is_out_of_memory(WrongOutputError('wrong'))
     assert not is_out_of_memory(None)
+
+
+@pytest.mark.parametrize('name', ['Fail', 'RuntimeException'])
+def test_lack_of_memory_is_seen_in_the_exceptions_of_onnx_runtime(name):
+    state = pytest.importorskip('onnxruntime.capi.onnxruntime_pybind11_state')
+    error = getattr(state, name)
+    assert not issubclass(error, RuntimeError)
+    assert is_out_of_memory(error('Failed to allocate memory for requested buffer of size 9'))
+    assert not is_out_of_memory(error('Invalid rank for input'))
 
 
 # The README -----------------------------------------------------------------------------------------------------------

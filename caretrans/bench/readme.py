@@ -1,4 +1,5 @@
 """The tables of a README: their parameters and multiply-adds counted again, and the measured ones written anew."""
+import os
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +13,7 @@ from ..measure import count_operations, count_parameters, make_empty
 from .backends import rewrite
 from .config import parse_size
 
-__all__ = ['BEGIN', 'END', 'check_readme', 'update_readme']
+__all__ = ['BEGIN', 'END', 'check_readme', 'find_place', 'update_readme']
 
 BEGIN, END = '<!-- benchmark: begin -->', '<!-- benchmark: end -->'
 COLUMNS = {  # header of a column: what it holds, in units of
@@ -78,15 +79,26 @@ def check_readme(path: Path) -> Tuple[int, List[str]]:
     return len(found), [line for line in found if line]
 
 
+def find_place(path: Path) -> Tuple[str, str]:
+    """What stands before and after the measured tables of a file, with the markers `BEGIN` and `END`.
+
+    Raises:
+        ConfigError: The file or the markers are not there, or it cannot be written.
+    """
+    if not Path(path).is_file() or not os.access(path, os.R_OK | os.W_OK):
+        raise ConfigError(f'{path} is not a file that can be written: name one with --readme.')
+    before, begin, rest = Path(path).read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ConfigError(f'{path} has no place for the tables: put {BEGIN} and {END} where they belong.')
+    return before + begin, end + after
+
+
 def update_readme(path: Path, lines: Sequence[str]) -> None:
     """Put lines between the markers `BEGIN` and `END` of a file, in place of those that are there.
 
     Raises:
-        ConfigError: The markers are not there.
+        ConfigError: As of `find_place`.
     """
-    text = Path(path).read_text()
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ConfigError(f'{path} has no place for the tables: put {BEGIN} and {END} where they belong.')
-    Path(path).write_text('\n'.join([before + begin, *lines, end + after]))
+    before, after = find_place(path)
+    Path(path).write_text('\n'.join([before, *lines, after]))

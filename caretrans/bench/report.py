@@ -2,6 +2,7 @@
 import csv
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
@@ -14,7 +15,8 @@ from .published import FOOTNOTES
 from .tables import format_table, format_value
 from .training_curves import draw_curves, record_curves, write_curves
 
-__all__ = ['describe_counts', 'describe_records', 'describe_result', 'list_contents', 'write_result']
+__all__ = [
+    'check_folder', 'describe_counts', 'describe_records', 'describe_result', 'list_contents', 'write_result']
 
 NOT_IN_TABLE = ('the memory of this backend is not seen',)  # a dash says it
 
@@ -174,6 +176,18 @@ def _write_curves(result: BenchResult, folder: Path) -> None:
         stem = 'curves' if len(result.curves) == 1 else f'curves-{number}'
         write_curves(comparison, folder / f'{stem}.csv')
         result.plots.append(str(draw_curves(comparison, folder / f'{stem}.png')))
+
+
+def check_folder(folder: str, flag: str) -> None:
+    """Refuse a folder that cannot be made or written into; it is not made yet.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    path = Path(folder).absolute()
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f'{flag} {folder}: {there} is not a folder that can be written into; name another.')
 
 
 def write_result(result: BenchResult, config: BenchConfig) -> Path:
