@@ -50,16 +50,18 @@ def _count(name: str, size: Tuple[int, int]) -> Dict[str, Any]:
 
 
 def _compare(header: List[str], row: List[str]) -> Iterator[str]:
-    """For each figure of a row that can be counted, '' or how it differs."""
+    """For each figure of a row that can be counted, '' or how it differs; rows of models have a name in backticks."""
     name, cells = row[0].strip('`'), dict(zip(header, row, strict=False))
     wanted = {column: COLUMNS[column] for column in header if column in COLUMNS}
     if not wanted or not timm.is_model(name):
+        if wanted and row[0].startswith('`'):
+            yield f'{name}: no such model'
         return
     counts = _count(name, parse_size(cells.get('image', '224').replace(' ', '')))
     for column, (key, unit) in wanted.items():
-        decimals = len(cells[column].partition('.')[2])
-        counted = f'{counts[key] / unit:,.{decimals}f}'
-        yield '' if counted == cells[column] else f'{name}, {column}: {cells[column]} there, {counted} counted'
+        cell = cells.get(column, '')
+        counted = f'{counts[key] / unit:,.{len(cell.partition(".")[2])}f}'
+        yield '' if counted == cell else f'{name}, {column}: {cell or "nothing"} there, {counted} counted'
 
 
 def check_readme(path: Path) -> Tuple[int, List[str]]:
