@@ -13,8 +13,8 @@ except ModuleNotFoundError as error:
     print(f'benchmark.py: {error}: take .venv/bin/python, which bash cmd/benchmark.sh makes.', file=sys.stderr)
     sys.exit(2)
 from caretrans.bench.config import BenchConfig, parse_bench_config  # noqa: E402
-from caretrans.bench.readme import check_readme, update_readme  # noqa: E402
-from caretrans.bench.report import describe_result, list_contents, write_result  # noqa: E402
+from caretrans.bench.readme import check_readme, find_place, update_readme  # noqa: E402
+from caretrans.bench.report import check_folder, describe_result, list_contents, write_result  # noqa: E402
 from caretrans.bench.sections import run_benches  # noqa: E402
 from caretrans.checkpoint import CheckpointError  # noqa: E402
 from caretrans.config import ConfigError  # noqa: E402
@@ -32,14 +32,25 @@ def check(config: BenchConfig) -> int:
     return int(bool(differences))
 
 
+def check_places(config: BenchConfig) -> None:
+    """Refuse what cannot be written to before hours of measuring."""
+    check_folder(config.output or 'runs/benchmark', '--output')
+    if config.plots:
+        check_folder(config.plots, '--plots')
+    if config.update:
+        find_place(Path(config.readme))
+
+
 def measure(config: BenchConfig) -> int:
-    """Measure, print and write: 1 if a candidate failed."""
+    """Measure, print and write: 1 if something failed."""
+    check_places(config)
     result = run_benches(config, sys.stderr if config.json else None)
-    folder = write_result(result, config)
-    if config.json:
-        print(json.dumps(list_contents(result), indent=2))
-    else:
-        print('\n'.join(describe_result(result, config.markdown)))
+    try:
+        folder = write_result(result, config)
+    finally:  # what was measured is shown where it cannot be written, too
+        contents = json.dumps(list_contents(result), indent=2)
+        print(contents if config.json else '\n'.join(describe_result(result, config.markdown)))
+    if not config.json:
         tables = ', '.join(sorted(path.name for path in folder.glob('*.csv')))
         print(f'written to {folder}: results.json, {tables}')
     if config.update:

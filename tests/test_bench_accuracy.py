@@ -53,6 +53,24 @@ def test_a_way_that_answers_otherwise_is_seen(checkpoint, monkeypatch):
     assert record['agreement'] == 0
 
 
+def test_a_way_that_fails_is_told_and_the_others_go_on(checkpoint, monkeypatch, capsys):
+    prepare = accuracy.prepare
+
+    def prepare_or_fail(network, setup):
+        print('a remark of a runtime')
+        if setup.backend == 'eager':
+            raise ValueError('a kernel\nis missing')
+        return prepare(network, setup)
+    monkeypatch.setattr(accuracy, 'prepare', prepare_or_fail)
+    failures = []
+    record, = measure_accuracy(checkpoint, [Setup('eager'), Setup('fused')], failures=failures)
+    assert record['backend'] == 'fused' and failures == [
+        'accuracy of eager float32 nchw: ValueError: a kernel is missing']
+    assert 'a remark' not in capsys.readouterr().out
+    with pytest.raises(ValueError, match='is missing'):
+        measure_accuracy(checkpoint, [Setup('eager')])
+
+
 def test_int8_is_calibrated_and_its_loss_stated(checkpoint):
     record, = measure_accuracy(checkpoint, [Setup('openvino', 'int8')])
     assert 0 < record['agreement'] <= 100 and record['dtype'] == 'int8'
@@ -71,7 +89,8 @@ def test_the_script_prints_and_writes_it(checkpoint, data, tmp_path, monkeypatch
         '--dtype', 'bfloat16', '--output', tmp_path)
     assert code == 0, err
     record, = json.loads((tmp_path / 'results.json').read_text())['accuracy']
-    assert record['dtype'] == 'bfloat16' and f'{record["top1"]:.2f}' in out and (tmp_path / 'accuracy.csv').exists()
+    assert (record['dtype'], record['layout'], record['kernels']) == ('bfloat16', 'channels_last', 'torch')
+    assert 'channels_last' in out and f'{record["top1"]:.2f}' in out and (tmp_path / 'accuracy.csv').exists()
 
 
 @pytest.mark.parametrize('flags, message', [

@@ -12,8 +12,10 @@ from caretrans.bench import learning, sections
 from caretrans.bench.config import BenchConfig
 from caretrans.bench.learning import list_comparisons
 
-QUICK = ['--device', 'cpu', '--img-size', '64', '--runs', '2', '--warmup', '1', '--model', 'care_s0', '--backend',
-         'eager', 'fused', '--batch-size', '2', '--ways', 'channels_last']
+QUICK = ['--device', 'cpu', '--img-size', '64', '--model', 'care_s0', '--backend', 'eager', 'fused', '--batch-size',
+         '2']
+BRIEF = [*QUICK, '--runs', '2', '--warmup', '1']
+ALL = [*BRIEF, '--ways', 'channels_last']
 
 
 @pytest.fixture
@@ -36,9 +38,9 @@ def test_what_is_measured_is_what_was_asked_for_and_what_plots_need(bench, plots
 def test_everything_is_measured_printed_written_and_drawn(call, tmp_path, monkeypatch):
     monkeypatch.setattr(sections, 'ROUNDS', 2)
     growth = sections.measure_growth
-    monkeypatch.setattr(
-        sections, 'measure_growth', lambda name, device: growth(name, sizes=(64, 96), device=device, rounds=2))
-    code, out, err = call('--bench', 'all', '--plots', tmp_path / 'plots', '--output', tmp_path, *QUICK)
+    monkeypatch.setattr(sections, 'GROWTH_ROUNDS', 2)
+    monkeypatch.setattr(sections, 'measure_growth', lambda name, **kwargs: growth(name, sizes=(64, 96), **kwargs))
+    code, out, err = call('--bench', 'all', '--plots', tmp_path / 'plots', '--output', tmp_path, *ALL)
     assert code == 0, err
     for text in ('stages.2', 'The longest operations', 'bound, each operation by itself', 'Training steps of care_s0',
                  'channels_last'):
@@ -50,7 +52,7 @@ def test_everything_is_measured_printed_written_and_drawn(call, tmp_path, monkey
     with open(tmp_path / 'training.csv', newline='') as file:
         assert [row['bench'] for row in csv.DictReader(file)] == ['train', 'train']
     drawn = sorted(path.name for path in (tmp_path / 'plots').glob('*.png'))
-    assert drawn == ['accuracy_latency_batch2_64x64.png', 'growth.png', 'parts.png']
+    assert drawn == ['accuracy_latency_batch2_64x64.png', 'growth.png', 'parts_care_s0.png']
     assert 'plot left out: ' in out, 'multiply-adds are drawn at 224 x 224 alone'
 
 
@@ -70,12 +72,80 @@ def test_a_way_that_fails_under_the_profiler_is_reported_and_the_others_go_on(ca
 
 @pytest.mark.parametrize('flags, message', [
     (['--img-size', '64x96'], '--img-size 64x96 with --bench train: training takes square images'),
-    (['--batch-size', '1'], '--batch-size 1 with --bench train: mixup'), (['--ways', 'faster'], 'faster'),
+    (['--batch-size', '1'], '--batch-size 1 with --bench train: mixup'),
+    (['--batch-size', '2', '7'], '--batch-size 7 with --bench train: mixup'),
+    (['--batch-size', '7', '--bench', 'curves'], '--batch-size 7 with --bench curves: mixup'),
+    (['--teacher', 'resnet18', '--model', 'care_s0', 'mobilenetv2_035'],
+     '--teacher resnet18 with --model mobilenetv2_035: it has no head that learns from one'),
+    (['--ways', 'faster'], 'faster'),
     (['--teacher', 'regnety_161'], '--teacher regnety_161: no such model'), (['--ways', 'tf32'], 'tf32')])
 def test_what_cannot_be_trained_is_refused_before_any_work(call, monkeypatch, flags, message):
     monkeypatch.setattr(sections, 'run_inference', None)
     code, out, err = call('--device', 'cpu', '--bench', 'train', *flags)
     assert code == 2 and out == '' and message in err and err.count('\n') == 1
+
+
+@pytest.mark.parametrize('bench, flags, message', [
+    ('train', ['--backend', 'eager', 'fused'], '--backend eager fused with --bench train: it is for --bench infer, '),
+    ('train', ['--dtype', 'bfloat16'], '--dtype bfloat16'), ('train', ['--runs', '7'], '--runs 7'),
+    ('train', ['--checkpoint', 'x.pth'], '--checkpoint x.pth'), ('train', ['--channels-last'], '--channels-last with'),
+    ('train', ['--kernels', 'torch'], '--kernels torch'), ('train', ['--published'], '--published with'),
+    ('profile', ['--runs', '7'], '--runs 7'), ('profile', ['--warmup', '7'], '--warmup 7'),
+    ('infer', ['--teacher', 'resnet18'], '--teacher resnet18 with --bench infer: it is for --bench train'),
+    ('infer', ['--ways', 'published'], '--ways published'), ('all', ['--steps', '7'], '--steps 7 with --bench all'),
+    ('accuracy', ['--checkpoint', 'x.pth', '--batch-size', '7'], '--batch-size 7')])
+def test_flags_that_nothing_heeds_are_refused(call, bench, flags, message):
+    code, out, err = call('--device', 'cpu', '--bench', bench, *flags)
+    assert code == 2 and out == '' and message in err and err.count('\n') == 1
+
+
+def test_all_benches_take_the_flags_of_each():
+    config = BenchConfig(bench='all', backend=['eager'], teacher=['resnet18'], ways=['published'], runs=7, warmup=2)
+    assert config.list_benches() == ['infer', 'profile', 'train']
+
+
+def test_of_all_benches_training_takes_the_even_batches():
+    device = torch.device('cpu')
+    for batches, taken, remark in (
+            ([1, 64], [64], ['training steps have a batch of 64, not 1: mixup pairs the images']), ([], [], []),
+            ([1], [], ['training steps have a batch of 16, not 1: mixup pairs the images']), ([2, 4], [2, 4], [])):
+        config = BenchConfig(bench='all', batch_size=batches)
+        sections._check_training(config, ['care_s0'], device)
+        assert config.list_training_batches() == taken
+        assert sections._describe_odd_batches(config, device) == remark
+
+
+# What fails after measuring has begun ---------------------------------------------------------------------------------
+
+def fail(*args, **kwargs):
+    raise AssertionError('not as it should be')
+
+
+@pytest.mark.parametrize('function, failure', [
+    ('bench_training', 'training of care_s0, teacher none'), ('build_network', 'profiles of care_s0 at 64 x 64'),
+    ('draw_accuracy_by_latency', 'a plot'), ('measure_growth', 'a plot')])
+def test_what_fails_late_does_not_cost_what_was_measured(call, tmp_path, monkeypatch, function, failure):
+    parts = ('_profile', 'bench_training', 'draw_accuracy_by_latency', 'draw_accuracy_by_gmacs', 'measure_growth')
+    for part in parts:
+        monkeypatch.setattr(sections, part, lambda *args, **kwargs: [])
+    monkeypatch.setattr(sections, 'describe_training', lambda records: '')
+    monkeypatch.setattr(sections, 'draw_growth', lambda records, path: path)
+    monkeypatch.setattr(sections, function, fail)
+    code, out, err = call('--bench', 'all', '--plots', tmp_path / 'plots', '--output', tmp_path, *ALL)
+    assert code == 1 and f'failed: {failure}: AssertionError: not as it should be' in err
+    assert len(json.loads((tmp_path / 'results.json').read_text())['records']) == 2 and 'median ms' in out
+
+
+def test_each_model_has_a_plot_of_its_parts(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(sections, 'draw_parts', lambda profiles, path: drawn.setdefault(path.name, profiles))
+    result = sections.BenchResult('cpu', profiles={
+        'care_s0 eager, 1 x 64 x 64': [dict(model='care_s0')], 'care_s1 eager, 1 x 64 x 64': [dict(model='care_s1')],
+        'care_s0 fused, 1 x 64 x 64': [dict(model='care_s0')]})
+    for draw in sections._list_parts_plots(result, tmp_path):
+        draw()
+    assert {name: list(profiles) for name, profiles in drawn.items()} == {
+        'parts_care_s0.png': ['eager, 1 x 64 x 64', 'fused, 1 x 64 x 64'], 'parts_care_s1.png': ['eager, 1 x 64 x 64']}
 
 
 def test_threads_are_as_before_afterwards(call, tmp_path):

@@ -67,6 +67,18 @@ def test_a_gpu_that_is_not_there_is_refused(call):
     assert call('--device', 'cuda')[0::2] == (2, 'benchmark.py: device=cuda, but there is only cpu here.\n')
 
 
+@pytest.mark.parametrize('flags, message', [
+    (['--output', 'FILE'], '--output .*README.md: .* is not a folder'), (['--plots', 'FILE/here'], '--plots .*here: '),
+    (['--update', '--readme', 'FILE'], 'has no place for the tables'),
+    (['--update', '--readme', 'none.md'], 'none.md is not a file that can be written')])
+def test_what_cannot_be_written_is_refused_before_anything_is_measured(call, tmp_path, monkeypatch, flags, message):
+    file = tmp_path / 'README.md'
+    file.write_text('no markers\n')
+    monkeypatch.setattr(benchmark, 'run_benches', None)
+    code, out, err = call(*[flag.replace('FILE', str(file)) for flag in flags])
+    assert code == 2 and out == '' and re.search(message, err) and err.count('\n') == 1
+
+
 # What is asked for ----------------------------------------------------------------------------------------------------
 
 def test_names_wildcards_and_paper_stand_for_models():
@@ -128,6 +140,7 @@ def test_the_table_is_printed_and_written_as_json_and_csv(call, tmp_path):
     assert '7,340,000 (one head 6,312,952)' in out and 'stages.2' in out and 'conv depth-wise' in out
     assert re.search(r'care_s0 +fused +float32 +channels_last +64 x 64 +2 ', out) and 'top-1 78.4 %' in out
     result, rows = read(tmp_path / 'here')
+    assert re.search(r'p90 +mean ms +images/s', out)
     assert [(r['backend'], r['batch']) for r in result['records']] == [
         ('eager', 1), ('fused', 1), ('eager', 2), ('fused', 2)]
     record = result['records'][1]
@@ -210,6 +223,8 @@ def test_memory_that_runs_out_while_others_are_timed_halves_the_batch(call, tmp_
                         *QUICK)
     records = read(tmp_path)[0]['records']
     assert code == 0 and [(r['backend'], r['batch']) for r in records] == [('eager', 4), ('fused', 2)]
+    assert records[1]['notes'][0] == (
+        'a batch of 4 does not fit into memory beside the other candidates: halved to 2')
 
 
 @pytest.mark.parametrize('late', [False, True])
@@ -283,6 +298,15 @@ def test_what_lack_of_memory_looks_like(error, is_memory):
     assert not is_out_of_memory(None)
 
 
+@pytest.mark.parametrize('name', ['Fail', 'RuntimeException'])
+def test_lack_of_memory_is_seen_in_the_exceptions_of_onnx_runtime(name):
+    state = pytest.importorskip('onnxruntime.capi.onnxruntime_pybind11_state')
+    error = getattr(state, name)
+    assert not issubclass(error, RuntimeError)
+    assert is_out_of_memory(error('Failed to allocate memory for requested buffer of size 9'))
+    assert not is_out_of_memory(error('Invalid rank for input'))
+
+
 # The README -----------------------------------------------------------------------------------------------------------
 
 def test_the_figures_of_the_readme_are_counted_again(call):
@@ -322,6 +346,19 @@ def test_measured_tables_are_written_between_the_markers_and_can_be_checked(call
     assert check_readme(file) == (10, [])
     file.write_text(text.replace('| 2.08 |', '| 2.09 |'))
     assert check_readme(file)[1] == ['mobileone_s0, rewritten, M: 2.09 there, 2.08 counted']
+
+
+@pytest.mark.parametrize('old, new, message', [
+    ('`care_s0`', '`care_s9`', 'care_s9: no such model'),
+    ('| 2.08 |', '| |', 'mobileone_s0, rewritten, M: nothing there')])
+def test_rows_of_unknown_models_and_missing_figures_are_named(tmp_path, old, new, message):
+    text = '| model | rewritten, M |\n|---|---|\n| `mobileone_s0` | 2.08 |\n| `care_s0` | 6.30 |\n| mean | 4.19 |\n'
+    file = tmp_path / 'README.md'
+    file.write_text(text)
+    assert not [line for line in check_readme(file)[1] if line.startswith(('mobileone', 'mean'))]
+    assert old in text
+    file.write_text(text.replace(old, new))
+    assert any(line.startswith(message) for line in check_readme(file)[1])
 
 
 def test_the_script_runs_as_a_user_starts_it(tmp_path):

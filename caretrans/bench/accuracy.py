@@ -3,6 +3,8 @@
 For backends and number formats that do not compute in float32: bfloat16, float16 and int8 change the logits, and only
 images with labels say whether that matters.
 """
+import sys
+from contextlib import redirect_stdout
 from typing import Any, Dict, List, Optional, Sequence, TextIO, Tuple
 
 import torch
@@ -50,13 +52,15 @@ def _score(
 
 def measure_accuracy(
         checkpoint: str, setups: Sequence[Setup], data: str = '', model_name: Optional[str] = None,
-        img_size: Optional[int] = None, stream: Optional[TextIO] = None) -> List[Dict[str, Any]]:
+        img_size: Optional[int] = None, stream: Optional[TextIO] = None, failures: Optional[List[str]] = None,
+) -> List[Dict[str, Any]]:
     """Evaluate a checkpoint as it is trained, in float32, and then in each way of running it.
 
     Args:
         data: Folder with val/CLASS/*; what the checkpoint was trained on, if not given.
         img_size: Of square images; that of the checkpoint, if not given.
         stream: Where progress is shown; stdout if not given.
+        failures: Gets a line for each way that fails, and the others go on; if not given, the first failure is raised.
     Returns:
         Records: top1, top5 (%), loss, images; `agreement`, the share (%) of images that are taken for the same class
         as by the network as it is trained; `top1_change` against it.
@@ -79,11 +83,19 @@ def measure_accuracy(
         base, answers = _score(model, images, eval_config, model.num_classes, torch.device('cpu'), progress)
         for setup in setups:
             progress.describe(str(setup))
-            module = RunnerModule(prepare(network, setup))
-            result, found = _score(module, images, eval_config, model.num_classes, device, progress)
+            try:
+                with redirect_stdout(sys.stderr):  # the runtimes' own remarks
+                    runner = prepare(network, setup)
+                result, found = _score(
+                    RunnerModule(runner), images, eval_config, model.num_classes, device, progress)
+            except Exception as error:  # whatever a backend raises
+                if failures is None:
+                    raise
+                failures.append(f'accuracy of {setup}: {type(error).__name__}: {" ".join(str(error).split())[:300]}')
+                continue
             records.append(dict(
-                facts, backend=setup.backend, dtype=setup.dtype, layout=setup.layout, images=result['images'],
-                top1=result['top1'], top5=result['top5'], loss=result['loss'],
+                facts, backend=setup.backend, dtype=setup.dtype, layout=setup.layout, kernels=runner.kernels,
+                images=result['images'], top1=result['top1'], top5=result['top5'], loss=result['loss'],
                 top1_change=result['top1'] - base['top1'],
                 agreement=100 * (found.cpu() == answers).double().mean().item()))
     return records
@@ -92,8 +104,8 @@ def measure_accuracy(
 def describe_accuracy(records: Sequence[Dict[str, Any]], markdown: bool = False) -> List[str]:
     """A line for each way of running the network."""
     first = records[0]
-    header = ['backend', 'format', 'top-1 %', 'change', 'same answer as float32 eager, %', 'loss']
-    rows = [[r['backend'], r['dtype'], f'{r["top1"]:.2f}', f'{r["top1_change"]:+.2f}', f'{r["agreement"]:.2f}',
-             f'{r["loss"]:.4f}'] for r in records]
+    header = ['backend', 'format', 'layout', 'kernels', 'top-1 %', 'change', 'same answer as float32 eager, %', 'loss']
+    rows = [[r['backend'], r['dtype'], r['layout'], r['kernels'], f'{r["top1"]:.2f}', f'{r["top1_change"]:+.2f}',
+             f'{r["agreement"]:.2f}', f'{r["loss"]:.4f}'] for r in records]
     return [f'Accuracy of {first["model"]} from {first["checkpoint"]} on {first["images"]} images of {first["data"]}, '
             f'{first["height"]} x {first["width"]}, {first["device"]}', '', *format_table(header, rows, markdown)]

@@ -1,5 +1,6 @@
 """The settings of `benchmark.py`: what is measured, and which ways of running a network are candidates."""
 import argparse
+import dataclasses
 import difflib
 import itertools
 import re
@@ -20,6 +21,13 @@ __all__ = ['BENCHES', 'BenchConfig', 'expand_models', 'list_setups', 'parse_benc
 
 BENCHES = ('infer', 'profile', 'train')  # what 'all' stands for
 ALONE = ('accuracy', 'curves')  # what more there is
+USED_BY = {  # benches that heed a flag; curves have refusals of their own
+    'checkpoint': ('infer', 'profile', 'accuracy', 'curves'), 'channels_last': ('infer', 'profile', 'accuracy'),
+    'kernels': ('infer', 'profile', 'accuracy'), 'backend': ('infer', 'profile', 'accuracy'),
+    'dtype': ('infer', 'profile', 'accuracy'), 'batch_size': ('infer', 'profile', 'train', 'curves'),
+    'published': ('infer', 'profile'), 'runs': ('infer',), 'warmup': ('infer',), 'teacher': ('train', 'curves'),
+    'ways': ('train', 'curves'), 'steps': ('curves',),
+}
 MIN_SIDE = 32
 README = Path(__file__).parents[2] / 'README.md'
 CHANNELS_LAST = ('fused', 'compile', 'cudagraph')  # in torch they are faster so; eager is as published
@@ -68,9 +76,10 @@ class BenchConfig:
     readme: str = setting(str(README), 'file of --check and --update')
 
     def __post_init__(self) -> None:
+        check_settings(self)
+        self._check_use()
         if self.published:
             self._follow_paper()
-        check_settings(self)
         if self.bench == 'accuracy' and not self.checkpoint:
             raise ConfigError('--bench accuracy is of a trained network: give its file with --checkpoint.')
         if self.data and self.bench not in ALONE:
@@ -85,10 +94,27 @@ class BenchConfig:
         """The batches of inference."""
         return self.batch_size or [1]
 
+    def list_training_batches(self) -> List[int]:
+        """The batches of training steps that were given: of all benches those that mixup can pair."""
+        return [batch for batch in self.batch_size if self.bench != 'all' or batch % 2 == 0]
+
     def list_benches(self) -> List[str]:
         """What is measured, in order; plots want profiles."""
         wanted = set(BENCHES if self.bench == 'all' else [self.bench]) | ({'profile'} if self.plots else set())
         return [bench for bench in (*BENCHES, *ALONE) if bench in wanted]
+
+    def _check_use(self) -> None:
+        """Refuse flags that nothing of what is measured heeds."""
+        benches = self.list_benches()
+        for item in dataclasses.fields(self):
+            value, used_by = getattr(self, item.name), USED_BY.get(item.name, benches)
+            default = item.default if item.default is not dataclasses.MISSING else item.default_factory()
+            if value != default and not set(benches) & set(used_by):
+                shown = '' if isinstance(value, bool) else f' {" ".join(map(str, value))}' if isinstance(
+                    value, list) else f' {value}'
+                raise ConfigError(
+                    f'--{item.name.replace("_", "-")}{shown} with --bench {self.bench}: it is for --bench '
+                    f'{", ".join(used_by)}; leave it out.')
 
     def _follow_paper(self) -> None:
         given = dict(

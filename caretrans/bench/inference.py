@@ -9,12 +9,12 @@ import math
 import sys
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterator, List, Optional, TextIO, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, TextIO, Tuple
 
 import timm
 import torch
 
-from ..checkpoint import create_from_checkpoint
+from ..checkpoint import CheckpointError, create_from_checkpoint
 from ..config import ConfigError
 from ..engine import resolve_device
 from ..machine import describe_device, list_versions
@@ -49,6 +49,7 @@ DEFAULT_RUNS = 50
 PATIENCE = 5.  # seconds of timed runs of a candidate, where their number is not given
 PHOTOGRAPHS = 64  # of which batches are made, and by which int8 is calibrated
 AGAIN = 'the reference again'
+BESIDE = ' beside the other candidates'
 
 
 @dataclass
@@ -94,12 +95,16 @@ class Candidate:
         if self.setup.device.type == 'cuda':
             torch.cuda.empty_cache()
 
-    def halve(self) -> bool:
-        """Take half of the batch, for the whole does not fit; False if there is one image only."""
+    def halve(self, beside: str = '') -> bool:
+        """Take half of the batch, for the whole does not fit; False if there is one image only.
+
+        Args:
+            beside: What else holds memory, for the note.
+        """
         self.forget()
         if self.batch == 1:
             return False
-        self.notes.append(f'a batch of {self.batch} does not fit into memory: halved to {self.batch // 2}')
+        self.notes.append(f'a batch of {self.batch} does not fit into memory{beside}: halved to {self.batch // 2}')
         self.network = self.network.halve()
         return True
 
@@ -166,8 +171,9 @@ def _make_ready(candidate: Candidate, config: BenchConfig) -> None:
         candidate.count = max(min(DEFAULT_RUNS, int(PATIENCE / seconds)) // ROUNDS, 1)
 
 
-def _try(candidate: Candidate, config: BenchConfig) -> str:
-    """Make a candidate ready, with as much of its batch as fits; why it cannot be, or ''."""
+def _try(candidate: Candidate, config: BenchConfig, others: Sequence[Candidate] = ()) -> str:
+    """Make a candidate ready, with as much of its batch as fits beside the others; why it cannot be, or ''."""
+    beside = BESIDE if others else ''
     while True:
         try:
             _make_ready(candidate, config)
@@ -176,8 +182,8 @@ def _try(candidate: Candidate, config: BenchConfig) -> str:
             if not is_out_of_memory(error):
                 candidate.forget()
                 return f'{candidate.name}: {shorten(error)}'
-        if not candidate.halve():
-            return f'{candidate.name}: not even one image fits into memory'
+        if not candidate.halve(beside):
+            return f'{candidate.name}: not even one image fits into memory{beside}'
 
 
 def _time(
@@ -194,9 +200,9 @@ def _time(
         except CandidateError as error:
             name, cause = first if error.name == AGAIN else error.name, error.__cause__
         failed = next(candidate for candidate in ready if candidate.name == name)
-        problem = f'{name}: {shorten(cause)}'
-        if is_out_of_memory(cause) and failed.halve():
-            problem = _try(failed, config)
+        problem, others = f'{name}: {shorten(cause)}', [candidate for candidate in ready if candidate is not failed]
+        if is_out_of_memory(cause) and failed.halve(BESIDE if others else ''):
+            problem = _try(failed, config, others)
         if problem:
             failures.append(problem)
             ready.remove(failed)
@@ -226,7 +232,7 @@ def _make_all_ready(
     ready = []
     for candidate in candidates:
         progress.describe(candidate.name)
-        problem = _try(candidate, config)
+        problem = _try(candidate, config, ready)
         progress.update(BUILDING)
         if problem:
             failures.append(problem)
@@ -316,7 +322,9 @@ def _measure_size(
             networks[name] = build_network(name, size, config.checkpoint)
             result.counts.append(count_network(name, networks[name], size))
             result.remarks += _describe_kernels(name, networks[name], setups)
-        except (RuntimeError, AssertionError) as error:  # models for images of another size
+        except CheckpointError:
+            raise
+        except Exception as error:  # models for images of another size among others: the rest goes on
             networks.pop(name, None)
             result.failures.append(f'{name} at {size[0]} x {size[1]}: {shorten(error)}')
     for batch in config.list_batches():

@@ -5,6 +5,7 @@ from typing import List, Optional, Sequence, TextIO, Tuple
 import torch
 
 from ..config import ConfigError, TrainConfig, read_recipe
+from ..data import DataError
 from ..progress import Progress
 from .config import BenchConfig
 from .inference import BenchResult, shorten
@@ -60,7 +61,9 @@ def bench_curves(
             progress.describe(f'{config.model}, {way}')
             try:
                 comparison = compare_curves(config, way, device, steps, SEEDS, report=lambda: progress.update(1))
-            except RuntimeError as error:
+            except Exception as error:
+                if isinstance(error, (ConfigError, DataError)) and not result.curves:
+                    raise  # nothing is lost
                 result.failures.append(f'curves of {config.model}, {way}: {shorten(error)}')
                 continue
             result.curves.append(comparison)

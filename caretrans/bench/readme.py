@@ -1,4 +1,5 @@
 """The tables of a README: their parameters and multiply-adds counted again, and the measured ones written anew."""
+import os
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +13,7 @@ from ..measure import count_operations, count_parameters, make_empty
 from .backends import rewrite
 from .config import parse_size
 
-__all__ = ['BEGIN', 'END', 'check_readme', 'update_readme']
+__all__ = ['BEGIN', 'END', 'check_readme', 'find_place', 'update_readme']
 
 BEGIN, END = '<!-- benchmark: begin -->', '<!-- benchmark: end -->'
 COLUMNS = {  # header of a column: what it holds, in units of
@@ -49,16 +50,18 @@ def _count(name: str, size: Tuple[int, int]) -> Dict[str, Any]:
 
 
 def _compare(header: List[str], row: List[str]) -> Iterator[str]:
-    """For each figure of a row that can be counted, '' or how it differs."""
+    """For each figure of a row that can be counted, '' or how it differs; rows of models have a name in backticks."""
     name, cells = row[0].strip('`'), dict(zip(header, row, strict=False))
     wanted = {column: COLUMNS[column] for column in header if column in COLUMNS}
     if not wanted or not timm.is_model(name):
+        if wanted and row[0].startswith('`'):
+            yield f'{name}: no such model'
         return
     counts = _count(name, parse_size(cells.get('image', '224').replace(' ', '')))
     for column, (key, unit) in wanted.items():
-        decimals = len(cells[column].partition('.')[2])
-        counted = f'{counts[key] / unit:,.{decimals}f}'
-        yield '' if counted == cells[column] else f'{name}, {column}: {cells[column]} there, {counted} counted'
+        cell = cells.get(column, '')
+        counted = f'{counts[key] / unit:,.{len(cell.partition(".")[2])}f}'
+        yield '' if counted == cell else f'{name}, {column}: {cell or "nothing"} there, {counted} counted'
 
 
 def check_readme(path: Path) -> Tuple[int, List[str]]:
@@ -78,15 +81,26 @@ def check_readme(path: Path) -> Tuple[int, List[str]]:
     return len(found), [line for line in found if line]
 
 
+def find_place(path: Path) -> Tuple[str, str]:
+    """What stands before and after the measured tables of a file, with the markers `BEGIN` and `END`.
+
+    Raises:
+        ConfigError: The file or the markers are not there, or it cannot be written.
+    """
+    if not Path(path).is_file() or not os.access(path, os.R_OK | os.W_OK):
+        raise ConfigError(f'{path} is not a file that can be written: name one with --readme.')
+    before, begin, rest = Path(path).read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ConfigError(f'{path} has no place for the tables: put {BEGIN} and {END} where they belong.')
+    return before + begin, end + after
+
+
 def update_readme(path: Path, lines: Sequence[str]) -> None:
     """Put lines between the markers `BEGIN` and `END` of a file, in place of those that are there.
 
     Raises:
-        ConfigError: The markers are not there.
+        ConfigError: As of `find_place`.
     """
-    text = Path(path).read_text()
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ConfigError(f'{path} has no place for the tables: put {BEGIN} and {END} where they belong.')
-    Path(path).write_text('\n'.join([before + begin, *lines, end + after]))
+    before, after = find_place(path)
+    Path(path).write_text('\n'.join([before, *lines, after]))

@@ -2,6 +2,7 @@
 import csv
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
@@ -9,12 +10,13 @@ from typing import Any, Dict, List, Sequence, Tuple
 from ..config import ConfigError
 from ..measure import KINDS
 from .config import BenchConfig
-from .inference import BenchResult
+from .inference import BenchResult, shorten
 from .published import FOOTNOTES
 from .tables import format_table, format_value
 from .training_curves import draw_curves, record_curves, write_curves
 
-__all__ = ['describe_counts', 'describe_records', 'describe_result', 'list_contents', 'write_result']
+__all__ = [
+    'check_folder', 'describe_counts', 'describe_records', 'describe_result', 'list_contents', 'write_result']
 
 NOT_IN_TABLE = ('the memory of this backend is not seen',)  # a dash says it
 
@@ -66,11 +68,11 @@ def describe_records(records: Sequence[Dict[str, Any]]) -> List[str]:
     """A line for each candidate: milliseconds of a batch, images/s, memory, and how it compares with its reference."""
     has_kernels = any(r['kernels'] != 'torch' for r in records)
     header = ['model', 'backend', 'format', 'layout', *['kernels'] * has_kernels, 'image', 'batch', 'median ms', 'p10',
-              'p90', 'images/s', 'peak MiB', 'times as fast', 'p10 to p90', 'error', '']
+              'p90', 'mean ms', 'images/s', 'peak MiB', 'times as fast', 'p10 to p90', 'error', '']
     rows = [[
         r['model'], r['backend'], r['dtype'], r['layout'],
         *[r['kernels']] * has_kernels, f'{r["height"]} x {r["width"]}', r['batch'], r['median_ms'], r['p10_ms'],
-        r['p90_ms'], r['images_per_s'], r['peak_mib'], r['ratio'],
+        r['p90_ms'], r['mean_ms'], r['images_per_s'], r['peak_mib'], r['ratio'],
         f'{r["ratio_p10"]:.2f} to {r["ratio_p90"]:.2f}', f'{r["error"]:.0e}',
         'noisy' if r['noisy'] else ''] for r in records]
     return format_table(header, rows)
@@ -173,7 +175,22 @@ def _write_curves(result: BenchResult, folder: Path) -> None:
     for number, comparison in enumerate(result.curves, 1):
         stem = 'curves' if len(result.curves) == 1 else f'curves-{number}'
         write_curves(comparison, folder / f'{stem}.csv')
-        result.plots.append(str(draw_curves(comparison, folder / f'{stem}.png')))
+        try:
+            result.plots.append(str(draw_curves(comparison, folder / f'{stem}.png')))
+        except Exception as error:  # whatever the drawing raises: the figures are written all the same
+            result.failures.append(f'plot {stem}.png: {shorten(error)}')
+
+
+def check_folder(folder: str, flag: str) -> None:
+    """Refuse a folder that cannot be made or written into; it is not made yet.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    path = Path(folder).absolute()
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f'{flag} {folder}: {there} is not a folder that can be written into; name another.')
 
 
 def write_result(result: BenchResult, config: BenchConfig) -> Path:

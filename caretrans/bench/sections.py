@@ -1,20 +1,25 @@
 """All that `benchmark.py` measures: inference, where its time goes, training steps; and plots of it."""
+import itertools
+import sys
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, TextIO
+from typing import Any, Callable, Dict, Iterator, List, Optional, TextIO, Tuple
 
 import timm
 import torch
 
+from ..checkpoint import CheckpointError
 from ..config import ConfigError
 from ..engine import resolve_device
 from ..machine import describe_device
+from ..measure import make_empty
 from ..progress import Progress
 from .accuracy import describe_accuracy, measure_accuracy
 from .backends import IN_TORCH, TORCH_DTYPES, Network, Setup, fit_setups, prepare
 from .bounds import describe_bounds, trace_operations
 from .config import BenchConfig, expand_models, list_setups
 from .device_rates import measure_rates
-from .growth import measure_growth
+from .growth import SIZES, measure_growth
 from .inference import BenchResult, build_network, run_inference, shorten, take_batch, use_threads
 from .learning import bench_curves, list_comparisons
 from .plots import PlotError, draw_accuracy_by_gmacs, draw_accuracy_by_latency, draw_growth, draw_parts
@@ -26,18 +31,54 @@ __all__ = ['run_benches']
 
 BATCHES = {'cuda': 128, 'mps': 128, 'cpu': 16}  # images of a training step where none are given
 ROUNDS = 7  # of training steps
+GROWTH_ROUNDS = 5
 
 
-def _check(config: BenchConfig, device: torch.device) -> None:
+def _check_batches(config: BenchConfig) -> None:
+    odd = [batch for batch in config.list_training_batches() if batch % 2]
+    if odd:
+        raise ConfigError(
+            f'--batch-size {odd[0]} with --bench {config.bench}: mixup pairs the images, give an even number.')
+
+
+def _check_training(config: BenchConfig, names: List[str], device: torch.device) -> None:
     """Refuse what cannot be trained before anything is measured."""
+    _check_batches(config)
     oblong = [text for text, (height, width) in zip(config.img_size, config.sizes, strict=True) if height != width]
     if oblong:
         raise ConfigError(f'--img-size {oblong[0]} with --bench {config.bench}: training takes square images.')
-    expand_models([teacher for teacher in config.teacher if teacher != 'none'], '--teacher')
+    teachers = expand_models([teacher for teacher in config.teacher if teacher != 'none'], '--teacher')
+    for name in names if teachers else []:
+        if not hasattr(make_empty(name), 'set_distilled_training'):
+            raise ConfigError(
+                f'--teacher {teachers[0]} with --model {name}: it has no head that learns from one; leave it out.')
     for way in config.ways:
         parse_way(way, device)
-    if 1 in config.batch_size:
-        raise ConfigError(f'--batch-size 1 with --bench {config.bench}: mixup takes at least two images.')
+
+
+def _describe_odd_batches(config: BenchConfig, device: torch.device) -> List[str]:
+    """A line on the batches that are for inference alone."""
+    batches = config.list_training_batches()
+    odd = [str(batch) for batch in config.batch_size if batch not in batches]
+    taken = ', '.join(map(str, batches or [BATCHES[device.type]]))
+    return [f'training steps have a batch of {taken}, not {", ".join(odd)}: mixup pairs the images'] if odd else []
+
+
+def _check_scoring(config: BenchConfig, names: List[str]) -> None:
+    height, width = config.sizes[0]
+    if len(names) > 1 or len(config.sizes) > 1 or height != width:
+        raise ConfigError('--bench accuracy takes one --model and one square --img-size.')
+
+
+@contextmanager
+def _guard(what: str, result: BenchResult) -> Iterator[None]:
+    """Whatever fails inside becomes a failure of the result: what is measured already is kept, and the rest goes on."""
+    try:
+        yield
+    except CheckpointError:  # of the one model that there is then: nothing can be measured
+        raise
+    except Exception as error:
+        result.failures.append(f'{what}: {shorten(error)}')
 
 
 def run_benches(config: BenchConfig, stream: Optional[TextIO] = None) -> BenchResult:
@@ -53,41 +94,60 @@ def run_benches(config: BenchConfig, stream: Optional[TextIO] = None) -> BenchRe
     setups, left_out = list_setups(config, device)
     benches = config.list_benches()
     if 'train' in benches:
-        _check(config, device)
+        _check_training(config, names, device)
+    if 'accuracy' in benches:
+        _check_scoring(config, names)
+    if 'curves' in benches:
+        _check_batches(config)
     comparisons = list_comparisons(config, names, device) if 'curves' in benches else []
     result = run_inference(config, stream) if 'infer' in benches else BenchResult(
         describe_device(device), remarks=left_out if 'profile' in benches else [])
+    if 'train' in benches:
+        result.remarks += _describe_odd_batches(config, device)
     with use_threads(config.threads):
-        if 'profile' in benches:
-            _profile_all(config, names, setups, result)
         if 'accuracy' in benches:
             _score_all(config, names, setups, result, stream)
-        if 'train' in benches:
-            _train_all(config, names, device, result, stream)
         if comparisons:
             bench_curves(comparisons, config.steps, device, result, stream)
+        if 'profile' in benches:
+            _profile_all(config, names, setups, result, stream)
+        if 'train' in benches:
+            _train_all(config, names, device, result, stream)
         if config.plots:
-            _draw_all(config, names, device, result)
+            _draw_all(config, names, device, result, stream)
     return result
 
 
 # Profiles -------------------------------------------------------------------------------------------------------------
 
-def _profile_all(config: BenchConfig, names: List[str], setups: List[Setup], result: BenchResult) -> None:
-    for name in names:
-        for size in config.sizes:
-            network = build_network(name, size, config.checkpoint)
-            for batch in config.list_batches():
-                for setup in fit_setups(setups, network.fused):
-                    if setup.backend in IN_TORCH:
-                        _profile(name, take_batch(network, batch), setup, result)
+def _profile_all(
+        config: BenchConfig, names: List[str], setups: List[Setup], result: BenchResult, stream: Optional[TextIO],
+) -> None:
+    setups = [setup for setup in setups if setup.backend in IN_TORCH]
+    steps = len(names) * len(config.sizes) * len(config.list_batches()) * len(setups)
+    with Progress(steps, 'profiles', stream=stream) as progress:
+        for name, size in itertools.product(names, config.sizes):
+            with _guard(f'profiles of {name} at {size[0]} x {size[1]}', result):
+                _profile_model(name, size, config, setups, result, progress)
+
+
+def _profile_model(
+        name: str, size: Tuple[int, int], config: BenchConfig, setups: List[Setup], result: BenchResult,
+        progress: Progress) -> None:
+    network = build_network(name, size, config.checkpoint)
+    for batch in config.list_batches():
+        for setup in fit_setups(setups, network.fused):
+            progress.describe(f'profile of {name} {setup}')
+            _profile(name, take_batch(network, batch), setup, result)
+            progress.update(1)
 
 
 def _profile(name: str, network: Network, setup: Setup, result: BenchResult) -> None:
     batch, _, height, width = network.images.shape
     title = f'{name} {setup}, {batch} x {height} x {width}'
     try:
-        runner = prepare(network, setup)
+        with redirect_stdout(sys.stderr):  # the runtimes' own remarks
+            runner = prepare(network, setup)
         profile = profile_call(runner.run, setup.device, runner.module)
         text = describe_profile(profile)
         if setup.backend == 'fused':
@@ -107,13 +167,11 @@ def _profile(name: str, network: Network, setup: Setup, result: BenchResult) -> 
 def _score_all(
         config: BenchConfig, names: List[str], setups: List[Setup], result: BenchResult, stream: Optional[TextIO],
 ) -> None:
-    height, width = config.sizes[0]
-    if len(names) > 1 or len(config.sizes) > 1 or height != width:
-        raise ConfigError('--bench accuracy takes one --model and one square --img-size.')
-    size = height if config.img_size != BenchConfig().img_size else None
+    size = config.sizes[0][0] if config.img_size != BenchConfig().img_size else None
     setups = fit_setups(setups, timm.create_model(names[0]))
-    result.accuracy = measure_accuracy(config.checkpoint, setups, config.data, names[0], size, stream)
-    result.texts.append('\n'.join(describe_accuracy(result.accuracy, config.markdown)))
+    result.accuracy = measure_accuracy(config.checkpoint, setups, config.data, names[0], size, stream, result.failures)
+    if result.accuracy:
+        result.texts.append('\n'.join(describe_accuracy(result.accuracy, config.markdown)))
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -124,23 +182,39 @@ def _train_all(
     benches = [
         TrainingBench(name, teacher, batch, size[0], device, rounds=ROUNDS)
         for name in names for teacher in config.teacher for size in config.sizes
-        for batch in config.batch_size or [BATCHES[device.type]]]
+        for batch in config.list_training_batches() or [BATCHES[device.type]]]
     ways = config.ways or list(list_ways(device))
     with Progress(len(benches) * (len(ways) + 1) * ROUNDS, 'blocks', stream=stream) as progress:
         for bench in benches:
             progress.describe(f'training {bench.model}, teacher {bench.teacher}')
-            try:
+            with _guard(f'training of {bench.model}, teacher {bench.teacher}', result):
                 records = bench_training(bench, ways, report=lambda: progress.update(1))
-            except RuntimeError as error:
-                result.failures.append(f'training of {bench.model}: {shorten(error)}')
-                continue
-            result.training += records
-            result.texts.append(describe_training(records))
+                result.training += records
+                result.texts.append(describe_training(records))
 
 
 # Plots ----------------------------------------------------------------------------------------------------------------
 
-def _draw_all(config: BenchConfig, names: List[str], device: torch.device, result: BenchResult) -> None:
+def _draw_growth(model: str, device: torch.device, path: Path, stream: Optional[TextIO]) -> Path:
+    with Progress(2 * GROWTH_ROUNDS * len(SIZES), 'blocks', stream=stream) as progress:
+        progress.describe(f'{model}, growth with resolution')
+        return draw_growth(measure_growth(
+            model, device=device, rounds=GROWTH_ROUNDS, report=lambda: progress.update(1)), path)
+
+
+def _list_parts_plots(result: BenchResult, folder: Path) -> Iterator[Callable[[], Path]]:
+    """A plot for each model that was profiled."""
+    models: Dict[str, Dict[str, List[Dict[str, Any]]]] = {}
+    for title, rows in result.profiles.items():
+        model = rows[0]['model']
+        models.setdefault(model, {})[title.removeprefix(f'{model} ')] = rows
+    for model, profiles in models.items():
+        yield lambda profiles=profiles, model=model: draw_parts(profiles, folder / f'parts_{model}.png')
+
+
+def _draw_all(
+        config: BenchConfig, names: List[str], device: torch.device, result: BenchResult, stream: Optional[TextIO],
+) -> None:
     folder = Path(config.plots)
     groups: Dict[str, List[Dict[str, Any]]] = {}
     for record in result.records:
@@ -152,13 +226,13 @@ def _draw_all(config: BenchConfig, names: List[str], device: torch.device, resul
         224, 224)}
     if result.counts:
         plots.append(lambda: draw_accuracy_by_gmacs(gmacs, folder / 'accuracy_gmacs.png'))
-    if result.profiles:
-        plots.append(lambda: draw_parts(result.profiles, folder / 'parts.png'))
+    plots += _list_parts_plots(result, folder)
     care = next((name for name in names if name.startswith('care_')), None)
     if care is not None:
-        plots.append(lambda: draw_growth(measure_growth(care, device=device), folder / 'growth.png'))
+        plots.append(lambda: _draw_growth(care, device, folder / 'growth.png', stream))
     for draw in plots:
-        try:
-            result.plots.append(str(draw()))
-        except PlotError as error:
-            result.remarks.append(f'plot left out: {error}')
+        with _guard('a plot', result):
+            try:
+                result.plots.append(str(draw()))
+            except PlotError as error:
+                result.remarks.append(f'plot left out: {error}')

@@ -39,7 +39,8 @@ def is_out_of_memory(error: Optional[BaseException]) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     signs = ('out of memory', 'not enough memory', "can't allocate memory", 'failed to allocate memory', 'bad_alloc')
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+    is_one = isinstance(error, RuntimeError) or type(error).__module__.startswith('onnxruntime.')  # not of its family
+    return is_one and any(sign in str(error).lower() for sign in signs)
 
 
 # Time -----------------------------------------------------------------------------------------------------------------
