@@ -15,6 +15,7 @@ from caretrans.bench.backends import (
     WrongOutputError,
     check_output,
     check_setup,
+    measure_deviation,
     measure_error,
     prepare,
 )
@@ -89,7 +90,7 @@ def test_memory_is_that_of_weights_and_images(network):
 def test_half_of_a_batch_keeps_the_rewrite(network):
     half = network.halve()
     assert len(half.images) == 1 and half.fused is network.fused
-    assert torch.allclose(half.expected, network.expected[[0, 0]])
+    assert torch.allclose(half.expected, network.expected[[0]])
 
 
 # Wrong ----------------------------------------------------------------------------------------------------------------
@@ -106,6 +107,55 @@ def test_every_dropped_bias_of_the_rewritten_network_is_caught(network):
         with pytest.raises(WrongOutputError, match='differ from float64'):
             check_output(wrong, prepare(wrong, Setup('fused')), 'float32')
             pytest.fail(f'{name} without its bias passes')
+
+
+def break_network(network, change):
+    """The network with a changed rewrite."""
+    fused = copy.deepcopy(network.fused)
+    change(fused)
+    return Network(network.model, network.images, fused, network.photographs)
+
+
+def swap_local_convolutions(fused):
+    """Of the last block with a mixer: the 3x3 convolution on the channels of the 7x7 one, and the other way round."""
+    local = [module for name, module in fused.named_modules() if name.endswith('.local')][-1]
+    local.weight.data = local.weight.data.roll(len(local.weight) // 2, 0)
+
+
+def lose_bias_of_expansion(fused):
+    expansion = [module for name, module in fused.named_modules() if name.startswith('stages') and '.expand' in name][0]
+    expansion.bias.data.zero_()
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+@pytest.mark.parametrize('change', [swap_local_convolutions, lose_bias_of_expansion])
+def test_a_broken_rewrite_is_caught_in_low_precision(network, change, dtype):
+    wrong = break_network(network, change)
+    with pytest.raises(WrongOutputError, match='the logits differ from float64 by'):
+        check_output(wrong, prepare(wrong, Setup('fused', dtype)), dtype)
+
+
+def test_permuted_classes_are_caught_in_int8(network):
+    def permute(fused):
+        head = [module for module in fused.modules() if isinstance(module, nn.Linear)][-1]
+        head.weight.data, head.bias.data = head.weight.data.roll(1, 0), head.bias.data.roll(1, 0)
+
+    wrong = break_network(network, permute)
+    logits = wrong.fused(wrong.images).detach()
+    with pytest.raises(WrongOutputError):
+        check_output(wrong, Runner(lambda: logits, lambda logits: logits, wrong.images), 'int8')
+    # Half of the largest logit is allowed, and half of the norm.
+    assert measure_deviation(logits, wrong.expected) > 2 * backends.INT8_TOLERANCE
+
+
+def test_up_to_eight_images_of_a_batch_are_checked_and_the_network_stays(network):
+    assert network.checked == [0, 1]
+    many = Network(network.model, network.images.repeat(10, 1, 1, 1), network.fused)
+    assert len(many.checked) == 8 and many.checked[0] == 0 and many.checked[-1] == 19
+    before = copy.deepcopy(network.model.state_dict())
+    assert network.measure_rounding(torch.float16) < network.measure_rounding(torch.bfloat16) / 4
+    assert all(torch.equal(before[key], value) for key, value in network.model.state_dict().items())
+    assert not any(module._forward_hooks for module in network.model.modules())
 
 
 def test_a_wrong_image_at_the_end_of_the_batch_is_caught(network):

@@ -1,5 +1,6 @@
 """benchmark.py beyond inference: profiles, training steps, loss curves, plots."""
 import csv
+import dataclasses
 import json
 import re
 
@@ -10,6 +11,7 @@ from photos import FRUIT, copy_photographs
 import benchmark
 from caretrans.bench import learning, sections
 from caretrans.bench.config import BenchConfig
+from caretrans.bench.device_rates import DeviceRates
 from caretrans.bench.learning import list_comparisons
 
 QUICK = ['--device', 'cpu', '--img-size', '64', '--model', 'care_s0', '--backend', 'eager', 'fused', '--batch-size',
@@ -68,6 +70,28 @@ def test_a_way_that_fails_under_the_profiler_is_reported_and_the_others_go_on(ca
     code, _, err = call('--bench', 'profile', '--output', tmp_path, *QUICK)
     assert code == 1 and 'failed: profile of care_s0 eager float32 nchw, 2 x 64 x 64: ValueError: a kernel' in err
     assert len(json.loads((tmp_path / 'results.json').read_text())['profiles']) == 1
+
+
+def test_the_bound_stands_beside_the_time_of_every_way_to_run_the_rewritten_network(call, tmp_path, monkeypatch):
+    prepare = sections.prepare
+
+    def prepare_without_parts(network, setup):  # as if it were compiled, without the minute that takes
+        runner = prepare(network, dataclasses.replace(setup, backend='fused'))
+        return dataclasses.replace(runner, module=None) if setup.backend == 'compile' else runner
+
+    rates = DeviceRates(bandwidth=1e10, cached=2e10, matmul=1e11, vector=5e10, launch=1e-6)
+    monkeypatch.setattr(sections, 'measure_rates', lambda device, dtype: rates)
+    monkeypatch.setattr(sections, 'prepare', prepare_without_parts)
+    code, out, err = call('--bench', 'profile', '--output', tmp_path, *QUICK, '--backend', 'eager', 'fused', 'compile')
+    assert code == 0, err
+    _, fused, compiled = out.split('care_s0 ')[-3:]
+    for text in (fused, compiled):
+        total = float(re.search(r'A call takes ([\d.]+) ms', text)[1])
+        found = re.findall(
+            r'^bound, .*: ([\d.]+) ms for .* measured ([\d.]+) ms = ([\d.]+) times the bound$', text, re.M)
+        assert len(found) == 3 and all(float(measured) == total for _, measured, _ in found)
+        assert all(float(ratio) == pytest.approx(total / float(bound), rel=0.02) for bound, _, ratio in found)
+    assert 'Farthest above their bounds' in fused and 'Farthest above their bounds' not in compiled
 
 
 @pytest.mark.parametrize('flags, message', [

@@ -24,6 +24,7 @@ from caretrans.bench.training_curves import (
 )
 from caretrans.bench.training_ways import PUBLISHED, Way, list_ways, parse_way, training_precision
 from caretrans.config import ConfigError, TrainConfig, read_recipe
+from caretrans.engine import TrainingError
 
 CPU = torch.device('cpu')
 TINY = TrainingBench(
@@ -95,6 +96,52 @@ def test_a_way_that_fails_is_reported_and_the_others_are_measured(monkeypatch):
     published, failed = bench_training(TINY, ['bf16'])
     assert published['ratio'] == 1 and failed['median_ms'] is None
     assert failed['notes'][0] == 'not timed: RuntimeError: no such kernel'
+
+
+def test_a_published_way_that_is_wrong_itself_says_so_and_excuses_no_other(monkeypatch):
+    def spoil(model, config):
+        if model.stem.conv.weight.dtype == torch.float32:  # all but the reference
+            model.stages[2].register_forward_hook(lambda module, args, out: out + 0.1 * out.roll(1, dims=1))
+
+    monkeypatch.setattr(caretrans.bench.training, 'put_kernels', spoil)
+    published, other = bench_training(TINY, ['channels_last'])
+    assert published['error'] > 2e-3 and 'the published way is not exact itself' in published['notes'][0]
+    assert other['error'] == pytest.approx(published['error'], rel=1e-2) and other['median_ms'] is None
+    assert 'the published way is not exact itself' in describe_training([published, other])
+
+
+def make_candidate(way=None):
+    subject = caretrans.bench.training.Subject.make(TINY, 8)
+    return caretrans.bench.training.Candidate(TINY, subject, way or Way())
+
+
+def test_a_first_step_that_overflows_is_made_again_with_a_smaller_scale():
+    wanted = make_candidate().make_first()
+    candidate = make_candidate(Way(frozenset({'fp16'})))
+    candidate.stepper.scaler = torch.amp.GradScaler('cpu', init_scale=2. ** 26)
+    first = candidate.make_first()
+    assert candidate.stepper.steps > 1 and candidate.stepper.scaler.get_scale() < 2. ** 26
+    assert caretrans.bench.training._measure_error(first, wanted) < caretrans.bench.training.TOLERANCES['float16']
+
+
+def test_a_first_step_that_overflows_at_every_scale_is_given_up(monkeypatch):
+    monkeypatch.setattr(caretrans.bench.training, 'ATTEMPTS', 2)
+    candidate = make_candidate(Way(frozenset({'fp16'})))
+    candidate.stepper.scaler = torch.amp.GradScaler('cpu', init_scale=2. ** 40)
+    with pytest.raises(TrainingError, match='left out 2 times: every gradient overflows'):
+        candidate.make_first()
+
+
+def test_parameters_without_a_gradient_are_left_out_and_others_must_be_the_same():
+    candidate = make_candidate()
+    candidate.parameters['stages.0.blocks.0.gamma_of_none'] = torch.nn.Parameter(torch.zeros(3))
+    first, wanted = candidate.make_first(), make_candidate().make_first()
+    assert caretrans.bench.training._measure_error(first, wanted) == 0
+    name, gradient = next(iter(first.gradient.items()))
+    for changed in ({**first.gradient, name: gradient.flatten()[1:]}, {**first.gradient, 'more': gradient},
+                    {key: value for key, value in first.gradient.items() if key != name}):
+        with pytest.raises(TrainingError, match='is in one alone'):
+            caretrans.bench.training._measure_error(first._replace(gradient=changed), wanted)
 
 
 def test_a_batch_that_does_not_fit_is_halved_for_all_ways(monkeypatch):

@@ -32,6 +32,7 @@ __all__ = ['run_benches']
 BATCHES = {'cuda': 128, 'mps': 128, 'cpu': 16}  # images of a training step where none are given
 ROUNDS = 7  # of training steps
 GROWTH_ROUNDS = 5
+BOUNDED = ('fused', 'compile', 'cudagraph')  # they run the rewritten network in PyTorch
 
 
 def _check_batches(config: BenchConfig) -> None:
@@ -150,9 +151,11 @@ def _profile(name: str, network: Network, setup: Setup, result: BenchResult) -> 
             runner = prepare(network, setup)
         profile = profile_call(runner.run, setup.device, runner.module)
         text = describe_profile(profile)
-        if setup.backend == 'fused':
+        if setup.backend in BOUNDED:
             operations = trace_operations(network.fused, (height, width), batch, TORCH_DTYPES[setup.dtype])
-            text += '\n\n' + describe_bounds(operations, measure_rates(setup.device, setup.dtype), profile)
+            has_parts = runner.module is not None  # else the rows of the bound have nothing beside them
+            text += '\n\n' + describe_bounds(
+                operations, measure_rates(setup.device, setup.dtype), profile if has_parts else None, profile.total_ms)
     except Exception as error:  # whatever a backend raises: the others go on
         result.failures.append(f'profile of {title}: {shorten(error)}')
         return
