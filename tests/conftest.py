@@ -10,3 +10,15 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run benchmark.py in this process: its exit code, stdout and stderr."""
+    import benchmark
+
+    def main(*flags):
+        monkeypatch.setattr('sys.argv', ['benchmark.py', *map(str, flags)])
+        code = benchmark.main()
+        return code, *capsys.readouterr()
+    return main

@@ -7,12 +7,13 @@ import torch
 from photos import copy_photographs
 from reference import filled_model
 
-import benchmark
 from caretrans.bench import accuracy
 from caretrans.bench.accuracy import measure_accuracy
 from caretrans.bench.backends import Setup
 from caretrans.checkpoint import save_checkpoint
 from caretrans.evaluation import evaluate_checkpoint
+
+ACCURACY = ['--bench', 'accuracy', '--device', 'cpu']
 
 
 @pytest.fixture(scope='module')
@@ -77,15 +78,9 @@ def test_int8_is_calibrated_and_its_loss_stated(checkpoint):
     assert record['loss'] != pytest.approx(evaluate_checkpoint(checkpoint, workers=0)['loss'], rel=1e-6)
 
 
-def call(monkeypatch, capsys, *flags):
-    monkeypatch.setattr('sys.argv', ['benchmark.py', '--bench', 'accuracy', '--device', 'cpu', *map(str, flags)])
-    code = benchmark.main()
-    return code, *capsys.readouterr()
-
-
-def test_the_script_prints_and_writes_it(checkpoint, data, tmp_path, monkeypatch, capsys):
+def test_the_script_prints_and_writes_it(checkpoint, data, tmp_path, call):
     code, out, err = call(
-        monkeypatch, capsys, '--model', 'care_s0', '--checkpoint', checkpoint, '--data', data, '--backend', 'fused',
+        *ACCURACY, '--model', 'care_s0', '--checkpoint', checkpoint, '--data', data, '--backend', 'fused',
         '--dtype', 'bfloat16', '--output', tmp_path)
     assert code == 0, err
     record, = json.loads((tmp_path / 'results.json').read_text())['accuracy']
@@ -99,8 +94,8 @@ def test_the_script_prints_and_writes_it(checkpoint, data, tmp_path, monkeypatch
     (['--checkpoint', 'FILE', '--model', 'care_s1'], 'care_s1'),
     (['--checkpoint', 'FILE', '--model', 'care_s0', 'care_s1'], 'one --model'),
     (['--checkpoint', 'FILE', '--model', 'care_s0', '--img-size', '64x96'], 'one square --img-size')])
-def test_what_cannot_be_scored_is_refused_in_a_line(checkpoint, flags, message, monkeypatch, capsys):
-    code, out, err = call(monkeypatch, capsys, *[checkpoint if flag == 'FILE' else flag for flag in flags])
+def test_what_cannot_be_scored_is_refused_in_a_line(checkpoint, flags, message, call):
+    code, out, err = call(*ACCURACY, *[checkpoint if flag == 'FILE' else flag for flag in flags])
     assert code == 2 and out == '' and message in err.splitlines()[-1]
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from photos import FRUIT, copy_photographs
 
-import benchmark
 from caretrans.bench import learning, sections
 from caretrans.bench.config import BenchConfig
 from caretrans.bench.device_rates import DeviceRates
@@ -18,16 +17,6 @@ QUICK = ['--device', 'cpu', '--img-size', '64', '--model', 'care_s0', '--backend
          '2']
 BRIEF = [*QUICK, '--runs', '2', '--warmup', '1']
 ALL = [*BRIEF, '--ways', 'channels_last']
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run benchmark.py in this process: its exit code, stdout and stderr."""
-    def main(*flags):
-        monkeypatch.setattr('sys.argv', ['benchmark.py', *map(str, flags)])
-        code = benchmark.main()
-        return code, *capsys.readouterr()
-    return main
 
 
 @pytest.mark.parametrize('bench, plots, benches', [

@@ -24,16 +24,6 @@ CPU = torch.device('cpu')
 QUICK = ['--device', 'cpu', '--img-size', '64', '--runs', '2', '--warmup', '1']
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run benchmark.py in this process: its exit code, stdout and stderr."""
-    def main(*flags):
-        monkeypatch.setattr('sys.argv', ['benchmark.py', *map(str, flags)])
-        code = benchmark.main()
-        return code, *capsys.readouterr()
-    return main
-
-
 def read(folder):
     with open(folder / 'results.csv', newline='') as file:
         return json.loads((folder / 'results.json').read_text()), list(csv.DictReader(file))
