@@ -30,10 +30,11 @@ def run(script: str, *flags: Any, processes: int = 1, code: int = 0, **variables
 
 
 def start(script: str, *flags: Any, log: Path, processes: int = 1) -> subprocess.Popen:
-    """Start it, with its output in a file."""
+    """Start it, with its output in a file, and with Ctrl-C as in a terminal, where the tests run in the background."""
     with open(log, 'ab') as file:
         return subprocess.Popen(
-            command(script, *flags, processes=processes), cwd=ROOT, stdout=file, stderr=file, env=ENVIRONMENT)
+            command(script, *flags, processes=processes), cwd=ROOT, stdout=file, stderr=file, env=ENVIRONMENT,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def wait_for(condition: Callable[[], Any], process: subprocess.Popen, timeout: float = 120.) -> bool:
