@@ -19,7 +19,8 @@ import torch.nn.functional as F
 
 from .backbone import check_image_size
 
-__all__ = ['FusedBlock', 'FusedHead', 'FusedStem', 'fold_norm_into_next', 'fold_norm_into_previous']
+__all__ = [
+    'FusedBlock', 'FusedHead', 'FusedStem', 'fold_norm_into_next', 'fold_norm_into_previous', 'fold_pixels']
 
 torch.fx.wrap('check_image_size')
 
@@ -49,6 +50,13 @@ def fold_norm_into_previous(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     return _make_conv(conv, conv.weight.double() * scale[:, None, None, None], conv.bias.double() * scale + shift)
 
 
+def _fold_affine(scale: torch.Tensor, shift: torch.Tensor, conv: nn.Conv2d) -> nn.Conv2d:
+    """conv(x * scale + shift) as one convolution."""
+    weight = conv.weight.double()
+    return _make_conv(
+        conv, weight * scale[:, None, None], conv.bias.double() + (weight * shift[:, None, None]).sum((1, 2, 3)))
+
+
 def fold_norm_into_next(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> nn.Conv2d:
     """conv(norm(x)) as one convolution.
 
@@ -57,16 +65,28 @@ def fold_norm_into_next(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> nn.Conv2d:
     """
     if any(conv.padding):
         raise ValueError(f'A norm cannot go into a convolution that pads by {conv.padding}.')
-    scale, shift = _scale_and_shift(norm)
-    weight = conv.weight.double()
-    return _make_conv(
-        conv, weight * scale[:, None, None], conv.bias.double() + (weight * shift[:, None, None]).sum((1, 2, 3)))
+    return _fold_affine(*_scale_and_shift(norm), conv)
 
 
 def _scale_outputs(conv: nn.Conv2d, scale: torch.Tensor) -> nn.Conv2d:
     """scale * conv(x) as one convolution."""
     scale = scale.double()
     return _make_conv(conv, conv.weight.double() * scale[:, None, None, None], conv.bias.double() * scale)
+
+
+def fold_pixels(conv: nn.Conv2d, mean: Sequence[float], std: Sequence[float]) -> nn.Conv2d:
+    """conv((x / 255 - mean) / std) as one convolution of pixels x from 0 to 255, per channel.
+
+    Raises:
+        ValueError: The convolution pads, or has not as many channels as there are means.
+    """
+    if any(conv.padding) or conv.in_channels != len(mean):
+        raise ValueError(
+            f'A normalisation of {len(mean)} channels cannot go into a convolution of {conv.in_channels} channels '
+            f'that pads by {conv.padding}.')
+    scale = 1 / (255 * torch.tensor(std, dtype=torch.float64, device=conv.weight.device))
+    shift = -255 * torch.tensor(mean, dtype=torch.float64, device=conv.weight.device) * scale
+    return _fold_affine(scale, shift, conv)
 
 
 def _join_depthwise(convs: Sequence[nn.Conv2d]) -> nn.Conv2d:

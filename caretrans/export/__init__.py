@@ -1,0 +1,1 @@
+"""Export: programs for phones and other runtimes, each proven to compute what PyTorch computes before it is shipped."""

@@ -1,0 +1,155 @@
+"""The settings of `coreml/export.py`: what is exported, to which formats, and how closely it must agree."""
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import List, Optional, Sequence, Tuple
+
+from ..bench.config import expand_models, parse_size
+from ..config import ConfigError, FlagParser, add_flags, check_settings, setting
+from .formats import FORMATS, Format, find_obstacle
+
+__all__ = ['ExportConfig', 'Job', 'parse_export_config']
+
+TARGETS = ('iOS15', 'iOS16', 'iOS17', 'iOS18', 'iOS26')
+COMPRESSIONS = ('none', 'int8', 'palette6', 'palette4')
+COREML = ('mlpackage', 'mlmodel')
+
+# Share of photographs, %, whose first answer must be that of PyTorch in float64. Rounding decides between classes that
+# are nearly equal; whatever else is wrong with a program changes more answers than these.
+FLOORS = {'fp32': 99.5, 'fp16': 97., 'int8': 85., 'palette6': 85., 'palette4': 50.}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One program to write, everything decided.
+
+    Attributes:
+        size: Height and width of the images, pixels.
+        input: 'image', pixels from 0 to 255 in RGB, or 'tensor', normalised as in evaluation.
+        output: 'logits', 'probabilities', or 'classes', probabilities with labels.
+        target: The oldest system it is for, of Core ML.
+        compress: How the weights are stored, of Core ML.
+        unfused: Whether to export the network as it is trained.
+        floor: Least agreement of first answers, %.
+    """
+    format: str
+    precision: str
+    input: str
+    output: str
+    size: Tuple[int, int]
+    batch: int = 1
+    target: str = 'iOS16'
+    compress: str = 'none'
+    unfused: bool = False
+    floor: float = 99.
+
+    @property
+    def kind(self) -> Format:
+        return FORMATS[self.format]
+
+    def get_form(self) -> str:
+        """Of the network: 'unfused' as trained, 'fused', or 'phone', which is fused for Core ML."""
+        return 'unfused' if self.unfused else 'phone' if self.format in COREML else 'fused'
+
+    def __str__(self) -> str:
+        parts = [self.format, self.precision] + [self.compress] * (self.compress != 'none') \
+            + ['unfused'] * self.unfused
+        return ' '.join(parts)
+
+
+@dataclass
+class ExportConfig:
+    """Everything that decides what is exported. A flag exists for each field."""
+
+    model: str = setting('', 'model of caretrans or timm, where the checkpoint does not say it')
+    checkpoint: str = setting('', 'weights: .pth, .pth.tar or .safetensors, published or of train.py')
+    entry: str = setting('', 'entry of the file that holds the weights, e.g. state_dict_ema')
+    random_weights: bool = setting(False, 'export random weights, to look at speed; good for nothing else')
+    format: List[str] = setting(['mlpackage'], 'one or more', choices=list(FORMATS))
+    output_dir: str = setting('', 'where programs and reports go; runs/export if not given')
+    input: str = setting(
+        '', 'image: RGB pixels from 0 to 255, normalised inside; tensor: normalised already; by default image for Core '
+        'ML, else tensor', choices=['', 'image', 'tensor'])
+    output: str = setting(
+        '', 'what comes out; by default classes (probabilities with labels) for Core ML, else logits',
+        choices=['', 'logits', 'probabilities', 'classes'])
+    precision: List[str] = setting(
+        [], 'one or more; by default what the format is made for: fp16 for Core ML, fp32 for the others',
+        choices=['fp16', 'fp32', 'int8'])
+    img_size: str = setting('', 'pixels: a side, or HEIGHTxWIDTH; by default that of the checkpoint')
+    batch: int = setting(1, 'images at a time', bounds=(1, None))
+    target: str = setting('iOS16', 'oldest system of Core ML programs', choices=list(TARGETS))
+    compress: str = setting('none', 'weights of Core ML programs', choices=list(COMPRESSIONS))
+    unfused: bool = setting(False, 'the network as it is trained, for comparison')
+    data: str = setting('', 'photographs to compare on, a folder with val/CLASS/*; by default the bundled ones')
+    images: Optional[int] = setting(None, 'how many of them; by default all', bounds=(1, None))
+    floor: Optional[float] = setting(
+        None, 'least share of first answers equal to those of PyTorch, %%; by default '
+        + ', '.join(f'{value:g} for {name}' for name, value in FLOORS.items()), bounds=(0, 100))
+    latency: bool = setting(True, 'time programs beside PyTorch, where their runtime runs here')
+    threads: int = setting(1, 'threads of the processor for that', bounds=(1, None))
+    json: bool = setting(False, 'print one JSON object instead of text')
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        for name in ('format', 'precision'):
+            if len(set(getattr(self, name))) != len(getattr(self, name)):
+                raise ConfigError(f'{name} is {getattr(self, name)}: name each once.')
+        if self.img_size:
+            parse_size(self.img_size)
+        if self.model:
+            if len(expand_models([self.model])) != 1:
+                raise ConfigError(f'--model {self.model}: export one model at a time.')
+        if bool(self.checkpoint) == self.random_weights:
+            raise ConfigError(
+                f'--checkpoint {self.checkpoint} with --random-weights: choose one.' if self.checkpoint else
+                'No weights: give a file with --checkpoint, or ask for --random-weights (to look at speed alone).')
+        if self.random_weights and not self.model:
+            raise ConfigError('--random-weights needs --model, e.g. --model care_s0.')
+        if self.compress != 'none' and not set(self.format) & set(COREML):
+            raise ConfigError(
+                f'--compress {self.compress} is for mlpackage and mlmodel; the others have --precision int8.')
+
+    def list_jobs(self, size: Tuple[int, int]) -> List[Job]:
+        """What is to be written, format by format, precision by precision.
+
+        Args:
+            size: Of the images, where no --img-size was given.
+        Raises:
+            ConfigError: Something that was asked for cannot be, or a package is missing; before any work.
+        """
+        jobs = [self._make_job(FORMATS[name], precision, size)
+                for name in self.format for precision in self.precision or FORMATS[name].precisions[:1]]
+        for job in jobs:
+            job.kind.load_module().check(job)
+        return jobs
+
+    def _make_job(self, kind: Format, precision: str, size: Tuple[int, int]) -> Job:
+        obstacle = find_obstacle(kind)
+        if obstacle:
+            raise ConfigError(f'--format {kind.name}: {obstacle}')
+        chosen = dict(input=self.input or kind.inputs[0], output=self.output or kind.outputs[0], precision=precision)
+        for name, value in chosen.items():
+            able = getattr(kind, f'{name}s')
+            if value not in able:
+                raise ConfigError(f'--{name} {value} with --format {kind.name}: it has {", ".join(able)}.')
+        compress = self.compress if kind.name in COREML else 'none'
+        floor = FLOORS[compress if compress != 'none' else precision] if self.floor is None else self.floor
+        return Job(
+            kind.name, size=parse_size(self.img_size) if self.img_size else size, batch=self.batch, target=self.target,
+            compress=compress, unfused=self.unfused, floor=floor, **chosen)
+
+    def get_folder(self) -> Path:
+        return Path(self.output_dir or 'runs/export')
+
+
+def parse_export_config(argv: Optional[Sequence[str]] = None, description: str = '') -> ExportConfig:
+    """The config of a command line.
+
+    Raises:
+        ConfigError: An unknown flag, or a value that cannot work.
+        SystemExit: After --help.
+    """
+    parser = FlagParser(description=description, argument_default=argparse.SUPPRESS)
+    add_flags(parser, ExportConfig)
+    return ExportConfig(**vars(parser.parse_args(argv)))

@@ -1,0 +1,206 @@
+"""What is exported: a checkpoint, the network made of it, and the photographs it is compared on."""
+import copy
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import timm
+import torch
+import torch.nn as nn
+from timm.data import create_transform
+from timm.utils import reparameterize_model
+
+from ..bench.lively import PHOTOGRAPHS, enliven, load_photographs
+from ..data import DataError, describe_classes, list_classes, open_dataset, resolve_eval_config
+from ..evaluation import load_for_evaluation
+from ..fuse import fuse
+from ..models.care import CareTransformer
+from ..models.care_fused import fold_pixels
+from ..models.care_phone import rewrite_for_phone
+from .config import ExportConfig, Job
+
+__all__ = ['Cases', 'ExportedNetwork', 'Source', 'build_network', 'load_cases', 'load_source']
+
+CALIBRATION = 256  # photographs of the training images, for int8
+
+
+@dataclass
+class Source:
+    """A trained network and what is known of it.
+
+    Attributes:
+        name: Of the model.
+        model: As trained, in evaluation mode, float32, on the CPU.
+        eval_config: How images are made ready: input_size, interpolation, crop_pct, mean, std.
+        class_names: For people, one for each output.
+        checkpoint: The file; '' for random weights.
+        sha256: Of the file.
+        meta: Of the file.
+    """
+    name: str
+    model: nn.Module
+    eval_config: Dict[str, Any]
+    class_names: List[str]
+    checkpoint: str = ''
+    sha256: str = ''
+    meta: Dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def size(self) -> Tuple[int, int]:
+        return tuple(self.eval_config['input_size'][1:])
+
+    def normalise(self, pixels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """uint8 pixels (B, C, H, W) as evaluation hands them to the network."""
+        mean, std = (torch.tensor(self.eval_config[name], dtype=torch.float64)[:, None, None]
+                     for name in ('mean', 'std'))
+        return ((pixels.double() / 255 - mean) / std).to(dtype)
+
+    def make_ready(self, pixels: torch.Tensor, job: Job) -> torch.Tensor:
+        """uint8 pixels as the program of a job takes them, float32."""
+        return pixels.float() if job.input == 'image' else self.normalise(pixels)
+
+    def make_example(self, job: Job) -> torch.Tensor:
+        """Images (batch, C, H, W) as the program takes them: photographs, where they are installed."""
+        return self.make_ready(self._take_pixels(job, job.batch), job)
+
+    def make_calibration(self, job: Job) -> torch.Tensor:
+        """Photographs that training used, (n, C, H, W) as the program takes them, for the ranges of int8."""
+        return self.make_ready(self._take_pixels(job, CALIBRATION), job)
+
+    def _take_pixels(self, job: Job, count: int) -> torch.Tensor:
+        prepared = dict(self.eval_config, input_size=(self.eval_config['input_size'][0], *job.size))
+        if not PHOTOGRAPHS.is_dir():
+            generator = torch.Generator().manual_seed(0)
+            return torch.randint(256, (count, *prepared['input_size']), dtype=torch.uint8, generator=generator)
+        dataset = open_dataset(str(PHOTOGRAPHS), 'train')
+        dataset.transform = create_transform(**prepared, is_training=False, use_prefetcher=True)
+        return torch.stack([torch.as_tensor(dataset[i * len(dataset) // count][0]) for i in range(count)])
+
+
+def load_source(config: ExportConfig) -> Source:
+    """Load the checkpoint of a config, or make random weights under which all parts count.
+
+    Raises:
+        CheckpointError: The file cannot be read, or is of another model.
+    """
+    if config.checkpoint:
+        model, loaded, eval_config = load_for_evaluation(config.checkpoint, config.model or None, config.entry or None)
+        return Source(
+            model.pretrained_cfg['architecture'], model, eval_config,
+            describe_classes(loaded.meta.get('class_names'), model.num_classes), config.checkpoint,
+            hashlib.sha256(Path(config.checkpoint).read_bytes()).hexdigest(), loaded.meta)
+    model = timm.create_model(config.model).eval()
+    eval_config = resolve_eval_config(model)
+    size = tuple(eval_config['input_size'][1:])
+    images = load_photographs(model, size, 8)
+    enliven(model, torch.randn(8, model.in_chans, *size) if images is None else images)
+    return Source(config.model, model, eval_config, describe_classes(None, model.num_classes))
+
+
+# The network ----------------------------------------------------------------------------------------------------------
+
+class Normalisation(nn.Module):
+    """Pixels from 0 to 255 to what evaluation makes of them, per channel: (B, C, H, W) to the same shape."""
+
+    def __init__(self, mean: List[float], std: List[float]) -> None:
+        super().__init__()
+        mean, std = (torch.tensor(values, dtype=torch.float64) for values in (mean, std))
+        self.register_buffer('scale', (1 / (255 * std)).float()[:, None, None])
+        self.register_buffer('shift', (-mean / std).float()[:, None, None])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale + self.shift
+
+
+class ExportedNetwork(nn.Module):
+    """Images as a program takes them, (B, C, H, W), to logits or probabilities (B, classes)."""
+
+    def __init__(self, network: nn.Module, prepare: nn.Module, probabilities: bool) -> None:
+        super().__init__()
+        self.prepare, self.network, self.probabilities = prepare, network, probabilities
+        self.requires_grad_(False).eval()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = self.network(self.prepare(images))
+        return logits.softmax(dim=-1) if self.probabilities else logits
+
+
+def _rewrite(source: Source, form: str) -> nn.Module:
+    if form == 'unfused':
+        return copy.deepcopy(source.model)
+    if not isinstance(source.model, CareTransformer):
+        return reparameterize_model(source.model)
+    fused = fuse(source.model)
+    return rewrite_for_phone(fused) if form == 'phone' else fused
+
+
+def build_network(source: Source, job: Job) -> ExportedNetwork:
+    """The network that a job exports, with the normalisation and the softmax that it wants.
+
+    The normalisation goes into the first convolution where that does not pad; else it stands before it.
+    """
+    network = _rewrite(source, job.get_form())
+    prepare: nn.Module = nn.Identity()
+    if job.input == 'image':
+        mean, std = source.eval_config['mean'], source.eval_config['std']
+        place, _, name = source.model.pretrained_cfg['first_conv'].rpartition('.')
+        parent = network.get_submodule(place)
+        conv = getattr(parent, name, None)
+        if isinstance(conv, nn.Conv2d) and not any(conv.padding):
+            setattr(parent, name, fold_pixels(conv, mean, std))
+        else:
+            prepare = Normalisation(mean, std)
+    return ExportedNetwork(network, prepare, job.output != 'logits')
+
+
+# Photographs ----------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Cases:
+    """Photographs that programs are compared on, with what the network as trained makes of them in float64.
+
+    Attributes:
+        name: Of the data.
+        pixels: (n, C, H, W) uint8, resized and cropped as in evaluation.
+        logits: (n, classes) float64.
+        labels: (n,) where the data has the classes of the network, else None.
+    """
+    name: str
+    pixels: torch.Tensor
+    logits: torch.Tensor
+    labels: Optional[torch.Tensor] = None
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def batches(self, size: int) -> Iterator[torch.Tensor]:
+        """The pixels in batches of one size, the last filled up with the first photographs."""
+        for start in range(0, len(self), size):
+            chosen = [i % len(self) for i in range(start, start + size)]
+            yield self.pixels[chosen]
+
+
+@torch.no_grad()
+def load_cases(source: Source, size: Tuple[int, int], data: str = '', count: Optional[int] = None) -> Cases:
+    """Evenly spaced validation photographs, the bundled ones if no folder is named, and their float64 logits.
+
+    Args:
+        count: How many; all if not given.
+    Raises:
+        DataError: There are no photographs there.
+    """
+    folder = data or str(PHOTOGRAPHS)
+    if not Path(folder).is_dir():
+        raise DataError(f'No photographs at {folder}: name a folder with val/CLASS/*.jpg by --data.')
+    dataset = open_dataset(folder, 'val')
+    prepared = dict(source.eval_config, input_size=(source.eval_config['input_size'][0], *size))
+    dataset.transform = create_transform(**prepared, is_training=False, use_prefetcher=True)
+    total = min(count or len(dataset), len(dataset))
+    samples = [dataset[i * len(dataset) // total] for i in range(total)]
+    pixels = torch.stack([torch.as_tensor(image) for image, _ in samples])
+    model = copy.deepcopy(source.model).double()
+    logits = torch.cat([model(source.normalise(part, torch.float64)) for part in pixels.split(8)])
+    own = source.meta.get('class_names')
+    labels = torch.tensor([label for _, label in samples]) if own and own == list_classes(dataset) else None
+    return Cases(f'{folder}, {total} of {len(dataset)} validation images', pixels, logits, labels)

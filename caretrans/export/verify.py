@@ -1,0 +1,140 @@
+"""Prove that a program computes what PyTorch computes, on photographs, before it is shipped."""
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, List, Optional
+
+import torch
+
+from .config import Job
+from .source import Cases, Source
+
+__all__ = ['ExportError', 'Program', 'Verification', 'VerificationError', 'verify']
+
+TOP = 5
+
+
+class ExportError(RuntimeError):
+    """A program that cannot be written or read; the message names the file and the remedy."""
+
+
+class VerificationError(ExportError):
+    """A program does not compute what the network computes; `verification` holds the figures."""
+
+    def __init__(self, message: str, verification: Optional['Verification'] = None) -> None:
+        super().__init__(message)
+        self.verification = verification
+
+
+@dataclass
+class Program:
+    """What a file computes, read back from the file.
+
+    Attributes:
+        run: Images (batch, C, H, W) float32 as the program takes them, to (batch, classes) logits or probabilities.
+        runner: What computes here, e.g. 'ONNX Runtime 1.31.1' or 'operation by operation in PyTorch'.
+        labels: The classes that the file names, if it does.
+        operations: How many of each type the file has, constants left out; {} where it cannot be seen.
+        shape_changes: A line for each reshape and transpose.
+        find: Lines on numbers that came up in the runs so far and that float16 cannot hold: not finite, subnormal.
+        timed: Whether `run` is the runtime that users have, so that its time means something.
+        notes: What a reader of the figures must know.
+    """
+    run: Callable[[torch.Tensor], torch.Tensor]
+    runner: str
+    labels: Optional[List[str]] = None
+    operations: Dict[str, int] = field(default_factory=dict)
+    shape_changes: List[str] = field(default_factory=list)
+    find: Callable[[], List[str]] = list
+    timed: bool = True
+    notes: List[str] = field(default_factory=list)
+
+
+@dataclass
+class Verification:
+    """How a program differs from the network as trained, in float64, on photographs.
+
+    Attributes:
+        max_error, mean_error: Of the logits, or of the probabilities where the program gives those.
+        largest: The largest magnitude of what is compared.
+        top1_agreement: Share of photographs with the same first answer, %.
+        top5_agreement: Mean share of the first five answers that are among the network's first five, %.
+        top1, top1_expected: Accuracy of the program and of the network, %, where the labels of the data are its own.
+        findings: Of `Program.find`.
+    """
+    images: int
+    data: str
+    max_error: float
+    mean_error: float
+    largest: float
+    top1_agreement: float
+    top5_agreement: float
+    floor: float
+    top1: Optional[float] = None
+    top1_expected: Optional[float] = None
+    findings: List[str] = field(default_factory=list)
+
+
+def _check_labels(source: Source, program: Program, path: Any) -> None:
+    if program.labels is None or program.labels == source.class_names:
+        return
+    for number, (found, wanted) in enumerate(zip(program.labels, source.class_names, strict=False)):
+        if found != wanted:
+            raise VerificationError(f'{path}: its class {number} is labelled {found!r}, it should be {wanted!r}.')
+    raise VerificationError(f'{path}: it has {len(program.labels)} labels for {len(source.class_names)} classes.')
+
+
+def compute(source: Source, job: Job, program: Program, cases: Cases, report: Callable[[int], Any]) -> torch.Tensor:
+    """What a program makes of all photographs, (n, classes) float64.
+
+    Args:
+        report: Is told how many photographs more are done.
+    """
+    outputs = []
+    for pixels in cases.batches(job.batch):
+        outputs.append(program.run(source.make_ready(pixels, job)).double())
+        report(job.batch)
+    return torch.cat(outputs)[:len(cases)]
+
+
+def compare(outputs: torch.Tensor, cases: Cases, job: Job) -> Verification:
+    """Figures of outputs (n, classes) against those of the network."""
+    expected = cases.logits if job.output == 'logits' else cases.logits.softmax(dim=-1)
+    errors = (outputs - expected).abs()
+    first, wanted = outputs.argmax(dim=-1), expected.argmax(dim=-1)
+    top = min(TOP, expected.shape[1])
+    shared = outputs.topk(top).indices[:, :, None] == expected.topk(top).indices[:, None]
+
+    def share(values: torch.Tensor) -> float:
+        return 100 * values.double().mean().item()
+
+    return Verification(
+        len(cases), cases.name, errors.max().item(), errors.mean().item(), expected.abs().max().item(),
+        share(first == wanted), share(shared.any(dim=-1)), job.floor,
+        None if cases.labels is None else share(first == cases.labels),
+        None if cases.labels is None else share(wanted == cases.labels))
+
+
+def verify(
+        source: Source, job: Job, program: Program, cases: Cases, path: Any = '',
+        report: Callable[[int], Any] = lambda count: None,
+) -> Verification:
+    """Run a program on photographs and compare with the network as trained, in float64.
+
+    Raises:
+        VerificationError: Labels differ, an output is not finite, or fewer first answers agree than `job.floor`.
+    """
+    _check_labels(source, program, path)
+    outputs = compute(source, job, program, cases, report)
+    if outputs.shape != cases.logits.shape:
+        raise VerificationError(
+            f'{path}: it gives {outputs.shape[1]} numbers an image, the network has {cases.logits.shape[1]} classes.')
+    result = compare(outputs, cases, job)
+    result.findings = program.find()
+    if not bool(outputs.isfinite().all()):
+        first = next((line for line in result.findings if 'not finite' in line), 'no operation is known for it')
+        raise VerificationError(f'{path}: outputs are not finite; {first}.', result)
+    if not result.top1_agreement >= job.floor:
+        raise VerificationError(
+            f'{path}: {result.top1_agreement:.2f} % of {result.images} first answers are those of PyTorch, at least '
+            f'{job.floor:g} % must be (largest error {result.max_error:.2g} of {result.largest:.2g}). Nothing was '
+            f'kept; a lower --floor keeps it.', result)
+    return result
