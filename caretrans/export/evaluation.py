@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from .verify import ExportError, Program
 
-__all__ = ['Evaluator', 'Findings', 'ImageInput', 'Step', 'round_half_']
+__all__ = ['Evaluator', 'Findings', 'ImageInput', 'Step', 'get_metadata', 'round_half_']
 
 HALF = torch.finfo(torch.float16)
 LARGEST_SUBNORMAL = HALF.smallest_normal - 2 ** -24
@@ -272,9 +272,18 @@ class Evaluator:
 
     def _note_shapes(self, step: Step, inputs: Dict[str, Any], results: List[torch.Tensor]) -> None:
         if step.type in self.reshaping:
-            before = next(x for x in inputs.values() if isinstance(x, torch.Tensor))
+            before = next(iter(inputs.values()))
+            before = before[0] if isinstance(before, list) else before
             self.shape_changes.append(f'{step}: {tuple(before.shape)} -> {tuple(results[0].shape)}')
 
 
 def _fits(found: Sequence[int], declared: Sequence[int]) -> bool:
     return len(found) == len(declared) and all(b in (-1, a) for a, b in zip(found, declared, strict=True))
+
+
+def get_metadata(spec: Any) -> Dict[str, str]:
+    """What a Core ML file says of itself."""
+    found = spec.description.metadata
+    named = {'author': found.author, 'license': found.license, 'version': found.versionString,
+             'description': found.shortDescription}
+    return {**{key: value for key, value in named.items() if value}, **dict(found.userDefined)}

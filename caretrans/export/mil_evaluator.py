@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .evaluation import LARGEST_SUBNORMAL, Evaluator, ImageInput, Step
+from .evaluation import LARGEST_SUBNORMAL, Evaluator, ImageInput, Step, get_metadata
 from .verify import ExportError
 
 __all__ = ['OPERATIONS', 'read_ml_program']
@@ -304,14 +304,6 @@ def _read_input(path: Path, spec: Any, function: Any) -> ImageInput:
             f'{path}: its description says {image.height} x {image.width} pixels, its program takes {tuple(shape)}.')
     reverse = image is not None and image.colorSpace == image.ColorSpace.Value('BGR')
     return ImageInput(name, tuple(shape), _is_half(var), reverse)
-
-
-def get_metadata(spec: Any) -> Dict[str, str]:
-    """What a Core ML file says of itself."""
-    found = spec.description.metadata
-    named = {'author': found.author, 'license': found.license, 'version': found.versionString,
-             'description': found.shortDescription}
-    return {**{key: value for key, value in named.items() if value}, **dict(found.userDefined)}
 
 
 def read_ml_program(path: Union[str, Path], flush_subnormals: bool = False) -> Evaluator:
