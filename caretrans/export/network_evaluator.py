@@ -126,8 +126,9 @@ def batched_matmul(params: Any, decode: Decode) -> Layer:
         return (a.transpose(-2, -1) if params.transposeA else a) @ (b.transpose(-2, -1) if params.transposeB else b)
     if not params.weightMatrixFirstDimension:
         return multiply
-    weight = decode(params.weights, [params.weightMatrixFirstDimension, params.weightMatrixSecondDimension])
-    bias = decode(params.bias, [params.weightMatrixSecondDimension]) if params.hasBias else None
+    rows, columns = params.weightMatrixFirstDimension, params.weightMatrixSecondDimension
+    weight = decode(params.weights, [columns, rows]).t()  # stored transposed
+    bias = decode(params.bias, [columns]) if params.hasBias else None
     return lambda x: multiply(x, weight) if bias is None else multiply(x, weight) + bias
 
 
@@ -175,7 +176,10 @@ UNARY: Dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
 
 
 def unary(params: Any, decode: Decode) -> Layer:
-    function = UNARY[params.Operation.Name(params.type)]
+    kind = params.Operation.Name(params.type)
+    if kind == 'LOG' and params.epsilon > 1e-6:
+        raise ValueError(f'a logarithm with an epsilon of {params.epsilon:g}, which the format does not define.')
+    function = UNARY[kind]
     return lambda x: function(x * (params.scale or 1.) + params.shift, params)
 
 
@@ -282,6 +286,7 @@ LAYERS: Dict[str, Callable[[Any, Decode], Layer]] = {
     'reshapeStatic': lambda params, decode: lambda x: x.reshape(list(params.targetShape)),
     'scale': scale,
     'sliceStatic': slice_static,
+    'softmax': lambda params, decode: lambda x: x.softmax(dim=-3),
     'softmaxND': lambda params, decode: lambda x: x.softmax(dim=params.axis),
     'splitND': split_nd,
     'squeeze': squeeze,
@@ -332,10 +337,10 @@ class _Reader:
             compute = LAYERS[kind](params, self.decode)
         except ValueError as error:
             raise ExportError(f'{self.path}: {layer.name} ({kind}): {error} Export it again.') from error
-        shapes = [list(tensor.dimValue) for tensor in layer.outputTensor] or [None] * len(layer.output)
+        shapes = [[size if size > 0 else -1 for size in tensor.dimValue] or None for tensor in layer.outputTensor]
         self.steps.append(Step(
             layer.name, kind, lambda values: compute(*values), {'values': list(layer.input)}, list(layer.output),
-            shapes, self.half, kind in MOVES))
+            shapes or [None] * len(layer.output), self.half, kind in MOVES))
 
 
 def _read_preprocessing(network: Any, name: str, reverse: bool) -> Tuple[float, Optional[torch.Tensor]]:
