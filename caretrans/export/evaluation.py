@@ -22,14 +22,9 @@ MAX_LINES = 6
 Names = Union[str, List[str]]
 
 
-def round_half_(x: torch.Tensor, flush_subnormals: bool = False) -> torch.Tensor:
-    """Round float32 numbers to the nearest of float16, in place; what is too large becomes infinite.
-
-    Args:
-        flush_subnormals: Whether numbers below 6.1e-5 become 0, as on devices without subnormal numbers.
-    """
-    x.copy_(x.half())
-    return F.hardshrink(x, LARGEST_SUBNORMAL) if flush_subnormals else x
+def round_half_(x: torch.Tensor) -> torch.Tensor:
+    """Round float32 numbers to the nearest of float16, in place; what is too large becomes infinite."""
+    return x.copy_(x.half())
 
 
 @dataclass
@@ -69,7 +64,7 @@ class _Count:
 
 
 class Findings:
-    """Numbers that came up in runs and that float16 cannot hold, by operation.
+    """Numbers among the weights and in runs that float16 cannot hold, by operation.
 
     Attributes:
         largest: The largest finite magnitude, and the operation it came from.
@@ -147,7 +142,7 @@ class Evaluator:
         metadata: Author, licence and so on, as the file has them.
         reshaping: Types of operations that only change a shape or the order of axes.
         flush_subnormals: Whether float16 numbers below 6.1e-5 become 0 on the way, as on devices without them.
-        findings: Of the runs so far.
+        findings: Of the weights, and of the runs so far.
         shape_changes: A line for each reshape and transpose.
     """
     path: str

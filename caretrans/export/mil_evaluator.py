@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .evaluation import LARGEST_SUBNORMAL, Evaluator, ImageInput, Step, get_metadata
+from .evaluation import LARGEST_SUBNORMAL, Evaluator, Findings, ImageInput, Step, get_metadata
 from .verify import ExportError
 
 __all__ = ['OPERATIONS', 'read_ml_program']
@@ -226,12 +226,10 @@ def _load(path: Path) -> Tuple[Any, Any]:
             'folder.') from error
 
 
-def _decode(value: Any, flush_subnormals: bool) -> Any:
+def _decode(value: Any) -> Any:
     """A constant as operations take it: float arrays as float32 tensors, all else as numbers, lists and strings."""
     if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind == 'f':
-        half = value.dtype == np.float16
-        tensor = torch.from_numpy(np.array(value, dtype=np.float32))
-        return F.hardshrink(tensor, LARGEST_SUBNORMAL) if half and flush_subnormals else tensor
+        return torch.from_numpy(np.array(value, dtype=np.float32))
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
 
 
@@ -240,6 +238,7 @@ class _Reader:
 
     def __init__(self, path: Path, flush_subnormals: bool) -> None:
         self.path, self.flush_subnormals = path, flush_subnormals
+        self.findings = Findings()
         self.decoded: Dict[str, Any] = {}
         self.constants: Dict[str, torch.Tensor] = {}
         self.steps: List[Step] = []
@@ -250,8 +249,12 @@ class _Reader:
     def decode(self, var: Any) -> Any:
         if var.name not in self.decoded:
             value = var.val if var.op.op_type == 'const' else var.op.materialized_val_inference()
-            self.decoded[var.name] = _decode(value, self.flush_subnormals)
+            self.decoded[var.name] = _decode(value)
         return self.decoded[var.name]
+
+    def flush(self, value: Any, var: Any) -> Any:
+        flushes = self.flush_subnormals and isinstance(value, torch.Tensor) and _is_half(var)
+        return F.hardshrink(value, LARGEST_SUBNORMAL) if flushes else value
 
     def read(self, op: Any) -> None:
         if op.op_type not in OPERATIONS:
@@ -263,9 +266,13 @@ class _Reader:
         for key, var in op.inputs.items():
             if isinstance(var, (list, tuple)):
                 inputs[key] = [item.name for item in var]
-                self.constants.update({item.name: self.decode(item) for item in var if self.is_constant(item)})
+                self.constants.update({
+                    item.name: self.flush(self.decode(item), item) for item in var if self.is_constant(item)})
             elif var is not None and self.is_constant(var):
-                fixed[key] = self.decode(var)
+                value = self.decode(var)
+                if isinstance(value, torch.Tensor) and value.dim():
+                    self.findings.record(f'{key} of {op.name} ({op.op_type})', value, _is_half(var))
+                fixed[key] = self.flush(value, var)
             elif var is not None:
                 inputs[key] = var.name
         self.steps.append(Step(
@@ -335,4 +342,4 @@ def read_ml_program(path: Union[str, Path], flush_subnormals: bool = False) -> E
         raise ExportError(f'{path} has the outputs {", ".join(outputs)}; one can be evaluated.')
     return Evaluator(
         str(path), reader.steps, reader.constants, image_input, outputs[0], labels, get_metadata(spec), RESHAPING,
-        flush_subnormals)
+        flush_subnormals, reader.findings)

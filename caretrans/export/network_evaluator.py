@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .evaluation import Evaluator, ImageInput, Step, get_metadata, round_half_
+from .evaluation import LARGEST_SUBNORMAL, Evaluator, Findings, ImageInput, Step, get_metadata, round_half_
 from .verify import ExportError
 
 __all__ = ['LAYERS', 'decode_weights', 'read_network']
@@ -314,18 +314,24 @@ def _load(path: Path) -> Any:
 class _Reader:
     """Turns the layers of a network into steps."""
 
-    def __init__(self, path: Path, half: bool) -> None:
-        self.path, self.half = path, half
+    def __init__(self, path: Path, half: bool, flush_subnormals: bool) -> None:
+        self.path, self.half, self.flush_subnormals = path, half, flush_subnormals
+        self.findings = Findings()
+        self.source = ''
         self.constants: Dict[str, torch.Tensor] = {}
         self.steps: List[Step] = []
 
     def decode(self, weights: Any, shape: Sequence[int]) -> torch.Tensor:
         values = decode_weights(weights, shape)
-        return round_half_(values) if self.half else values
+        if not self.half:
+            return values
+        values = round_half_(values)
+        self.findings.record(f'weights of {self.source}', values, half=True)
+        return F.hardshrink(values, LARGEST_SUBNORMAL) if self.flush_subnormals else values
 
     def read(self, layer: Any) -> None:
         kind = layer.WhichOneof('layer')
-        params = getattr(layer, kind)
+        params, self.source = getattr(layer, kind), f'{layer.name} ({kind})'
         if kind not in LAYERS and kind not in CONSTANTS:
             raise ExportError(
                 f'{self.path}: {layer.name} is a layer {kind!r}, which the evaluation does not know. Export without '
@@ -336,7 +342,7 @@ class _Reader:
                 return
             compute = LAYERS[kind](params, self.decode)
         except ValueError as error:
-            raise ExportError(f'{self.path}: {layer.name} ({kind}): {error} Export it again.') from error
+            raise ExportError(f'{self.path}: {self.source}: {error} Export it again.') from error
         shapes = [[size if size > 0 else -1 for size in tensor.dimValue] or None for tensor in layer.outputTensor]
         self.steps.append(Step(
             layer.name, kind, lambda values: compute(*values), {'values': list(layer.input)}, list(layer.output),
@@ -379,7 +385,7 @@ def read_network(path: Union[str, Path], half: bool = True, flush_subnormals: bo
         path: A file `.mlmodel` with a neural network or classifier of one input of images and one output (B, classes).
         half: Whether weights and what layers give are rounded to float16, as on phones; the processor of a Mac and
             phones told to use theirs alone compute in float32.
-        flush_subnormals: Whether float16 numbers below 6.1e-5 become 0 between layers.
+        flush_subnormals: Whether float16 numbers below 6.1e-5 become 0, weights and those between layers.
     Raises:
         ExportError: The file is damaged, does not fit together, or has a layer that is not known here.
     """
@@ -387,7 +393,7 @@ def read_network(path: Union[str, Path], half: bool = True, flush_subnormals: bo
     spec = _load(path)
     network = getattr(spec, spec.WhichOneof('Type'))
     image_input = _read_input(path, spec, network, half)
-    reader = _Reader(path, half)
+    reader = _Reader(path, half, flush_subnormals)
     for layer in network.layers:
         reader.read(layer)
     labels, outputs = None, [feature.name for feature in spec.description.output]
@@ -398,4 +404,4 @@ def read_network(path: Union[str, Path], half: bool = True, flush_subnormals: bo
         raise ExportError(f'{path} has the outputs {", ".join(outputs)}; one can be evaluated.')
     return Evaluator(
         str(path), reader.steps, reader.constants, image_input, outputs[0], labels, get_metadata(spec), RESHAPING,
-        flush_subnormals)
+        flush_subnormals, reader.findings)
