@@ -52,8 +52,8 @@ def describe_exports(facts: Dict[str, Any], exports: Sequence[Export]) -> Iterat
         yield (f'compared with the network as trained, in float64, on {facts["data"]}; largest output {largest:.3g}; '
                f'times: {facts["device"]}, beside eager float32 in the same run')
         if facts['least_attention_mass'] is not None:
-            yield (f'least denominator of the attention: {facts["least_attention_mass"]:.2g}; beside it Core ML programs '
-                   f'leave out an eps of 1e-6')
+            yield (f'least denominator of the attention: {facts["least_attention_mass"]:.2g}; Core ML programs leave '
+                   f'out an eps of 1e-6 beside it')
         yield ''
         yield from format_table(HEADER, [_make_row(item) for item in done])
         yield ''
