@@ -152,11 +152,10 @@ def build_network(source: Source, job: Job) -> ExportedNetwork:
     prepare: nn.Module = nn.Identity()
     if job.input == 'image':
         mean, std = source.eval_config['mean'], source.eval_config['std']
-        place, _, name = source.model.pretrained_cfg['first_conv'].rpartition('.')
-        parent = network.get_submodule(place)
-        conv = getattr(parent, name, None)
+        name = source.model.pretrained_cfg.get('first_conv') or ''
+        conv = dict(network.named_modules()).get(name)  # a rewrite may have other names
         if isinstance(conv, nn.Conv2d) and not any(conv.padding):
-            setattr(parent, name, fold_pixels(conv, mean, std))
+            network.set_submodule(name, fold_pixels(conv, mean, std))
         else:
             prepare = Normalisation(mean, std)
     return ExportedNetwork(network, prepare, job.output != 'logits')
