@@ -100,6 +100,19 @@ def test_pixels_fold_into_a_convolution():
     assert list_error(fold_pixels(conv, mean, std)(pixels), conv(normalised)) < 1e-6  # mean and std are float32 above
 
 
+def test_rounding_of_folded_weights_does_not_darken_or_brighten():
+    conv = torch.nn.Conv2d(3, 64, 4, stride=4).double()
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    grey = (255 / 256 * torch.tensor(mean, dtype=torch.float64))[:, None, None].expand(1, 3, 4, 4)
+    folded = fold_pixels(conv, mean, std, white=255 / 256, half=True)
+    assert torch.equal(folded.weight, folded.weight.half().double())
+    assert folded.weight.abs().min() > torch.finfo(torch.float16).tiny
+    expected = conv(torch.zeros(1, 3, 4, 4, dtype=torch.float64))  # grey is 0 to the network
+    plain = fold_pixels(conv, mean, std, white=255 / 256)
+    plain.weight.data = plain.weight.half().double()
+    assert list_error(folded(grey), expected) < 1e-12 < 1e-5 < list_error(plain(grey), expected)
+
+
 @pytest.mark.parametrize('conv, mean', [(torch.nn.Conv2d(3, 8, 3, padding=1), [0.5] * 3), (
     torch.nn.Conv2d(1, 8, 3), [0.5] * 3)])
 def test_pixels_do_not_fold_where_that_would_be_wrong(conv, mean):

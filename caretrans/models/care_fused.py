@@ -74,9 +74,14 @@ def _scale_outputs(conv: nn.Conv2d, scale: torch.Tensor) -> nn.Conv2d:
     return _make_conv(conv, conv.weight.double() * scale[:, None, None, None], conv.bias.double() * scale)
 
 
-def fold_pixels(conv: nn.Conv2d, mean: Sequence[float], std: Sequence[float]) -> nn.Conv2d:
-    """conv((x / 255 - mean) / std) as one convolution of pixels x from 0 to 255, per channel.
+def fold_pixels(
+        conv: nn.Conv2d, mean: Sequence[float], std: Sequence[float], white: float = 255., half: bool = False,
+) -> nn.Conv2d:
+    """conv((x / white - mean) / std) as one convolution of pixels x from 0 to `white`, per channel.
 
+    Args:
+        half: Whether the weights will be rounded to float16. Pixels are far from 0 in the mean, unlike what training
+            saw, and so is what rounding changes: then the weights are rounded here, and its mean goes into the bias.
     Raises:
         ValueError: The convolution pads, or has not as many channels as there are means.
     """
@@ -84,9 +89,14 @@ def fold_pixels(conv: nn.Conv2d, mean: Sequence[float], std: Sequence[float]) ->
         raise ValueError(
             f'A normalisation of {len(mean)} channels cannot go into a convolution of {conv.in_channels} channels '
             f'that pads by {conv.padding}.')
-    scale = 1 / (255 * torch.tensor(std, dtype=torch.float64, device=conv.weight.device))
-    shift = -255 * torch.tensor(mean, dtype=torch.float64, device=conv.weight.device) * scale
-    return _fold_affine(scale, shift, conv)
+    grey = white * torch.tensor(mean, dtype=torch.float64, device=conv.weight.device)
+    scale = 1 / (white * torch.tensor(std, dtype=torch.float64, device=conv.weight.device))
+    folded = _fold_affine(scale, -grey * scale, conv)
+    if not half:
+        return folded
+    weight = folded.weight.double()
+    rounded = weight.half().double()
+    return _make_conv(folded, rounded, folded.bias.double() + ((weight - rounded) * grey[:, None, None]).sum((1, 2, 3)))
 
 
 def _join_depthwise(convs: Sequence[nn.Conv2d]) -> nn.Conv2d:
