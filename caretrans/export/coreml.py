@@ -24,7 +24,7 @@ from .source import Source
 from .torch_program import trace
 from .verify import ExportError, Program
 
-__all__ = ['INPUT', 'LABEL', 'check', 'import_coremltools', 'read', 'write']
+__all__ = ['INPUT', 'LABEL', 'check', 'import_coremltools', 'read', 'read_facts', 'write']
 
 WANTED = '9.0'
 INPUT, LABEL = 'input_1', 'classLabel'
@@ -157,8 +157,8 @@ def _compress_network(model: Any, job: Job) -> Any:
 def _describe_preparation(source: Source, job: Job) -> str:
     config = source.eval_config
     height, width = job.size
-    text = (f'Resize so that a {height} x {width} crop of the centre is {config["crop_pct"]:g} of the image '
-            f'({config["interpolation"]}), and crop. ')
+    text = (f'Resize ({config["interpolation"]}) until the centre crop of {height} x {width} pixels is '
+            f'{100 * config["crop_pct"]:g} % of the shorter side, and crop. ')
     figures = f'mean {_join(config["mean"])}, standard deviation {_join(config["std"])} of values from 0 to 1'
     if job.input == 'image':
         return text + f'RGB pixels from 0 to 255 go in; the program normalises them: {figures}.'
@@ -170,8 +170,12 @@ def _join(values: List[float]) -> str:
 
 
 def _list_facts(source: Source, job: Job) -> Dict[str, str]:
+    """What the file says for programs: `read_facts` reads it again."""
+    height, width = job.size
     facts = dict(
-        model=source.name, form=job.get_form(), precision=job.precision, compress=job.compress,
+        model=source.name, form=job.get_form(), format=job.format, precision=job.precision, compress=job.compress,
+        input=job.input, output=job.output, size=f'{height}x{width}', batch=str(job.batch),
+        target=job.target if job.format == 'mlpackage' else '',
         checkpoint=Path(source.checkpoint).name or 'random weights', preprocessing=_describe_preparation(source, job),
         caretrans=__version__, torch=torch.__version__, coremltools=version('coremltools'))
     if source.sha256:
@@ -200,6 +204,23 @@ def _describe(model: Any, source: Source, job: Job) -> None:
         model.output_description[LABEL] = 'The likeliest class.'
     model.output_description['probabilities' if job.output == 'classes' else job.output] = OUTPUTS[job.output]
     model.user_defined_metadata.update(_list_facts(source, job))
+
+
+def read_facts(path: Path) -> Dict[str, str]:
+    """What a saved program says of itself: model, form, format, precision, input, size and more, as text.
+
+    Raises:
+        ExportError: It cannot be read, or is not one of ours.
+    """
+    ct = import_coremltools()
+    try:
+        with silence(*LOGGERS):
+            facts = dict(ct.utils.load_spec(str(path)).description.metadata.userDefined)
+    except Exception as error:  # of protobuf, of the file system, of coremltools' library in C++
+        raise ExportError(f'{path} cannot be read: {type(error).__name__}. Export it again.') from error
+    if 'caretrans' not in facts:
+        raise ExportError(f'{path} was not exported by coreml/export.py: it does not say what it is.')
+    return facts
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
