@@ -180,8 +180,10 @@ def _list_facts(source: Source, job: Job) -> Dict[str, str]:
         caretrans=__version__, torch=torch.__version__, coremltools=version('coremltools'))
     if source.sha256:
         facts['checkpoint_sha256'] = source.sha256
+    if source.accuracy:
+        facts['accuracy'] = source.accuracy
     if source.meta.get('metrics'):
-        facts['accuracy'] = json.dumps(source.meta['metrics'])
+        facts['training_metrics'] = json.dumps(source.meta['metrics'])
     return facts
 
 
@@ -264,7 +266,7 @@ def write(source: Source, job: Job, path: Path) -> List[str]:
     except Exception as error:  # of whatever pass of coremltools meets what it does not know
         raise ExportError(
             f'{path}: coremltools {version("coremltools")} with torch {torch.__version__} could not convert '
-            f'{source.name}: {type(error).__name__}: {error}') from error
+            f'{source.name}: {type(error).__name__}: {" ".join(str(error).split())[:500]}') from error
     if job.format == 'mlmodel':
         return ['A neural network of iOS 13 and later, whatever --target says.']
     return []
@@ -278,11 +280,7 @@ def read(source: Source, job: Job, path: Path) -> Program:
     """
     with silence(*LOGGERS):
         if job.format == 'mlpackage':
-            from .mil_evaluator import read_program
-            evaluator = read_program(path)
-        else:
-            from .network_evaluator import read_network
-            evaluator = read_network(path, half=job.precision == 'fp16')
-    return Program(
-        evaluator.run, 'operation by operation in PyTorch', labels=evaluator.labels, operations=evaluator.operations,
-        shape_changes=evaluator.shape_changes, find=evaluator.find, timed=False, notes=list(evaluator.notes))
+            from .mil_evaluator import read_ml_program
+            return read_ml_program(path).to_program()
+        from .network_evaluator import read_network
+        return read_network(path, half=job.precision == 'fp16').to_program()

@@ -10,7 +10,9 @@ from typing import Callable, Dict, List, Tuple
 from ..bench.tables import format_table
 from .config import COMPRESSIONS, COREML
 
-__all__ = ['COLUMNS', 'Column', 'ResultsError', 'check_row', 'describe_results', 'format_row', 'read_results']
+__all__ = [
+    'COLUMNS', 'Column', 'ResultsError', 'check_row', 'describe_results', 'format_row',
+    'make_row', 'read_results']
 
 
 class ResultsError(ValueError):
@@ -190,3 +192,9 @@ def describe_results(rows: List[Dict[str, str]]) -> List[str]:
     """Lines of a Markdown table, the fastest of each model first."""
     ordered = sorted(rows, key=lambda row: (row['model'], row['size'], float(row['latency_ms'])))
     return format_table(SHOWN, [[row[name].replace('|', r'\|') for name in SHOWN] for row in ordered], markdown=True)
+
+
+def make_row(facts: Dict[str, str], measured: Dict[str, str]) -> Dict[str, str]:
+    """A row of what a program says of itself (`coreml.read_facts`) and what was measured of it."""
+    own = {column.name: facts[column.name] for column in COLUMNS if column.name in facts}
+    return {**own, 'version': facts['caretrans'], **measured}
