@@ -3,7 +3,8 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a copy of the repository needs no installation
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from caretrans.export.phone_results import ResultsError, describe_results, read_results  # noqa: E402
 
 

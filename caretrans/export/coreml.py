@@ -175,6 +175,7 @@ def _list_facts(source: Source, job: Job) -> Dict[str, str]:
     facts = dict(
         model=source.name, form=job.get_form(), format=job.format, precision=job.precision, compress=job.compress,
         input=job.input, output=job.output, size=f'{height}x{width}', batch=str(job.batch),
+        channels=str(source.eval_config['input_size'][0]),
         target=job.target if job.format == 'mlpackage' else '',
         checkpoint=Path(source.checkpoint).name or 'random weights', preprocessing=_describe_preparation(source, job),
         caretrans=__version__, torch=torch.__version__, coremltools=version('coremltools'))
