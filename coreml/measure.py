@@ -47,19 +47,22 @@ def measure(args: argparse.Namespace, facts: Dict[str, str]) -> List[str]:
     shape = job.batch, int(facts['channels']), height, width
     images = torch.randint(256, shape).float() if job.input == 'image' else torch.randn(shape)
     settings = dict(units=args.units, runs=args.runs, warm_up=args.warm_up)
-    if args.phone:
-        device = apple.find_device(args.device_name)
-        latency = apple.measure_on_device(args.program, job, images, device, args.team, args.bundle, **settings)
-        lines, system = [], f'{"iPadOS" if device.type.value == "ipad" else "iOS"} {device.os_version}'
-    else:
-        latency = apple.measure_latency(args.program, job, images, **settings)
-        lines = apple.describe_placements(apple.list_placements(args.program, args.units))
-        system = f'macOS {platform.mac_ver()[0]}'
+    device = apple.find_device(args.device_name) if args.phone else None
+    system = f'macOS {platform.mac_ver()[0]}' if device is None else \
+        f'{"iPadOS" if device.type.value == "ipad" else "iOS"} {device.os_version}'
     row = make_row(facts, dict(
         date=date.today().isoformat(), reporter=args.reporter, device=args.device_model, os=system, tool='coremltools',
-        tool_version=version('coremltools'), compute_units=args.units, statistic='median', runs=str(latency.runs),
-        warm_up=str(latency.warm_up), latency_ms=f'{latency.median:.3f}', load_ms=f'{latency.load:.1f}'))
-    return [*lines, str(latency), format_row(row)]
+        tool_version=version('coremltools'), compute_units=args.units, statistic='median', runs=str(args.runs),
+        warm_up=str(args.warm_up)))
+    format_row(dict(row, latency_ms='1'))  # what was typed is checked before it is measured
+    if device is None:
+        latency = apple.measure_latency(args.program, job, images, **settings)
+        lines = apple.describe_placements(apple.list_placements(args.program, args.units))
+    else:
+        latency = apple.measure_on_device(args.program, job, images, device, args.team, args.bundle, **settings)
+        lines = []
+    measured = dict(latency_ms=f'{latency.median:.3f}', load_ms=f'{latency.load:.1f}')
+    return [*lines, str(latency), format_row({**row, **measured})]
 
 
 def main() -> int:

@@ -245,6 +245,8 @@ def _save(model: Any, job: Job, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix='.coreml-') as folder:
         saved = Path(folder) / f'program{job.kind.suffix}'
         model.save(str(saved))
+        if saved.is_dir():  # larger than the program's graph, for a debugger of another runtime
+            (saved / 'executorch_debug_handle_mapping.json').unlink(missing_ok=True)
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(saved, path)

@@ -99,7 +99,7 @@ COLUMNS: Tuple[Column, ...] = (
     Column('tool_version', 'of Xcode or coremltools; of the app, a link to it', _SOME_TEXT),
     Column('compute_units', 'what it was allowed to run on', _choose('all', 'cpu_and_ne', 'cpu_and_gpu', 'cpu_only')),
     Column('statistic', 'what latency_ms is of the runs', _choose('median', 'mean')),
-    Column('runs', 'timed predictions', _number(int, 10, 1e6)),
+    Column('runs', 'timed predictions; empty where the tool does not say', _number(int, 10, 1e6), True),
     Column('warm_up', 'predictions before them; empty where the tool does not say', _number(int, 0, 1e6), True),
     Column('latency_ms', 'milliseconds of one prediction', _number(float, 0.01, 1e5)),
     Column('load_ms', 'milliseconds to load the program', _number(float, 0.01, 1e6), True),
