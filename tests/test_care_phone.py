@@ -11,7 +11,7 @@ from caretrans.fuse import FORMS, fuse, rewrite
 from caretrans.models.attention import linear_attention
 from caretrans.models.care import CareTransformer, LinearAttention, StripConv
 from caretrans.models.care_fused import fold_pixels
-from caretrans.models.care_phone import CrossConv, PhoneAttention, measure_least_mass
+from caretrans.models.care_phone import ConvMixer, CrossConv, PhoneAttention, measure_least_mass
 
 CARE = [name for name in timm.list_models('care_*')]
 
@@ -90,6 +90,16 @@ def test_cross_is_the_sum_of_both_strips():
     strips = StripConv(8).double()
     x = torch.randn(2, 8, 13, 9, dtype=torch.float64)
     assert list_error(CrossConv(strips)(x), strips(x)) < 1e-14
+
+
+def test_early_mixers_are_one_convolution():
+    block = fuse(filled_model('care_s0').double()).stages[0].blocks[0]
+    x = torch.randn(2, 32, 13, 9, dtype=torch.float64)
+    assert sum(block.mixer.slices) == 32
+    mixer = ConvMixer(block.mixer)
+    for found, expected in zip(mixer(x), block.mixer(x), strict=True):
+        assert list_error(found, expected) < 1e-14
+    assert [type(module).__name__ for module in mixer.children()] == ['Conv2d']
 
 
 def test_pixels_fold_into_a_convolution():

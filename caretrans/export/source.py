@@ -1,6 +1,7 @@
 """What is exported: a checkpoint, the network made of it, and the photographs it is compared on."""
 import copy
 import hashlib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
@@ -91,7 +92,16 @@ def _name_classes(config: ExportConfig, count: int, own: Optional[List[str]] = N
         raise ConfigError(
             f'{config.labels or config.checkpoint} names {len(names)} classes, the network has {count}: '
             f'give a file with a class on each of {count} lines by --labels.')
-    return names
+    return _make_distinct(names)
+
+
+def _make_distinct(names: List[str]) -> List[str]:
+    """Names with the number of the class where several share one: Core ML gives probabilities by name.
+
+    Of ImageNet's classes two are cranes, the bird and the machine.
+    """
+    counts = Counter(names)
+    return [f'{name} (class {number})' if counts[name] > 1 else name for number, name in enumerate(names)]
 
 
 def load_source(config: ExportConfig) -> Source:

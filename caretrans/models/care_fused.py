@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from .backbone import check_image_size
 
 __all__ = [
-    'FusedBlock', 'FusedHead', 'FusedStem', 'fold_norm_into_next', 'fold_norm_into_previous', 'fold_pixels']
+    'FusedBlock', 'FusedHead', 'FusedMixer', 'FusedStem', 'fold_norm_into_next', 'fold_norm_into_previous',
+    'fold_pixels', 'join_depthwise']
 
 torch.fx.wrap('check_image_size')
 
@@ -99,16 +100,17 @@ def fold_pixels(
     return _make_conv(folded, rounded, folded.bias.double() + ((weight - rounded) * grey[:, None, None]).sum((1, 2, 3)))
 
 
-def _join_depthwise(convs: Sequence[nn.Conv2d]) -> nn.Conv2d:
-    """Depth-wise convolutions of consecutive slices as one, of the size of the last and largest."""
-    height, width = convs[-1].kernel_size
+def join_depthwise(convs: Sequence[nn.Conv2d]) -> nn.Conv2d:
+    """Depth-wise convolutions of consecutive slices as one, of the size of the largest."""
+    largest = max(convs, key=lambda conv: conv.kernel_size)
+    height, width = largest.kernel_size
     weights = []
     for conv in convs:
         border_y, border_x = (height - conv.kernel_size[0]) // 2, (width - conv.kernel_size[1]) // 2
         weights.append(F.pad(conv.weight, (border_x, border_x, border_y, border_y)))
     weight = torch.cat(weights)
     joined = nn.Conv2d(
-        len(weight), len(weight), (height, width), padding=convs[-1].padding, groups=len(weight),
+        len(weight), len(weight), (height, width), padding=largest.padding, groups=len(weight),
         device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
         joined.weight.copy_(weight)
@@ -174,7 +176,7 @@ class FusedMixer(InferenceModule):
         attn_chs, *local_chs = mixer.slices
         self.slices = [memory_chs, attn_chs, sum(local_chs)]
         self.long_range = mixer.long_range
-        self.local = _join_depthwise([mixer.local_3x3, mixer.local_7x7])
+        self.local = join_depthwise([mixer.local_3x3, mixer.local_7x7])
         self.eval()
 
     def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
