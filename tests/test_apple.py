@@ -3,6 +3,7 @@
 Classes of coremltools that need no Mac are the real ones: the benchmarker, the devices, the plan's devices.
 """
 import asyncio
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -15,8 +16,10 @@ from exports import make_cases, make_job, make_source, prove
 from launch import ROOT
 from PIL import Image
 
-from caretrans.export import apple, coreml
+from caretrans.export import apple, coreml, run
+from caretrans.export.config import ExportConfig
 from caretrans.export.phone_results import COLUMNS, read_results
+from caretrans.export.report import describe_exports
 from caretrans.export.verify import ExportError
 
 PATH = Path('program.mlpackage')
@@ -67,6 +70,28 @@ def test_predictions_are_compared_like_those_of_any_program(settings, monkeypatc
     result = prove(job, program, PATH)
     assert program.runner == 'Core ML, compute units cpu_and_ne' and program.timed
     assert result.top1_agreement == 100 and result.max_error < 1e-4
+
+
+def test_a_mac_examines_each_program_before_it_is_kept(monkeypatch, tmp_path):
+    placements = [apple.Placement('conv', 'Neural Engine', 141, 90.), apple.Placement('cast', 'CPU', 2, 0.5)]
+    latency = apple.Latency(1.25, 1.1, 2.5, 80., 500, 50, 'all', 'MLModelBenchmarker')
+    monkeypatch.setattr(run, 'is_available', lambda: True)
+    monkeypatch.setattr(apple, 'list_placements', lambda path: placements)
+    monkeypatch.setattr(apple, 'measure_latency', lambda path, job, images: latency)
+    config = ExportConfig(
+        model='care_s0', random_weights=True, img_size='64', images=3, output='logits', output_dir=str(tmp_path))
+    job = make_job(format='mlpackage', precision='fp16', input='image')
+    monkeypatch.setattr(apple, '_open', lambda path, units: CoreML(job))
+    facts, exports = run.export(config)
+    text = '\n'.join(describe_exports(facts, exports))
+    assert 'Core ML on this Mac: max error' in text and 'Neural Engine: 141 operations, 90.0 % of the' in text
+    assert '1.25 ms, median of 500' in text
+    report = json.loads((tmp_path / 'care_s0-64x64.mlpackage.json').read_text())
+    assert report['core_ml']['latency']['median'] == 1.25 and report['core_ml']['verification']['images'] == 3
+
+    monkeypatch.setattr(apple, '_open', lambda path, units: CoreML(job, shift=1.))
+    _, (refused,) = run.export(config)
+    assert 'rounding does not explain it' in refused.failure
 
 
 def test_images_keep_rows_columns_and_colours():

@@ -17,11 +17,12 @@ from PIL import Image
 
 from .config import Job
 from .coreml import INPUT, import_coremltools
-from .source import Source
-from .verify import ExportError, Program
+from .source import Cases, Source
+from .verify import ExportError, Program, Verification, verify
 
 __all__ = [
-    'UNITS', 'Latency', 'Placement', 'describe_placements', 'find_device', 'is_available', 'list_placements',
+    'UNITS', 'Examination', 'Latency', 'Placement', 'describe_placements', 'examine', 'find_device', 'is_available',
+    'list_placements',
     'measure_latency', 'measure_on_device', 'read_by_core_ml']
 
 UNITS = {'all': 'ALL', 'cpu_and_ne': 'CPU_AND_NE', 'cpu_and_gpu': 'CPU_AND_GPU', 'cpu_only': 'CPU_ONLY'}
@@ -303,3 +304,32 @@ def _summarise(
     return Latency(
         statistics.median(samples), min(samples), max(samples), load, len(samples), warm_up, units,
         f'{tool} of coremltools {import_coremltools().__version__}', device)
+
+
+# All of it, on this Mac ----------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Examination:
+    """What Core ML of this Mac says of a program: see `verify.Verification`, `Placement` and `Latency`."""
+    verification: Verification
+    placements: List[Placement]
+    latency: Latency
+
+    def describe(self) -> Iterator[str]:
+        """Lines for people."""
+        result = self.verification
+        yield (f'Core ML on this Mac: max error {result.max_error:.2g}, mean {result.mean_error:.2g}, same first '
+               f'answer {result.top1_agreement:.2f} %, first five shared {result.top5_agreement:.2f} %')
+        yield str(self.latency)
+        yield from describe_placements(self.placements)
+
+
+def examine(source: Source, job: Job, path: Path, cases: Cases) -> Examination:
+    """Predict with Core ML itself and compare, list where operations run, and time it. Untested: needs a Mac.
+
+    Raises:
+        VerificationError: Core ML does not compute what the network computes; see `verify`.
+        ExportError: Core ML refuses the program.
+    """
+    result = verify(source, job, read_by_core_ml(source, job, path), cases, path.name)
+    return Examination(result, list_placements(path), measure_latency(path, job, source.make_example(job)))

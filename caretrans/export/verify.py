@@ -120,7 +120,8 @@ def verify(
     """Run a program on photographs and compare with the network as trained, in float64.
 
     Raises:
-        VerificationError: Labels differ, an output is not finite, or fewer first answers agree than `job.floor`.
+        VerificationError: Labels differ, an output is not finite or further off than `job.tolerance`, or fewer first
+            answers agree than `job.floor`.
     """
     _check_labels(source, program, path)
     outputs = compute(source, job, program, cases, report)
@@ -137,4 +138,8 @@ def verify(
             f'{path}: {result.top1_agreement:.2f} % of {result.images} first answers are those of PyTorch, at least '
             f'{job.floor:g} % must be (largest error {result.max_error:.2g} of {result.largest:.2g}). Nothing was '
             f'kept; a lower --floor keeps it.', result)
+    if not result.max_error <= job.tolerance * result.largest:
+        raise VerificationError(
+            f'{path}: outputs differ from those of PyTorch by up to {result.max_error:.2g}, that is more than '
+            f'{job.tolerance:g} of the largest, {result.largest:.2g}: rounding does not explain it. Nothing was kept.', result)
     return result
