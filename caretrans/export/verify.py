@@ -141,5 +141,6 @@ def verify(
     if not result.max_error <= job.tolerance * result.largest:
         raise VerificationError(
             f'{path}: outputs differ from those of PyTorch by up to {result.max_error:.2g}, that is more than '
-            f'{job.tolerance:g} of the largest, {result.largest:.2g}: rounding does not explain it. Nothing was kept.', result)
+            f'{job.tolerance:g} of the largest, {result.largest:.2g}: rounding does not explain it. Nothing was '
+            f'kept.', result)
     return result
