@@ -29,6 +29,7 @@ __all__ = ['INPUT', 'LABEL', 'check', 'import_coremltools', 'read', 'read_facts'
 WANTED = '9.0'
 INPUT, LABEL = 'input_1', 'classLabel'
 LOGGERS = ('coremltools', 'torch.export')
+SMALL = 2048  # weights of a convolution that are not worth compressing; coremltools' own measure for ML Programs
 
 
 def import_coremltools() -> Any:
@@ -144,12 +145,17 @@ def _cluster(bits: int, weight: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
 
 
 def _compress_network(model: Any, job: Job) -> Any:
-    from coremltools.models.neural_network.quantization_utils import quantize_weights
+    """Weights as the job wants them; small ones, biases and scales are not compressed, as in ML Programs."""
+    from coremltools.models.neural_network import quantization_utils
+    selector = quantization_utils.AdvancedQuantizedLayerSelector(
+        skip_layer_types=['batchnorm', 'bias', 'loadConstant', 'loadConstantND', 'scale'],
+        minimum_conv_kernel_channels=1, minimum_conv_weight_count=SMALL)
     if job.compress == 'int8':
-        return quantize_weights(model, 8, 'linear_symmetric')
-    if job.compress != 'none':
-        return quantize_weights(model, _count_bits(job.compress), 'custom_lut', lut_function=_cluster)
-    return quantize_weights(model, 16) if job.precision == 'fp16' else model
+        model = quantization_utils.quantize_weights(model, 8, 'linear_symmetric', selector=selector)
+    elif job.compress != 'none':
+        model = quantization_utils.quantize_weights(
+            model, _count_bits(job.compress), 'custom_lut', lut_function=_cluster, selector=selector)
+    return quantization_utils.quantize_weights(model, 16) if job.precision == 'fp16' else model
 
 
 # What a program says of itself ----------------------------------------------------------------------------------------
