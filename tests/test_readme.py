@@ -27,11 +27,12 @@ def test_every_file_that_the_readme_names_is_there():
 def test_requirements_and_package_ask_for_the_same():
     lines = (ROOT / 'requirements.txt').read_text().splitlines()
     assert all('#' in line for line in lines), 'each requirement has its reason'
-    wanted = {'dependencies': set(), 'benchmark': set()}
+    extras = {'benchmark.py': 'benchmark', 'coreml/export.py': 'export'}
+    wanted = {name: set() for name in ['dependencies', *extras.values()]}
     for line in lines:
         requirement, reason = (part.strip() for part in line.split('#'))
         if not reason.startswith('cmd/test.sh'):
-            wanted['benchmark' if reason.startswith('benchmark.py') else 'dependencies'].add(requirement)
+            wanted[extras.get(reason.split(':')[0], 'dependencies')].add(requirement)
     package = (ROOT / 'pyproject.toml').read_text()
     for name, listed in wanted.items():
         block = re.search(rf'^{name} = \[(.*?)^\]', package, re.MULTILINE | re.DOTALL)[1]

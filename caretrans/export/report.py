@@ -32,7 +32,7 @@ HEADER = [
 
 def _describe_details(item: Export) -> Iterator[str]:
     program = item.program
-    yield f'{item.path}: run by {program.runner}'
+    yield f'{item.path}: computed by {program.runner}'
     if program.operations:
         counts = sorted(program.operations.items(), key=lambda pair: -pair[1])
         yield '  operations: ' + ', '.join(f'{count} {name}' for name, count in counts)
