@@ -12,6 +12,7 @@ from caretrans.data import DataError
 from caretrans.distributed import find_processes
 from caretrans.engine import resolve_device
 from caretrans.evaluation import describe_result, evaluate_checkpoint
+from caretrans.fuse import FORMS
 from caretrans.progress import show_messages
 
 
@@ -30,6 +31,8 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument('--batch-size', type=number(int, 1), default=64)
     parser.add_argument('--workers', type=number(int, 0), default=2, help='processes that load images')
     parser.add_argument('--amp', default='off', choices=['off', 'bf16', 'fp16'], help='autocast of the forward pass')
+    parser.add_argument('--form', default='trained', choices=FORMS,
+                        help='of the network: as trained, fused for inference, or as exported to phones')
     parser.add_argument('--device', default='auto', help='cpu, cuda, mps or auto')
     parser.add_argument('--expect', type=number(int, 1), metavar='N', help='fail unless N images are counted')
     parser.add_argument('--per-class', default='', metavar='FILE.csv', help='write the accuracy of each class')

@@ -17,6 +17,7 @@ from .config import ConfigError
 from .data import DataError, describe_classes, list_classes, open_dataset, resolve_eval_config
 from .distributed import Processes, find_processes, join_processes, leave_processes
 from .engine import autocast
+from .fuse import rewrite
 from .loader import EvalLoader, build_eval_loader
 from .metrics import evaluate_in_detail, list_worst, tabulate_classes, write_classes
 from .progress import Progress
@@ -90,16 +91,19 @@ def open_data(loaded: Checkpoint, data: str, split: str, dataset: str, num_class
 def _prepare(
         checkpoint: str, data: str, split: str, dataset: str, model_name: Optional[str], entry: Optional[str],
         device: torch.device, processes: Processes, batch_size: int, workers: int, expect: Optional[int],
-        real_labels: Optional[str], **overrides: Any,
+        real_labels: Optional[str], form: str, **overrides: Any,
 ) -> _Evaluation:
     """Load, open and check everything, without talking to the other processes."""
     model, loaded, eval_config = load_for_evaluation(checkpoint, model_name, entry, device, **overrides)
+    if form != 'trained':
+        model = rewrite(model, form)
     images, name = open_data(loaded, data, split, dataset, model.num_classes)
     if expect is not None and len(images) != expect:
         raise DataError(f'{name} has {len(images)} images, but {expect} are expected.')
     facts = dict(
-        checkpoint=str(checkpoint), entry=loaded.entry, model=model.pretrained_cfg['architecture'], data=name,
-        eval_config=eval_config, eval_sources=list_sources(loaded, **overrides), processes=processes.world_size)
+        checkpoint=str(checkpoint), entry=loaded.entry, model=model.pretrained_cfg['architecture'], form=form,
+        data=name, eval_config=eval_config, eval_sources=list_sources(loaded, **overrides),
+        processes=processes.world_size)
     return _Evaluation(
         model, device, build_eval_loader(images, eval_config, batch_size, workers, processes, device), len(images),
         describe_classes(loaded.meta.get('class_names') or list_classes(images), model.num_classes),
@@ -145,6 +149,7 @@ def evaluate_checkpoint(
         per_class: str = '',
         worst: int = 0,
         real_labels: Optional[str] = None,
+        form: str = 'trained',
         **overrides: Any,
 ) -> Dict[str, Any]:
     """Top-1, top-5 and loss of a checkpoint over a data set, shared out to the processes that torchrun started.
@@ -156,11 +161,12 @@ def evaluate_checkpoint(
         per_class: CSV file to write, a row for each class.
         worst: How many of the worst classes to list with what they are taken for.
         real_labels: '' for the ImageNet-ReaL labels packed with timm, or a file of them; None for none.
+        form: Of the network, see `caretrans.fuse.rewrite`.
         overrides: See `load_for_evaluation`.
     Returns:
         On every process what `metrics.evaluate` returns, and checkpoint, entry, model, data, eval_config,
-        eval_sources, processes; where asked for also per_class and worst (rows of `metrics.tabulate_classes`), and
-        real (top1, top5, images).
+        eval_sources, form, processes; where asked for also per_class and worst (rows of `metrics.tabulate_classes`),
+        and real (top1, top5, images).
     Raises:
         CheckpointError, ConfigError, DataError: The file, the device or the data cannot be used, their classes differ,
             or the images are not as many as expected; on every process, whichever found it.
@@ -171,7 +177,7 @@ def evaluate_checkpoint(
             raise DataError(f'{per_class} cannot be written: there is no folder {Path(per_class).parent}.')
         work = _prepare(  # before the processes meet, since timm's readers of streams would share out the images then
             checkpoint, data, split, dataset, model_name, entry, device, processes, batch_size, workers, expect,
-            real_labels, **overrides)
+            real_labels, form, **overrides)
     except (CheckpointError, ConfigError, DataError) as error:
         problem = error
     processes = join_processes(device)
@@ -192,7 +198,8 @@ def describe_result(result: Dict[str, Any]) -> Iterator[str]:
     """Lines for people about what `evaluate_checkpoint` returns."""
     config, sources = result['eval_config'], result['eval_sources']
     size = 'x'.join(str(side) for side in config['input_size'][1:])
-    yield (f'{result["model"]} from {result["checkpoint"]}' + (f', entry {result["entry"]}' if result['entry'] else '')
+    yield (f'{result["model"]}' + (f', {result["form"]}' if result['form'] != 'trained' else '')
+           + f' from {result["checkpoint"]}' + (f', entry {result["entry"]}' if result['entry'] else '')
            + f', on {result["data"]}' + (f', {result["processes"]} processes' if result['processes'] > 1 else ''))
     yield (f'{size} pixels (from the {sources["img_size"]}), {config["interpolation"]} ({sources["interpolation"]}), '
            f'crop_pct {config["crop_pct"]} ({sources["crop_pct"]})')

@@ -6,9 +6,13 @@ import torch
 import torch.nn as nn
 from timm.utils import reparameterize_model
 
+from .models.care import CareTransformer
 from .models.care_fused import FusedBlock, FusedHead
+from .models.care_phone import rewrite_for_phone
 
-__all__ = ['fuse', 'is_fused', 'measure_fusion_error']
+__all__ = ['FORMS', 'fuse', 'is_fused', 'measure_fusion_error', 'rewrite']
+
+FORMS = ('trained', 'fused', 'phone')  # of a network for inference; see `rewrite`
 
 
 def is_fused(model: nn.Module) -> bool:
@@ -48,6 +52,22 @@ def fuse(model: nn.Module) -> nn.Module:
                 f'A head of this {name} was replaced from outside: call reset_classifier, or put the heads back, so '
                 f'that it is known which outputs are averaged.')
     return reparameterize_model(model).eval().requires_grad_(False)
+
+
+def rewrite(model: nn.Module, form: str = 'fused') -> nn.Module:
+    """A copy of any network for inference that computes the same.
+
+    Args:
+        form: 'trained', with nothing rewritten; 'fused', ours by `fuse` and others reparameterised as their authors do;
+            'phone', ours with the operations that phones like as well (`caretrans.models.care_phone`).
+    """
+    if form not in FORMS:
+        raise ValueError(f'form is {form!r}, choose from {", ".join(FORMS)}.')
+    if form == 'trained':
+        return copy.deepcopy(model)
+    if not isinstance(model, CareTransformer):
+        return reparameterize_model(model)
+    return rewrite_for_phone(fuse(model)) if form == 'phone' else fuse(model)
 
 
 @torch.no_grad()

@@ -92,7 +92,7 @@ def test_the_script_prints_and_writes_it(checkpoint, data, tmp_path, call):
     ([], 'give its file with --checkpoint'),
     (['--checkpoint', 'FILE', '--model', 'care_s0', '--data', 'no/such/folder'], 'no/such/folder'),
     (['--checkpoint', 'FILE', '--model', 'care_s1'], 'care_s1'),
-    (['--checkpoint', 'FILE', '--model', 'care_s0', 'care_s1'], 'one --model'),
+    (['--checkpoint', 'FILE', '--model', 'care_s0', 'care_s1'], 'with 2 models'),
     (['--checkpoint', 'FILE', '--model', 'care_s0', '--img-size', '64x96'], 'one square --img-size')])
 def test_what_cannot_be_scored_is_refused_in_a_line(checkpoint, flags, message, call):
     code, out, err = call(*ACCURACY, *[checkpoint if flag == 'FILE' else flag for flag in flags])

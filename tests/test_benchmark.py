@@ -44,6 +44,7 @@ def read(folder):
     (['--batch-size', '0'], 'batch_size is 0'), (['--threads', '0'], 'threads is 0'), (['--runs', 'many'], 'many'),
     (['--published', '--batch-size', '8'], '--published fixes --batch-size'),
     (['--checkpoint', 'x.pth', '--model', 'care_*'], 'with 3 models'),
+    (['--checkpoint', 'x.pth', '--model', 'care_*', '--bench', 'profile'], 'with 3 models'),
     (['--checkpoint', 'not/there.pth'], 'not/there.pth'), (['--check', '--readme', 'none.md'], 'none.md is not there'),
 ])
 def test_what_cannot_be_measured_is_one_line_and_exit_code_2(call, flags, message):

@@ -21,18 +21,16 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 
 import torch
 import torch.nn as nn
-from timm.utils import reparameterize_model
 
 from ..config import ConfigError
-from ..fuse import fuse
-from ..models.care import CareTransformer
+from ..fuse import rewrite
 from .device_rates import allow_tf32
 from .kernel_choice import check_kernels, has_parts, place_kernels
 from .lively import PHOTOGRAPHS
 
 __all__ = [
     'BACKENDS', 'DTYPES', 'TOLERANCES', 'Network', 'Runner', 'Setup', 'WrongOutputError', 'check_output', 'check_setup',
-    'find_obstacle', 'fit_setups', 'list_dtypes', 'measure_deviation', 'measure_error', 'prepare', 'rewrite']
+    'find_obstacle', 'fit_setups', 'list_dtypes', 'measure_deviation', 'measure_error', 'prepare']
 
 BACKENDS = ('eager', 'fused', 'compile', 'cudagraph', 'onnxruntime', 'openvino')
 IN_TORCH = ('eager', 'fused', 'compile', 'cudagraph')
@@ -171,11 +169,6 @@ def check_setup(setup: Setup) -> None:
 
 
 # Networks -------------------------------------------------------------------------------------------------------------
-
-def rewrite(model: nn.Module) -> nn.Module:
-    """A copy for inference that computes the same: ours by `fuse`, others reparameterised as their authors do."""
-    return fuse(model) if isinstance(model, CareTransformer) else reparameterize_model(model)
-
 
 def fit_setups(setups: Sequence[Setup], model: nn.Module) -> List[Setup]:
     """The setups for a rewritten model: with the kernels of PyTorch, each once, where it has no parts for others."""

@@ -90,6 +90,17 @@ class BenchConfig:
             if len(set(values)) != len(values):
                 raise ConfigError(f'{name} is {values}: name each once.')
 
+    def list_models(self) -> List[str]:
+        """The models that are measured.
+
+        Raises:
+            ConfigError: Nothing has such a name, or a checkpoint is to be of several models.
+        """
+        names = expand_models(self.model)
+        if self.checkpoint and len(names) > 1:
+            raise ConfigError(f'--checkpoint {self.checkpoint} with {len(names)} models: name the one that it is of.')
+        return names
+
     def list_batches(self) -> List[int]:
         """The batches of inference."""
         return self.batch_size or [1]

@@ -15,13 +15,12 @@ import timm
 import torch
 
 from ..checkpoint import CheckpointError, create_from_checkpoint
-from ..config import ConfigError
 from ..engine import resolve_device
 from ..machine import describe_device, list_versions
 from ..measure import count_operations, count_parameters
 from ..progress import Progress
 from .backends import Network, Runner, Setup, check_output, fit_setups, prepare
-from .config import BenchConfig, expand_models, list_setups
+from .config import BenchConfig, list_setups
 from .kernel_choice import has_parts
 from .lively import enliven, load_photographs
 from .published import find_published
@@ -294,10 +293,8 @@ def run_inference(config: BenchConfig, stream: Optional[TextIO] = None) -> Bench
         ConfigError: Something that cannot be measured was asked for; nothing has been measured then.
         CheckpointError: The checkpoint does not fit the model.
     """
-    names, device = expand_models(config.model), resolve_device(config.device)
+    names, device = config.list_models(), resolve_device(config.device)
     setups, left_out = list_setups(config, device)
-    if config.checkpoint and len(names) > 1:
-        raise ConfigError(f'--checkpoint {config.checkpoint} with {len(names)} models: name the one that it is of.')
     result = BenchResult(describe_device(device), remarks=[*_list_conditions(config, device), *left_out])
     groups = len(config.list_batches()) * len(config.sizes)
     steps = groups * (len(names) * len(setups) * (BUILDING + _count_rounds(config)) + _count_rounds(config))

@@ -9,8 +9,8 @@ import timm
 import torch.nn as nn
 
 from ..config import ConfigError
+from ..fuse import rewrite
 from ..measure import count_operations, count_parameters, make_empty
-from .backends import rewrite
 from .config import parse_size
 
 __all__ = ['BEGIN', 'END', 'check_readme', 'find_place', 'update_readme']

@@ -65,10 +65,10 @@ def _describe_odd_batches(config: BenchConfig, device: torch.device) -> List[str
     return [f'training steps have a batch of {taken}, not {", ".join(odd)}: mixup pairs the images'] if odd else []
 
 
-def _check_scoring(config: BenchConfig, names: List[str]) -> None:
+def _check_scoring(config: BenchConfig) -> None:
     height, width = config.sizes[0]
-    if len(names) > 1 or len(config.sizes) > 1 or height != width:
-        raise ConfigError('--bench accuracy takes one --model and one square --img-size.')
+    if len(config.sizes) > 1 or height != width:
+        raise ConfigError('--bench accuracy takes one square --img-size.')
 
 
 @contextmanager
@@ -91,13 +91,13 @@ def run_benches(config: BenchConfig, stream: Optional[TextIO] = None) -> BenchRe
         ConfigError: Something that cannot be measured was asked for; nothing has been measured then.
         CheckpointError: The checkpoint does not fit the model.
     """
-    names, device = expand_models(config.model), resolve_device(config.device)
+    names, device = config.list_models(), resolve_device(config.device)
     setups, left_out = list_setups(config, device)
     benches = config.list_benches()
     if 'train' in benches:
         _check_training(config, names, device)
     if 'accuracy' in benches:
-        _check_scoring(config, names)
+        _check_scoring(config)
     if 'curves' in benches:
         _check_batches(config)
     comparisons = list_comparisons(config, names, device) if 'curves' in benches else []

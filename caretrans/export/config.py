@@ -48,8 +48,8 @@ class Job:
         return FORMATS[self.format]
 
     def get_form(self) -> str:
-        """Of the network: 'unfused' as trained, 'fused', or 'phone', which is fused for Core ML."""
-        return 'unfused' if self.unfused else 'phone' if self.format in COREML else 'fused'
+        """Of the network, one of `caretrans.fuse.FORMS`: the one for phones for Core ML."""
+        return 'trained' if self.unfused else 'phone' if self.format in COREML else 'fused'
 
     def __str__(self) -> str:
         parts = [self.format, self.precision] + [self.compress] * (self.compress != 'none') \
@@ -76,6 +76,7 @@ class ExportConfig:
     precision: List[str] = setting(
         [], 'one or more; by default what the format is made for: fp16 for Core ML, fp32 for the others',
         choices=['fp16', 'fp32', 'int8'])
+    labels: str = setting('', 'text file with a class on each line; by default those of the checkpoint, or ImageNet')
     img_size: str = setting('', 'pixels: a side, or HEIGHTxWIDTH; by default that of the checkpoint')
     batch: int = setting(1, 'images at a time', bounds=(1, None))
     target: str = setting('iOS16', 'oldest system of Core ML programs', choices=list(TARGETS))

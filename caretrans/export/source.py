@@ -9,15 +9,13 @@ import timm
 import torch
 import torch.nn as nn
 from timm.data import create_transform
-from timm.utils import reparameterize_model
 
 from ..bench.lively import PHOTOGRAPHS, enliven, load_photographs
+from ..config import ConfigError
 from ..data import DataError, describe_classes, list_classes, open_dataset, resolve_eval_config
 from ..evaluation import load_for_evaluation
-from ..fuse import fuse
-from ..models.care import CareTransformer
+from ..fuse import rewrite
 from ..models.care_fused import fold_pixels
-from ..models.care_phone import rewrite_for_phone
 from .config import ExportConfig, Job
 
 __all__ = ['Cases', 'ExportedNetwork', 'Source', 'build_network', 'load_cases', 'load_source']
@@ -36,6 +34,7 @@ class Source:
         class_names: For people, one for each output.
         checkpoint: The file; '' for random weights.
         sha256: Of the file.
+        accuracy: What was measured of the network as trained, in words; '' if nothing.
         meta: Of the file.
     """
     name: str
@@ -44,6 +43,7 @@ class Source:
     class_names: List[str]
     checkpoint: str = ''
     sha256: str = ''
+    accuracy: str = ''
     meta: Dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -78,6 +78,22 @@ class Source:
         return torch.stack([torch.as_tensor(dataset[i * len(dataset) // count][0]) for i in range(count)])
 
 
+def _name_classes(config: ExportConfig, count: int, own: Optional[List[str]] = None) -> List[str]:
+    """The labels of a file, if one was given, else those of the checkpoint, else ImageNet's or numbers."""
+    if not config.labels:
+        names = describe_classes(own, count)
+    else:
+        try:
+            names = Path(config.labels).read_text(encoding='utf-8').splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f'--labels {config.labels} cannot be read: {error}.') from None
+    if len(names) != count:
+        raise ConfigError(
+            f'{config.labels or config.checkpoint} names {len(names)} classes, the network has {count}: '
+            f'give a file with a class on each of {count} lines by --labels.')
+    return names
+
+
 def load_source(config: ExportConfig) -> Source:
     """Load the checkpoint of a config, or make random weights under which all parts count.
 
@@ -88,14 +104,15 @@ def load_source(config: ExportConfig) -> Source:
         model, loaded, eval_config = load_for_evaluation(config.checkpoint, config.model or None, config.entry or None)
         return Source(
             model.pretrained_cfg['architecture'], model, eval_config,
-            describe_classes(loaded.meta.get('class_names'), model.num_classes), config.checkpoint,
-            hashlib.sha256(Path(config.checkpoint).read_bytes()).hexdigest(), loaded.meta)
+            _name_classes(config, model.num_classes, loaded.meta.get('class_names')), config.checkpoint,
+            hashlib.sha256(Path(config.checkpoint).read_bytes()).hexdigest(), meta=loaded.meta)
     model = timm.create_model(config.model).eval()
     eval_config = resolve_eval_config(model)
     size = tuple(eval_config['input_size'][1:])
     images = load_photographs(model, size, 8)
-    enliven(model, torch.randn(8, model.in_chans, *size) if images is None else images)
-    return Source(config.model, model, eval_config, describe_classes(None, model.num_classes))
+    noise = torch.randn(8, model.in_chans, *size, generator=torch.Generator().manual_seed(0))
+    enliven(model, noise if images is None else images)
+    return Source(config.model, model, eval_config, _name_classes(config, model.num_classes))
 
 
 # The network ----------------------------------------------------------------------------------------------------------
@@ -126,29 +143,19 @@ class ExportedNetwork(nn.Module):
         return logits.softmax(dim=-1) if self.probabilities else logits
 
 
-def _rewrite(source: Source, form: str) -> nn.Module:
-    if form == 'unfused':
-        return copy.deepcopy(source.model)
-    if not isinstance(source.model, CareTransformer):
-        return reparameterize_model(source.model)
-    fused = fuse(source.model)
-    return rewrite_for_phone(fused) if form == 'phone' else fused
-
-
 def build_network(source: Source, job: Job) -> ExportedNetwork:
     """The network that a job exports, with the normalisation and the softmax that it wants.
 
     The normalisation goes into the first convolution where that does not pad; else it stands before it.
     """
-    network = _rewrite(source, job.get_form())
+    network = rewrite(source.model, job.get_form())
     prepare: nn.Module = nn.Identity()
     if job.input == 'image':
         mean, std = source.eval_config['mean'], source.eval_config['std']
-        place, _, name = source.model.pretrained_cfg['first_conv'].rpartition('.')
-        parent = network.get_submodule(place)
-        conv = getattr(parent, name, None)
+        name = source.model.pretrained_cfg.get('first_conv') or ''
+        conv = dict(network.named_modules()).get(name)  # a rewrite may have other names
         if isinstance(conv, nn.Conv2d) and not any(conv.padding):
-            setattr(parent, name, fold_pixels(conv, mean, std))
+            network.set_submodule(name, fold_pixels(conv, mean, std))
         else:
             prepare = Normalisation(mean, std)
     return ExportedNetwork(network, prepare, job.output != 'logits')
@@ -173,6 +180,13 @@ class Cases:
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    def describe_accuracy(self) -> str:
+        """Top-1 of the network as trained, in float64, where the labels are its own; else ''."""
+        if self.labels is None:
+            return ''
+        top1 = 100 * (self.logits.argmax(dim=-1) == self.labels).double().mean().item()
+        return f'top-1 {top1:.2f} % on {self.name}'
 
     def batches(self, size: int) -> Iterator[torch.Tensor]:
         """The pixels in batches of one size, the last filled up with the first photographs."""

@@ -1,0 +1,187 @@
+"""Export a network: check everything, write, read back, prove, time, report, and only then put it in its place."""
+import json
+import shutil
+import sys
+import tempfile
+import time
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Optional, TextIO, Tuple
+
+import torch
+
+from ..bench.inference import use_threads
+from ..bench.timing import compare_rounds, judge_noise, summarise, time_interleaved
+from ..config import ConfigError
+from ..machine import describe_device, list_versions
+from ..models.care_phone import measure_least_mass
+from ..progress import Progress
+from .config import ExportConfig, Job
+from .source import Cases, Source, load_cases, load_source
+from .verify import ExportError, Program, Verification, verify
+
+__all__ = ['Export', 'export']
+
+ROUNDS, RUNS = 10, 5  # of the timing
+
+@dataclass
+class Export:
+    """A program that was written, and what was measured of it.
+
+    Attributes:
+        path: The file or folder.
+        mib: Its size.
+        seconds: That writing it took.
+        latency: Median, p10 and p90 in ms beside the network as trained, and how many times as fast it is.
+        failure: Why nothing was kept; then the rest may be missing.
+    """
+    job: Job
+    path: Path
+    mib: float = 0.
+    seconds: float = 0.
+    program: Optional[Program] = None
+    verification: Optional[Verification] = None
+    latency: Optional[Dict[str, Any]] = None
+    notes: List[str] = field(default_factory=list)
+    failure: str = ''
+
+    def to_dict(self) -> Dict[str, Any]:
+        """As plain values, for JSON."""
+        program = self.program
+        facts = dict(
+            vars(self.job), form=self.job.get_form(), path=str(self.path), mib=self.mib, seconds=self.seconds,
+            failure=self.failure, notes=self.notes, latency=self.latency,
+            verification=None if self.verification is None else vars(self.verification))
+        if program is not None:
+            facts.update(
+                runner=program.runner, operations=program.operations, shape_changes=program.shape_changes)
+        return facts
+
+
+def _check_folder(folder: Path) -> None:
+    """Make the folder, and a file in it, before any work is done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f'--output-dir {folder} cannot be written: {error.strerror}; name another.') from None
+
+
+def name_program(source: Source, job: Job) -> str:
+    """The name of the file of a job: what is not the default is part of it."""
+    parts = [source.name]
+    if job.size != source.size:
+        parts.append('x'.join(str(side) for side in job.size))
+    if job.batch != 1:
+        parts.append(f'b{job.batch}')
+    if job.precision != job.kind.precisions[0]:
+        parts.append(job.precision)
+    if job.compress != 'none':
+        parts.append(job.compress)
+    if job.unfused:
+        parts.append('unfused')
+    return '-'.join(parts) + job.kind.suffix
+
+
+def _measure_size(path: Path) -> float:
+    files = [path] if path.is_file() else [file for file in path.rglob('*') if file.is_file()]
+    return sum(file.stat().st_size for file in files) / 2 ** 20
+
+
+def _replace(new: Path, target: Path) -> None:
+    """Put a finished file or folder into its place; what was there goes."""
+    if target.is_dir():
+        shutil.rmtree(target)
+    new.replace(target)
+
+
+def _time(source: Source, job: Job, program: Program, threads: int) -> Dict[str, Any]:
+    """Milliseconds of a program and of the network as trained, eager, interleaved in one process."""
+    images = source.make_example(job)
+    eager = source.normalise(torch.zeros_like(images, dtype=torch.uint8)) if job.input == 'image' else images
+
+    def run_eager() -> torch.Tensor:
+        with torch.inference_mode():
+            return source.model(eager)
+    runs = {'eager': run_eager, 'eager again': run_eager, 'program': lambda: program.run(images)}
+    with use_threads(threads):
+        for run in runs.values():
+            for _ in range(3):
+                run()
+        times = time_interleaved(runs, torch.device('cpu'), {name: RUNS for name in runs}, ROUNDS)
+    own = compare_rounds(times['eager'], times['eager again'])['ratio']
+    summary = summarise(times['program'])
+    return dict(summary, **compare_rounds(times['eager'], times['program']), threads=threads, batch=job.batch,
+                eager_ms=summarise(times['eager'])['median_ms'], noise=judge_noise(summary, own))
+
+
+def _make(source: Source, job: Job, cases: Cases, config: ExportConfig, progress: Progress, new: Path) -> Export:
+    """Write a program to `new`, read it back, and prove it."""
+    result = Export(job, new)
+    module = job.kind.load_module()
+    start = time.perf_counter()
+    with redirect_stdout(sys.stderr):  # remarks of the converters
+        result.notes += module.write(source, job, new)
+        result.seconds, result.mib = time.perf_counter() - start, _measure_size(new)
+        result.program = module.read(source, job, new)
+    result.notes += result.program.notes
+    result.verification = verify(source, job, result.program, cases, new.name, progress.update)
+    if config.latency and result.program.timed:
+        result.latency = _time(source, job, result.program, config.threads)
+    return result
+
+
+def _find_least_mass(source: Source, cases: Cases) -> Optional[float]:
+    least = min(measure_least_mass(source.model, source.normalise(part)) for part in cases.pixels[:64].split(8))
+    return least if least < float('inf') else None
+
+
+def _export_job(source: Source, job: Job, cases: Cases, config: ExportConfig, progress: Progress) -> Export:
+    folder = config.get_folder()
+    target = folder / name_program(source, job)
+    before = progress.count
+    progress.describe(str(job))
+    with tempfile.TemporaryDirectory(prefix='.unfinished-', dir=folder) as unfinished:
+        try:
+            result = _make(source, job, cases, config, progress, Path(unfinished) / target.name)
+        except ExportError as error:
+            result = Export(job, target, failure=str(error), verification=getattr(error, 'verification', None))
+        except Exception as error:  # whatever a converter raises
+            text = ' '.join(str(error).split())[:500]
+            result = Export(job, target, failure=f'{job} could not be made: {type(error).__name__}: {text}')
+        else:
+            _replace(result.path, target)
+            result.path = target
+    progress.update(before + len(cases) - progress.count)
+    return result
+
+
+def export(config: ExportConfig, stream: Optional[TextIO] = None) -> Tuple[Dict[str, Any], List[Export]]:
+    """Write and prove all programs of a config; what fails leaves nothing behind, and the others go on.
+
+    Args:
+        stream: Where progress is shown; stdout if not given.
+    Returns:
+        What is true of all of them (model, weights, sha256, data, device, versions, least_attention_mass), and what
+        was made of each job. A report of each program, as JSON, is written beside it.
+    Raises:
+        CheckpointError, ConfigError, DataError: Something cannot work, found before anything was written.
+    """
+    source = load_source(config)
+    jobs = config.list_jobs(source.size)
+    _check_folder(config.get_folder())
+    cases = load_cases(source, jobs[0].size, config.data, config.images)
+    source.accuracy = cases.describe_accuracy()
+    facts = dict(
+        model=source.name, weights=source.checkpoint or 'random', sha256=source.sha256, data=cases.name,
+        device=describe_device(torch.device('cpu')), versions=list_versions(),
+        least_attention_mass=_find_least_mass(source, cases))
+    with Progress(len(cases) * len(jobs), 'images', stream=stream) as progress:
+        exports = [_export_job(source, job, cases, config, progress) for job in jobs]
+    for item in exports:
+        if not item.failure:
+            report = json.dumps({**facts, **item.to_dict()}, indent=2, allow_nan=False)
+            Path(f'{item.path}.json').write_text(report + '\n')
+    return facts, exports

@@ -1,0 +1,46 @@
+"""Export a network to Core ML and other runtimes, and prove that the programs compute what PyTorch computes.
+
+    python coreml/export.py --model care_s1 --checkpoint CARETrans_S1.pth.tar
+    python coreml/export.py --checkpoint runs/NAME/best.pth.tar --format mlpackage onnx --precision fp32
+"""
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from caretrans.checkpoint import CheckpointError  # noqa: E402
+from caretrans.config import ConfigError  # noqa: E402
+from caretrans.data import DataError  # noqa: E402
+from caretrans.export.config import parse_export_config  # noqa: E402
+from caretrans.export.report import describe_exports  # noqa: E402
+from caretrans.export.run import export  # noqa: E402
+from caretrans.progress import show_messages  # noqa: E402
+
+
+def main() -> int:
+    show_messages()
+    logging.getLogger('torch').setLevel(logging.ERROR)
+    warnings.filterwarnings('ignore', module='torch|coremltools')
+    try:
+        config = parse_export_config(description=__doc__.splitlines()[0])
+        facts, exports = export(config, sys.stderr if config.json else None)
+    except (CheckpointError, ConfigError, DataError) as error:
+        print(f'export.py: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    if config.json:
+        print(json.dumps(dict(facts, programs=[item.to_dict() for item in exports]), indent=2))
+    else:
+        print('\n'.join(describe_exports(facts, exports)))
+    for item in exports:
+        if item.failure:
+            print(f'export.py: failed: {item.failure}', file=sys.stderr)
+    return int(any(item.failure for item in exports))
+
+
+if __name__ == '__main__':
+    sys.exit(main())
