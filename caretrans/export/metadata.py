@@ -25,11 +25,14 @@ def describe_input(source: Source, job: Job) -> str:
 
 def describe(source: Source, job: Job) -> Dict[str, str]:
     """Names and values for the metadata of a file; `class_names` is a list in JSON."""
-    return dict(
+    facts = dict(
         model=source.name, exporter=f'caretrans {__version__}', checkpoint_sha256=source.sha256 or 'random weights',
         precision=job.precision, network='as trained' if job.unfused else 'fused',
         preprocessing=describe_input(source, job), output=job.output,
         class_names=json.dumps(source.class_names, ensure_ascii=False))
+    if source.accuracy:
+        facts['accuracy'] = source.accuracy
+    return facts
 
 
 def read_class_names(facts: Mapping[str, str]) -> List[str]:

@@ -13,7 +13,7 @@ import torch
 
 from .config import Job
 from .metadata import describe, read_class_names
-from .quiet import hush
+from .silence import silence
 from .source import Source, build_network
 from .torch_program import trace_any_size
 from .verify import ExportError, Program
@@ -41,7 +41,7 @@ def convert(program: torch.export.ExportedProgram, output: str = 'logits') -> An
     Args:
         output: Name of what comes out; what goes in is `INPUT`.
     """
-    with torch.no_grad(), hush():
+    with torch.no_grad(), silence(''):
         converted = torch.onnx.export(
             program, dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[output], verbose=False)
     return converted.model_proto
@@ -95,7 +95,7 @@ def quantize(program: bytes, batches: Sequence[np.ndarray]) -> bytes:
             batch = next(self.batches, None)
             return None if batch is None else {INPUT: batch}
 
-    with tempfile.TemporaryDirectory() as folder, hush():
+    with tempfile.TemporaryDirectory() as folder, silence(''):
         source, shaped, target = (Path(folder) / f'{name}.onnx' for name in ('source', 'shaped', 'target'))
         source.write_bytes(program)
         quant_pre_process(str(source), str(shaped), skip_symbolic_shape=True)

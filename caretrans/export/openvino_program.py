@@ -16,8 +16,8 @@ import torch
 from .config import Job
 from .metadata import describe, read_class_names
 from .onnx_program import convert, split_batches
-from .quiet import hush
-from .source import Source, build_network
+from .silence import silence
+from .source import Source
 from .torch_program import trace
 from .verify import ExportError, Program
 
@@ -72,16 +72,18 @@ def compile_model(model: Any, threads: int, hint: str = 'f32') -> Any:
 
 def write(source: Source, job: Job, path: Path) -> List[str]:
     import openvino
-    images = source.make_example(job)
-    program = convert(trace(build_network(source, job), images), job.output)
-    model = get_core().read_model(program.SerializeToString())
+    from openvino.passes import ConstantFolding, Manager
+    model = get_core().read_model(convert(trace(source, job), job.output).SerializeToString())
+    manager = Manager()
+    manager.register_pass(ConstantFolding())  # the reader of ONNX looks up shapes that are known
+    manager.run_passes(model)
     if job.precision == 'int8':
-        with hush():
+        with silence(''):
             model = quantize(model, split_batches(source.make_calibration(job), job.batch))
     path.mkdir(parents=True, exist_ok=True)
     openvino.save_model(model, str(path / MODEL), compress_to_fp16=job.precision == 'fp16')
     (path / FACTS).write_text(json.dumps(describe(source, job), indent=2, ensure_ascii=False) + '\n')
-    return [f'only images of shape {tuple(images.shape)}']
+    return [f'only images of shape {tuple(model.input(0).shape)}']
 
 
 def read(source: Source, job: Job, path: Path) -> Program:

@@ -12,7 +12,7 @@ from .metadata import describe, read_class_names
 from .source import Source, build_network
 from .verify import ExportError, Program
 
-__all__ = ['ANY_SIZE', 'check', 'read', 'trace', 'trace_any_size', 'write']
+__all__ = ['ANY_SIZE', 'check', 'read', 'trace', 'trace_any_size', 'trace_network', 'write']
 
 FACTS = 'caretrans.json'
 ANY_SIZE = 'any number of images of any size'
@@ -25,9 +25,14 @@ def check(job: Job) -> None:
 
 
 @torch.no_grad()
-def trace(network: nn.Module, images: torch.Tensor) -> torch.export.ExportedProgram:
+def trace_network(network: nn.Module, images: torch.Tensor) -> torch.export.ExportedProgram:
     """A network as a program of torch.export, for images (B, C, H, W) of this shape."""
     return torch.export.export(network, (images,))
+
+
+def trace(source: Source, job: Job) -> torch.export.ExportedProgram:
+    """The network of a job as a program of torch.export, for images of its batch and size."""
+    return trace_network(build_network(source, job), source.make_example(job))
 
 
 @torch.no_grad()
@@ -47,7 +52,7 @@ def trace_any_size(network: nn.Module, images: torch.Tensor) -> Tuple[torch.expo
         program = torch.export.export(network, (images.new_zeros(2, chs, height, width + 32),), dynamic_shapes=(free,))
     except (torch._dynamo.exc.UserError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        return trace(network, images), f'only images of shape {tuple(images.shape)}: {reason}'
+        return trace_network(network, images), f'only images of shape {tuple(images.shape)}: {reason}'
     return program, ANY_SIZE
 
 

@@ -1,0 +1,25 @@
+"""Converters say much that nobody asked for: progress bars, versions they were not tested with, what Linux lacks."""
+import contextlib
+import io
+import logging
+import warnings
+from typing import Iterator
+
+__all__ = ['silence']
+
+
+@contextlib.contextmanager
+def silence(*loggers: str) -> Iterator[None]:
+    """Keep stdout, stderr, warnings and the named loggers quiet for a while; errors come through as exceptions."""
+    named = [logging.getLogger(name) for name in loggers]
+    levels = [logger.level for logger in named]
+    try:
+        for logger in named:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), \
+                contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        for logger, level in zip(named, levels, strict=True):
+            logger.setLevel(level)
