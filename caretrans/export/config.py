@@ -13,7 +13,7 @@ __all__ = ['ExportConfig', 'Job', 'parse_export_config']
 TARGETS = ('iOS15', 'iOS16', 'iOS17', 'iOS18', 'iOS26')
 COMPRESSIONS = ('none', 'int8', 'palette6', 'palette4')
 COREML = ('mlpackage', 'mlmodel')
-FORMS = {**dict.fromkeys([*COREML, 'executorch-coreml'], 'phone'), 'executorch': 'bmm', 'litert': 'bmm'}
+FORMS = {**dict.fromkeys([*COREML, 'executorch-coreml', 'coreai'], 'phone'), 'executorch': 'bmm', 'litert': 'bmm'}
 
 # Share of photographs, %, whose first answer must be that of PyTorch in float64. Rounding decides between classes that
 # are nearly equal; whatever else is wrong with a program changes more answers than these.

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import tempfile
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
@@ -15,6 +16,7 @@ import torch
 from ..config import ConfigError
 from .config import Job
 from .metadata import describe, read_class_names
+from .onnx_program import split_batches
 from .silence import silence
 from .source import Source
 from .torch_program import trace, trace_network
@@ -23,6 +25,7 @@ from .verify import ExportError, Program
 __all__ = ['check', 'extract_package', 'read', 'write']
 
 FACTS = 'caretrans'  # a method of the program that returns the metadata as bytes
+CALIBRATION = 32  # photographs for the ranges of int8: the quantiser looks at each for long
 SHAPE_CHANGES = ('view', 'permute', 'transpose', 'squeeze', 'unsqueeze', 'expand', 'reshape')
 
 
@@ -48,9 +51,9 @@ def _quantize(source: Source, job: Job) -> torch.export.ExportedProgram:
 
     quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
     prepared = prepare_pt2e(trace(source, job).module(), quantizer)
-    for part in source.make_calibration(job).split(job.batch):
-        if len(part) == job.batch:
-            prepared(part)
+    photographs = source.make_calibration(job)
+    for batch in split_batches(photographs[::max(len(photographs) // CALIBRATION, 1)], job.batch):
+        prepared(torch.from_numpy(batch))
     return trace_network(convert_pt2e(prepared), source.make_example(job))
 
 
@@ -122,7 +125,6 @@ def _read_coreml(source: Source, job: Job, path: Path) -> Program:
 
 
 def _read_xnnpack(source: Source, job: Job, path: Path) -> Program:
-    import executorch
     from executorch.extension.pybindings import portable_lib
     from executorch.runtime import Runtime
     kernels, delegates = _count(_deserialize(path))
@@ -133,10 +135,10 @@ def _read_xnnpack(source: Source, job: Job, path: Path) -> Program:
     facts, = program.load_method(FACTS).execute([])
     labels = read_class_names(json.loads(bytes(facts.tolist())))
     method = program.load_method('forward')
-    changes = [f'{name} x {count}' for name, count in kernels.items() if name.startswith(SHAPE_CHANGES)]
+    changes = [name for name, count in kernels.items() if name.startswith(SHAPE_CHANGES) for _ in range(count)]
     return Program(
         lambda images: method.execute([images.contiguous()])[0].clone(),
-        f'ExecuTorch {getattr(executorch, "__version__", "")}'.strip(), labels,
+        f'ExecuTorch {version("executorch")}', labels,
         {**kernels, 'calls of XNNPACK': delegates}, changes, notes=['what XNNPACK does in a call is not counted'])
 
 

@@ -1,6 +1,7 @@
 """Programs of LiteRT, formerly TensorFlow Lite, run by its interpreter, in float32 and quantised to int8."""
 import json
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -91,8 +92,6 @@ def _read_facts(model: Any) -> Dict[str, str]:
 
 
 def read(source: Source, job: Job, path: Path) -> Program:
-    from importlib.metadata import version
-
     from ai_edge_litert import schema_py_generated as schema
     from ai_edge_litert.interpreter import Interpreter
     try:
@@ -105,7 +104,7 @@ def read(source: Source, job: Job, path: Path) -> Program:
     codes, graph = _name_codes(schema), model.subgraphs[0]
     named = [(codes[model.operatorCodes[item.opcodeIndex].builtinCode], graph.tensors[item.outputs[0]])
              for item in graph.operators]
-    changes = [f'{name} {tensor.name.decode()} to {tensor.shape.tolist()}' for name, tensor in named
+    changes = [f'{name} {tensor.name.decode().rpartition("/")[2]} to {tensor.shape.tolist()}' for name, tensor in named
                if name in SHAPE_CHANGES]
     return Program(
         lambda images: torch.from_numpy(runner(**{INPUT: images.numpy()})[job.output]),

@@ -21,7 +21,7 @@ from .source import Source
 from .torch_program import trace
 from .verify import ExportError, Program
 
-__all__ = ['check', 'compile_model', 'get_core', 'quantize', 'read', 'write']
+__all__ = ['check', 'compile_model', 'get_core', 'make_model', 'quantize', 'read', 'write']
 
 MODEL, FACTS = 'model.xml', 'caretrans.json'
 SHAPE_CHANGES = ('Reshape', 'Transpose', 'Unsqueeze', 'Squeeze', 'Broadcast')
@@ -41,6 +41,16 @@ def get_core() -> Any:
     """
     import openvino
     return openvino.Core()
+
+
+def make_model(program: bytes) -> Any:
+    """An ONNX program as a model of OpenVINO."""
+    from openvino.passes import ConstantFolding, Manager
+    model = get_core().read_model(program)
+    manager = Manager()
+    manager.register_pass(ConstantFolding())  # the reader looks up shapes that are known
+    manager.run_passes(model)
+    return model
 
 
 def quantize(model: Any, batches: Sequence[np.ndarray]) -> Any:
@@ -72,11 +82,7 @@ def compile_model(model: Any, threads: int, hint: str = 'f32') -> Any:
 
 def write(source: Source, job: Job, path: Path) -> List[str]:
     import openvino
-    from openvino.passes import ConstantFolding, Manager
-    model = get_core().read_model(convert(trace(source, job), job.output).SerializeToString())
-    manager = Manager()
-    manager.register_pass(ConstantFolding())  # the reader of ONNX looks up shapes that are known
-    manager.run_passes(model)
+    model = make_model(convert(trace(source, job), job.output).SerializeToString())
     if job.precision == 'int8':
         with silence(''):
             model = quantize(model, split_batches(source.make_calibration(job), job.batch))
