@@ -1,4 +1,4 @@
-"""ONNX programs: what is saved computes what the network computes, for any batch and size, and a wrong one is noticed."""
+"""ONNX programs: what is saved computes what the network computes, for any batch and size; a wrong one is noticed."""
 import json
 
 import onnx

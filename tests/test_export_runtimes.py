@@ -93,7 +93,8 @@ def test_form_for_xnnpack_is_exact(batch):
 
 @pytest.mark.parametrize('flags, own', [
     ([], ''), (['--format', 'onnx', 'mlpackage'], ''), (['--model', 'care_s0', '--format', 'onnx', 'litert'], 'litert'),
-    (['--format=coreai', '--json'], 'coreai'), (['--format', 'executorch-coreml', '--no-latency'], 'executorch-coreml')])
+    (['--format=coreai', '--json'], 'coreai'),
+    (['--format', 'executorch-coreml', '--no-latency'], 'executorch-coreml')])
 def test_formats_that_need_their_own_environment_are_found(flags, own):
     command = [sys.executable, str(ROOT / 'cmd' / 'list_own_environment.py'), *flags]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == own

@@ -29,7 +29,7 @@ def test_program_is_proven(saved):
     assert program.labels == get_source().class_names
 
 
-@pytest.mark.parametrize('shape', [(1, 3, 64, 64), (3, 3, 64, 64), (1, 3, 224, 320), (2, 3, 101, 75), (1, 3, 32, 40)])
+@pytest.mark.parametrize('shape', [(1, 3, 64, 64), (3, 3, 64, 64), (1, 3, 224, 320), (2, 3, 101, 75)])
 def test_program_is_right_for_any_batch_and_size(saved, shape):
     images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(saved[2].run(images), run_reference(images), atol=2e-5)

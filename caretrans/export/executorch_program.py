@@ -124,6 +124,17 @@ def _read_coreml(source: Source, job: Job, path: Path) -> Program:
     return program
 
 
+class Method:
+    """The method 'forward' of a program, with the memory that it points into."""
+
+    def __init__(self, content: bytes, program: Any) -> None:
+        self.content, self.program = content, program
+        self.method = program.load_method('forward')
+
+    def run(self, images: torch.Tensor) -> torch.Tensor:
+        return self.method.execute([images.contiguous()])[0].clone()
+
+
 def _read_xnnpack(source: Source, job: Job, path: Path) -> Program:
     from executorch.extension.pybindings import portable_lib
     from executorch.runtime import Runtime
@@ -131,14 +142,13 @@ def _read_xnnpack(source: Source, job: Job, path: Path) -> Program:
     threads = torch.get_num_threads()
     if portable_lib._threadpool_get_thread_count() != threads:
         portable_lib._unsafe_reset_threadpool(threads)
-    program = Runtime.get().load_program(path.read_bytes())
+    content = path.read_bytes()
+    program = Runtime.get().load_program(content)
     facts, = program.load_method(FACTS).execute([])
     labels = read_class_names(json.loads(bytes(facts.tolist())))
-    method = program.load_method('forward')
     changes = [name for name, count in kernels.items() if name.startswith(SHAPE_CHANGES) for _ in range(count)]
     return Program(
-        lambda images: method.execute([images.contiguous()])[0].clone(),
-        f'ExecuTorch {version("executorch")}', labels,
+        Method(content, program).run, f'ExecuTorch {version("executorch")}', labels,
         {**kernels, 'calls of XNNPACK': delegates}, changes, notes=['what XNNPACK does in a call is not counted'])
 
 

@@ -15,7 +15,7 @@ from .verify import ExportError, Program
 __all__ = ['ANY_SIZE', 'check', 'read', 'trace', 'trace_any_size', 'trace_network', 'write']
 
 FACTS = 'caretrans.json'
-ANY_SIZE = 'any number of images of any size'
+ANY_SIZE = 'any number of images, of any height and width from 64 pixels on'
 SHAPE_CHANGES = (
     'view', 'reshape', 'flatten', 'squeeze', 'unsqueeze', 'transpose', 'permute', 't', 'mT', 'numpy_T', 'expand')
 
@@ -39,7 +39,8 @@ def trace(source: Source, job: Job) -> torch.export.ExportedProgram:
 def trace_any_size(network: nn.Module, images: torch.Tensor) -> Tuple[torch.export.ExportedProgram, str]:
     """A network as a program of torch.export for any number of images of any size, where it computes the same for all.
 
-    The tracer takes a size of 1 for a constant, and is shown two oblong images.
+    The tracer takes a size of 1 for a constant, and is shown two oblong images. For the same reason it wants images of
+    64 pixels at least: at 1/32 of the size, smaller ones have one position left.
 
     Args:
         images: (B, C, H, W), for which it is traced where it cannot be for others.

@@ -142,6 +142,6 @@ def verify(
             f'kept; a lower --floor keeps it.', result)
     if job.precision == 'fp32' and job.compress == 'none' and not result.max_error <= TOLERANCE * result.largest:
         raise VerificationError(
-            f'{path}: the largest error is {result.max_error:.2g} of {result.largest:.2g}, rounding of float32 explains '
-            f'{TOLERANCE:g} of that. Nothing was kept.', result)
+            f'{path}: the largest error is {result.max_error:.2g} of {result.largest:.2g}, rounding of float32 '
+            f'explains {TOLERANCE:g} of that. Nothing was kept.', result)
     return result
