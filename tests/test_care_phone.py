@@ -11,7 +11,7 @@ from caretrans.fuse import FORMS, fuse, rewrite
 from caretrans.models.attention import linear_attention
 from caretrans.models.care import CareTransformer, LinearAttention, StripConv
 from caretrans.models.care_fused import fold_pixels
-from caretrans.models.care_phone import CrossConv, PhoneAttention, measure_least_mass
+from caretrans.models.care_phone import ConvMixer, CrossConv, PhoneAttention, measure_least_mass
 
 CARE = [name for name in timm.list_models('care_*')]
 
@@ -92,12 +92,35 @@ def test_cross_is_the_sum_of_both_strips():
     assert list_error(CrossConv(strips)(x), strips(x)) < 1e-14
 
 
+def test_early_mixers_are_one_convolution():
+    block = fuse(filled_model('care_s0').double()).stages[0].blocks[0]
+    x = torch.randn(2, 32, 13, 9, dtype=torch.float64)
+    assert sum(block.mixer.slices) == 32
+    mixer = ConvMixer(block.mixer)
+    for found, expected in zip(mixer(x), block.mixer(x), strict=True):
+        assert list_error(found, expected) < 1e-14
+    assert [type(module).__name__ for module in mixer.children()] == ['Conv2d']
+
+
 def test_pixels_fold_into_a_convolution():
     conv = torch.nn.Conv2d(3, 8, 4, stride=4).double()
     pixels = torch.randint(256, (2, 3, 32, 32)).double()
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     normalised = (pixels / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     assert list_error(fold_pixels(conv, mean, std)(pixels), conv(normalised)) < 1e-6  # mean and std are float32 above
+
+
+def test_rounding_of_folded_weights_does_not_darken_or_brighten():
+    conv = torch.nn.Conv2d(3, 64, 4, stride=4).double()
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    grey = (255 / 256 * torch.tensor(mean, dtype=torch.float64))[:, None, None].expand(1, 3, 4, 4)
+    folded = fold_pixels(conv, mean, std, white=255 / 256, half=True)
+    assert torch.equal(folded.weight, folded.weight.half().double())
+    assert folded.weight.abs().min() > torch.finfo(torch.float16).tiny
+    expected = conv(torch.zeros(1, 3, 4, 4, dtype=torch.float64))  # grey is 0 to the network
+    plain = fold_pixels(conv, mean, std, white=255 / 256)
+    plain.weight.data = plain.weight.half().double()
+    assert list_error(folded(grey), expected) < 1e-12 < 1e-5 < list_error(plain(grey), expected)
 
 
 @pytest.mark.parametrize('conv, mean', [(torch.nn.Conv2d(3, 8, 3, padding=1), [0.5] * 3), (

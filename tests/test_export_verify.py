@@ -35,6 +35,19 @@ def test_wrong_normalisation_is_noticed():
         prove(job, wrong)
 
 
+@pytest.mark.parametrize('precision, shift, noticed', [
+    ('fp32', 1e-2, True), ('fp32', 1e-5, False), ('fp16', 0.2, True), ('fp16', 1e-2, False), ('int8', 0.2, False)])
+def test_errors_that_rounding_does_not_explain_are_noticed(precision, shift, noticed):
+    """The same number more for each class changes no answer."""
+    program = make_program(make_job(), lambda logits: logits + shift)
+    job = make_job(format='onnx', precision=precision)
+    if noticed:
+        with pytest.raises(VerificationError, match='rounding does not explain it'):
+            prove(job, program)
+    else:
+        assert prove(job, program).top1_agreement == 100
+
+
 def test_swapped_classes_are_noticed():
     job = make_job()
     with pytest.raises(VerificationError, match='at least 99 %'):

@@ -8,7 +8,7 @@ from ..bench.config import expand_models, parse_size
 from ..config import ConfigError, FlagParser, add_flags, check_settings, setting
 from .formats import FORMATS, Format, find_obstacle
 
-__all__ = ['ExportConfig', 'Job', 'parse_export_config']
+__all__ = ['COREML', 'ExportConfig', 'Job', 'parse_export_config']
 
 TARGETS = ('iOS15', 'iOS16', 'iOS17', 'iOS18', 'iOS26')
 COMPRESSIONS = ('none', 'int8', 'palette6', 'palette4')
@@ -18,6 +18,10 @@ FORMS = {**dict.fromkeys([*COREML, 'executorch-coreml', 'coreai'], 'phone'), 'ex
 # Share of photographs, %, whose first answer must be that of PyTorch in float64. Rounding decides between classes that
 # are nearly equal; whatever else is wrong with a program changes more answers than these.
 FLOORS = {'fp32': 99.5, 'fp16': 97., 'int8': 85., 'palette6': 85., 'palette4': 50.}
+
+# Largest error of an output, as a share of the largest output, up to which rounding may be the reason: several times
+# what was measured. Formats that quantise go by the first answers alone.
+TOLERANCES = {'fp32': 1e-4, 'fp16': 2e-2}
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,11 @@ class Job:
     compress: str = 'none'
     unfused: bool = False
     floor: float = 99.
+
+    @property
+    def tolerance(self) -> float:
+        """Largest error of an output that is allowed, as a share of the largest output."""
+        return TOLERANCES.get(self.precision if self.compress == 'none' else self.compress, float('inf'))
 
     @property
     def kind(self) -> Format:

@@ -38,6 +38,8 @@ def _describe_details(item: Export) -> Iterator[str]:
         yield '  operations: ' + ', '.join(f'{count} {name}' for name, count in counts)
     for line in program.shape_changes:
         yield f'  {line}'
+    for line in () if item.core_ml is None else item.core_ml.describe():
+        yield f'  {line}'
     for line in [*item.verification.findings, *item.notes, *(item.latency or {}).get('noise', ())]:
         yield f'  {line}'
 

@@ -5,7 +5,7 @@ import sys
 import tempfile
 import time
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, TextIO, Tuple
 
@@ -17,7 +17,8 @@ from ..config import ConfigError
 from ..machine import describe_device, list_versions
 from ..models.care_phone import measure_least_mass
 from ..progress import Progress
-from .config import ExportConfig, Job
+from .apple import Examination, examine, is_available
+from .config import COREML, ExportConfig, Job
 from .source import Cases, Source, load_cases, load_source
 from .verify import ExportError, Program, Verification, verify
 
@@ -33,6 +34,7 @@ class Export:
         path: The file or folder.
         mib: Its size.
         seconds: That writing it took.
+        core_ml: On a Mac, of Core ML programs: what Core ML itself computes there, where and how fast.
         latency: Median, p10 and p90 in ms beside the network as trained, and how many times as fast it is.
         failure: Why nothing was kept; then the rest may be missing.
     """
@@ -43,6 +45,7 @@ class Export:
     program: Optional[Program] = None
     verification: Optional[Verification] = None
     latency: Optional[Dict[str, Any]] = None
+    core_ml: Optional[Examination] = None
     notes: List[str] = field(default_factory=list)
     failure: str = ''
 
@@ -52,7 +55,8 @@ class Export:
         facts = dict(
             vars(self.job), form=self.job.get_form(), path=str(self.path), mib=self.mib, seconds=self.seconds,
             failure=self.failure, notes=self.notes, latency=self.latency,
-            verification=None if self.verification is None else vars(self.verification))
+            verification=None if self.verification is None else vars(self.verification),
+            core_ml=None if self.core_ml is None else asdict(self.core_ml))
         if program is not None:
             facts.update(
                 runner=program.runner, operations=program.operations, shape_changes=program.shape_changes)
@@ -129,6 +133,8 @@ def _make(source: Source, job: Job, cases: Cases, config: ExportConfig, progress
             result.program = module.read(source, job, new)
     result.notes += result.program.notes
     result.verification = verify(source, job, result.program, cases, new.name, progress.update)
+    if job.format in COREML and is_available():
+        result.core_ml = examine(source, job, new, cases)
     if config.latency and result.program.timed:
         result.latency = _time(source, job, result.program, config.threads)
     return result

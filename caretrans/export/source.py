@@ -1,6 +1,7 @@
 """What is exported: a checkpoint, the network made of it, and the photographs it is compared on."""
 import copy
 import hashlib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
@@ -91,7 +92,16 @@ def _name_classes(config: ExportConfig, count: int, own: Optional[List[str]] = N
         raise ConfigError(
             f'{config.labels or config.checkpoint} names {len(names)} classes, the network has {count}: '
             f'give a file with a class on each of {count} lines by --labels.')
-    return names
+    return _make_distinct(names)
+
+
+def _make_distinct(names: List[str]) -> List[str]:
+    """Names with the number of the class where several share one: Core ML gives probabilities by name.
+
+    Of ImageNet's classes two are cranes, the bird and the machine.
+    """
+    counts = Counter(names)
+    return [f'{name} (class {number})' if counts[name] > 1 else name for number, name in enumerate(names)]
 
 
 def load_source(config: ExportConfig) -> Source:
@@ -130,6 +140,13 @@ class Normalisation(nn.Module):
         return x * self.scale + self.shift
 
 
+class Darkening(nn.Module):
+    """Pixels from 0 to 255 divided by 256, exact in float16; the weights behind them are normal numbers then."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (1 / 256)
+
+
 class ExportedNetwork(nn.Module):
     """Images as a program takes them, (B, C, H, W), to logits or probabilities (B, classes)."""
 
@@ -146,7 +163,8 @@ class ExportedNetwork(nn.Module):
 def build_network(source: Source, job: Job) -> ExportedNetwork:
     """The network that a job exports, with the normalisation and the softmax that it wants.
 
-    The normalisation goes into the first convolution where that does not pad; else it stands before it.
+    The normalisation goes into the first convolution where that does not pad; else it stands before it. In float16 its
+    weights would be too small for pixels up to 255, which are made smaller first.
     """
     network = rewrite(source.model, job.get_form())
     prepare: nn.Module = nn.Identity()
@@ -155,7 +173,9 @@ def build_network(source: Source, job: Job) -> ExportedNetwork:
         name = source.model.pretrained_cfg.get('first_conv') or ''
         conv = dict(network.named_modules()).get(name)  # a rewrite may have other names
         if isinstance(conv, nn.Conv2d) and not any(conv.padding):
-            network.set_submodule(name, fold_pixels(conv, mean, std))
+            half = job.precision == 'fp16'
+            prepare = Darkening() if half else prepare
+            network.set_submodule(name, fold_pixels(conv, mean, std, 255 / 256 if half else 255, half))
         else:
             prepare = Normalisation(mean, std)
     return ExportedNetwork(network, prepare, job.output != 'logits')

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from .backbone import check_image_size
 
 __all__ = [
-    'FusedBlock', 'FusedHead', 'FusedStem', 'fold_norm_into_next', 'fold_norm_into_previous', 'fold_pixels']
+    'FusedBlock', 'FusedHead', 'FusedMixer', 'FusedStem', 'fold_norm_into_next', 'fold_norm_into_previous',
+    'fold_pixels', 'join_depthwise']
 
 torch.fx.wrap('check_image_size')
 
@@ -74,9 +75,14 @@ def _scale_outputs(conv: nn.Conv2d, scale: torch.Tensor) -> nn.Conv2d:
     return _make_conv(conv, conv.weight.double() * scale[:, None, None, None], conv.bias.double() * scale)
 
 
-def fold_pixels(conv: nn.Conv2d, mean: Sequence[float], std: Sequence[float]) -> nn.Conv2d:
-    """conv((x / 255 - mean) / std) as one convolution of pixels x from 0 to 255, per channel.
+def fold_pixels(
+        conv: nn.Conv2d, mean: Sequence[float], std: Sequence[float], white: float = 255., half: bool = False,
+) -> nn.Conv2d:
+    """conv((x / white - mean) / std) as one convolution of pixels x from 0 to `white`, per channel.
 
+    Args:
+        half: Whether the weights will be rounded to float16. Pixels are far from 0 in the mean, unlike what training
+            saw, and so is what rounding changes: then the weights are rounded here, and its mean goes into the bias.
     Raises:
         ValueError: The convolution pads, or has not as many channels as there are means.
     """
@@ -84,21 +90,27 @@ def fold_pixels(conv: nn.Conv2d, mean: Sequence[float], std: Sequence[float]) ->
         raise ValueError(
             f'A normalisation of {len(mean)} channels cannot go into a convolution of {conv.in_channels} channels '
             f'that pads by {conv.padding}.')
-    scale = 1 / (255 * torch.tensor(std, dtype=torch.float64, device=conv.weight.device))
-    shift = -255 * torch.tensor(mean, dtype=torch.float64, device=conv.weight.device) * scale
-    return _fold_affine(scale, shift, conv)
+    grey = white * torch.tensor(mean, dtype=torch.float64, device=conv.weight.device)
+    scale = 1 / (white * torch.tensor(std, dtype=torch.float64, device=conv.weight.device))
+    folded = _fold_affine(scale, -grey * scale, conv)
+    if not half:
+        return folded
+    weight = folded.weight.double()
+    rounded = weight.half().double()
+    return _make_conv(folded, rounded, folded.bias.double() + ((weight - rounded) * grey[:, None, None]).sum((1, 2, 3)))
 
 
-def _join_depthwise(convs: Sequence[nn.Conv2d]) -> nn.Conv2d:
-    """Depth-wise convolutions of consecutive slices as one, of the size of the last and largest."""
-    height, width = convs[-1].kernel_size
+def join_depthwise(convs: Sequence[nn.Conv2d]) -> nn.Conv2d:
+    """Depth-wise convolutions of consecutive slices as one, of the size of the largest."""
+    largest = max(convs, key=lambda conv: conv.kernel_size)
+    height, width = largest.kernel_size
     weights = []
     for conv in convs:
         border_y, border_x = (height - conv.kernel_size[0]) // 2, (width - conv.kernel_size[1]) // 2
         weights.append(F.pad(conv.weight, (border_x, border_x, border_y, border_y)))
     weight = torch.cat(weights)
     joined = nn.Conv2d(
-        len(weight), len(weight), (height, width), padding=convs[-1].padding, groups=len(weight),
+        len(weight), len(weight), (height, width), padding=largest.padding, groups=len(weight),
         device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
         joined.weight.copy_(weight)
@@ -164,7 +176,7 @@ class FusedMixer(InferenceModule):
         attn_chs, *local_chs = mixer.slices
         self.slices = [memory_chs, attn_chs, sum(local_chs)]
         self.long_range = mixer.long_range
-        self.local = _join_depthwise([mixer.local_3x3, mixer.local_7x7])
+        self.local = join_depthwise([mixer.local_3x3, mixer.local_7x7])
         self.eval()
 
     def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:

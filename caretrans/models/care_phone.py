@@ -5,22 +5,23 @@ for every change of shape. So
 
 - attention is written with softmax and logarithms: no sum over positions that overflows, no small denominator, no
   feature that cancels to 0; queries, keys and values leave one convolution, head by head, so that two reshapes remain;
-- the 11x1 and the 1x11 convolution of the early stages are one 11x11 cross.
+- the 11x1 and the 1x11 convolution of the early stages are one 11x11 cross, and that is one convolution with the local
+  range beside it, whose 7x7 gets a border of zeros: 2 % more multiply-adds of care_s0 for 12 operations less.
 
 Both are exact algebra but for one number: attention goes without its eps of 1e-6. That moves an output by the part
 eps / denominator of itself; `measure_least_mass` says what the denominators are.
 """
 import copy
-from typing import List
+from typing import List, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from .attention import positive_feature
-from .care_fused import InferenceModule
+from .care_fused import FusedBlock, FusedMixer, InferenceModule, join_depthwise
 
-__all__ = ['CrossConv', 'PhoneAttention', 'measure_least_mass', 'rewrite_for_phone']
+__all__ = ['ConvMixer', 'CrossConv', 'PhoneAttention', 'measure_least_mass', 'rewrite_for_phone']
 
 HALF_MAX = torch.finfo(torch.float16).max
 
@@ -86,6 +87,21 @@ class CrossConv(InferenceModule):
         return self.conv(x)
 
 
+class ConvMixer(InferenceModule):
+    """A mixer without attention as one convolution: (B, C, H, W) to (B, m, H, W) and (B, C - m, H, W)."""
+
+    def __init__(self, mixer: FusedMixer) -> None:
+        super().__init__()
+        memory_chs, *mixed_chs = mixer.slices
+        self.slices = [memory_chs, sum(mixed_chs)]
+        self.conv = join_depthwise([CrossConv(mixer.long_range).conv, mixer.local])
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        memory, features = x.split(self.slices, dim=1)
+        return memory, self.conv(features)
+
+
 class MeanPool(InferenceModule):
     """Global average pooling without a reshape: (B, C, H, W) to (B, C)."""
 
@@ -100,6 +116,9 @@ def rewrite_for_phone(model: nn.Module) -> nn.Module:
         model: What `caretrans.fuse.fuse` returned.
     """
     model = copy.deepcopy(model)
+    for block in [module for module in model.modules() if isinstance(module, FusedBlock)]:
+        if isinstance(block.mixer, FusedMixer) and not hasattr(block.mixer.long_range, 'qk'):
+            block.mixer = ConvMixer(block.mixer)
     for mixer in [module for module in model.modules() if hasattr(module, 'long_range')]:
         mixer.long_range = PhoneAttention(mixer.long_range) if hasattr(mixer.long_range, 'qk') \
             else CrossConv(mixer.long_range)
