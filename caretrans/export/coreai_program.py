@@ -3,6 +3,7 @@
 It computes on Linux too, slowly: a second judge of the numbers, made by Apple, and none of the speed.
 """
 import asyncio
+import hashlib
 import weakref
 from importlib.metadata import version
 from pathlib import Path
@@ -74,9 +75,17 @@ def _close(loop: asyncio.AbstractEventLoop, context: Any) -> None:
     loop.close()
 
 
+def _check_whole(path: Path) -> None:
+    """Core AI ends the process when it is given half a program; it writes the SHA-256 of it beside it."""
+    code = path / 'main.mlirb'
+    if hashlib.sha256(code.read_bytes()).digest() != code.with_suffix('.hash').read_bytes():
+        raise ValueError(f'{code} has another SHA-256 than its .hash says.')
+
+
 def read(source: Source, job: Job, path: Path) -> Program:
     from coreai.authoring import AIModelAsset
     try:
+        _check_whole(path)
         asset = AIModelAsset.load(path)
         labels = read_class_names(asset.metadata.creator_defined_metadata[FACTS])
         operations = dict(asset.summary().operation_distribution)
