@@ -7,12 +7,13 @@ import torch.nn as nn
 from timm.utils import reparameterize_model
 
 from .models.care import CareTransformer
+from .models.care_bmm import rewrite_for_bmm
 from .models.care_fused import FusedBlock, FusedHead
 from .models.care_phone import rewrite_for_phone
 
 __all__ = ['FORMS', 'fuse', 'is_fused', 'measure_fusion_error', 'rewrite']
 
-FORMS = ('trained', 'fused', 'phone')  # of a network for inference; see `rewrite`
+FORMS = ('trained', 'fused', 'phone', 'bmm')  # of a network for inference; see `rewrite`
 
 
 def is_fused(model: nn.Module) -> bool:
@@ -59,7 +60,8 @@ def rewrite(model: nn.Module, form: str = 'fused') -> nn.Module:
 
     Args:
         form: 'trained', with nothing rewritten; 'fused', ours by `fuse` and others reparameterised as their authors do;
-            'phone', ours with the operations that phones like as well (`caretrans.models.care_phone`).
+            'phone', ours with the operations that phones like as well (`caretrans.models.care_phone`); 'bmm', ours
+            with those that XNNPACK likes (`caretrans.models.care_bmm`).
     """
     if form not in FORMS:
         raise ValueError(f'form is {form!r}, choose from {", ".join(FORMS)}.')
@@ -67,7 +69,8 @@ def rewrite(model: nn.Module, form: str = 'fused') -> nn.Module:
         return copy.deepcopy(model)
     if not isinstance(model, CareTransformer):
         return reparameterize_model(model)
-    return rewrite_for_phone(fuse(model)) if form == 'phone' else fuse(model)
+    fused = fuse(model)
+    return rewrite_for_phone(fused) if form == 'phone' else rewrite_for_bmm(fused) if form == 'bmm' else fused
 
 
 @torch.no_grad()

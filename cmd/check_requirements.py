@@ -1,4 +1,4 @@
-"""Exit 0 when this Python has everything in requirements.txt; otherwise print what is missing and exit 1."""
+"""Exit 0 when this Python has all that a requirements file names; otherwise print what is missing and exit 1."""
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +24,7 @@ def find_missing(requirements: str) -> list:
 
 
 if __name__ == '__main__':
-    missing = find_missing((Path(__file__).parent.parent / 'requirements.txt').read_text())
+    missing = find_missing(Path(sys.argv[1]).read_text())
     if sys.version_info < (3, 10):
         missing.append('python>=3.10')
     print(' '.join(missing) or 'complete')

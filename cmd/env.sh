@@ -1,6 +1,9 @@
 # Sourced by the other scripts. Sets $root, the folder of the repository, and $python, which runs everything: the active
 # environment when it has what requirements.txt asks for, else .venv of the repository, which is made or completed first.
+# A script that needs others sets $requirements_file and $environment_folder before.
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+requirements="$root/${requirements_file:-requirements.txt}"
+environment="${environment_folder:-.venv}"
 export HF_HUB_DISABLE_TELEMETRY="${HF_HUB_DISABLE_TELEMETRY:-1}"
 # Idle threads of PyTorch spin while they wait. Left at the default, another busy process on the machine makes training on
 # a few cores more than 10 times slower; a short spin costs nothing when the machine is free.
@@ -11,15 +14,15 @@ if [ -z "$python" ]; then
     echo 'No python3 on the PATH: install Python 3.10 or newer.' >&2
     exit 1
 fi
-if ! "$python" "$root/cmd/check_requirements.py" >/dev/null 2>&1; then
-    if [ ! -x "$root/.venv/bin/python" ]; then
-        echo "Making the environment .venv with $("$python" --version), once."
-        "$python" -m venv "$root/.venv"
+if ! "$python" "$root/cmd/check_requirements.py" "$requirements" >/dev/null 2>&1; then
+    if [ ! -x "$root/$environment/bin/python" ]; then
+        echo "Making the environment $environment with $("$python" --version), once."
+        "$python" -m venv "$root/$environment"
     fi
-    python="$root/.venv/bin/python"
-    if ! missing="$("$python" "$root/cmd/check_requirements.py")"; then
-        echo "Installing into .venv (PyTorch is large, this takes minutes):" $missing
-        "$python" -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt"
-        "$python" "$root/cmd/check_requirements.py"
+    python="$root/$environment/bin/python"
+    if ! missing="$("$python" "$root/cmd/check_requirements.py" "$requirements")"; then
+        echo "Installing into $environment (PyTorch is large, this takes minutes):" $missing
+        "$python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
+        "$python" "$root/cmd/check_requirements.py" "$requirements"
     fi
 fi

@@ -13,6 +13,7 @@ __all__ = ['COREML', 'ExportConfig', 'Job', 'parse_export_config']
 TARGETS = ('iOS15', 'iOS16', 'iOS17', 'iOS18', 'iOS26')
 COMPRESSIONS = ('none', 'int8', 'palette6', 'palette4')
 COREML = ('mlpackage', 'mlmodel')
+FORMS = {**dict.fromkeys([*COREML, 'executorch-coreml', 'coreai'], 'phone'), 'executorch': 'bmm', 'litert': 'bmm'}
 
 # Share of photographs, %, whose first answer must be that of PyTorch in float64. Rounding decides between classes that
 # are nearly equal; whatever else is wrong with a program changes more answers than these.
@@ -57,8 +58,8 @@ class Job:
         return FORMATS[self.format]
 
     def get_form(self) -> str:
-        """Of the network, one of `caretrans.fuse.FORMS`: the one for phones for Core ML."""
-        return 'trained' if self.unfused else 'phone' if self.format in COREML else 'fused'
+        """Of the network, one of `caretrans.fuse.FORMS`."""
+        return 'trained' if self.unfused else FORMS.get(self.format, 'fused')
 
     def __str__(self) -> str:
         parts = [self.format, self.precision] + [self.compress] * (self.compress != 'none') \

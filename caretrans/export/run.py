@@ -129,7 +129,8 @@ def _make(source: Source, job: Job, cases: Cases, config: ExportConfig, progress
     with redirect_stdout(sys.stderr):  # remarks of the converters
         result.notes += module.write(source, job, new)
         result.seconds, result.mib = time.perf_counter() - start, _measure_size(new)
-        result.program = module.read(source, job, new)
+        with use_threads(config.threads):
+            result.program = module.read(source, job, new)
     result.notes += result.program.notes
     result.verification = verify(source, job, result.program, cases, new.name, progress.update)
     if job.format in COREML and is_available():

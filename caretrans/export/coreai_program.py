@@ -1,0 +1,99 @@
+"""Programs of Core AI, the format that follows Core ML, run by Apple's own reference executor.
+
+It computes on Linux too, slowly: a second judge of the numbers, made by Apple, and none of the speed.
+"""
+import asyncio
+import hashlib
+import weakref
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, List
+
+import torch
+import torch.nn as nn
+
+from .config import Job
+from .metadata import describe, read_class_names
+from .silence import silence
+from .source import Source, build_network
+from .torch_program import trace_network
+from .verify import ExportError, Program
+
+__all__ = ['check', 'read', 'write']
+
+INPUT, FACTS, ENTRY = 'input_1', 'caretrans', 'main'
+SHAPE_CHANGES = ('reshape', 'transpose', 'expand_dims', 'shrink_dims')
+NOTE = 'operations are those of the file, with the bodies of functions that it calls'
+
+
+def check(job: Job) -> None:
+    """Nothing to refuse."""
+
+
+class Half(nn.Module):
+    """A network that computes in float16, from float32 to float32."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network.half()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network(images.half()).float()
+
+
+def write(source: Source, job: Job, path: Path) -> List[str]:
+    network, images = build_network(source, job), source.make_example(job)
+    with silence(''):
+        import coreai_torch
+        program = trace_network(Half(network) if job.precision == 'fp16' else network, images)
+        converter = coreai_torch.TorchConverter().add_exported_program(
+            program.run_decompositions(coreai_torch.get_decomp_table()), input_names=[INPUT],
+            output_names=[job.output])
+        asset = converter.to_coreai().save_asset(path)
+    asset.update_metadata(lambda metadata: metadata.set_custom(FACTS, describe(source, job)))
+    return [f'only images of shape {tuple(images.shape)}']
+
+
+class Executor:
+    """A program that is loaded, and the event loop that Core AI wants to be called in."""
+
+    def __init__(self, asset: Any) -> None:
+        self.loop = asyncio.new_event_loop()
+        context = asset.executable()
+        model = self.loop.run_until_complete(context.__aenter__())
+        self.function = model.load_function(ENTRY)
+        weakref.finalize(self, _close, self.loop, context)
+
+    def run(self, images: torch.Tensor, output: str) -> torch.Tensor:
+        from coreai.runtime import NDArray
+        outputs = self.loop.run_until_complete(self.function({INPUT: NDArray(images.numpy())}))
+        return torch.from_numpy(outputs[output].numpy().copy())
+
+
+def _close(loop: asyncio.AbstractEventLoop, context: Any) -> None:
+    loop.run_until_complete(context.__aexit__(None, None, None))
+    loop.close()
+
+
+def _check_whole(path: Path) -> None:
+    """Core AI ends the process when it is given half a program; it writes the SHA-256 of it beside it."""
+    code = path / 'main.mlirb'
+    if hashlib.sha256(code.read_bytes()).digest() != code.with_suffix('.hash').read_bytes():
+        raise ValueError(f'{code} has another SHA-256 than its .hash says.')
+
+
+def read(source: Source, job: Job, path: Path) -> Program:
+    from coreai.authoring import AIModelAsset
+    try:
+        _check_whole(path)
+        asset = AIModelAsset.load(path)
+        labels = read_class_names(asset.metadata.creator_defined_metadata[FACTS])
+        operations = dict(asset.summary().operation_distribution)
+        executor = Executor(asset)
+    except Exception as error:  # of MLIR, of Core AI
+        raise ExportError(f'{path} cannot be read: {type(error).__name__}. Export it again.') from error
+    operations.pop('constant', None)
+    changes = [name for name in SHAPE_CHANGES for _ in range(operations.get(name, 0))]
+    return Program(
+        lambda images: executor.run(images, job.output), f'Core AI {version("coreai-core")}, its reference executor',
+        labels, operations, changes, timed=False, notes=[NOTE])

@@ -1,0 +1,164 @@
+"""Programs of ONNX, run by ONNX Runtime, in float32 and quantised to int8; benchmark.py runs what is made here too.
+
+ONNX Runtime is told not to report its use to its makers.
+"""
+import os
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+
+from .config import Job
+from .metadata import describe, read_class_names
+from .silence import silence
+from .source import Source, build_network
+from .torch_program import trace_any_size
+from .verify import ExportError, Program
+
+__all__ = [
+    'INPUT', 'OPSET', 'check', 'convert', 'import_onnxruntime', 'make_session', 'quantize', 'read',
+    'split_batches', 'write']
+
+OPSET = 20  # the first with a Gelu of its own
+INPUT = 'input_1'
+AXES = ('batch', None, 'height', 'width')
+SHAPE_CHANGES = ('Reshape', 'Transpose', 'Unsqueeze', 'Squeeze', 'Flatten', 'Expand')
+INT64 = 7  # of onnx.TensorProto
+
+
+def check(job: Job) -> None:
+    """Nothing to refuse."""
+
+
+# From PyTorch ---------------------------------------------------------------------------------------------------------
+
+def convert(program: torch.export.ExportedProgram, output: str = 'logits') -> Any:
+    """A program of torch.export as an ONNX model with its weights, in opset `OPSET`.
+
+    Args:
+        output: Name of what comes out; what goes in is `INPUT`.
+    """
+    with torch.no_grad(), silence(''):
+        converted = torch.onnx.export(
+            program, dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[output], verbose=False)
+    return converted.model_proto
+
+
+def _name_axes(model: Any) -> None:
+    """Call the axes that are free by their names, instead of the tracer's numbers."""
+    dims = model.graph.input[0].type.tensor_type.shape.dim
+    names = {dim.dim_param: name for dim, name in zip(dims, AXES, strict=True) if dim.dim_param}
+    for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in names:
+                dim.dim_param = names[dim.dim_param]
+            elif dim.dim_param:
+                dim.ClearField('dim_param')  # arithmetic on the tracer's numbers
+
+
+def _make_model(source: Source, job: Job) -> Tuple[Any, str]:
+    """The network of a job in float32, for any number of images of any size where that can be, and a remark on that."""
+    program, remark = trace_any_size(build_network(source, job), source.make_example(job))
+    model = convert(program, job.output)
+    _name_axes(model)
+    return model, remark
+
+
+# int8 -----------------------------------------------------------------------------------------------------------------
+
+def split_batches(images: torch.Tensor, batch: int) -> List[np.ndarray]:
+    """Images in batches of one size, at least one batch: a program may be made for that size alone."""
+    repeats = -(-batch // len(images))
+    whole = images.repeat(repeats, 1, 1, 1)
+    return [part.numpy() for part in whole.split(batch) if len(part) == batch]
+
+
+def quantize(program: bytes, batches: Sequence[np.ndarray]) -> bytes:
+    """Weights and activations as 8-bit integers, weights per channel, ranges of activations from photographs.
+
+    Args:
+        program: In float32.
+        batches: Images as the program takes them.
+    """
+    import_onnxruntime()
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches: Iterator[np.ndarray] = iter(batches)
+
+        def get_next(self) -> Optional[Dict[str, np.ndarray]]:
+            batch = next(self.batches, None)
+            return None if batch is None else {INPUT: batch}
+
+    with tempfile.TemporaryDirectory() as folder, silence(''):
+        source, shaped, target = (Path(folder) / f'{name}.onnx' for name in ('source', 'shaped', 'target'))
+        source.write_bytes(program)
+        quant_pre_process(str(source), str(shaped), skip_symbolic_shape=True)
+        quantize_static(
+            str(shaped), str(target), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
+        return target.read_bytes()
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+def write(source: Source, job: Job, path: Path) -> List[str]:
+    import onnx
+    model, remark = _make_model(source, job)
+    if job.precision == 'int8':
+        batches = split_batches(source.make_calibration(job), job.batch)
+        model = onnx.load_from_string(quantize(model.SerializeToString(), batches))
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, describe(source, job))
+    model.producer_name = 'caretrans'
+    onnx.save(model, str(path))
+    return [f'opset {OPSET}', remark]
+
+
+def import_onnxruntime() -> Any:
+    os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')  # before it is loaded
+    import onnxruntime
+    return onnxruntime
+
+
+def make_session(program: bytes, threads: int, providers: Sequence[Any] = ('CPUExecutionProvider',)) -> Any:
+    """A session of ONNX Runtime for a program in memory."""
+    onnxruntime = import_onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(program, options, providers=list(providers))
+
+
+def _list_shape_changes(model: Any) -> List[str]:
+    """Of tensors, not of the shapes themselves, which are integers."""
+    types = {value.name: value.type.tensor_type for value in [*model.graph.value_info, *model.graph.output]}
+    lines = []
+    for node in model.graph.node:
+        kind = types.get(node.output[0])
+        if node.op_type in SHAPE_CHANGES and (kind is None or kind.elem_type != INT64):
+            dims = [] if kind is None else [dim.dim_param or str(dim.dim_value or '?') for dim in kind.shape.dim]
+            lines.append(f'{node.op_type} {node.output[0]} to {" x ".join(dims)}')
+    return lines
+
+
+def read(source: Source, job: Job, path: Path) -> Program:
+    import onnx
+    onnxruntime = import_onnxruntime()
+    try:
+        program = path.read_bytes()
+        model = onnx.load_from_string(program)
+        onnx.checker.check_model(model)
+        labels = read_class_names({entry.key: entry.value for entry in model.metadata_props})
+        session = make_session(program, torch.get_num_threads())
+    except Exception as error:  # of protocol buffers, of ONNX, of ONNX Runtime
+        raise ExportError(f'{path} cannot be read: {type(error).__name__}. Export it again.') from error
+    operations = Counter(node.op_type for node in model.graph.node if node.op_type != 'Constant')
+    return Program(
+        lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0]),
+        f'ONNX Runtime {onnxruntime.__version__}', labels, dict(operations), _list_shape_changes(model))
