@@ -20,7 +20,8 @@ FORMS = {**dict.fromkeys([*COREML, 'executorch-coreml', 'coreai'], 'phone'), 'ex
 FLOORS = {'fp32': 99.5, 'fp16': 97., 'int8': 85., 'palette6': 85., 'palette4': 50.}
 
 # Largest error of an output, as a share of the largest output, up to which rounding may be the reason: several times
-# what was measured. Formats that quantise go by the first answers alone.
+# what was measured. Formats that quantise go by the first answers alone. The least that any bias lost from care_s0
+# makes is 4e-4, and a fifth of those changes no first answer of 24 photographs.
 TOLERANCES = {'fp32': 1e-4, 'fp16': 2e-2}
 
 

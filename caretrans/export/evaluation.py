@@ -175,8 +175,8 @@ class Evaluator:
 
     def to_program(self) -> Program:
         return Program(
-            self.run, f'PyTorch {torch.__version__}, operation by operation as the file says', self.labels, self.operations,
-            self.shape_changes, self.find, timed=False)
+            self.run, f'PyTorch {torch.__version__}, operation by operation as the file says', self.labels,
+            self.operations, self.shape_changes, self.find, timed=False)
 
     def run(self, images: torch.Tensor) -> torch.Tensor:
         """Compute what the file computes.

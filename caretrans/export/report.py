@@ -36,8 +36,7 @@ def _describe_details(item: Export) -> Iterator[str]:
     if program.operations:
         counts = sorted(program.operations.items(), key=lambda pair: -pair[1])
         yield '  operations: ' + ', '.join(f'{count} {name}' for name, count in counts)
-    for line in program.shape_changes:
-        yield f'  {line}'
+    yield f'  each reshape and transpose is listed in {item.path}.json'
     for line in () if item.core_ml is None else item.core_ml.describe():
         yield f'  {line}'
     for line in [*item.verification.findings, *item.notes, *(item.latency or {}).get('noise', ())]:
