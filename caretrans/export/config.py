@@ -99,7 +99,7 @@ class ExportConfig:
         None, 'least share of first answers equal to those of PyTorch, %%; by default '
         + ', '.join(f'{value:g} for {name}' for name, value in FLOORS.items()), bounds=(0, 100))
     latency: bool = setting(True, 'time programs beside PyTorch, where their runtime runs here')
-    threads: int = setting(1, 'threads of the processor for that', bounds=(1, None))
+    threads: int = setting(1, 'threads of the processor', bounds=(1, None))
     json: bool = setting(False, 'print one JSON object instead of text')
 
     def __post_init__(self) -> None:

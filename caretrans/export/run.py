@@ -1,5 +1,6 @@
 """Export a network: check everything, write, read back, prove, time, report, and only then put it in its place."""
 import json
+import logging
 import shutil
 import sys
 import tempfile
@@ -25,6 +26,8 @@ from .verify import ExportError, Program, Verification, verify
 __all__ = ['Export', 'export']
 
 ROUNDS, RUNS = 10, 5  # of the timing
+
+_logger = logging.getLogger(__name__)
 
 @dataclass
 class Export:
@@ -101,7 +104,7 @@ def _replace(new: Path, target: Path) -> None:
     new.replace(target)
 
 
-def _time(source: Source, job: Job, program: Program, threads: int) -> Dict[str, Any]:
+def _time(source: Source, job: Job, program: Program) -> Dict[str, Any]:
     """Milliseconds of a program and of the network as trained, eager, interleaved in one process."""
     images = source.make_example(job)
     eager = source.normalise(torch.zeros_like(images, dtype=torch.uint8)) if job.input == 'image' else images
@@ -110,14 +113,13 @@ def _time(source: Source, job: Job, program: Program, threads: int) -> Dict[str,
         with torch.inference_mode():
             return source.model(eager)
     runs = {'eager': run_eager, 'eager again': run_eager, 'program': lambda: program.run(images)}
-    with use_threads(threads):
-        for run in runs.values():
-            for _ in range(3):
-                run()
-        times = time_interleaved(runs, torch.device('cpu'), {name: RUNS for name in runs}, ROUNDS)
+    for run in runs.values():
+        for _ in range(3):
+            run()
+    times = time_interleaved(runs, torch.device('cpu'), {name: RUNS for name in runs}, ROUNDS)
     own = compare_rounds(times['eager'], times['eager again'])['ratio']
     summary = summarise(times['program'])
-    return dict(summary, **compare_rounds(times['eager'], times['program']), threads=threads, batch=job.batch,
+    return dict(summary, **compare_rounds(times['eager'], times['program']), threads=torch.get_num_threads(), batch=job.batch,
                 eager_ms=summarise(times['eager'])['median_ms'], noise=judge_noise(summary, own))
 
 
@@ -129,14 +131,13 @@ def _make(source: Source, job: Job, cases: Cases, config: ExportConfig, progress
     with redirect_stdout(sys.stderr):  # remarks of the converters
         result.notes += module.write(source, job, new)
         result.seconds, result.mib = time.perf_counter() - start, _measure_size(new)
-        with use_threads(config.threads):
-            result.program = module.read(source, job, new)
+        result.program = module.read(source, job, new)
     result.notes += result.program.notes
     result.verification = verify(source, job, result.program, cases, new.name, progress.update)
     if job.format in COREML and is_available():
         result.core_ml = examine(source, job, new, cases)
     if config.latency and result.program.timed:
-        result.latency = _time(source, job, result.program, config.threads)
+        result.latency = _time(source, job, result.program)
     return result
 
 
@@ -165,6 +166,13 @@ def _export_job(source: Source, job: Job, cases: Cases, config: ExportConfig, pr
     return result
 
 
+def _write_report(facts: Dict[str, Any], item: Export) -> None:
+    """As JSON beside a program that was kept."""
+    if not item.failure:
+        report = json.dumps({**facts, **item.to_dict()}, indent=2, allow_nan=False)
+        Path(f'{item.path}.json').write_text(report + '\n')
+
+
 def export(config: ExportConfig, stream: Optional[TextIO] = None) -> Tuple[Dict[str, Any], List[Export]]:
     """Write and prove all programs of a config; what fails leaves nothing behind, and the others go on.
 
@@ -179,16 +187,17 @@ def export(config: ExportConfig, stream: Optional[TextIO] = None) -> Tuple[Dict[
     source = load_source(config)
     jobs = config.list_jobs(source.size)
     _check_folder(config.get_folder())
-    cases = load_cases(source, jobs[0].size, config.data, config.images)
-    source.accuracy = cases.describe_accuracy()
-    facts = dict(
-        model=source.name, weights=source.checkpoint or 'random', sha256=source.sha256, data=cases.name,
-        device=describe_device(torch.device('cpu')), versions=list_versions(),
-        least_attention_mass=_find_least_mass(source, cases))
-    with Progress(len(cases) * len(jobs), 'images', stream=stream) as progress:
-        exports = [_export_job(source, job, cases, config, progress) for job in jobs]
-    for item in exports:
-        if not item.failure:
-            report = json.dumps({**facts, **item.to_dict()}, indent=2, allow_nan=False)
-            Path(f'{item.path}.json').write_text(report + '\n')
+    with use_threads(config.threads):
+        _logger.info('Computing what %s makes of the photographs in float64.', source.name)
+        cases = load_cases(source, jobs[0].size, config.data, config.images)
+        source.accuracy = cases.describe_accuracy()
+        facts = dict(
+            model=source.name, weights=source.checkpoint or 'random', sha256=source.sha256, data=cases.name,
+            device=describe_device(torch.device('cpu')), versions=list_versions(),
+            least_attention_mass=_find_least_mass(source, cases))
+        exports = []
+        with Progress(len(cases) * len(jobs), 'images', stream=stream) as progress:
+            for job in jobs:
+                exports.append(_export_job(source, job, cases, config, progress))
+                _write_report(facts, exports[-1])
     return facts, exports
