@@ -119,8 +119,9 @@ def _time(source: Source, job: Job, program: Program) -> Dict[str, Any]:
     times = time_interleaved(runs, torch.device('cpu'), {name: RUNS for name in runs}, ROUNDS)
     own = compare_rounds(times['eager'], times['eager again'])['ratio']
     summary = summarise(times['program'])
-    return dict(summary, **compare_rounds(times['eager'], times['program']), threads=torch.get_num_threads(), batch=job.batch,
-                eager_ms=summarise(times['eager'])['median_ms'], noise=judge_noise(summary, own))
+    return dict(
+        summary, **compare_rounds(times['eager'], times['program']), threads=torch.get_num_threads(), batch=job.batch,
+        eager_ms=summarise(times['eager'])['median_ms'], noise=judge_noise(summary, own))
 
 
 def _make(source: Source, job: Job, cases: Cases, config: ExportConfig, progress: Progress, new: Path) -> Export:
