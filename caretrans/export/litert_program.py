@@ -19,6 +19,7 @@ __all__ = ['check', 'read', 'write']
 
 INPUT, FACTS, SIGNATURE = 'input_1', 'caretrans', 'serving_default'
 CALIBRATION = 64  # photographs: the quantiser keeps all that it sees
+ATTENTION = '.*Attention.*'  # part of the names of its operations
 SHAPE_CHANGES = ('RESHAPE', 'TRANSPOSE', 'SQUEEZE', 'EXPAND_DIMS')
 
 
@@ -41,12 +42,16 @@ class Named(nn.Module):
 
 
 def _quantize(program: bytes, source: Source, job: Job) -> bytes:
-    """Weights and activations as 8-bit integers, weights per channel, ranges of activations from photographs."""
+    """Weights and activations as 8-bit integers, weights per channel, ranges of activations from photographs.
+
+    What goes in and comes out stays float32, and so does attention, whose denominators 8 bits would round to 0.
+    """
     from ai_edge_quantizer import algorithm_manager, qtyping, quantizer, recipe
     tool = quantizer.Quantizer(program, recipe.static_wi8_ai8())
-    for border in (qtyping.TFLOperationName.INPUT, qtyping.TFLOperationName.OUTPUT):  # float32, as without int8
+    names = qtyping.TFLOperationName
+    for scope, operation in (('.*', names.INPUT), ('.*', names.OUTPUT), (ATTENTION, names.ALL_SUPPORTED)):
         tool.update_quantization_recipe(
-            regex='.*', operation_name=border, algorithm_key=algorithm_manager.AlgorithmName.NO_QUANTIZE)
+            regex=scope, operation_name=operation, algorithm_key=algorithm_manager.AlgorithmName.NO_QUANTIZE)
     photographs = source.make_calibration(job)
     chosen = photographs[::max(len(photographs) // CALIBRATION, 1)]
     ranges = tool.calibrate(
