@@ -19,6 +19,7 @@ __all__ = ['check', 'read', 'write']
 
 INPUT, FACTS, SIGNATURE = 'input_1', 'caretrans', 'serving_default'
 CALIBRATION = 64  # photographs: the quantiser keeps all that it sees
+ATTENTION = '.*Attention.*'  # part of the names of its operations
 SHAPE_CHANGES = ('RESHAPE', 'TRANSPOSE', 'SQUEEZE', 'EXPAND_DIMS')
 
 
@@ -41,9 +42,16 @@ class Named(nn.Module):
 
 
 def _quantize(program: bytes, source: Source, job: Job) -> bytes:
-    """Weights and activations as 8-bit integers, weights per channel, ranges of activations from photographs."""
-    from ai_edge_quantizer import quantizer, recipe
+    """Weights and activations as 8-bit integers, weights per channel, ranges of activations from photographs.
+
+    What goes in and comes out stays float32, and so does attention, whose denominators 8 bits would round to 0.
+    """
+    from ai_edge_quantizer import algorithm_manager, qtyping, quantizer, recipe
     tool = quantizer.Quantizer(program, recipe.static_wi8_ai8())
+    names = qtyping.TFLOperationName
+    for scope, operation in (('.*', names.INPUT), ('.*', names.OUTPUT), (ATTENTION, names.ALL_SUPPORTED)):
+        tool.update_quantization_recipe(
+            regex=scope, operation_name=operation, algorithm_key=algorithm_manager.AlgorithmName.NO_QUANTIZE)
     photographs = source.make_calibration(job)
     chosen = photographs[::max(len(photographs) // CALIBRATION, 1)]
     ranges = tool.calibrate(
@@ -53,18 +61,16 @@ def _quantize(program: bytes, source: Source, job: Job) -> bytes:
 
 def _add_facts(program: bytes, facts: Dict[str, str]) -> bytes:
     """A program with metadata in its flatbuffer."""
-    import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
-    model = schema.ModelT.InitFromPackedBuf(program, 0)
+    from ai_edge_litert.tools import flatbuffer_utils
+    model = flatbuffer_utils.read_model_from_bytearray(program)
     content = schema.BufferT()
     content.data = list(json.dumps(facts).encode())
     entry = schema.MetadataT()
     entry.name, entry.buffer = FACTS, len(model.buffers)
     model.buffers.append(content)
     model.metadata = [*(model.metadata or []), entry]
-    builder = flatbuffers.Builder(len(program))
-    builder.Finish(model.Pack(builder), b'TFL3')
-    return bytes(builder.Output())
+    return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
 
 
 def write(source: Source, job: Job, path: Path) -> List[str]:
@@ -94,17 +100,18 @@ def _read_facts(model: Any) -> Dict[str, str]:
 def read(source: Source, job: Job, path: Path) -> Program:
     from ai_edge_litert import schema_py_generated as schema
     from ai_edge_litert.interpreter import Interpreter
+    from ai_edge_litert.tools import flatbuffer_utils
     try:
         interpreter = Interpreter(str(path), num_threads=torch.get_num_threads())
         runner = interpreter.get_signature_runner(SIGNATURE)
-        model = schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0)
+        model = flatbuffer_utils.read_model_from_bytearray(path.read_bytes())
         labels = read_class_names(_read_facts(model))
     except Exception as error:  # of flatbuffers, of the interpreter
         raise ExportError(f'{path} cannot be read: {type(error).__name__}. Export it again.') from error
     codes, graph = _name_codes(schema), model.subgraphs[0]
     named = [(codes[model.operatorCodes[item.opcodeIndex].builtinCode], graph.tensors[item.outputs[0]])
              for item in graph.operators]
-    changes = [f'{name} {tensor.name.decode().rpartition("/")[2]} to {tensor.shape.tolist()}' for name, tensor in named
+    changes = [f'{name} {tensor.name.decode().rpartition("/")[2]} to {list(tensor.shape)}' for name, tensor in named
                if name in SHAPE_CHANGES]
     return Program(
         lambda images: torch.from_numpy(runner(**{INPUT: images.numpy()})[job.output]),
