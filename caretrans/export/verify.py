@@ -10,6 +10,7 @@ from .source import Cases, Source
 __all__ = ['ExportError', 'Program', 'Verification', 'VerificationError', 'verify']
 
 TOP = 5
+Run = Callable[[torch.Tensor], torch.Tensor]
 
 
 class ExportError(RuntimeError):
@@ -34,15 +35,23 @@ class Program:
         labels: The classes that the file names, if it does.
         operations: How many of each type the file has, constants left out; {} where it cannot be seen.
         shape_changes: A line for each reshape and transpose.
-        find: Lines on numbers that came up in the runs so far and that float16 cannot hold: not finite, subnormal.
+        run_exact: The same with nothing rounded between the operations, only the weights as the file has them; where
+            that can be computed. It shows mistakes that are smaller than rounding.
+        run_flushed: The same as `run` with subnormal numbers taken for 0, as some hardware does; likewise.
+        get_logits: What the softmax of the last `run` got, (batch, classes), for programs that end in one; likewise.
+        find: Lines on numbers that came up in the runs so far and that float16 cannot hold: not finite, subnormal; the
+            worst first.
         timed: Whether `run` is the runtime that users have, so that its time means something.
         notes: What a reader of the figures must know.
     """
-    run: Callable[[torch.Tensor], torch.Tensor]
+    run: Run
     runner: str
     labels: Optional[List[str]] = None
     operations: Dict[str, int] = field(default_factory=dict)
     shape_changes: List[str] = field(default_factory=list)
+    run_exact: Optional[Run] = None
+    run_flushed: Optional[Run] = None
+    get_logits: Optional[Callable[[], torch.Tensor]] = None
     find: Callable[[], List[str]] = list
     timed: bool = True
     notes: List[str] = field(default_factory=list)
