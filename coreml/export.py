@@ -5,6 +5,7 @@
 """
 import json
 import logging
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -22,6 +23,7 @@ from caretrans.progress import show_messages  # noqa: E402
 
 def main() -> int:
     show_messages()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleans up on the way out
     logging.getLogger('torch').setLevel(logging.ERROR)
     warnings.filterwarnings('ignore', module='torch|coremltools')
     try:
@@ -33,7 +35,8 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     if config.json:
-        print(json.dumps(dict(facts, programs=[item.to_dict() for item in exports]), indent=2))
+        programs = [item.to_dict() for item in exports]
+        print(json.dumps(dict(facts, programs=programs), indent=2, allow_nan=False))
     else:
         print('\n'.join(describe_exports(facts, exports)))
     for item in exports:

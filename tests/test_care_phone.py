@@ -11,7 +11,7 @@ from caretrans.fuse import FORMS, fuse, rewrite
 from caretrans.models.attention import linear_attention
 from caretrans.models.care import CareTransformer, LinearAttention, StripConv
 from caretrans.models.care_fused import fold_pixels
-from caretrans.models.care_phone import ConvMixer, CrossConv, PhoneAttention, measure_least_mass
+from caretrans.models.care_phone import ConvMixer, CrossConv, PhoneAttention, watch_least_mass
 
 CARE = [name for name in timm.list_models('care_*')]
 
@@ -175,10 +175,12 @@ def test_least_mass_is_the_least_denominator():
     for module in model.modules():
         if isinstance(module, LinearAttention):
             module.register_forward_pre_hook(look)
-    with torch.no_grad():
-        least = measure_least_mass(model, images)
-    assert least == pytest.approx(min(found[:12]), rel=1e-9)
-    assert measure_least_mass(torch.nn.Conv2d(3, 3, 1).double(), images) == float('inf')
+    with torch.no_grad(), watch_least_mass(model) as masses:
+        model(images)
+    assert len(masses) == len(found) == 12
+    assert min(masses) == pytest.approx(min(found), rel=1e-9)
+    with watch_least_mass(torch.nn.Conv2d(3, 3, 1).double()) as masses:
+        assert masses == []
 
 
 def test_phone_form_of_a_fused_network_still_refuses_training():

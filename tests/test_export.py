@@ -1,12 +1,15 @@
 """coreml/export.py as users call it."""
 import json
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from launch import ENVIRONMENT, ROOT
+from exports import make_job, make_source
+from launch import ENVIRONMENT, ROOT, kill, start, wait_for
 from reference import filled_model
 
 from caretrans.checkpoint import save_checkpoint
@@ -15,7 +18,8 @@ from caretrans.data import list_classes, open_dataset
 from caretrans.evaluation import evaluate_checkpoint
 from caretrans.export import torch_program
 from caretrans.export.config import ExportConfig
-from caretrans.export.run import export
+from caretrans.export.run import Export, _replace, export, name_program
+from caretrans.export.verify import Verification
 
 sys.path.insert(0, str(ROOT / 'coreml'))
 FRUIT = ROOT / 'data' / 'fruit14'
@@ -102,6 +106,62 @@ def test_what_was_there_stays_when_an_export_fails(run, checkpoint, tmp_path, mo
     assert (out / 'care_s0-64x64.pt2').read_bytes() == before and len(list_left(out)) == 2
 
 
+@pytest.mark.parametrize('make', [
+    lambda target: target.write_text('mine'), lambda target: target.mkdir(), lambda target: target.symlink_to('/tmp')])
+def test_what_was_not_exported_is_not_replaced(run, tmp_path, make):
+    target = tmp_path / 'care_s0-64x64.pt2'
+    make(target)
+    code, _, error = run('--model', 'care_s0', '--random-weights', '--output-dir', tmp_path, *FAST)
+    assert code == 2 and 'care_s0-64x64.pt2 is there and was not exported: move it away' in error
+    assert list_left(tmp_path) == [target.name]
+
+
+def test_folder_that_was_exported_is_replaced_and_kept_if_that_fails(tmp_path):
+    new, target = tmp_path / 'unfinished' / 'a.openvino', tmp_path / 'a.openvino'
+    for folder, text in [(new, 'new'), (target, 'old')]:
+        folder.mkdir(parents=True)
+        (folder / 'model.xml').write_text(text)
+    _replace(new, target)
+    assert (target / 'model.xml').read_text() == 'new' and not new.exists()
+    with pytest.raises(FileNotFoundError):
+        _replace(tmp_path / 'other.openvino', target)
+    assert (target / 'model.xml').read_text() == 'new'
+
+
+def test_programs_that_differ_have_different_names():
+    source = make_source()
+    jobs = [
+        make_job(format='mlpackage', precision='fp16', input='image', output='classes', size=source.size),
+        make_job(format='mlpackage', precision='fp16', input='tensor', output='logits', size=source.size),
+        make_job(format='mlpackage', precision='fp16', input='image', output='classes', target='iOS18', batch=2),
+        make_job(format='mlmodel', precision='fp32', input='image', output='classes', unfused=True, compress='int8')]
+    assert [name_program(source, job) for job in jobs] == [
+        'care_s0.mlpackage', 'care_s0-tensor-logits.mlpackage', 'care_s0-64x64-b2-iOS18.mlpackage',
+        'care_s0-64x64-fp32-int8-unfused.mlmodel']
+
+
+def test_terminated_export_leaves_nothing(tmp_path):
+    process = start(
+        'coreml/export.py', '--model', 'care_s0', '--random-weights', '--output-dir', tmp_path / 'out', '--format',
+        'mlpackage', '--img-size', '64', '--images', '4', log=tmp_path / 'log')
+    assert wait_for(lambda: list((tmp_path / 'out').glob('.unfinished-*/*')), process)
+    assert kill(process, signal.SIGTERM) == 143
+    assert list_left(tmp_path / 'out') == []
+
+
+def test_sizes_that_a_model_does_not_take_are_named(run, tmp_path):
+    code, _, error = run(
+        '--model', 'vit_tiny_patch16_224', '--random-weights', '--output-dir', tmp_path, '--format', 'torch',
+        '--img-size', '64', '--images', '2')
+    assert code == 2 and '--img-size 64x64: vit_tiny_patch16_224 does not take such images' in error
+
+
+def test_figures_that_are_not_finite_are_null_in_json():
+    item = Export(make_job(), Path('x'), verification=Verification(1, 'data', float('nan'), 1., 2., 3., 4., 5.))
+    plain = json.loads(json.dumps(item.to_dict(), allow_nan=False))
+    assert plain['verification']['max_error'] is None and plain['verification']['mean_error'] == 1.
+
+
 def test_truncated_program_is_named(run, checkpoint, tmp_path, monkeypatch):
     write = torch_program.write
 
@@ -135,6 +195,7 @@ def test_truncated_program_is_named(run, checkpoint, tmp_path, monkeypatch):
     (['--model', 'care_s0', '--random-weights', '--format', 'torch', '--data', 'nowhere'], 'No photographs at nowhere'),
     (['--model', 'care_s0', '--random-weights', '--format', 'torch', '--labels', 'nowhere.txt'],
      '--labels nowhere.txt cannot be read'),
+    (['--model', 'care_s0', '--random-weights', '--format', 'onnx', '--target', 'iOS18'], '--target iOS18 is for'),
     (['--quick'], 'unrecognized arguments: --quick'),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(run, flags, said, tmp_path):

@@ -22,7 +22,7 @@ def make_program(job, change=lambda logits: logits, **kwargs):
     dict(format='mlpackage', input='image', output='classes', batch=3)])
 def test_right_program_passes(kwargs):
     job = make_job(**kwargs)
-    result = prove(job, make_program(job))
+    result = prove(job, make_program(job, labels=make_source().class_names))
     assert result.images == 14
     assert result.max_error < 1e-5 * result.largest
     assert result.top1_agreement == result.top5_agreement == 100
@@ -86,6 +86,56 @@ def test_swapped_labels_are_noticed():
         prove(job, make_program(job, labels=labels))
     with pytest.raises(VerificationError, match='it has 2 labels for 1000 classes'):
         prove(job, make_program(job, labels=make_source().class_names[:2]))
+
+
+def lose_bias(network):
+    """Of the last expansion of the third stage: rounding to float16 hides it."""
+    network.network.stages[2].blocks[-1].inter1.expand.bias.data[3] += 0.02
+
+
+def make_half_program(job, spoil=lambda network: None):
+    """What reads a float16 file: weights are rounded, and with `run` outputs are, too."""
+    network = build_network(make_source(), job)
+    spoil(network)
+    with torch.no_grad():
+        for tensor in [*network.parameters(), *network.buffers()]:
+            tensor.copy_(tensor.half())
+    seen = []
+
+    def run(images):
+        with torch.no_grad():
+            seen[:] = [network.network(network.prepare(images))]
+            return network(images)
+    return Program(
+        lambda images: run(images).half().float(), 'a stand-in', make_source().class_names, run_exact=run,
+        run_flushed=lambda images: run(images) + 0.125, get_logits=lambda: seen[0])
+
+
+@pytest.mark.parametrize('output', ['logits', 'probabilities', 'classes'])
+def test_mistakes_below_the_rounding_are_noticed_where_it_can_be_left_out(output):
+    job = make_job(format='mlpackage', precision='fp16', input='image', output=output)
+    result = prove(job, make_half_program(job))
+    assert result.compared == 'logits' and result.largest > 1
+    assert 0 < result.exact_error < 1e-5
+    wrong = make_half_program(job, lose_bias)
+    wrong_without = Program(**{**vars(wrong), 'run_exact': None})
+    assert prove(job, wrong_without).exact_error is None  # goes unseen
+    with pytest.raises(VerificationError, match='without rounding, its logits differ .* it is another function'):
+        prove(job, wrong)
+
+
+def test_flushing_is_measured():
+    job = make_job(format='mlpackage', precision='fp16', input='image')
+    program = make_half_program(job)
+    program = Program(**{**vars(program), 'get_logits': None})
+    result = prove(job, program)
+    assert result.flushed_error == pytest.approx(0.125, abs=0.02)
+
+
+def test_classifier_without_labels_is_noticed():
+    job = make_job(format='mlpackage', output='classes')
+    with pytest.raises(VerificationError, match='it names no classes'):
+        prove(job, make_program(job))
 
 
 def test_figures_are_those_of_their_definition():

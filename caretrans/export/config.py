@@ -8,11 +8,13 @@ from ..bench.config import expand_models, parse_size
 from ..config import ConfigError, FlagParser, add_flags, check_settings, setting
 from .formats import FORMATS, Format, find_obstacle
 
-__all__ = ['COREML', 'ExportConfig', 'Job', 'parse_export_config']
+__all__ = ['COREML', 'TARGET', 'TOLERANCES', 'ExportConfig', 'Job', 'parse_export_config']
 
+TARGET = 'iOS16'
 TARGETS = ('iOS15', 'iOS16', 'iOS17', 'iOS18', 'iOS26')
 COMPRESSIONS = ('none', 'int8', 'palette6', 'palette4')
 COREML = ('mlpackage', 'mlmodel')
+AIMED = ('mlpackage', 'executorch-coreml')  # at a system
 FORMS = {**dict.fromkeys([*COREML, 'executorch-coreml', 'coreai'], 'phone'), 'executorch': 'bmm', 'litert': 'bmm'}
 
 # Share of photographs, %, whose first answer must be that of PyTorch in float64. Rounding decides between classes that
@@ -23,6 +25,10 @@ FLOORS = {'fp32': 99.5, 'fp16': 97., 'int8': 85., 'palette6': 85., 'palette4': 5
 # what was measured. Formats that quantise go by the first answers alone. The least that any bias lost from care_s0
 # makes is 4e-4, and a fifth of those changes no first answer of 24 photographs.
 TOLERANCES = {'fp32': 1e-4, 'fp16': 2e-2}
+
+
+def _accept(job: 'Job') -> None:
+    """The check of formats without one."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Job:
     output: str
     size: Tuple[int, int]
     batch: int = 1
-    target: str = 'iOS16'
+    target: str = TARGET
     compress: str = 'none'
     unfused: bool = False
     floor: float = 99.
@@ -90,7 +96,7 @@ class ExportConfig:
     labels: str = setting('', 'text file with a class on each line; by default those of the checkpoint, or ImageNet')
     img_size: str = setting('', 'pixels: a side, or HEIGHTxWIDTH; by default that of the checkpoint')
     batch: int = setting(1, 'images at a time', bounds=(1, None))
-    target: str = setting('iOS16', 'oldest system of Core ML programs', choices=list(TARGETS))
+    target: str = setting(TARGET, 'oldest system of Core ML programs', choices=list(TARGETS))
     compress: str = setting('none', 'weights of Core ML programs', choices=list(COMPRESSIONS))
     unfused: bool = setting(False, 'the network as it is trained, for comparison')
     data: str = setting('', 'photographs to compare on, a folder with val/CLASS/*; by default the bundled ones')
@@ -121,6 +127,8 @@ class ExportConfig:
         if self.compress != 'none' and not set(self.format) & set(COREML):
             raise ConfigError(
                 f'--compress {self.compress} is for mlpackage and mlmodel; the others have --precision int8.')
+        if self.target != TARGET and not set(self.format) & set(AIMED):
+            raise ConfigError(f'--target {self.target} is for {" and ".join(AIMED)}, not for {" ".join(self.format)}.')
 
     def list_jobs(self, size: Tuple[int, int]) -> List[Job]:
         """What is to be written, format by format, precision by precision.
@@ -133,7 +141,7 @@ class ExportConfig:
         jobs = [self._make_job(FORMATS[name], precision, size)
                 for name in self.format for precision in self.precision or FORMATS[name].precisions[:1]]
         for job in jobs:
-            job.kind.load_module().check(job)
+            getattr(job.kind.load_module(), 'check', _accept)(job)
         return jobs
 
     def _make_job(self, kind: Format, precision: str, size: Tuple[int, int]) -> Job:
@@ -148,7 +156,8 @@ class ExportConfig:
         compress = self.compress if kind.name in COREML else 'none'
         floor = FLOORS[compress if compress != 'none' else precision] if self.floor is None else self.floor
         return Job(
-            kind.name, size=parse_size(self.img_size) if self.img_size else size, batch=self.batch, target=self.target,
+            kind.name, size=parse_size(self.img_size) if self.img_size else size, batch=self.batch,
+            target=self.target if kind.name in AIMED else TARGET,
             compress=compress, unfused=self.unfused, floor=floor, **chosen)
 
     def get_folder(self) -> Path:

@@ -70,13 +70,6 @@ def check(job: Job) -> None:
             f'--compress {job.compress} with --target iOS15: iOS reads such weights from 16 on. Take --target iOS16.')
 
 
-def _check_source(source: Source, job: Job) -> None:
-    channels = source.eval_config['input_size'][0]
-    if job.input == 'image' and channels != 3:
-        raise ConfigError(
-            f'--input image: {source.name} takes {channels} channels, an RGB image has 3. Take --input tensor.')
-
-
 # Conversion -----------------------------------------------------------------------------------------------------------
 
 def _list_types(source: Source, job: Job) -> Dict[str, Any]:
@@ -265,7 +258,6 @@ def write(source: Source, job: Job, path: Path) -> List[str]:
         ConfigError: The network does not fit the settings.
         ExportError: coremltools failed; nothing is left at `path`.
     """
-    _check_source(source, job)
     import_coremltools()
     try:
         with silence(*LOGGERS):

@@ -1,14 +1,14 @@
 """Export a network: check everything, write, read back, prove, time, report, and only then put it in its place."""
 import json
 import logging
-import shutil
+import math
 import sys
 import tempfile
 import time
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, TextIO, Tuple
+from typing import Any, Dict, List, Optional, Sequence, TextIO, Tuple
 
 import torch
 
@@ -16,12 +16,11 @@ from ..bench.inference import use_threads
 from ..bench.timing import compare_rounds, judge_noise, summarise, time_interleaved
 from ..config import ConfigError
 from ..machine import describe_device, list_versions
-from ..models.care_phone import measure_least_mass
 from ..progress import Progress
 from .apple import Examination, examine, is_available
-from .config import COREML, ExportConfig, Job
+from .config import COREML, TARGET, ExportConfig, Job
 from .source import Cases, Source, load_cases, load_source
-from .verify import ExportError, Program, Verification, verify
+from .verify import ExportError, Program, Verification, VerificationError, verify
 
 __all__ = ['Export', 'export']
 
@@ -63,17 +62,21 @@ class Export:
         if program is not None:
             facts.update(
                 runner=program.runner, operations=program.operations, shape_changes=program.shape_changes)
-        return facts
+        return _drop_infinite(facts)
 
 
-def _check_folder(folder: Path) -> None:
-    """Make the folder, and a file in it, before any work is done."""
+def _check_folder(folder: Path, source: Source, jobs: Sequence[Job]) -> None:
+    """Make the folder, and a file in it, before any work is done; what stands in the place of a program must be one."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise ConfigError(f'--output-dir {folder} cannot be written: {error.strerror}; name another.') from None
+    for target in (folder / name_program(source, job) for job in jobs):
+        report = Path(f'{target}.json')
+        if target.is_symlink() or target.exists() and not report.is_file():
+            raise ConfigError(f'{target} is there and was not exported: move it away, or name another --output-dir.')
 
 
 def name_program(source: Source, job: Job) -> str:
@@ -89,6 +92,8 @@ def name_program(source: Source, job: Job) -> str:
         parts.append(job.compress)
     if job.unfused:
         parts.append('unfused')
+    parts += [value for value, usual in [
+        (job.input, job.kind.inputs[0]), (job.output, job.kind.outputs[0]), (job.target, TARGET)] if value != usual]
     return '-'.join(parts) + job.kind.suffix
 
 
@@ -98,10 +103,16 @@ def _measure_size(path: Path) -> float:
 
 
 def _replace(new: Path, target: Path) -> None:
-    """Put a finished file or folder into its place; what was there goes."""
-    if target.is_dir():
-        shutil.rmtree(target)
-    new.replace(target)
+    """Put a finished file or folder into its place; what was there goes, and comes back if that fails."""
+    old = new.with_name('old-' + new.name)
+    if target.exists():
+        target.replace(old)
+    try:
+        new.replace(target)
+    except OSError:
+        if old.exists():
+            old.replace(target)
+        raise
 
 
 def _time(source: Source, job: Job, program: Program) -> Dict[str, Any]:
@@ -136,15 +147,15 @@ def _make(source: Source, job: Job, cases: Cases, config: ExportConfig, progress
     result.notes += result.program.notes
     result.verification = verify(source, job, result.program, cases, new.name, progress.update)
     if job.format in COREML and is_available():
-        result.core_ml = examine(source, job, new, cases)
+        try:
+            result.core_ml = examine(source, job, new, cases)
+        except VerificationError:
+            raise
+        except ExportError as error:  # an older system than the program is for, among others
+            result.notes.append(f'not examined by Core ML: {error}')
     if config.latency and result.program.timed:
         result.latency = _time(source, job, result.program)
     return result
-
-
-def _find_least_mass(source: Source, cases: Cases) -> Optional[float]:
-    least = min(measure_least_mass(source.model, source.normalise(part)) for part in cases.pixels[:64].split(8))
-    return least if least < float('inf') else None
 
 
 def _export_job(source: Source, job: Job, cases: Cases, config: ExportConfig, progress: Progress) -> Export:
@@ -155,16 +166,37 @@ def _export_job(source: Source, job: Job, cases: Cases, config: ExportConfig, pr
     with tempfile.TemporaryDirectory(prefix='.unfinished-', dir=folder) as unfinished:
         try:
             result = _make(source, job, cases, config, progress, Path(unfinished) / target.name)
+            _replace(result.path, target)
+            result.path = target
         except ExportError as error:
             result = Export(job, target, failure=str(error), verification=getattr(error, 'verification', None))
         except Exception as error:  # whatever a converter raises
             text = ' '.join(str(error).split())[:500]
             result = Export(job, target, failure=f'{job} could not be made: {type(error).__name__}: {text}')
-        else:
-            _replace(result.path, target)
-            result.path = target
     progress.update(before + len(cases) - progress.count)
     return result
+
+
+def _check_channels(source: Source, jobs: Sequence[Job]) -> None:
+    channels = source.eval_config['input_size'][0]
+    if channels != 3 and any(job.input == 'image' for job in jobs):
+        raise ConfigError(
+            f'--input image: {source.name} takes {channels} channels, an RGB image has 3. Take --input tensor.')
+
+
+def _list_versions(jobs: Sequence[Job]) -> Dict[str, str]:
+    """Of PyTorch, and of what writes and runs the programs."""
+    packages = [package.split('==')[0] for job in jobs for package in job.kind.packages.values()]
+    return list_versions(['torch', 'timm', 'numpy', *dict.fromkeys(packages)])
+
+
+def _drop_infinite(value: Any) -> Any:
+    """Plain values with None in the place of numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _drop_infinite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_drop_infinite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write_report(facts: Dict[str, Any], item: Export) -> None:
@@ -187,15 +219,16 @@ def export(config: ExportConfig, stream: Optional[TextIO] = None) -> Tuple[Dict[
     """
     source = load_source(config)
     jobs = config.list_jobs(source.size)
-    _check_folder(config.get_folder())
+    _check_channels(source, jobs)
+    _check_folder(config.get_folder(), source, jobs)
     with use_threads(config.threads):
         _logger.info('Computing what %s makes of the photographs in float64.', source.name)
         cases = load_cases(source, jobs[0].size, config.data, config.images)
         source.accuracy = cases.describe_accuracy()
         facts = dict(
             model=source.name, weights=source.checkpoint or 'random', sha256=source.sha256, data=cases.name,
-            device=describe_device(torch.device('cpu')), versions=list_versions(),
-            least_attention_mass=_find_least_mass(source, cases))
+            device=describe_device(torch.device('cpu')), versions=_list_versions(jobs),
+            least_attention_mass=cases.least_mass)
         exports = []
         with Progress(len(cases) * len(jobs), 'images', stream=stream) as progress:
             for job in jobs:

@@ -17,6 +17,7 @@ from ..data import DataError, describe_classes, list_classes, open_dataset, reso
 from ..evaluation import load_for_evaluation
 from ..fuse import rewrite
 from ..models.care_fused import fold_pixels
+from ..models.care_phone import watch_least_mass
 from .config import ExportConfig, Job
 
 __all__ = ['Cases', 'ExportedNetwork', 'Source', 'build_network', 'load_cases', 'load_source']
@@ -192,11 +193,13 @@ class Cases:
         pixels: (n, C, H, W) uint8, resized and cropped as in evaluation.
         logits: (n, classes) float64.
         labels: (n,) where the data has the classes of the network, else None.
+        least_mass: The least denominator of its linear attention on them; None without such attention.
     """
     name: str
     pixels: torch.Tensor
     logits: torch.Tensor
     labels: Optional[torch.Tensor] = None
+    least_mass: Optional[float] = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -208,11 +211,29 @@ class Cases:
         top1 = 100 * (self.logits.argmax(dim=-1) == self.labels).double().mean().item()
         return f'top-1 {top1:.2f} % on {self.name}'
 
+    def select(self, count: int) -> 'Cases':
+        """So many of them, evenly spaced."""
+        chosen = sorted({i * len(self) // count for i in range(count)})
+        labels = None if self.labels is None else self.labels[chosen]
+        return Cases(self.name, self.pixels[chosen], self.logits[chosen], labels, self.least_mass)
+
     def batches(self, size: int) -> Iterator[torch.Tensor]:
         """The pixels in batches of one size, the last filled up with the first photographs."""
         for start in range(0, len(self), size):
             chosen = [i % len(self) for i in range(start, start + size)]
             yield self.pixels[chosen]
+
+
+def _compute_reference(source: Source, pixels: torch.Tensor) -> Tuple[torch.Tensor, List[float]]:
+    """Logits in float64, and the denominators of the attention."""
+    model = copy.deepcopy(source.model).double()
+    try:
+        with watch_least_mass(model) as masses:
+            return torch.cat([model(source.normalise(part, torch.float64)) for part in pixels.split(8)]), masses
+    except (RuntimeError, ValueError, AssertionError) as error:
+        size = 'x'.join(str(side) for side in pixels.shape[2:])
+        raise ConfigError(
+            f'--img-size {size}: {source.name} does not take such images: {" ".join(str(error).split())}') from error
 
 
 @torch.no_grad()
@@ -223,6 +244,7 @@ def load_cases(source: Source, size: Tuple[int, int], data: str = '', count: Opt
         count: How many; all if not given.
     Raises:
         DataError: There are no photographs there.
+        ConfigError: The network does not take images of this size.
     """
     folder = data or str(PHOTOGRAPHS)
     if not Path(folder).is_dir():
@@ -233,8 +255,8 @@ def load_cases(source: Source, size: Tuple[int, int], data: str = '', count: Opt
     total = min(count or len(dataset), len(dataset))
     samples = [dataset[i * len(dataset) // total] for i in range(total)]
     pixels = torch.stack([torch.as_tensor(image) for image, _ in samples])
-    model = copy.deepcopy(source.model).double()
-    logits = torch.cat([model(source.normalise(part, torch.float64)) for part in pixels.split(8)])
+    logits, masses = _compute_reference(source, pixels)
     own = source.meta.get('class_names')
     labels = torch.tensor([label for _, label in samples]) if own and own == list_classes(dataset) else None
-    return Cases(f'{folder}, {total} of {len(dataset)} validation images', pixels, logits, labels)
+    name = f'{folder}, {total} of {len(dataset)} validation images'
+    return Cases(name, pixels, logits, labels, min(masses, default=None))

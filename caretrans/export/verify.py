@@ -1,15 +1,17 @@
 """Prove that a program computes what PyTorch computes, on photographs, before it is shipped."""
+import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 
-from .config import Job
-from .source import Cases, Source
+from .config import TOLERANCES, Job
+from .source import Cases, Source, build_network
 
 __all__ = ['ExportError', 'Program', 'Verification', 'VerificationError', 'verify']
 
 TOP = 5
+EXAMINED = 16  # photographs, of a program without its rounding
 Run = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -62,7 +64,11 @@ class Verification:
     """How a program differs from the network as trained, in float64, on photographs.
 
     Attributes:
-        max_error, mean_error: Of the logits, or of the probabilities where the program gives those.
+        compared: 'logits'; 'probabilities' where the program gives those and its logits cannot be seen.
+        max_error, mean_error: Of what is compared.
+        exact_error: Of `Program.run_exact` on some photographs, relative to the largest logit, against the network with
+            the weights that the file has.
+        flushed_error: The largest of `Program.run_flushed` on the same photographs.
         largest: The largest magnitude of what is compared.
         top1_agreement: Share of photographs with the same first answer, %.
         top5_agreement: Mean share of the first five answers that are among the network's first five, %.
@@ -77,13 +83,20 @@ class Verification:
     top1_agreement: float
     top5_agreement: float
     floor: float
+    compared: str = 'logits'
+    exact_error: Optional[float] = None
+    flushed_error: Optional[float] = None
     top1: Optional[float] = None
     top1_expected: Optional[float] = None
     findings: List[str] = field(default_factory=list)
 
 
-def _check_labels(source: Source, program: Program, path: Any) -> None:
-    if program.labels is None or program.labels == source.class_names:
+def _check_labels(source: Source, job: Job, program: Program, path: Any) -> None:
+    if program.labels == source.class_names:
+        return
+    if program.labels is None:
+        if job.output == 'classes':
+            raise VerificationError(f'{path}: it names no classes.')
         return
     for number, (found, wanted) in enumerate(zip(program.labels, source.class_names, strict=False)):
         if found != wanted:
@@ -91,23 +104,32 @@ def _check_labels(source: Source, program: Program, path: Any) -> None:
     raise VerificationError(f'{path}: it has {len(program.labels)} labels for {len(source.class_names)} classes.')
 
 
-def compute(source: Source, job: Job, program: Program, cases: Cases, report: Callable[[int], Any]) -> torch.Tensor:
-    """What a program makes of all photographs, (n, classes) float64.
+def compute(
+        source: Source, job: Job, program: Program, cases: Cases, report: Callable[[int], Any],
+) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    """What a program makes of all photographs, and the logits behind it where they can be seen: (n, classes) float64.
 
     Args:
         report: Is told how many photographs more are done.
     """
-    outputs = []
+    outputs, logits = [], []
     for pixels in cases.batches(job.batch):
         outputs.append(program.run(source.make_ready(pixels, job)).double())
+        if job.output == 'logits':
+            logits.append(outputs[-1])
+        elif program.get_logits is not None:
+            logits.append(program.get_logits().double())
         report(job.batch)
-    return torch.cat(outputs)[:len(cases)]
+    return torch.cat(outputs)[:len(cases)], torch.cat(logits)[:len(cases)] if logits else None
 
 
-def compare(outputs: torch.Tensor, cases: Cases, job: Job) -> Verification:
-    """Figures of outputs (n, classes) against those of the network."""
-    expected = cases.logits if job.output == 'logits' else cases.logits.softmax(dim=-1)
-    errors = (outputs - expected).abs()
+def compare(
+        outputs: torch.Tensor, cases: Cases, job: Job, logits: Optional[torch.Tensor] = None) -> Verification:
+    """Figures of outputs (n, classes) against those of the network, errors of the logits where they are known."""
+    if job.output == 'logits':
+        logits = outputs
+    expected = cases.logits if logits is not None else cases.logits.softmax(dim=-1)
+    errors = ((outputs if logits is None else logits) - expected).abs()
     first, wanted = outputs.argmax(dim=-1), expected.argmax(dim=-1)
     top = min(TOP, expected.shape[1])
     shared = outputs.topk(top).indices[:, :, None] == expected.topk(top).indices[:, None]
@@ -118,8 +140,52 @@ def compare(outputs: torch.Tensor, cases: Cases, job: Job) -> Verification:
     return Verification(
         len(cases), cases.name, errors.max().item(), errors.mean().item(), expected.abs().max().item(),
         share(first == wanted), share(shared.any(dim=-1)), job.floor,
-        None if cases.labels is None else share(first == cases.labels),
-        None if cases.labels is None else share(wanted == cases.labels))
+        compared='probabilities' if logits is None else 'logits',
+        top1=None if cases.labels is None else share(first == cases.labels),
+        top1_expected=None if cases.labels is None else share(wanted == cases.labels))
+
+
+def _compute_logits(run: Run, source: Source, job: Job, program: Program, cases: Cases) -> torch.Tensor:
+    outputs = []
+    for pixels in cases.batches(job.batch):
+        answer = run(source.make_ready(pixels, job))
+        outputs.append((answer if program.get_logits is None else program.get_logits()).double())
+    return torch.cat(outputs)[:len(cases)]
+
+
+@torch.no_grad()
+def _compute_rounded(source: Source, job: Job, cases: Cases) -> torch.Tensor:
+    """Logits, in float64, of the exported network with its weights in the precision of the file."""
+    network = build_network(source, dataclasses.replace(job, output='logits')).double()
+    if job.precision == 'fp16':
+        for tensor in [*network.parameters(), *network.buffers()]:
+            tensor.copy_(tensor.half())
+    return torch.cat([network(source.make_ready(part, job).double()) for part in cases.pixels.split(8)])
+
+
+def _examine_structure(
+        source: Source, job: Job, program: Program, cases: Cases, path: Any, result: Verification) -> None:
+    """Hold a program to float32's rounding where it can be run without its own, and see what flushing does.
+
+    Rounding to float16 hides what is smaller than it: a lost bias, say. The same program without rounding, against the
+    network with the weights that the file has, hides nothing.
+
+    Raises:
+        VerificationError: It is not the same function.
+    """
+    if job.compress != 'none' or program.run_exact is None:
+        return
+    some = cases.select(EXAMINED)
+    expected = _compute_rounded(source, job, some)
+    errors = (_compute_logits(program.run_exact, source, job, program, some) - expected).abs()
+    result.exact_error = (errors.max() / expected.abs().max()).item()
+    if not result.exact_error <= TOLERANCES['fp32']:
+        raise VerificationError(
+            f'{path}: without rounding, its logits differ from those of the network by {result.exact_error:.2g} of the '
+            f'largest, {TOLERANCES["fp32"]:g} is allowed: it is another function. Nothing was kept.', result)
+    if program.run_flushed is not None:
+        flushed = _compute_logits(program.run_flushed, source, job, program, some)
+        result.flushed_error = (flushed - some.logits).abs().max().item()
 
 
 def verify(
@@ -132,12 +198,12 @@ def verify(
         VerificationError: Labels differ, an output is not finite or further off than `job.tolerance`, or fewer first
             answers agree than `job.floor`.
     """
-    _check_labels(source, program, path)
-    outputs = compute(source, job, program, cases, report)
+    _check_labels(source, job, program, path)
+    outputs, logits = compute(source, job, program, cases, report)
     if outputs.shape != cases.logits.shape:
         raise VerificationError(
             f'{path}: it gives {outputs.shape[1]} numbers an image, the network has {cases.logits.shape[1]} classes.')
-    result = compare(outputs, cases, job)
+    result = compare(outputs, cases, job, logits)
     result.findings = program.find()
     if not bool(outputs.isfinite().all()):
         first = next((line for line in result.findings if 'not finite' in line), 'no operation is known for it')
@@ -152,4 +218,5 @@ def verify(
             f'{path}: outputs differ from those of PyTorch by up to {result.max_error:.2g}, that is more than '
             f'{job.tolerance:g} of the largest, {result.largest:.2g}: rounding does not explain it. Nothing was '
             f'kept.', result)
+    _examine_structure(source, job, program, cases, path, result)
     return result

@@ -9,19 +9,21 @@ for every change of shape. So
   range beside it, whose 7x7 gets a border of zeros: 2 % more multiply-adds of care_s0 for 12 operations less.
 
 Both are exact algebra but for one number: attention goes without its eps of 1e-6. That moves an output by the part
-eps / denominator of itself; `measure_least_mass` says what the denominators are.
+eps / denominator of itself; `watch_least_mass` says what the denominators are.
 """
 import copy
-from typing import List, Tuple
+from contextlib import contextmanager
+from typing import Iterator, List, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from .attention import positive_feature
+from .care import LinearAttention
 from .care_fused import FusedBlock, FusedMixer, InferenceModule, join_depthwise
 
-__all__ = ['ConvMixer', 'CrossConv', 'PhoneAttention', 'measure_least_mass', 'rewrite_for_phone']
+__all__ = ['ConvMixer', 'CrossConv', 'PhoneAttention', 'rewrite_for_phone', 'watch_least_mass']
 
 HALF_MAX = torch.finfo(torch.float16).max
 
@@ -127,25 +129,26 @@ def rewrite_for_phone(model: nn.Module) -> nn.Module:
     return model
 
 
-@torch.no_grad()
-def measure_least_mass(model: nn.Module, images: torch.Tensor) -> float:
-    """The least denominator of the attention of a network as trained or fused, on images; infinite without attention.
+@contextmanager
+def watch_least_mass(model: nn.Module) -> Iterator[List[float]]:
+    """The denominators of the attention of a network as trained or fused, the least of each call, while it runs.
 
-    Args:
-        images: (B, C, H, W) in the dtype of the network, normalised as it wants them.
+        with watch_least_mass(model) as masses:
+            model(images)
+        least = min(masses, default=math.inf)
     """
-    least: List[float] = [float('inf')]
+    masses: List[float] = []
 
     def look(module: nn.Module, args: tuple) -> None:
         x, = args
         q, k = positive_feature(module.qk(x)).reshape(
             len(x), 2 * module.num_heads, module.head_chs, -1).chunk(2, dim=1)
-        least.append((k.mean(dim=-1).unsqueeze(-2) @ q).min().item())
+        masses.append((k.mean(dim=-1).unsqueeze(-2) @ q).min().item())
 
-    hooks = [module.register_forward_pre_hook(look) for module in model.modules() if hasattr(module, 'qk')]
+    hooks = [module.register_forward_pre_hook(look) for module in model.modules()
+             if isinstance(module, LinearAttention)]
     try:
-        model(images)
+        yield masses
     finally:
         for hook in hooks:
             hook.remove()
-    return min(least)
