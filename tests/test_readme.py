@@ -24,6 +24,11 @@ def test_every_file_that_the_readme_names_is_there():
     assert len(links) > 8 and [link for link in links if not (ROOT / link).exists()] == []
 
 
+def test_no_page_has_a_place_left_to_fill():
+    pages = [ROOT / 'README.md', *(ROOT / 'docs').glob('*.md'), ROOT / 'coreml' / 'README.md']
+    assert [page.name for page in pages if re.search(r'^[A-Z]+_[A-Z_]+$|TODO|TBD|FIXME', page.read_text(), re.M)] == []
+
+
 def test_requirements_and_package_ask_for_the_same():
     lines = (ROOT / 'requirements.txt').read_text().splitlines()
     assert all('#' in line for line in lines), 'each requirement has its reason'
