@@ -76,8 +76,10 @@ def test_an_overflow_is_found_with_its_operation_and_count(tmp_path):
     x = torch.zeros(SHAPE)
     x[0, 0, 0, :3] = 12.  # exp(12) = 162755
     assert bool(program.run(x).isfinite().all())
-    assert program.find() == ['grow (exp): 3 of 210 values are not finite']
-    assert program.findings.largest == (1., 'squash (tanh)')  # of the finite ones: exp gave infinity and 1
+    assert program.find() == [
+        'largest magnitude: 1 of 65504 in squash (tanh)',  # of the finite ones: exp gave infinity and 1
+        'grow (exp): 3 of 210 values are not finite']
+    assert bool(program.run_exact(x).isfinite().all())
 
 
 def test_numbers_that_are_not_numbers_are_found(tmp_path):
@@ -87,22 +89,26 @@ def test_numbers_that_are_not_numbers_are_found(tmp_path):
 
 
 def test_subnormal_numbers_are_found_and_flushed_where_asked(tmp_path):
-    path = save_operation(lambda x: mb.exp(x=mb.exp(x=x, name='tiny')), tmp_path / 'a.mlpackage', half=True)
+    path = save_operation(lambda x: mb.exp(x=mb.exp(x=x, name='tiny'), name='one'), tmp_path / 'a.mlpackage', half=True)
     x = torch.zeros(SHAPE)
     x[0, 1] = -10.  # exp(-10) = 4.5e-5
-    program, flushing = read_ml_program(path), read_ml_program(path, flush_subnormals=True)
+    program = read_ml_program(path)
     assert bool((program.run(x)[0, 35:70] == 1).all())
-    flushing.run(x)
-    line = 'tiny (exp): 35 of 210 values are subnormal in float16 (16.67%)'
-    assert program.find() == [line] and flushing.find() == [line]
+    lines = program.find()
+    assert lines == ['largest magnitude: 2.719 of 65504 in one (exp)',
+                     'tiny (exp): 35 of 210 values are subnormal in float16 (16.67%)']
+    program.run_flushed(x)
+    program.run_exact(x)
+    assert program.find() == lines
 
 
 def test_flushing_changes_what_subnormal_numbers_become(tmp_path):
-    path = save_operation(
-        lambda x: mb.mul(x=mb.exp(x=x), y=np.float16(1000)), tmp_path / 'a.mlpackage', half=True)
+    program = read_ml_program(save_operation(
+        lambda x: mb.mul(x=mb.exp(x=x), y=np.float16(1000)), tmp_path / 'a.mlpackage', half=True))
     x = torch.full(SHAPE, -10.)
-    assert bool((read_ml_program(path).run(x) > .04).all())
-    assert bool((read_ml_program(path, flush_subnormals=True).run(x) == 0).all())
+    assert bool((program.run(x) > .04).all())
+    assert bool((program.run_flushed(x) == 0).all())
+    assert bool((program.run(x) > .04).all())
 
 
 def test_subnormal_weights_are_found_and_flushed_where_asked(tmp_path):
@@ -112,10 +118,86 @@ def test_subnormal_weights_are_found_and_flushed_where_asked(tmp_path):
         tmp_path / 'a.mlpackage', half=True)
     x = torch.zeros(SHAPE)
     x[0, 0] = 1000.
-    assert bool((read_ml_program(path).run(x) > 9e-3).all())
-    assert bool((read_ml_program(path, flush_subnormals=True).run(x) == 0).all())
-    assert read_ml_program(path).find() == [
-        'weight of small (conv): 8 of 24 values are subnormal in float16 (33.33%)']
+    program = read_ml_program(path)
+    assert program.find() == ['weight of small (conv): 8 of 24 values are subnormal in float16 (33.33%)']
+    assert bool((program.run(x) > 9e-3).all()) and bool((program.run_flushed(x) == 0).all())
+
+
+def test_subnormal_constants_in_a_list_are_flushed_where_asked(tmp_path):
+    constant = np.full((1, 6, 5, 1), 1e-5, np.float16)
+    program = read_ml_program(save_operation(
+        lambda x: mb.concat(values=[x, constant], axis=-1), tmp_path / 'a.mlpackage', half=True))
+    kept, flushed = (run(torch.ones(SHAPE)).reshape(6, 5, 8) for run in (program.run, program.run_flushed))
+    assert bool((kept[..., 7] > 0).all()) and bool((flushed[..., 7] == 0).all())
+    assert torch.equal(kept[..., :7], flushed[..., :7])
+
+
+def test_all_findings_are_listed_the_worst_first(tmp_path):
+    """Ten operations with subnormal results, one that loses numbers, one that overflows."""
+    def operation(x):
+        for number in range(10):
+            x = mb.mul(x=mb.mul(x=x, y=np.float16(.25), name=f'tiny_{number}'), y=np.float16(4), name=f'mul_{number}')
+        x = mb.mul(x=x, y=np.float16(1e-4), name='lost')
+        return mb.mul(x=x, y=np.float16(60000), name='back')
+    program = read_ml_program(save_operation(operation, tmp_path / 'a.mlpackage', half=True))
+    x = torch.zeros(SHAPE)
+    x[0, 0], x[0, 1, 0, 0], x[0, 2, 0, :2] = 2. ** -13, 65504, 65000
+    program.run(x)
+    lines = program.find()
+    assert lines[0] == 'largest magnitude: 6.55e+04 of 65504 in mul_0 (mul)'
+    assert lines[1] == 'back (mul): 3 of 210 values are not finite'
+    assert lines[2] == 'lost (mul): 35 of 210 values underflow to 0 in float16 (16.67%)'
+    assert [line.split(' ')[0] for line in lines[3:]] == [f'tiny_{number}' for number in range(10)]
+
+
+def test_a_program_in_float32_has_one_result_for_all_kinds_of_runs(tmp_path):
+    program = read_ml_program(save_operation(lambda x: mb.exp(x=conv(x), name='e'), tmp_path / 'a.mlpackage'))
+    x = values(*SHAPE)
+    wanted = program.run(x)
+    assert torch.equal(program.run_exact(x), wanted) and torch.equal(program.run_flushed(x), wanted)
+    line, = program.find()
+    assert line.startswith('largest magnitude: ') and line.endswith(' in e (exp)') and '65504' not in line
+
+
+def test_an_exact_run_rounds_the_weights_alone(tmp_path):
+    operation = lambda x: mb.cast(x=mb.exp(x=conv(mb.cast(x=x, dtype='fp16'))), dtype='fp32')  # noqa: E731
+    program = read_ml_program(save_operation(operation, tmp_path / 'a.mlpackage'))
+    x = values(*SHAPE)
+    exact = F.conv2d(x.double(), WEIGHT.half().double(), BIAS.half().double()).exp().float()
+    assert_close(program.run_exact(x), exact, 1e-5)
+    assert (program.run(x).flatten() - exact.flatten()).abs().max() > 1e-4 * exact.max()
+    assert not torch.equal(program.run_exact(x), program.run_exact(x).half().float())
+
+
+# Logits ---------------------------------------------------------------------------------------------------------------
+
+def scores(x):
+    return mb.reduce_mean(x=mb.mul(x=x, y=np.float16(3)), axes=[2, 3], keep_dims=False)
+
+
+def test_logits_are_what_the_last_softmax_got_in_the_last_run(tmp_path):
+    program = read_ml_program(save_operation(
+        lambda x: mb.cast(x=mb.softmax(x=scores(x), axis=-1), dtype='fp32'), tmp_path / 'a.mlpackage', half=True))
+    x, program = values(*SHAPE) * 1e-4, program.to_program()
+    found = []
+    for run in (program.run, program.run_exact, program.run_flushed):
+        output = run(x)
+        found.append(program.get_logits())
+        assert found[-1].shape == (1, 6) and found[-1].dtype == torch.float32
+        assert (found[-1].softmax(dim=-1) - output).abs().max() < 1e-3
+    rounded, exact, flushed = found
+    assert_close(exact, 3 * x.mean(dim=(2, 3)), 1e-5)
+    assert torch.equal(rounded, rounded.half().float()) and not torch.equal(rounded, exact)
+    assert bool((flushed == 0).any()) and not torch.equal(rounded, flushed)
+
+
+@pytest.mark.parametrize('operation', [
+    lambda x: scores(mb.softmax(x=x, axis=-1)),
+    lambda x: mb.mul(x=mb.softmax(x=scores(x), axis=-1), y=np.float16(2)),
+    lambda x: mb.slice_by_index(x=mb.softmax(x=scores(x), axis=-1), begin=[0, 0], end=[1, 3])])
+def test_programs_that_end_otherwise_have_no_logits(operation, tmp_path):
+    program = read_ml_program(save_operation(operation, tmp_path / 'a.mlpackage', half=True)).to_program()
+    assert program.get_logits is None
 
 
 def test_images_that_are_given_stay_as_they_are(tmp_path):
@@ -237,12 +319,3 @@ def test_operations_are_counted_and_changes_of_shape_listed(tmp_path):
         'a (reshape): (1, 6, 5, 7) -> (2, 3, 35)', 'b (transpose): (2, 3, 35) -> (35, 2, 3)',
         'row (reshape): (35, 2, 3) -> (1, 210)']
     assert not program.timed and program.labels is None
-
-
-def test_metadata_is_read(package):
-    def change(spec, operations):
-        spec.description.metadata.author = 'somebody'
-        spec.description.metadata.userDefined['key'] = 'value'
-    edit(package, change)
-    metadata = read_ml_program(package).metadata
-    assert (metadata['author'], metadata['key']) == ('somebody', 'value') and 'license' not in metadata

@@ -1,5 +1,6 @@
 """Core ML networks of the older format, read back from disk and evaluated layer by layer, compute what PyTorch does."""
 import coremltools
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -123,6 +124,56 @@ def test_half_rounds_weights_and_what_each_layer_gives(tmp_path):
     wanted = rounded.half().float().reshape(1, -1)
     assert torch.equal(read_network(path).run(x), wanted)
     assert not torch.equal(read_network(path, half=False).run(x), wanted)
+
+
+def test_an_exact_run_takes_weights_as_the_file_has_them(tmp_path):
+    x, weight, bias = values(*SHAPE), values(9, 7, seed=1), values(9, seed=2)
+    path = save_layers(tmp_path / 'a.mlmodel', lambda b: (
+        b.add_inner_product('l', weight.numpy(), bias.numpy(), 7, 9, True, 'x', 'l'),
+        b.add_unary('u', 'l', 'y', 'exp')))
+    full = read_network(path)
+    quantize_weights(coremltools.models.MLModel(str(path)), 16).save(str(path))
+    half = read_network(path)
+    assert_close(full.run_exact(x), F.linear(x, weight, bias).exp().reshape(1, -1))
+    assert_close(half.run_exact(x), F.linear(x, weight.half().float(), bias.half().float()).exp().reshape(1, -1))
+    assert torch.equal(full.run(x), half.run(x)) and not torch.equal(half.run(x), half.run_exact(x))
+
+
+def test_subnormal_numbers_and_weights_are_flushed_where_asked(tmp_path):
+    path = save_layers(tmp_path / 'a.mlmodel', lambda b: (
+        b.add_scale('s', np.array([1e-5, 1], np.float32)[[0, 0, 0, 1, 1, 1, 1]], None, False, 'x', 's', [7]),
+        b.add_load_constant_nd('c', 'c', np.full(7, 2e-5, np.float32), (7,)),
+        b.add_add_broadcastable('a', ['s', 'c'], 'y')))
+    program, x = read_network(path), torch.ones(SHAPE)
+    lines = program.find()
+    assert lines == ['weights of c (loadConstantND): 7 of 7 values are subnormal in float16 (100.00%)',
+                     'weights of s (scale): 3 of 7 values are subnormal in float16 (42.86%)']
+    flushed = program.run_flushed(x).reshape(6, 5, 7)
+    assert bool((flushed[..., :3] == 0).all()) and bool((flushed[..., 3:] == 1).all())
+    assert program.find() == lines
+    assert bool((program.run(x) > 0).all())
+    assert program.find()[0] == 'largest magnitude: 1 of 65504 in s (scale)'
+
+
+def test_weights_that_become_0_by_rounding_are_found(tmp_path):
+    path = save_layers(tmp_path / 'a.mlmodel', lambda b: b.add_scale(
+        's', np.full(7, 1e-9, np.float32), None, False, 'x', 'y', [7]))
+    assert read_network(path).find() == [
+        'weights of s (scale): 7 of 7 values underflow to 0 in float16 (100.00%)']
+    assert bool((read_network(path).run_exact(torch.ones(SHAPE)) > 0).all())
+
+
+def test_logits_are_what_the_last_softmax_got(tmp_path):
+    program = read_network(save_layers(tmp_path / 'a.mlmodel', lambda b: (
+        b.add_unary('u', 'x', 'u', 'exp'), b.add_softmax_nd('s', 'u', 'y', 3)), (1, 1, 1, 7))).to_program()
+    x = values(1, 1, 1, 7)
+    rounded, logits = program.run(x), program.get_logits()
+    assert torch.equal(logits, x.half().float().exp().half().float().reshape(1, 7))
+    assert torch.equal(rounded, logits.softmax(dim=-1).half().float())
+    assert_close(program.run_exact(x), program.get_logits().softmax(dim=-1))
+    assert_close(program.get_logits(), x.exp().reshape(1, 7))
+    linear_layer(tmp_path / 'b.mlmodel')
+    assert read_network(tmp_path / 'b.mlmodel').to_program().get_logits is None
 
 
 def linear_layer(path):

@@ -277,11 +277,17 @@ def read(source: Source, job: Job, path: Path) -> Program:
     """What is in the file, evaluated operation by operation, as the phone rounds.
 
     Raises:
-        ExportError: It is damaged, or holds what the evaluator does not know.
+        ExportError: It is damaged, holds what the evaluator does not know, or names no classes where it should.
     """
     with silence(*LOGGERS):
         if job.format == 'mlpackage':
             from .mil_evaluator import read_ml_program
-            return read_ml_program(path).to_program()
-        from .network_evaluator import read_network
-        return read_network(path, half=job.precision == 'fp16').to_program()
+            program = read_ml_program(path).to_program()
+        else:
+            from .network_evaluator import read_network
+            program = read_network(path, half=job.precision == 'fp16').to_program()
+    if job.format == 'mlmodel' and job.precision == 'fp32':
+        program.notes.append('computed in float32; a phone may compute it in float16')
+    if job.output == 'classes' and program.labels is None:
+        raise ExportError(f'{path} has no labels, so it cannot give classes. Export it again.')
+    return program

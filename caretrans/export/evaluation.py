@@ -7,6 +7,7 @@ How numbers are modelled: an operation takes the numbers its inputs hold, sums a
 float32, and its result is rounded to float16, to nearest, once. A device that sums in float16 is less exact than this.
 """
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
@@ -14,12 +15,21 @@ import torch.nn.functional as F
 
 from .verify import ExportError, Program
 
-__all__ = ['Evaluator', 'Findings', 'ImageInput', 'Step', 'get_metadata', 'round_half_']
+__all__ = ['Evaluator', 'Findings', 'ImageInput', 'Mode', 'Step', 'Weight', 'round_half_']
 
 HALF = torch.finfo(torch.float16)
 LARGEST_SUBNORMAL = HALF.smallest_normal - 2 ** -24
-MAX_LINES = 6
+SOFTMAX = ('softmax', 'softmaxND')
+KEEPING = ('cast', 'expandDims', 'expand_dims', 'flattenTo2D', 'identity', 'rankPreservingReshape', 'reshape',
+           'reshapeStatic', 'squeeze')  # what may stand behind a last softmax: all its numbers, in their order
 Names = Union[str, List[str]]
+
+
+class Mode(Enum):
+    """How what the file declares as float16 is computed."""
+    ROUNDED = 'rounded to float16 after each operation'
+    FLUSHED = 'rounded, and subnormal numbers become 0, as on devices without them'
+    EXACT = 'float32, with the weights as the file has them'
 
 
 def round_half_(x: torch.Tensor) -> torch.Tensor:
@@ -27,12 +37,39 @@ def round_half_(x: torch.Tensor) -> torch.Tensor:
     return x.copy_(x.half())
 
 
+def _flush(x: torch.Tensor) -> torch.Tensor:
+    """float16 numbers below 6.1e-5 become 0."""
+    return F.hardshrink(x, LARGEST_SUBNORMAL)
+
+
+class Weight:
+    """Numbers that a file brings.
+
+    Attributes:
+        stored: As the file has them, float32.
+        half: Whether they are taken in float16.
+        rounded: As an operation takes them; the same tensor where nothing is rounded.
+    """
+
+    def __init__(self, stored: torch.Tensor, half: bool) -> None:
+        self.stored, self.half, self.rounded = stored, half, stored
+        if half:
+            rounded = round_half_(stored.clone())
+            self.rounded = stored if torch.equal(rounded, stored) else rounded
+
+    def take(self, mode: Mode) -> torch.Tensor:
+        """The numbers as a run in this mode takes them."""
+        if mode is Mode.EXACT:
+            return self.stored
+        return _flush(self.rounded) if self.half and mode is Mode.FLUSHED else self.rounded
+
+
 @dataclass
 class Step:
     """One operation of a program.
 
     Attributes:
-        compute: Takes values by the keys of `inputs`.
+        make: Gives a function that takes values by the keys of `inputs`, with the weights of a mode.
         inputs: {parameter: name of a value, or names of several}.
         shapes: Of the outputs, as the file declares them; None where it does not, -1 for a size it leaves open.
         half: Whether what comes out is float16.
@@ -40,7 +77,7 @@ class Step:
     """
     name: str
     type: str
-    compute: Callable[..., Any]
+    make: Callable[[Mode], Callable[..., Any]]
     inputs: Dict[str, Names]
     outputs: List[str]
     shapes: List[Optional[Sequence[int]]]
@@ -60,6 +97,7 @@ class Step:
 class _Count:
     total: int = 0
     infinite: int = 0
+    lost: int = 0
     subnormal: int = 0
 
 
@@ -67,41 +105,57 @@ class Findings:
     """Numbers among the weights and in runs that float16 cannot hold, by operation.
 
     Attributes:
-        largest: The largest finite magnitude, and the operation it came from.
+        largest: The largest finite magnitude that an operation gave, the operation, and whether it is float16.
     """
 
     def __init__(self) -> None:
         self.counts: Dict[str, _Count] = {}
-        self.largest: Tuple[float, str] = (0., '')
+        self.largest: Tuple[float, str, bool] = (0., '', False)
 
-    def record(self, source: str, x: torch.Tensor, half: bool) -> None:
-        """Look at float32 numbers.
+    def record(self, source: str, x: torch.Tensor, half: bool, nonzero: int) -> None:
+        """Look at the float32 numbers that an operation gave.
 
         Args:
             source: The operation, for people.
-            half: Whether they are rounded to float16, so that subnormal ones count.
+            half: Whether they were rounded to float16, so that subnormal ones count.
+            nonzero: How many were not 0 before they were rounded; not used for others.
         """
+        largest = self._count(source, x, half, nonzero)
+        if self.largest[0] < largest < float('inf'):
+            self.largest = largest, source, half
+
+    def record_weight(self, source: str, weight: Weight) -> None:
+        """Look at weights, as an operation takes them."""
+        self._count(source, weight.rounded, weight.half, int(weight.stored.count_nonzero()))
+
+    def _count(self, source: str, x: torch.Tensor, half: bool, nonzero: int) -> float:
+        """Add to the counts of a source; gives the largest magnitude."""
         low, high = (value.item() for value in torch.aminmax(x))
         largest = max(-low, high)
         count = self.counts.setdefault(source, _Count())
         count.total += x.numel()
         if not largest < float('inf'):  # not a number, too
             count.infinite += int((~x.isfinite()).sum())
-        elif largest > self.largest[0]:
-            self.largest = largest, source
         if half:
-            count.subnormal += int(x.count_nonzero() - F.hardshrink(x, LARGEST_SUBNORMAL).count_nonzero())
+            left = int(x.count_nonzero())
+            count.lost += nonzero - left
+            count.subnormal += left - int(_flush(x).count_nonzero())
+        return largest
 
     def describe(self) -> List[str]:
-        """A line for each operation with such numbers: the not finite ones as they came up, then the most subnormal."""
-        lines = [f'{source}: {count.infinite:,} of {count.total:,} values are not finite'
-                 for source, count in self.counts.items() if count.infinite]
-        tiny = sorted(((count.subnormal / count.total, source, count) for source, count in self.counts.items()
-                       if count.subnormal), key=lambda item: -item[0])
-        lines += [f'{source}: {count.subnormal:,} of {count.total:,} values are subnormal in float16 ({share:.2%})'
-                  for share, source, count in tiny]
-        more = [f'and {len(lines) - MAX_LINES} operations more'] if len(lines) > MAX_LINES else []
-        return lines[:MAX_LINES] + more
+        """Lines, the worst first: the largest magnitude; then for each operation how many numbers are not finite, as
+        they came up, how many became 0, and how many are subnormal, by their share.
+        """
+        largest, source, half = self.largest
+        limit = f' of {HALF.max:.0f}' if half else ''
+        lines = [f'largest magnitude: {largest:.4g}{limit} in {source}'] if source else []
+        lines += [f'{source}: {count.infinite:,} of {count.total:,} values are not finite'
+                  for source, count in self.counts.items() if count.infinite]
+        for kind, text in (('lost', 'underflow to 0 in float16'), ('subnormal', 'are subnormal in float16')):
+            found = [(getattr(count, kind), count.total, source) for source, count in self.counts.items()]
+            lines += [f'{source}: {number:,} of {total:,} values {text} ({number / total:.2%})'
+                      for number, total, source in sorted(found, key=lambda item: -item[0] / item[1]) if number]
+        return lines
 
 
 # The evaluator --------------------------------------------------------------------------------------------------------
@@ -123,11 +177,11 @@ class ImageInput:
     scale: float = 1.
     shift: Optional[torch.Tensor] = None
 
-    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+    def prepare(self, images: torch.Tensor, mode: Mode) -> torch.Tensor:
         """What the first operation takes, in new memory."""
         x = images.flip(1) if self.reverse_channels else images.clone()
         x = x * self.scale if self.shift is None else x * self.scale + self.shift[:, None, None]
-        return round_half_(x) if self.half else x
+        return Weight(x, self.half).take(mode)
 
 
 @dataclass
@@ -139,27 +193,27 @@ class Evaluator:
         constants: The values that the file brings, by name.
         output: The name of the value that comes out.
         labels: The classes that the file names, if it does.
-        metadata: Author, licence and so on, as the file has them.
         reshaping: Types of operations that only change a shape or the order of axes.
-        flush_subnormals: Whether float16 numbers below 6.1e-5 become 0 on the way, as on devices without them.
-        findings: Of the weights, and of the runs so far.
+        findings: Of the weights, and of what `run` computed so far.
         shape_changes: A line for each reshape and transpose.
     """
     path: str
     steps: List[Step]
-    constants: Dict[str, torch.Tensor]
+    constants: Dict[str, Weight]
     input: ImageInput
     output: str
     labels: Optional[List[str]]
-    metadata: Dict[str, str]
     reshaping: Sequence[str]
-    flush_subnormals: bool = False
     findings: Findings = field(default_factory=Findings)
     shape_changes: List[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self._check_names()
+        self._scores = self._find_scores()
+        self._logits: Optional[torch.Tensor] = None
         self._last_uses = self._find_last_uses()
-        self._check_file()
+        self._functions = [step.make(Mode.ROUNDED) for step in self.steps]
+        self._check_shapes()
 
     @property
     def operations(self) -> Dict[str, int]:
@@ -170,16 +224,17 @@ class Evaluator:
         return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
     def find(self) -> List[str]:
-        """Lines on numbers of the runs so far that float16 cannot hold, the worst first and at most seven."""
+        """Lines on the numbers that `run` met so far: the largest, and those that float16 cannot hold, worst first."""
         return self.findings.describe()
 
     def to_program(self) -> Program:
         return Program(
             self.run, f'PyTorch {torch.__version__}, operation by operation as the file says', self.labels,
-            self.operations, self.shape_changes, self.find, timed=False)
+            self.operations, self.shape_changes, self.run_exact, self.run_flushed,
+            self.get_logits if self._scores else None, self.find, timed=False)
 
     def run(self, images: torch.Tensor) -> torch.Tensor:
-        """Compute what the file computes.
+        """Compute what the file computes, and write down what is found.
 
         Args:
             images: (B, C, H, W) float32 in RGB, of the size in the file: pixels from 0 to 255, or what it takes.
@@ -188,38 +243,50 @@ class Evaluator:
         Raises:
             ExportError: Images of another shape, or an operation that gives another shape than the file says.
         """
+        return self._run(images, Mode.ROUNDED, self.findings)
+
+    def run_exact(self, images: torch.Tensor) -> torch.Tensor:
+        """The same with nothing rounded but the weights in the file, all else float32; nothing is written down."""
+        return self._run(images, Mode.EXACT)
+
+    def run_flushed(self, images: torch.Tensor) -> torch.Tensor:
+        """The same as `run` with subnormal float16 numbers taken for 0, weights too; nothing is written down."""
+        return self._run(images, Mode.FLUSHED)
+
+    def get_logits(self) -> torch.Tensor:
+        """What the last softmax got in the last run of any kind, (B, classes) float32.
+
+        Only for programs that end in a softmax, after a run.
+        """
+        return self._logits.reshape(self.input.shape[0], -1)
+
+    @torch.inference_mode()
+    def _run(self, images: torch.Tensor, mode: Mode, findings: Optional[Findings] = None,
+             shape_changes: Optional[List[str]] = None) -> torch.Tensor:
+        """Run in one mode, and add to what is given."""
         if tuple(images.shape) != tuple(self.input.shape):
             raise ExportError(
                 f'{self.path} takes images of {tuple(self.input.shape)}, not {tuple(images.shape)}: give it these, or '
                 'export it again for another --batch and --img-size.')
-        return self._run(images, self._look)
-
-    def _look(self, step: Step, inputs: Dict[str, Any], results: List[torch.Tensor]) -> None:
-        if not step.moves:
-            for x in results:
-                if x.is_floating_point():
-                    self.findings.record(str(step), x, step.half)
-
-    @torch.inference_mode()
-    def _run(self, images: torch.Tensor, look: Callable[[Step, Dict[str, Any], List[torch.Tensor]], None]
-             ) -> torch.Tensor:
-        values = dict(self.constants)
-        values[self.input.name] = self.input.prepare(images)
-        for step, last_uses in zip(self.steps, self._last_uses, strict=True):
+        values = {name: weight.take(mode) for name, weight in self.constants.items()}
+        values[self.input.name] = self.input.prepare(images, mode)
+        for step, function, last_uses in zip(self.steps, self._functions, self._last_uses, strict=True):
             inputs = {key: values[names] if isinstance(names, str) else [values[name] for name in names]
                       for key, names in step.inputs.items()}
-            results = self._compute(step, inputs)
-            look(step, inputs, results)
-            if self.flush_subnormals and step.half and not step.moves:
-                results = [F.hardshrink(x, LARGEST_SUBNORMAL) for x in results]
+            results = self._compute(step, function if mode is Mode.ROUNDED else step.make(mode), inputs)
+            if not step.moves:
+                results = [_finish(step, x, mode, findings) for x in results]
+            if shape_changes is not None and step.type in self.reshaping:
+                shape_changes.append(_describe_change(step, inputs, results))
             values.update(zip(step.outputs, results, strict=True))
             for name in last_uses:
                 del values[name]
+        self._logits = values.get(self._scores)
         return values[self.output]
 
-    def _compute(self, step: Step, inputs: Dict[str, Any]) -> List[torch.Tensor]:
+    def _compute(self, step: Step, function: Callable[..., Any], inputs: Dict[str, Any]) -> List[torch.Tensor]:
         try:
-            found = step.compute(**inputs)
+            found = function(**inputs)
         except (RuntimeError, IndexError, TypeError, ValueError) as error:
             raise ExportError(
                 f'{self.path}: {step} cannot be computed: {str(error).splitlines()[0]} Export it again.') from error
@@ -232,23 +299,30 @@ class Evaluator:
                 raise ExportError(
                     f'{self.path}: {step} gives a value of {tuple(x.shape)}, the file says {tuple(shape)}. '
                     'Export it again.')
-        if step.half and not step.moves:
-            results = [round_half_(x) for x in results]
         return results
+
+    def _find_scores(self) -> str:
+        """The name of what the softmax takes that the program ends in; '' where it ends otherwise."""
+        makers = {name: step for step in self.steps for name in step.outputs}
+        step = makers.get(self.output)
+        while step is not None and step.type in KEEPING:
+            step = makers.get(next(iter(step.list_inputs()), ''))
+        return next(iter(step.list_inputs()), '') if step is not None and step.type in SOFTMAX else ''
 
     def _find_last_uses(self) -> List[List[str]]:
         """For each step, the values that no later one needs."""
         last: Dict[str, int] = {}
         for number, step in enumerate(self.steps):
             last.update(dict.fromkeys(step.list_inputs() + step.outputs, number))
-        last.pop(self.output, None)
+        for name in (self.output, self._scores):
+            last.pop(name, None)
         uses: List[List[str]] = [[] for _ in self.steps]
         for name, number in last.items():
             uses[number].append(name)
         return uses
 
-    def _check_file(self) -> None:
-        """Run the program once on a black image: every shape is seen, and changes of shape are written down."""
+    def _check_names(self) -> None:
+        """Each value that is taken was given before."""
         known = {*self.constants, self.input.name}
         for step in self.steps:
             missing = [name for name in step.list_inputs() if name not in known]
@@ -257,7 +331,10 @@ class Evaluator:
             known.update(step.outputs)
         if self.output not in known:
             raise ExportError(f'{self.path}: nothing gives its output {self.output}. Export it again.')
-        result = self._run(torch.zeros(self.input.shape), self._note_shapes)
+
+    def _check_shapes(self) -> None:
+        """Run the program once on a black image: every shape is seen, and changes of shape are written down."""
+        result = self._run(torch.zeros(self.input.shape), Mode.ROUNDED, shape_changes=self.shape_changes)
         if result.dim() != 2 or len(result) != self.input.shape[0]:
             raise ExportError(
                 f'{self.path}: it gives {tuple(result.shape)} for images of {tuple(self.input.shape)}, not one row '
@@ -265,20 +342,23 @@ class Evaluator:
         if self.labels is not None and len(self.labels) != result.shape[1]:
             raise ExportError(f'{self.path}: it has {len(self.labels)} labels for {result.shape[1]} classes.')
 
-    def _note_shapes(self, step: Step, inputs: Dict[str, Any], results: List[torch.Tensor]) -> None:
-        if step.type in self.reshaping:
-            before = next(iter(inputs.values()))
-            before = before[0] if isinstance(before, list) else before
-            self.shape_changes.append(f'{step}: {tuple(before.shape)} -> {tuple(results[0].shape)}')
+
+def _finish(step: Step, x: torch.Tensor, mode: Mode, findings: Optional[Findings]) -> torch.Tensor:
+    """What comes of a value that an operation computed: rounded as the mode wants, and written down."""
+    rounds = step.half and mode is not Mode.EXACT
+    nonzero = int(x.count_nonzero()) if rounds and findings is not None else 0
+    if rounds:
+        round_half_(x)
+    if findings is not None and x.is_floating_point():
+        findings.record(str(step), x, step.half, nonzero)
+    return _flush(x) if step.half and mode is Mode.FLUSHED else x
+
+
+def _describe_change(step: Step, inputs: Dict[str, Any], results: List[torch.Tensor]) -> str:
+    before = next(iter(inputs.values()))
+    before = before[0] if isinstance(before, list) else before
+    return f'{step}: {tuple(before.shape)} -> {tuple(results[0].shape)}'
 
 
 def _fits(found: Sequence[int], declared: Sequence[int]) -> bool:
     return len(found) == len(declared) and all(b in (-1, a) for a, b in zip(found, declared, strict=True))
-
-
-def get_metadata(spec: Any) -> Dict[str, str]:
-    """What a Core ML file says of itself."""
-    found = spec.description.metadata
-    named = {'author': found.author, 'license': found.license, 'version': found.versionString,
-             'description': found.shortDescription}
-    return {**{key: value for key, value in named.items() if value}, **dict(found.userDefined)}

@@ -4,6 +4,7 @@ The file is read by coremltools, which also decodes compressed weights and fills
 to their defaults, such as the epsilon of 1e-4 in `inverse`. Operations are computed here, as coremltools documents them
 (Model Intermediate Language, coremltools.converters.mil.mil.ops.defs).
 """
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .evaluation import LARGEST_SUBNORMAL, Evaluator, Findings, ImageInput, Step, get_metadata
+from .evaluation import Evaluator, Findings, ImageInput, Mode, Step, Weight
 from .verify import ExportError
 
 __all__ = ['OPERATIONS', 'read_ml_program']
@@ -226,21 +227,21 @@ def _load(path: Path) -> Tuple[Any, Any]:
             'folder.') from error
 
 
-def _decode(value: Any) -> Any:
-    """A constant as operations take it: float arrays as float32 tensors, all else as numbers, lists and strings."""
+def _decode(value: Any, half: bool) -> Any:
+    """A constant as operations take it: float arrays as weights, all else as numbers, lists and strings."""
     if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind == 'f':
-        return torch.from_numpy(np.array(value, dtype=np.float32))
+        return Weight(torch.from_numpy(np.array(value, dtype=np.float32)), half)
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
 
 
 class _Reader:
     """Turns the operations of a program into steps."""
 
-    def __init__(self, path: Path, flush_subnormals: bool) -> None:
-        self.path, self.flush_subnormals = path, flush_subnormals
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.findings = Findings()
         self.decoded: Dict[str, Any] = {}
-        self.constants: Dict[str, torch.Tensor] = {}
+        self.constants: Dict[str, Weight] = {}
         self.steps: List[Step] = []
 
     def is_constant(self, var: Any) -> bool:
@@ -249,12 +250,8 @@ class _Reader:
     def decode(self, var: Any) -> Any:
         if var.name not in self.decoded:
             value = var.val if var.op.op_type == 'const' else var.op.materialized_val_inference()
-            self.decoded[var.name] = _decode(value)
+            self.decoded[var.name] = _decode(value, _is_half(var))
         return self.decoded[var.name]
-
-    def flush(self, value: Any, var: Any) -> Any:
-        flushes = self.flush_subnormals and isinstance(value, torch.Tensor) and _is_half(var)
-        return F.hardshrink(value, LARGEST_SUBNORMAL) if flushes else value
 
     def read(self, op: Any) -> None:
         if op.op_type not in OPERATIONS:
@@ -266,13 +263,11 @@ class _Reader:
         for key, var in op.inputs.items():
             if isinstance(var, (list, tuple)):
                 inputs[key] = [item.name for item in var]
-                self.constants.update({
-                    item.name: self.flush(self.decode(item), item) for item in var if self.is_constant(item)})
+                self.constants.update({item.name: self.decode(item) for item in var if self.is_constant(item)})
             elif var is not None and self.is_constant(var):
-                value = self.decode(var)
-                if isinstance(value, torch.Tensor) and value.dim():
-                    self.findings.record(f'{key} of {op.name} ({op.op_type})', value, _is_half(var))
-                fixed[key] = self.flush(value, var)
+                fixed[key] = self.decode(var)
+                if isinstance(fixed[key], Weight) and fixed[key].stored.dim():
+                    self.findings.record_weight(f'{key} of {op.name} ({op.op_type})', fixed[key])
             elif var is not None:
                 inputs[key] = var.name
         self.steps.append(Step(
@@ -280,10 +275,11 @@ class _Reader:
             [_get_shape(var) for var in op.outputs], _is_half(op.outputs[0]), op.op_type in MOVES))
 
 
-def _bind(operation: Callable, fixed: Dict[str, Any]) -> Callable:
-    def compute(**inputs: Any) -> Any:
-        return operation(**inputs, **fixed)
-    return compute
+def _bind(operation: Callable, fixed: Dict[str, Any]) -> Callable[[Mode], Callable]:
+    def make(mode: Mode) -> Callable:
+        return partial(operation, **{
+            key: value.take(mode) if isinstance(value, Weight) else value for key, value in fixed.items()})
+    return make
 
 
 def _is_half(var: Any) -> bool:
@@ -313,7 +309,7 @@ def _read_input(path: Path, spec: Any, function: Any) -> ImageInput:
     return ImageInput(name, tuple(shape), _is_half(var), reverse)
 
 
-def read_ml_program(path: Union[str, Path], flush_subnormals: bool = False) -> Evaluator:
+def read_ml_program(path: Union[str, Path]) -> Evaluator:
     """Read a package that was saved, for evaluation on any system.
 
     Variables that the file declares as float16 are rounded to it after every operation, float32 ones are not.
@@ -321,7 +317,6 @@ def read_ml_program(path: Union[str, Path], flush_subnormals: bool = False) -> E
     Args:
         path: A folder `.mlpackage` with an ML Program of one function, one input of images (B, C, H, W) and one output
             (B, classes), or a classifier.
-        flush_subnormals: Whether float16 numbers below 6.1e-5 become 0, weights and intermediate ones.
     Raises:
         ExportError: The package is damaged, does not fit together, or has an operation that is not known here.
     """
@@ -331,7 +326,7 @@ def read_ml_program(path: Union[str, Path], flush_subnormals: bool = False) -> E
         raise ExportError(f'{path} has the functions {", ".join(program.functions)}; only `main` can be evaluated.')
     function = program.functions['main']
     image_input = _read_input(path, spec, function)
-    reader = _Reader(path, flush_subnormals)
+    reader = _Reader(path)
     outputs, labels = [var.name for var in function.outputs], None
     for op in function.operations:
         if op.op_type == 'classify':
@@ -341,5 +336,4 @@ def read_ml_program(path: Union[str, Path], flush_subnormals: bool = False) -> E
     if len(outputs) != 1:
         raise ExportError(f'{path} has the outputs {", ".join(outputs)}; one can be evaluated.')
     return Evaluator(
-        str(path), reader.steps, reader.constants, image_input, outputs[0], labels, get_metadata(spec), RESHAPING,
-        flush_subnormals, reader.findings)
+        str(path), reader.steps, reader.constants, image_input, outputs[0], labels, RESHAPING, reader.findings)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .evaluation import LARGEST_SUBNORMAL, Evaluator, Findings, ImageInput, Step, get_metadata, round_half_
+from .evaluation import Evaluator, Findings, ImageInput, Mode, Step, Weight
 from .verify import ExportError
 
 __all__ = ['LAYERS', 'decode_weights', 'read_network']
@@ -314,39 +314,56 @@ def _load(path: Path) -> Any:
 class _Reader:
     """Turns the layers of a network into steps."""
 
-    def __init__(self, path: Path, half: bool, flush_subnormals: bool) -> None:
-        self.path, self.half, self.flush_subnormals = path, half, flush_subnormals
+    def __init__(self, path: Path, half: bool) -> None:
+        self.path, self.half = path, half
         self.findings = Findings()
-        self.source = ''
-        self.constants: Dict[str, torch.Tensor] = {}
+        self.constants: Dict[str, Weight] = {}
         self.steps: List[Step] = []
 
-    def decode(self, weights: Any, shape: Sequence[int]) -> torch.Tensor:
-        values = decode_weights(weights, shape)
-        if not self.half:
-            return values
-        values = round_half_(values)
-        self.findings.record(f'weights of {self.source}', values, half=True)
-        return F.hardshrink(values, LARGEST_SUBNORMAL) if self.flush_subnormals else values
+    def decode(self, source: str, weights: Any, shape: Sequence[int]) -> Weight:
+        weight = Weight(decode_weights(weights, shape), self.half)
+        if self.half:
+            self.findings.record_weight(f'weights of {source}', weight)
+        return weight
 
     def read(self, layer: Any) -> None:
         kind = layer.WhichOneof('layer')
-        params, self.source = getattr(layer, kind), f'{layer.name} ({kind})'
+        params, source = getattr(layer, kind), f'{layer.name} ({kind})'
         if kind not in LAYERS and kind not in CONSTANTS:
             raise ExportError(
                 f'{self.path}: {layer.name} is a layer {kind!r}, which the evaluation does not know. Export without '
                 'it, or add it to caretrans/export/network_evaluator.py.')
         try:
             if kind in CONSTANTS:
-                self.constants[layer.output[0]] = self.decode(params.data, list(params.shape))
+                self.constants[layer.output[0]] = self.decode(source, params.data, list(params.shape))
                 return
-            compute = LAYERS[kind](params, self.decode)
+            make = self.bind(source, kind, params)
         except ValueError as error:
-            raise ExportError(f'{self.path}: {self.source}: {error} Export it again.') from error
+            raise ExportError(f'{self.path}: {source}: {error} Export it again.') from error
         shapes = [[size if size > 0 else -1 for size in tensor.dimValue] or None for tensor in layer.outputTensor]
         self.steps.append(Step(
-            layer.name, kind, lambda values: compute(*values), {'values': list(layer.input)}, list(layer.output),
+            layer.name, kind, make, {'values': list(layer.input)}, list(layer.output),
             shapes or [None] * len(layer.output), self.half, kind in MOVES))
+
+    def bind(self, source: str, kind: str, params: Any) -> Callable[[Mode], Layer]:
+        """Decode the weights of a layer, once, and make it of them for each mode.
+
+        Raises:
+            ValueError: The layer is not modelled, or its weights do not fit.
+        """
+        weights: List[Weight] = []
+
+        def decode_first(values: Any, shape: Sequence[int]) -> torch.Tensor:
+            weights.append(self.decode(source, values, shape))
+            return weights[-1].stored
+
+        def make(mode: Mode) -> Layer:
+            following = iter(weights)  # a layer asks for its weights in the same order each time
+            compute = LAYERS[kind](params, lambda values, shape: next(following).take(mode))
+            return lambda values: compute(*values)
+
+        LAYERS[kind](params, decode_first)
+        return make
 
 
 def _read_preprocessing(network: Any, name: str, reverse: bool) -> Tuple[float, Optional[torch.Tensor]]:
@@ -378,14 +395,13 @@ def _read_input(path: Path, spec: Any, network: Any, half: bool) -> ImageInput:
     return ImageInput(feature.name, shape, half)
 
 
-def read_network(path: Union[str, Path], half: bool = True, flush_subnormals: bool = False) -> Evaluator:
+def read_network(path: Union[str, Path], half: bool = True) -> Evaluator:
     """Read a neural network that was saved, for evaluation on any system.
 
     Args:
         path: A file `.mlmodel` with a neural network or classifier of one input of images and one output (B, classes).
         half: Whether weights and what layers give are rounded to float16, as on phones; the processor of a Mac and
             phones told to use theirs alone compute in float32.
-        flush_subnormals: Whether float16 numbers below 6.1e-5 become 0, weights and those between layers.
     Raises:
         ExportError: The file is damaged, does not fit together, or has a layer that is not known here.
     """
@@ -393,7 +409,7 @@ def read_network(path: Union[str, Path], half: bool = True, flush_subnormals: bo
     spec = _load(path)
     network = getattr(spec, spec.WhichOneof('Type'))
     image_input = _read_input(path, spec, network, half)
-    reader = _Reader(path, half, flush_subnormals)
+    reader = _Reader(path, half)
     for layer in network.layers:
         reader.read(layer)
     labels, outputs = None, [feature.name for feature in spec.description.output]
@@ -403,5 +419,4 @@ def read_network(path: Union[str, Path], half: bool = True, flush_subnormals: bo
     if len(outputs) != 1:
         raise ExportError(f'{path} has the outputs {", ".join(outputs)}; one can be evaluated.')
     return Evaluator(
-        str(path), reader.steps, reader.constants, image_input, outputs[0], labels, get_metadata(spec), RESHAPING,
-        flush_subnormals, reader.findings)
+        str(path), reader.steps, reader.constants, image_input, outputs[0], labels, RESHAPING, reader.findings)
