@@ -255,7 +255,10 @@ def read(source: Source, job: Job, path: Path) -> Program:
     """
     program = evaluate(path, job)
     if program.labels is None:
-        program.labels = read_class_names(read_facts(path))
+        try:
+            program.labels = read_class_names(read_facts(path))
+        except KeyError as error:
+            raise ExportError(f'{path} names no classes. Export it again.') from error
     return program
 
 
