@@ -1,7 +1,7 @@
 # Sourced by the other scripts. Sets $root, the folder of the repository, and $python, which runs everything: the active
 # environment when it has what requirements.txt asks for, else .venv of the repository, which is made or completed first.
 # A script that needs others sets $requirements_file and $environment_folder before.
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$(dirname "${BASH_SOURCE[0]}")/python.sh"
 requirements="$root/${requirements_file:-requirements.txt}"
 environment="${environment_folder:-.venv}"
 export HF_HUB_DISABLE_TELEMETRY="${HF_HUB_DISABLE_TELEMETRY:-1}"
@@ -9,11 +9,6 @@ export HF_HUB_DISABLE_TELEMETRY="${HF_HUB_DISABLE_TELEMETRY:-1}"
 # a few cores more than 10 times slower; a short spin costs nothing when the machine is free.
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"
 
-python="$(command -v python3 || command -v python || true)"
-if [ -z "$python" ]; then
-    echo 'No python3 on the PATH: install Python 3.10 or newer.' >&2
-    exit 1
-fi
 if ! "$python" "$root/cmd/check_requirements.py" "$requirements" >/dev/null 2>&1; then
     if [ ! -x "$root/$environment/bin/python" ]; then
         echo "Making the environment $environment with $("$python" --version), once."
@@ -25,4 +20,4 @@ if ! "$python" "$root/cmd/check_requirements.py" "$requirements" >/dev/null 2>&1
         "$python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
         "$python" "$root/cmd/check_requirements.py" "$requirements"
     fi
-fi
+fi >&2  # what a script itself prints may be JSON

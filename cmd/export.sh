@@ -6,7 +6,8 @@
 # .venv-export, made at their first use.
 set -euo pipefail
 here="$(dirname "${BASH_SOURCE[0]}")"
-own="$(python3 "$here/list_own_environment.py" "$@")"
+source "$here/python.sh"
+own="$("$python" "$here/list_own_environment.py" "$@")"
 if [ -n "$own" ]; then
     echo "--format $own: its packages clash with those of training (why: coreml/requirements.txt); it runs in an" \
         "environment that has them, .venv-export if the active one does not." >&2

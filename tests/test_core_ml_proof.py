@@ -1,14 +1,16 @@
 """care_s0 as saved for Core ML computes what PyTorch computes in float64, and a file that is broken is caught."""
 import copy
+import functools
 import shutil
 
+import exports
 import pytest
 from core_ml_programs import edit, save_network
+from exports import make_cases, make_source
 
-from caretrans.export.config import FLOORS, ExportConfig, Job
 from caretrans.export.mil_evaluator import read_ml_program
 from caretrans.export.network_evaluator import read_network
-from caretrans.export.source import load_cases, load_source
+from caretrans.export.source import load_cases
 from caretrans.export.verify import VerificationError, verify
 
 SIZE = (96, 96)
@@ -19,17 +21,15 @@ BOTH = pytest.mark.parametrize('format', ['mlpackage', 'mlmodel'])
 
 @pytest.fixture(scope='module')
 def source():
-    return load_source(ExportConfig(model='care_s0', random_weights=True))
+    return make_source()
 
 
 @pytest.fixture(scope='module')
-def cases(source):
-    return load_cases(source, SIZE, count=PHOTOGRAPHS)
+def cases():
+    return make_cases(size=SIZE, count=PHOTOGRAPHS)
 
 
-def make_job(format, precision, **settings):
-    return Job(format, precision, **{
-        **dict(input='image', output='logits', size=SIZE, floor=FLOORS[precision]), **settings})
+make_job = functools.partial(exports.make_job, input='image', size=SIZE)
 
 
 def read(path, job):

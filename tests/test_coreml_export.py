@@ -192,6 +192,21 @@ def test_file_of_others_is_refused(tmp_path):
         coreml.read_facts(path)
 
 
+@pytest.mark.parametrize('spoil, said', [
+    (lambda names: json.dumps(names[::-1]), 'its class 0 is labelled'), (lambda names: None, 'names no classes')])
+def test_labels_of_a_program_without_classifier_are_checked(spoil, said, tmp_path):
+    job, path, source = make_job('mlmodel', 'fp32'), tmp_path / 'program.mlmodel', make_source('test_efficientnet')
+    coreml.write(source, job, path)
+    assert coreml.read(source, job, path).labels == source.class_names
+    spec = load(path)
+    facts = spec.description.metadata.userDefined
+    names = spoil(json.loads(facts.pop('class_names')))
+    facts.update({'class_names': names} if names else {})
+    path.write_bytes(spec.SerializeToString())
+    with pytest.raises(ExportError, match=said):
+        prove(job, coreml.read(source, job, path), path, 'test_efficientnet')
+
+
 # Compressed weights ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('format', ['mlpackage', 'mlmodel'])

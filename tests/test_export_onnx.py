@@ -1,17 +1,11 @@
 """ONNX programs: what is saved computes what the network computes, for any batch and size; a wrong one is noticed."""
 import json
+from importlib.metadata import version
 
 import onnx
 import pytest
 import torch
-from export_checks import (
-    assert_truncation_is_named,
-    get_cases,
-    get_source,
-    make_job,
-    run_reference,
-    write_and_read,
-)
+from exports import assert_truncation_is_named, make_cases, make_job, make_source, prove, run_reference, write_and_read
 
 from caretrans import __version__
 from caretrans.export import onnx_program
@@ -28,13 +22,13 @@ def saved(tmp_path_factory):
 
 def test_program_is_proven(saved):
     job, path, program = saved
-    result = verify(get_source(), job, program, get_cases(), path)
+    result = prove(job, program, path)
     assert result.top1_agreement == 100 and result.max_error < 2e-5
 
 
 @pytest.mark.parametrize('name', ['care_s1', 'care_s2'])
 def test_larger_networks_are_proven(name, tmp_path):
-    source = get_source(name)
+    source = make_source(name)
     job, path = make_job('onnx'), tmp_path / f'{name}.onnx'
     program = write_and_read(job, path, source)
     assert verify(source, job, program, load_cases(source, job.size, count=4), path).max_error < 2e-5
@@ -53,9 +47,10 @@ def test_file_says_what_it_is(saved):
     _, path, program = saved
     model = onnx.load(path)
     facts = {entry.key: entry.value for entry in model.metadata_props}
-    assert facts['exporter'] == f'caretrans {__version__}' and facts['checkpoint_sha256'] == 'random weights'
+    assert facts['caretrans'] == __version__ and facts['checkpoint'] == 'random weights'
+    assert (facts['torch'], facts['onnxscript']) == (torch.__version__, version('onnxscript'))
     assert '0.485' in facts['preprocessing'] and facts['precision'] == 'fp32' and facts['output'] == 'logits'
-    assert json.loads(facts['class_names']) == program.labels == get_source().class_names
+    assert json.loads(facts['class_names']) == program.labels == make_source().class_names
     assert [(item.domain, item.version) for item in model.opset_import] == [('', onnx_program.OPSET)]
     axes = [dim.dim_param or dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
     assert model.graph.input[0].name == 'input_1' and axes == ['batch', 3, 'height', 'width']
@@ -73,8 +68,8 @@ def test_operations_and_changes_of_shape_are_counted(saved):
 def test_pixels_and_probabilities(tmp_path):
     job, path = make_job('onnx', input='image', output='probabilities', batch=2), tmp_path / 'care_s0.onnx'
     program = write_and_read(job, path)
-    assert verify(get_source(), job, program, get_cases(), path).max_error < 1e-5
-    assert float(program.run(get_cases().pixels[:2].float()).sum()) == pytest.approx(2)
+    assert prove(job, program, path).max_error < 1e-5
+    assert float(program.run(make_cases().pixels[:2].float()).sum()) == pytest.approx(2)
 
 
 def test_int8_is_smaller_and_agrees(saved, tmp_path):
@@ -82,7 +77,7 @@ def test_int8_is_smaller_and_agrees(saved, tmp_path):
     program = write_and_read(job, path)
     assert program.operations['QuantizeLinear'] > 100
     assert path.stat().st_size < saved[1].stat().st_size / 2.5
-    result = verify(get_source(), job, program, get_cases(), path)
+    result = prove(job, program, path)
     assert 0.01 < result.max_error < result.largest / 2
 
 
@@ -108,18 +103,18 @@ def test_spoiled_file_is_noticed(spoil, said, saved, tmp_path):
     spoil(model)
     onnx.save(model, broken)
     with pytest.raises(VerificationError, match=said):
-        verify(get_source(), job, onnx_program.read(get_source(), job, broken), get_cases(), broken)
+        verify(make_source(), job, onnx_program.read(make_source(), job, broken), make_cases(), broken)
 
 
 def test_swapped_labels_are_noticed(saved, tmp_path):
     job, path, _ = saved
-    model, names = onnx.load(path), list(get_source().class_names)
+    model, names = onnx.load(path), list(make_source().class_names)
     names[2], names[5] = names[5], names[2]
     next(entry for entry in model.metadata_props if entry.key == 'class_names').value = json.dumps(names)
     onnx.save(model, tmp_path / 'swapped.onnx')
-    program = onnx_program.read(get_source(), job, tmp_path / 'swapped.onnx')
+    program = onnx_program.read(make_source(), job, tmp_path / 'swapped.onnx')
     with pytest.raises(VerificationError, match='class 2 is labelled'):
-        verify(get_source(), job, program, get_cases())
+        verify(make_source(), job, program, make_cases())
 
 
 def test_truncated_file_is_named(saved, tmp_path):
@@ -135,4 +130,4 @@ def test_file_that_lost_its_end_alone_is_named(saved, tmp_path):
     del model.metadata_props[:]
     onnx.save(model, cut)
     with pytest.raises(ExportError, match='cut.onnx cannot be read'):
-        onnx_program.read(get_source(), saved[0], cut)
+        onnx_program.read(make_source(), saved[0], cut)

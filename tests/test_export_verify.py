@@ -31,7 +31,7 @@ def test_right_program_passes(kwargs):
 def test_wrong_normalisation_is_noticed():
     job = make_job(input='image')
     wrong = make_program(make_job(), lambda logits: logits)  # does not normalise
-    with pytest.raises(VerificationError, match='first answers are those of PyTorch, at least 99 % must be'):
+    with pytest.raises(VerificationError, match='first answers are those of PyTorch, at least 99.5 % must be'):
         prove(job, wrong)
 
 
@@ -50,7 +50,7 @@ def test_errors_that_rounding_does_not_explain_are_noticed(precision, shift, not
 
 def test_swapped_classes_are_noticed():
     job = make_job()
-    with pytest.raises(VerificationError, match='at least 99 %'):
+    with pytest.raises(VerificationError, match='at least 99.5 %'):
         prove(job, make_program(job, lambda logits: logits.flip(1)))
 
 

@@ -19,15 +19,11 @@ from .source import Source, build_network
 from .torch_program import trace_network
 from .verify import ExportError, Program
 
-__all__ = ['check', 'read', 'write']
+__all__ = ['read', 'write']
 
 INPUT, FACTS, ENTRY = 'input_1', 'caretrans', 'main'
 SHAPE_CHANGES = ('reshape', 'transpose', 'expand_dims', 'shrink_dims')
 NOTE = 'operations are those of the file, with the bodies of functions that it calls'
-
-
-def check(job: Job) -> None:
-    """Nothing to refuse."""
 
 
 class Half(nn.Module):

@@ -4,7 +4,6 @@ The network goes through `torch.export`, whose decompositions keep ELU, GELU and
 Pixels enter as they are, from 0 to 255: coremltools' own preprocessing knows one scale for all channels, ImageNet's
 normalisation has three, and stands in the network instead.
 """
-import json
 import os
 import shutil
 import tempfile
@@ -19,12 +18,13 @@ import torch
 from .. import __version__
 from ..config import ConfigError
 from .config import Job
+from .metadata import describe, describe_input, read_class_names
 from .silence import silence
 from .source import Source
 from .torch_program import trace
 from .verify import ExportError, Program
 
-__all__ = ['INPUT', 'LABEL', 'check', 'import_coremltools', 'read', 'read_facts', 'write']
+__all__ = ['INPUT', 'LABEL', 'check', 'evaluate', 'import_coremltools', 'read', 'read_facts', 'write']
 
 WANTED = '9.0'
 INPUT, LABEL = 'input_1', 'classLabel'
@@ -153,40 +153,6 @@ def _compress_network(model: Any, job: Job) -> Any:
 
 # What a program says of itself ----------------------------------------------------------------------------------------
 
-def _describe_preparation(source: Source, job: Job) -> str:
-    config = source.eval_config
-    height, width = job.size
-    text = (f'Resize ({config["interpolation"]}) until the centre crop of {height} x {width} pixels is '
-            f'{100 * config["crop_pct"]:g} % of the shorter side, and crop. ')
-    figures = f'mean {_join(config["mean"])}, standard deviation {_join(config["std"])} of values from 0 to 1'
-    if job.input == 'image':
-        return text + f'RGB pixels from 0 to 255 go in; the program normalises them: {figures}.'
-    return text + f'Normalise before the program, per channel in RGB order: {figures}.'
-
-
-def _join(values: List[float]) -> str:
-    return ', '.join(f'{value:g}' for value in values)
-
-
-def _list_facts(source: Source, job: Job) -> Dict[str, str]:
-    """What the file says for programs: `read_facts` reads it again."""
-    height, width = job.size
-    facts = dict(
-        model=source.name, form=job.get_form(), format=job.format, precision=job.precision, compress=job.compress,
-        input=job.input, output=job.output, size=f'{height}x{width}', batch=str(job.batch),
-        channels=str(source.eval_config['input_size'][0]),
-        target=job.target if job.format == 'mlpackage' else '',
-        checkpoint=Path(source.checkpoint).name or 'random weights', preprocessing=_describe_preparation(source, job),
-        caretrans=__version__, torch=torch.__version__, coremltools=version('coremltools'))
-    if source.sha256:
-        facts['checkpoint_sha256'] = source.sha256
-    if source.accuracy:
-        facts['accuracy'] = source.accuracy
-    if source.meta.get('metrics'):
-        facts['training_metrics'] = json.dumps(source.meta['metrics'])
-    return facts
-
-
 OUTPUTS = {
     'logits': 'Scores (batch, classes), before the softmax.',
     'probabilities': 'Probabilities (batch, classes).',
@@ -201,11 +167,11 @@ def _describe(model: Any, source: Source, job: Job) -> None:
     model.author = 'caretrans; the weights are of their authors'
     model.license = 'MIT for the code; the weights have the licence of their authors'
     model.version = __version__
-    model.input_description[INPUT] = _describe_preparation(source, job)
+    model.input_description[INPUT] = describe_input(source, job)
     if job.output == 'classes':
         model.output_description[LABEL] = 'The likeliest class.'
     model.output_description['probabilities' if job.output == 'classes' else job.output] = OUTPUTS[job.output]
-    model.user_defined_metadata.update(_list_facts(source, job))
+    model.user_defined_metadata.update(describe(source, job))
 
 
 def read_facts(path: Path) -> Dict[str, str]:
@@ -279,15 +245,25 @@ def read(source: Source, job: Job, path: Path) -> Program:
     Raises:
         ExportError: It is damaged, holds what the evaluator does not know, or names no classes where it should.
     """
+    program = evaluate(path, job)
+    if job.output == 'classes' and program.labels is None:
+        raise ExportError(f'{path} has no labels, so it cannot give classes. Export it again.')
+    if program.labels is None:
+        try:
+            program.labels = read_class_names(read_facts(path))
+        except KeyError as error:
+            raise ExportError(f'{path} names no classes. Export it again.') from error
+    return program
+
+
+def evaluate(path: Path, job: Job) -> Program:
+    """The same of a file that need not say what it is; its labels are those of a classifier alone."""
     with silence(*LOGGERS):
         if job.format == 'mlpackage':
             from .mil_evaluator import read_ml_program
-            program = read_ml_program(path).to_program()
-        else:
-            from .network_evaluator import read_network
-            program = read_network(path, half=job.precision == 'fp16').to_program()
-    if job.format == 'mlmodel' and job.precision == 'fp32':
+            return read_ml_program(path).to_program()
+        from .network_evaluator import read_network
+        program = read_network(path, half=job.precision == 'fp16').to_program()
+    if job.precision == 'fp32':
         program.notes.append('computed in float32; a phone may compute it in float16')
-    if job.output == 'classes' and program.labels is None:
-        raise ExportError(f'{path} has no labels, so it cannot give classes. Export it again.')
     return program

@@ -3,7 +3,6 @@
 The second kind runs on Apple's systems alone. What it holds is an ML Program of Core ML, which is taken out of the file
 and evaluated as all of those are.
 """
-import dataclasses
 import json
 import tempfile
 from collections import Counter
@@ -115,11 +114,23 @@ def extract_package(path: Path, folder: Path) -> Path:
     return package
 
 
-def _read_coreml(source: Source, job: Job, path: Path) -> Program:
+def _load(content: bytes) -> Any:
+    from executorch.runtime import Runtime
+    return Runtime.get().load_program(content)
+
+
+def _read_labels(program: Any) -> List[str]:
+    """Of any program of ours: the method that returns the metadata is computed by no delegate."""
+    facts, = program.load_method(FACTS).execute([])
+    return read_class_names(json.loads(bytes(facts.tolist())))
+
+
+def _read_coreml(job: Job, path: Path) -> Program:
     from . import coreml
     with tempfile.TemporaryDirectory() as folder:
         package = extract_package(path, Path(folder))
-        program = coreml.read(source, dataclasses.replace(job, format='mlpackage'), package)
+        program = coreml.evaluate(package, job)
+    program.labels = _read_labels(_load(path.read_bytes()))
     program.notes.append('evaluated is the ML Program in the file; ExecuTorch itself runs it on Apple\'s systems alone')
     return program
 
@@ -135,26 +146,23 @@ class Method:
         return self.method.execute([images.contiguous()])[0].clone()
 
 
-def _read_xnnpack(source: Source, job: Job, path: Path) -> Program:
+def _read_xnnpack(job: Job, path: Path) -> Program:
     from executorch.extension.pybindings import portable_lib
-    from executorch.runtime import Runtime
     kernels, delegates = _count(_deserialize(path))
     threads = torch.get_num_threads()
     if portable_lib._threadpool_get_thread_count() != threads:
         portable_lib._unsafe_reset_threadpool(threads)
     content = path.read_bytes()
-    program = Runtime.get().load_program(content)
-    facts, = program.load_method(FACTS).execute([])
-    labels = read_class_names(json.loads(bytes(facts.tolist())))
+    program = _load(content)
     changes = [name for name, count in kernels.items() if name.startswith(SHAPE_CHANGES) for _ in range(count)]
     return Program(
-        Method(content, program).run, f'ExecuTorch {version("executorch")}', labels,
+        Method(content, program).run, f'ExecuTorch {version("executorch")}', _read_labels(program),
         {**kernels, 'calls of XNNPACK': delegates}, changes, notes=['what XNNPACK does in a call is not counted'])
 
 
 def read(source: Source, job: Job, path: Path) -> Program:
     try:
-        return (_read_xnnpack if job.format == 'executorch' else _read_coreml)(source, job, path)
+        return (_read_xnnpack if job.format == 'executorch' else _read_coreml)(job, path)
     except ExportError:
         raise
     except Exception as error:  # of flatbuffers, of ExecuTorch

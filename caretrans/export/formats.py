@@ -1,18 +1,23 @@
 """The formats that a network can be exported to: what each is called, needs and allows."""
 import importlib
+import importlib.metadata
 import importlib.util
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
-from typing import Dict, List, Tuple
+from typing import Dict, Tuple
 
-__all__ = ['FORMATS', 'Format', 'find_obstacle']
+__all__ = ['FORMATS', 'Format', 'find_obstacle', 'list_versions']
+
+PINS = Path(__file__).parent.parent.parent / 'coreml' / 'requirements.txt'  # of the repository; pip installs none
 
 
 @dataclass(frozen=True)
 class Format:
     """A format; its module, of this package, writes and reads programs.
 
-        check(job) -> None                      ConfigError for what cannot work: targets, versions, combinations
+        check(job) -> None                      optional; ConfigError for what cannot work: targets, combinations
         write(source, job, path) -> List[str]   a finished file or folder at `path`; remarks for people
         read(source, job, path) -> Program      what is in the file, ready to be run; ExportError where it is damaged
 
@@ -20,6 +25,7 @@ class Format:
         suffix: Of the file or folder.
         precisions, inputs, outputs: What can be asked for, the default first.
         packages: {module to import: what to pip install}.
+        precision_packages: {precision: packages that it needs besides}.
         own_environment: Whether its packages clash with those of training, and cmd/export.sh makes another environment.
     """
     name: str
@@ -30,6 +36,10 @@ class Format:
     inputs: Tuple[str, ...] = ('tensor', 'image')
     outputs: Tuple[str, ...] = ('logits', 'probabilities')
     own_environment: bool = False
+    precision_packages: Dict[str, Dict[str, str]] = field(default_factory=dict)
+
+    def get_packages(self, precision: str) -> Dict[str, str]:
+        return {**self.packages, **self.precision_packages.get(precision, {})}
 
     def load_module(self) -> ModuleType:
         return importlib.import_module(f'.{self.module}', __package__)
@@ -45,26 +55,51 @@ FORMATS: Dict[str, Format] = {item.name: item for item in [
     Format('mlmodel', 'coreml', '.mlmodel', **_COREML),
     Format('onnx', 'onnx_program', '.onnx', ('fp32', 'int8'), {**_ONNX, 'onnxruntime': 'onnxruntime'}),
     Format('openvino', 'openvino_program', '.openvino', ('fp32', 'fp16', 'int8'), {
-        **_ONNX, 'openvino': 'openvino', 'nncf': 'nncf'}),
+        **_ONNX, 'openvino': 'openvino'}, precision_packages={'int8': {'nncf': 'nncf'}}),
     Format('torch', 'torch_program', '.pt2', ('fp32',), {}),
     Format('executorch', 'executorch_program', '.pte', ('fp32', 'int8'), {'executorch': 'executorch'},
-           own_environment=True),
+           own_environment=True, precision_packages={'int8': {'torchao': 'torchao'}}),
     Format('executorch-coreml', 'executorch_program', '.coreml.pte', ('fp16', 'fp32'), {
         'executorch': 'executorch', 'coremltools': 'coremltools==9.0'}, own_environment=True),
     Format('litert', 'litert_program', '.tflite', ('fp32', 'int8'), {
-        'litert_torch': 'litert-torch', 'ai_edge_litert': 'ai-edge-litert'}, own_environment=True),
+        'litert_torch': 'litert-torch', 'ai_edge_litert': 'ai-edge-litert'}, own_environment=True,
+        precision_packages={'int8': {'ai_edge_quantizer': 'ai-edge-quantizer'}}),
     Format('coreai', 'coreai_program', '.aimodel', ('fp32', 'fp16'), {
         'coreai_torch': 'coreai-torch', 'coreai': 'coreai-core'}, own_environment=True),
 ]}
 
 
-def find_obstacle(item: Format) -> str:
-    """What a format lacks here, with the remedy; '' if nothing."""
-    missing: List[str] = []
-    for module, package in item.packages.items():
-        if importlib.util.find_spec(module) is None:
-            missing.append(package)
-    if not missing:
-        return ''
-    where = '; `bash cmd/export.sh` makes an environment that has it' if item.own_environment else ''
-    return f'it is not installed: pip install {" ".join(missing)}{where}'
+def list_versions(item: Format, precision: str) -> Dict[str, str]:
+    """{package: version installed} of torch and of what a format needs; without those that do not say theirs."""
+    found = {}
+    for package in ['torch', *item.get_packages(precision).values()]:
+        name = package.partition('==')[0]
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _read_pins() -> Dict[str, str]:
+    """{package: version} of the other environment; {} outside of the repository."""
+    return dict(re.findall(r'^([\w-]+)==([^\s#]+)', PINS.read_text(), re.MULTILINE)) if PINS.is_file() else {}
+
+
+def find_obstacle(item: Format, precision: str = '') -> str:
+    """What a format lacks here, with the remedy; '' if nothing.
+
+    Args:
+        precision: What it needs for this one too.
+    """
+    missing = [package for module, package in item.get_packages(precision).items()
+               if importlib.util.find_spec(module) is None]
+    if not item.own_environment:
+        return f'it is not installed: pip install {" ".join(missing)}' if missing else ''
+    if missing:
+        return f'{", ".join(missing)} is not installed here: `bash cmd/export.sh` makes an environment that has it'
+    pins = _read_pins()
+    others = [f'{name} {version} is installed, it is tested with {pins[name]}'
+              for name, version in list_versions(item, precision).items()
+              if name in pins and version.partition('+')[0] != pins[name]]
+    return f'{"; ".join(others)}: `bash cmd/export.sh` makes an environment that has it' if others else ''

@@ -15,16 +15,12 @@ from .silence import silence
 from .source import Source, build_network
 from .verify import ExportError, Program
 
-__all__ = ['check', 'read', 'write']
+__all__ = ['read', 'write']
 
 INPUT, FACTS, SIGNATURE = 'input_1', 'caretrans', 'serving_default'
 CALIBRATION = 64  # photographs: the quantiser keeps all that it sees
 ATTENTION = '.*Attention.*'  # part of the names of its operations
 SHAPE_CHANGES = ('RESHAPE', 'TRANSPOSE', 'SQUEEZE', 'EXPAND_DIMS')
-
-
-def check(job: Job) -> None:
-    """Nothing to refuse."""
 
 
 # Writing --------------------------------------------------------------------------------------------------------------

@@ -1,37 +1,56 @@
-"""What a program says of itself in its file: where it comes from, what goes in, what comes out."""
+"""What a program says of itself in its file: where it comes from, what made it, what goes in, what comes out."""
 import json
+from pathlib import Path
 from typing import Dict, List, Mapping
+
+import torch
 
 from .. import __version__
 from .config import Job
+from .formats import list_versions
 from .source import Source
 
 __all__ = ['describe', 'describe_input', 'read_class_names']
+
+TARGETED = ('mlpackage', 'executorch-coreml')  # formats that are made for the systems from --target on
+
+
+def _join(values: List[float]) -> str:
+    return ', '.join(f'{value:g}' for value in values)
 
 
 def describe_input(source: Source, job: Job) -> str:
     """How photographs are made ready for a program, for people."""
     config = source.eval_config
-    steps = [
-        f'RGB, channels first, resized ({config["interpolation"]}) so that the centre of {job.size[0]}x{job.size[1]} '
-        f'is {config["crop_pct"]:g} of it, cropped']
+    height, width = job.size
+    text = (f'Resize ({config["interpolation"]}) until the centre crop of {height} x {width} pixels is '
+            f'{100 * config["crop_pct"]:g} % of the shorter side, and crop. ')
+    figures = f'mean {_join(config["mean"])}, standard deviation {_join(config["std"])} of values from 0 to 1'
     if job.input == 'image':
-        steps.append('values from 0 to 255; the program normalises them')
-    else:
-        mean, std = (', '.join(f'{value:g}' for value in config[name]) for name in ('mean', 'std'))
-        steps.append(f'(values / 255 - ({mean})) / ({std}) by channel')
-    return '; '.join(steps)
+        return text + f'RGB pixels from 0 to 255 go in; the program normalises them: {figures}.'
+    return text + f'Normalise before the program, per channel in RGB order: {figures}.'
 
 
 def describe(source: Source, job: Job) -> Dict[str, str]:
-    """Names and values for the metadata of a file; `class_names` is a list in JSON."""
+    """Names and values for the metadata of a file, the same for every format.
+
+    `class_names` is a list in JSON, `training_metrics` an object; packages are called as pip calls them, with versions.
+    """
+    height, width = job.size
     facts = dict(
-        model=source.name, exporter=f'caretrans {__version__}', checkpoint_sha256=source.sha256 or 'random weights',
-        precision=job.precision, network='as trained' if job.unfused else 'fused',
-        preprocessing=describe_input(source, job), output=job.output,
-        class_names=json.dumps(source.class_names, ensure_ascii=False))
+        model=source.name, form=job.get_form(), format=job.format, precision=job.precision, compress=job.compress,
+        input=job.input, output=job.output, size=f'{height}x{width}', batch=str(job.batch),
+        channels=str(source.eval_config['input_size'][0]), target=job.target if job.format in TARGETED else '',
+        checkpoint=Path(source.checkpoint).name or 'random weights', preprocessing=describe_input(source, job),
+        class_names=json.dumps(source.class_names, ensure_ascii=False), caretrans=__version__,
+        **list_versions(job.kind, job.precision))
+    facts['torch'] = torch.__version__  # with what it was built for
+    if source.sha256:
+        facts['checkpoint_sha256'] = source.sha256
     if source.accuracy:
         facts['accuracy'] = source.accuracy
+    if source.meta.get('metrics'):
+        facts['training_metrics'] = json.dumps(source.meta['metrics'])
     return facts
 
 

@@ -19,18 +19,15 @@ from .torch_program import trace_any_size
 from .verify import ExportError, Program
 
 __all__ = [
-    'INPUT', 'OPSET', 'check', 'convert', 'import_onnxruntime', 'make_session', 'quantize', 'read',
+    'INPUT', 'OPSET', 'convert', 'import_onnxruntime', 'make_session', 'quantize', 'read',
     'split_batches', 'write']
 
 OPSET = 20  # the first with a Gelu of its own
+ANY_SIZE = 'any number of images, of any height and width that the network takes'  # the tracer's checks are left out
 INPUT = 'input_1'
 AXES = ('batch', None, 'height', 'width')
 SHAPE_CHANGES = ('Reshape', 'Transpose', 'Unsqueeze', 'Squeeze', 'Flatten', 'Expand')
 INT64 = 7  # of onnx.TensorProto
-
-
-def check(job: Job) -> None:
-    """Nothing to refuse."""
 
 
 # From PyTorch ---------------------------------------------------------------------------------------------------------
@@ -117,7 +114,7 @@ def write(source: Source, job: Job, path: Path) -> List[str]:
     onnx.helper.set_model_props(model, describe(source, job))
     model.producer_name = 'caretrans'
     onnx.save(model, str(path))
-    return [f'opset {OPSET}', remark]
+    return [f'opset {OPSET}', remark or ANY_SIZE]
 
 
 def import_onnxruntime() -> Any:

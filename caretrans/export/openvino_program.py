@@ -21,15 +21,11 @@ from .source import Source
 from .torch_program import trace
 from .verify import ExportError, Program
 
-__all__ = ['check', 'compile_model', 'get_core', 'make_model', 'quantize', 'read', 'write']
+__all__ = ['compile_model', 'get_core', 'make_model', 'quantize', 'read', 'write']
 
 MODEL, FACTS = 'model.xml', 'caretrans.json'
 SHAPE_CHANGES = ('Reshape', 'Transpose', 'Unsqueeze', 'Squeeze', 'Broadcast')
 NO_OPERATIONS = ('Constant', 'Parameter', 'Result')
-
-
-def check(job: Job) -> None:
-    """Nothing to refuse."""
 
 
 @lru_cache(maxsize=None)

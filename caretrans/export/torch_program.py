@@ -12,16 +12,12 @@ from .metadata import describe, read_class_names
 from .source import Source, build_network
 from .verify import ExportError, Program
 
-__all__ = ['ANY_SIZE', 'check', 'read', 'trace', 'trace_any_size', 'trace_network', 'write']
+__all__ = ['ANY_SIZE', 'read', 'trace', 'trace_any_size', 'trace_network', 'write']
 
 FACTS = 'caretrans.json'
 ANY_SIZE = 'any number of images, of any height and width from 64 pixels on'
 SHAPE_CHANGES = (
     'view', 'reshape', 'flatten', 'squeeze', 'unsqueeze', 'transpose', 'permute', 't', 'mT', 'numpy_T', 'expand')
-
-
-def check(job: Job) -> None:
-    """Nothing to refuse."""
 
 
 @torch.no_grad()
@@ -39,13 +35,13 @@ def trace(source: Source, job: Job) -> torch.export.ExportedProgram:
 def trace_any_size(network: nn.Module, images: torch.Tensor) -> Tuple[torch.export.ExportedProgram, str]:
     """A network as a program of torch.export for any number of images of any size, where it computes the same for all.
 
-    The tracer takes a size of 1 for a constant, and is shown two oblong images. For the same reason it wants images of
-    64 pixels at least: at 1/32 of the size, smaller ones have one position left.
+    The tracer takes a size of 1 for a constant, and is shown two oblong images. For the same reason the program checks
+    that images have 64 pixels at least: at 1/32 of the size, smaller ones have one position left.
 
     Args:
         images: (B, C, H, W), for which it is traced where it cannot be for others.
     Returns:
-        The program, and a remark on what goes in.
+        The program, and a remark on the only images that go in; '' if any do.
     """
     _, chs, height, width = images.shape
     free = {number: torch.export.Dim.DYNAMIC for number in (0, 2, 3)}
@@ -54,13 +50,13 @@ def trace_any_size(network: nn.Module, images: torch.Tensor) -> Tuple[torch.expo
     except (torch._dynamo.exc.UserError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         return trace_network(network, images), f'only images of shape {tuple(images.shape)}: {reason}'
-    return program, ANY_SIZE
+    return program, ''
 
 
 def write(source: Source, job: Job, path: Path) -> List[str]:
     program, remark = trace_any_size(build_network(source, job), source.make_example(job))
     torch.export.save(program, path, extra_files={FACTS: json.dumps(describe(source, job))})
-    return [remark]
+    return [remark or ANY_SIZE]
 
 
 def _computes(node: torch.fx.Node) -> bool:

@@ -24,8 +24,8 @@ EPS = 1e-6  # of `linear_attention`
 class BmmAttention(InferenceModule):
     """Linear attention by products of three axes: (B, C, H, W) to the same shape.
 
-    One convolution gives each head its queries, keys, values / N and 1 / N, so that the sums over the N positions are
-    means, in the least reshapes; see `caretrans.models.attention`.
+    One convolution gives each head its queries, keys, values and a row of ones, in the least reshapes. Values and ones
+    are multiplied by 1 / N, so that the sums over the N positions are means; see `caretrans.models.attention`.
     """
 
     def __init__(self, attention: nn.Module) -> None:
