@@ -5,17 +5,21 @@ import shutil
 
 import exports
 import pytest
+import torch
 from core_ml_programs import edit, save_network
 from exports import make_cases, make_source
 
+from caretrans.export import coreml
 from caretrans.export.mil_evaluator import read_ml_program
 from caretrans.export.network_evaluator import read_network
-from caretrans.export.source import load_cases
-from caretrans.export.verify import VerificationError, verify
+from caretrans.export.source import build_network, load_cases
+from caretrans.export.verify import ExportError, VerificationError, verify
 
 SIZE = (96, 96)
 PHOTOGRAPHS = 64
+FEW = 4
 ERRORS = {'fp16': 1e-2, 'fp32': 3e-6}  # of the largest logit; measured 3e-3 and 9e-7
+EXACT = 1e-5  # likewise, against the network with weights of float16; measured 7e-7
 BOTH = pytest.mark.parametrize('format', ['mlpackage', 'mlmodel'])
 
 
@@ -62,6 +66,38 @@ def test_care_s0_equals_pytorch_in_float64(format, precision, output, source, ca
     assert 'transpose' not in evaluator.operations
 
 
+def compute_logits(program, kind, source, job, cases):
+    """Of the first photographs, by `run`, `run_exact` or `run_flushed`: (n, classes) float64."""
+    found = []
+    for pixels in cases.pixels[:FEW].split(1):
+        output = getattr(program, kind)(source.make_ready(pixels, job))
+        found.append(program.get_logits())
+        assert (found[-1].softmax(dim=-1) - output).abs().max() < 1e-3
+    return torch.cat(found).double()
+
+
+@torch.no_grad()
+def compute_expected(source, job, cases):
+    """What the network gives in float64 when its weights are those of float16."""
+    network = build_network(source, job).half().double()
+    network.probabilities = False
+    return network(source.make_ready(cases.pixels[:FEW], job).double())
+
+
+@BOTH
+def test_an_exact_run_differs_from_pytorch_by_the_rounding_of_weights_alone(format, source, cases, saved):
+    job = make_job(format, 'fp16', output='classes')
+    program = read(saved(job), job).to_program()
+    expected = compute_expected(source, job, cases)
+    exact, rounded, flushed = (
+        compute_logits(program, kind, source, job, cases) for kind in ('run_exact', 'run', 'run_flushed'))
+    largest = expected.abs().max()
+    assert (exact - expected).abs().max() < EXACT * largest
+    for other in (rounded, flushed):
+        assert 10 * EXACT * largest < (other - expected).abs().max() < ERRORS['fp16'] * largest
+    assert not torch.equal(rounded, flushed)
+
+
 # Deliberate breaks: each edits the file on disk, which holds operations (packages) or layers (networks) ---------------
 
 def is_layer(item):
@@ -91,13 +127,18 @@ def shift_padding(spec, items):
                 padding[:2] = [7, 3]
 
 
-def lose_bias(spec, items):
-    """The first convolution loses its bias."""
-    first = of_type(items, 'conv', 'convolution')[0]
-    if is_layer(first):
-        first.convolution.hasBias = False
+def lose_bias(spec, items, number=0):
+    """A convolution loses its bias, the first if nothing is said."""
+    chosen = of_type(items, 'conv', 'convolution')[number]
+    if is_layer(chosen):
+        chosen.convolution.hasBias = False
     else:
-        del first.inputs['bias']
+        del chosen.inputs['bias']
+
+
+def lose_small_bias(spec, items):
+    """A convolution far inside loses its bias, and the logits change less than rounding may change them."""
+    lose_bias(spec, items, number=101)
 
 
 def swap_slices(spec, items):
@@ -151,12 +192,16 @@ def put_inverse_for_division(spec, items):
         items.insert(number, inverse)
 
 
-def verify_broken(break_file, job, source, cases, saved, folder):
-    """Break a copy of what is saved, and verify it."""
-    path = saved(job)
+def save_broken(break_file, path, folder):
+    """Break a copy of what is saved; gives its path."""
     broken = folder / path.name
     (shutil.copytree if path.is_dir() else shutil.copy)(path, broken)
     edit(broken, break_file)
+    return broken
+
+
+def verify_broken(break_file, job, source, cases, saved, folder):
+    broken = save_broken(break_file, saved(job), folder)
     return verify(source, job, read(broken, job).to_program(), cases, broken)
 
 
@@ -167,6 +212,29 @@ def test_a_break_changes_answers_and_is_refused(break_file, format, source, case
     with pytest.raises(VerificationError, match='first answers are those of PyTorch, at least 97 % must be') as caught:
         verify_broken(break_file, job, source, cases, saved, tmp_path)
     assert caught.value.verification.top1_agreement < 80
+
+
+@BOTH
+def test_a_lost_bias_that_rounding_hides_is_seen_in_an_exact_run(format, source, cases, saved, tmp_path):
+    job = make_job(format, 'fp16', output='classes')
+    program = read(save_broken(lose_small_bias, saved(job), tmp_path), job).to_program()
+    expected = compute_expected(source, job, cases)
+    errors = [(compute_logits(program, kind, source, job, cases) - expected).abs().max() / expected.abs().max()
+              for kind in ('run', 'run_exact')]
+    assert errors[0] < ERRORS['fp16'] and errors[1] > 100 * EXACT
+
+
+@BOTH
+def test_a_file_without_labels_is_refused_where_classes_are_wanted(format, source, saved):
+    path = saved(make_job(format, 'fp32'))
+    with pytest.raises(ExportError, match=f'care_s0.{format} has no labels, so it cannot give classes'):
+        coreml.read(source, make_job(format, 'fp32', output='classes'), path)
+
+
+@BOTH
+def test_a_network_in_float32_says_that_phones_may_round(format, source, saved):
+    notes = coreml.read(source, make_job(format, 'fp32'), saved(make_job(format, 'fp32'))).notes
+    assert notes == (['computed in float32; a phone may compute it in float16'] if format == 'mlmodel' else [])
 
 
 @BOTH

@@ -112,16 +112,17 @@ class Findings:
         self.counts: Dict[str, _Count] = {}
         self.largest: Tuple[float, str, bool] = (0., '', False)
 
-    def record(self, source: str, x: torch.Tensor, half: bool, nonzero: int) -> None:
+    def record(self, source: str, x: torch.Tensor, half: bool, nonzero: int, given: bool = False) -> None:
         """Look at the float32 numbers that an operation gave.
 
         Args:
             source: The operation, for people.
             half: Whether they were rounded to float16, so that subnormal ones count.
             nonzero: How many were not 0 before they were rounded; not used for others.
+            given: Whether they were handed on, as pixels are by a cast; then none of them is the largest of its own.
         """
         largest = self._count(source, x, half, nonzero)
-        if self.largest[0] < largest < float('inf'):
+        if not given and self.largest[0] < largest < float('inf'):
             self.largest = largest, source, half
 
     def record_weight(self, source: str, weight: Weight) -> None:
@@ -350,7 +351,7 @@ def _finish(step: Step, x: torch.Tensor, mode: Mode, findings: Optional[Findings
     if rounds:
         round_half_(x)
     if findings is not None and x.is_floating_point():
-        findings.record(str(step), x, step.half, nonzero)
+        findings.record(str(step), x, step.half, nonzero, given=step.type == 'cast')
     return _flush(x) if step.half and mode is Mode.FLUSHED else x
 
 
