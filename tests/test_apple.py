@@ -86,7 +86,7 @@ def test_a_mac_examines_each_program_before_it_is_kept(monkeypatch, tmp_path):
     text = '\n'.join(describe_exports(facts, exports))
     assert 'Core ML on this Mac: max error' in text and 'Neural Engine: 141 operations, 90.0 % of the' in text
     assert '1.25 ms, median of 500' in text
-    report = json.loads((tmp_path / 'care_s0-64x64.mlpackage.json').read_text())
+    report = json.loads((tmp_path / 'care_s0-64x64-logits.mlpackage.json').read_text())
     assert report['core_ml']['latency']['median'] == 1.25 and report['core_ml']['verification']['images'] == 3
 
     monkeypatch.setattr(apple, '_open', lambda path, units: CoreML(job, shift=1.))

@@ -232,8 +232,9 @@ def test_a_file_without_labels_is_refused_where_classes_are_wanted(format, sourc
 
 
 @BOTH
-def test_a_network_in_float32_says_that_phones_may_round(format, source, saved):
-    notes = coreml.read(source, make_job(format, 'fp32'), saved(make_job(format, 'fp32'))).notes
+def test_a_network_in_float32_says_that_phones_may_round(format, saved):
+    job = make_job(format, 'fp32')
+    notes = coreml.evaluate(saved(job), job).notes
     assert notes == (['computed in float32; a phone may compute it in float16'] if format == 'mlmodel' else [])
 
 

@@ -259,13 +259,6 @@ def test_palettes_ask_for_scikit_learn(monkeypatch):
         coreml.check(make_job('mlpackage', 'fp16', compress='palette6'))
 
 
-def test_images_of_other_than_three_channels_are_refused(tmp_path):
-    source = make_source()
-    grey = type(source)(**{**vars(source), 'eval_config': dict(source.eval_config, input_size=[1, 64, 64])})
-    with pytest.raises(ConfigError, match='care_s0 takes 1 channels, an RGB image has 3'):
-        coreml.write(grey, make_job('mlmodel', 'fp16', input='image'), tmp_path / 'program.mlmodel')
-
-
 @pytest.mark.parametrize('format', ['mlpackage', 'mlmodel'])
 def test_failed_conversion_is_one_line_and_leaves_nothing(format, tmp_path, monkeypatch):
     ct = coreml.import_coremltools()

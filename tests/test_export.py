@@ -156,6 +156,13 @@ def test_sizes_that_a_model_does_not_take_are_named(run, tmp_path):
     assert code == 2 and '--img-size 64x64: vit_tiny_patch16_224 does not take such images' in error
 
 
+def test_images_of_other_than_three_channels_are_refused(run, tmp_path):
+    path = tmp_path / 'grey.pth.tar'
+    save_checkpoint(path, filled_model('care_s0', in_chans=1), arch='care_s0')
+    code, _, error = run('--checkpoint', path, '--output-dir', tmp_path / 'out')
+    assert code == 2 and '--input image: care_s0 takes 1 channels, an RGB image has 3' in error
+
+
 def test_figures_that_are_not_finite_are_null_in_json():
     item = Export(make_job(), Path('x'), verification=Verification(1, 'data', float('nan'), 1., 2., 3., 4., 5.))
     plain = json.loads(json.dumps(item.to_dict(), allow_nan=False))

@@ -81,7 +81,8 @@ def read_by_core_ml(source: Source, job: Job, path: Path, units: str = 'all') ->
     def run(images: torch.Tensor) -> torch.Tensor:
         answer = model.predict({INPUT: make_feature(images, job.input)})
         return collect_outputs(answer, job, source.class_names)
-    return Program(run, f'Core ML, compute units {units}')
+    labels = source.class_names if job.output == 'classes' else None  # it answers by name: those are looked up
+    return Program(run, f'Core ML, compute units {units}', labels)
 
 
 # Where operations run -------------------------------------------------------------------------------------------------

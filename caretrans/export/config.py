@@ -145,14 +145,14 @@ class ExportConfig:
         return jobs
 
     def _make_job(self, kind: Format, precision: str, size: Tuple[int, int]) -> Job:
-        obstacle = find_obstacle(kind)
-        if obstacle:
-            raise ConfigError(f'--format {kind.name}: {obstacle}')
         chosen = dict(input=self.input or kind.inputs[0], output=self.output or kind.outputs[0], precision=precision)
         for name, value in chosen.items():
             able = getattr(kind, f'{name}s')
             if value not in able:
                 raise ConfigError(f'--{name} {value} with --format {kind.name}: it has {", ".join(able)}.')
+        obstacle = find_obstacle(kind, precision)
+        if obstacle:
+            raise ConfigError(f'--format {kind.name}: {obstacle}')
         compress = self.compress if kind.name in COREML else 'none'
         floor = FLOORS[compress if compress != 'none' else precision] if self.floor is None else self.floor
         return Job(
