@@ -1,13 +1,14 @@
 """What a measured figure needs beside it: the processor or the GPU, and the versions of what computed it."""
 import os
 import platform
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Dict, Sequence
+from typing import Dict, Iterator, Sequence
 
 import torch
 
-__all__ = ['count_cores', 'describe_device', 'describe_processor', 'list_versions']
+__all__ = ['count_cores', 'describe_device', 'describe_processor', 'list_versions', 'use_threads']
 
 PACKAGES = ('torch', 'timm', 'numpy', 'triton', 'onnx', 'onnxruntime', 'onnxruntime-gpu', 'openvino', 'nncf')
 
@@ -41,3 +42,14 @@ def list_versions(packages: Sequence[str] = PACKAGES) -> Dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+@contextmanager
+def use_threads(number: int) -> Iterator[None]:
+    """Let PyTorch take so many threads of the processor, inside of the context."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -13,7 +13,8 @@ import torch
 import benchmark
 from caretrans.bench import backends, kernel_choice, training_ways
 from caretrans.bench.backends import Network, Setup, check_output, check_setup, fit_setups, prepare
-from caretrans.bench.config import BenchConfig, expand_models, list_setups, parse_bench_config
+from caretrans.bench.config import BenchConfig, list_setups, parse_bench_config
+from caretrans.bench.names import expand_models
 from caretrans.bench.kernel_choice import KERNELS, place_kernels
 from caretrans.bench.learning import list_comparisons
 from caretrans.bench.lively import enliven

@@ -13,7 +13,8 @@ import benchmark
 from caretrans.bench import config as bench_config
 from caretrans.bench import inference
 from caretrans.bench.backends import BACKENDS, WrongOutputError, prepare
-from caretrans.bench.config import BenchConfig, expand_models, list_setups, parse_bench_config
+from caretrans.bench.config import BenchConfig, list_setups, parse_bench_config
+from caretrans.bench.names import expand_models
 from caretrans.bench.published import PUBLISHED, find_published, list_paper_models
 from caretrans.bench.readme import BEGIN, END, check_readme
 from caretrans.bench.timing import is_out_of_memory

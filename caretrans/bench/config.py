@@ -1,23 +1,19 @@
 """The settings of `benchmark.py`: what is measured, and which ways of running a network are candidates."""
 import argparse
 import dataclasses
-import difflib
 import itertools
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Optional, Sequence, Tuple
 
-import timm
 import torch
 
-from .. import models  # noqa: F401 (registers the models)
 from ..config import ConfigError, FlagParser, add_flags, check_settings, setting
 from .backends import BACKENDS, DTYPES, IN_TORCH, Setup, check_setup
 from .kernel_choice import KERNELS, WITH_KERNELS, choose_kernels
-from .published import list_paper_models
+from .names import expand_models, parse_size
 
-__all__ = ['BENCHES', 'BenchConfig', 'expand_models', 'list_setups', 'parse_bench_config', 'parse_size']
+__all__ = ['BENCHES', 'BenchConfig', 'list_setups', 'parse_bench_config']
 
 BENCHES = ('infer', 'profile', 'train')  # what 'all' stands for
 ALONE = ('accuracy', 'curves')  # what more there is
@@ -28,7 +24,6 @@ USED_BY = {  # benches that heed a flag; curves have refusals of their own
     'published': ('infer', 'profile'), 'runs': ('infer',), 'warmup': ('infer',), 'teacher': ('train', 'curves'),
     'ways': ('train', 'curves'), 'steps': ('curves',),
 }
-MIN_SIDE = 32
 README = Path(__file__).parents[2] / 'README.md'
 CHANNELS_LAST = ('fused', 'compile', 'cudagraph')  # in torch they are faster so; eager is as published
 
@@ -135,38 +130,6 @@ class BenchConfig:
             raise ConfigError(f'--published fixes {", ".join(changed)}: leave either out.')
         self.backend, self.dtype, self.batch_size, self.channels_last = ['eager'], ['tf32'], [64], False
         self.warmup, self.runs = 10, 40
-
-
-def parse_size(text: str) -> Tuple[int, int]:
-    """Height and width of '224' or '224x320' (HEIGHTxWIDTH)."""
-    match = re.fullmatch(r'(\d+)(?:x(\d+))?', text)
-    size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if min(size) < MIN_SIDE:
-        raise ConfigError(f'img_size is {text!r}: give a side or HEIGHTxWIDTH, each at least {MIN_SIDE} pixels.')
-    return size
-
-
-def expand_models(names: Sequence[str], flag: str = '--model') -> List[str]:
-    """The models that names, wildcards and 'paper' stand for, each once.
-
-    Raises:
-        ConfigError: Nothing has such a name; the message names the nearest.
-    """
-    found: List[str] = []
-    known = timm.list_models(include_tags=False)
-    for name in names:
-        if name == 'paper':
-            matches = list_paper_models()
-        elif set(name) & set('*?['):
-            matches = timm.list_models(name)
-        else:
-            matches = [name] if timm.is_model(name) else []
-        if not matches:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            raise ConfigError(
-                f'{flag} {name}: no such model' + (f', the nearest are {", ".join(near)}.' if near else '.'))
-        found += [match for match in matches if match not in found]
-    return found
 
 
 def _choose_layout(config: BenchConfig, backend: str) -> str:

@@ -7,7 +7,7 @@ and the rest goes on.
 import gc
 import math
 import sys
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterator, List, Optional, Sequence, TextIO, Tuple
 
@@ -16,7 +16,7 @@ import torch
 
 from ..checkpoint import CheckpointError, create_from_checkpoint
 from ..engine import resolve_device
-from ..machine import describe_device, list_versions
+from ..machine import describe_device, list_versions, use_threads
 from ..measure import count_operations, count_parameters
 from ..progress import Progress
 from .backends import Network, Runner, Setup, check_output, fit_setups, prepare
@@ -38,7 +38,7 @@ from .timing import (
 
 __all__ = [
     'BenchResult', 'Candidate', 'build_network', 'count_network', 'measure_group', 'run_inference', 'shorten',
-    'take_batch', 'use_threads']
+    'take_batch']
 
 Size = Tuple[int, int]  # height, width
 
@@ -262,17 +262,6 @@ def measure_group(
     for candidate in candidates:
         candidate.forget()
     return records, failures
-
-
-@contextmanager
-def use_threads(number: int) -> Iterator[None]:
-    """Let PyTorch take so many threads of the processor, inside of the context."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # The sweep ------------------------------------------------------------------------------------------------------------

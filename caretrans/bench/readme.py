@@ -11,7 +11,7 @@ import torch.nn as nn
 from ..config import ConfigError
 from ..fuse import rewrite
 from ..measure import count_operations, count_parameters, make_empty
-from .config import parse_size
+from .names import parse_size
 
 __all__ = ['BEGIN', 'END', 'check_readme', 'find_place', 'update_readme']
 

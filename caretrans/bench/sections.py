@@ -11,16 +11,17 @@ import torch
 from ..checkpoint import CheckpointError
 from ..config import ConfigError
 from ..engine import resolve_device
-from ..machine import describe_device
+from ..machine import describe_device, use_threads
 from ..measure import make_empty
 from ..progress import Progress
 from .accuracy import describe_accuracy, measure_accuracy
 from .backends import IN_TORCH, TORCH_DTYPES, Network, Setup, fit_setups, prepare
 from .bounds import describe_bounds, trace_operations
-from .config import BenchConfig, expand_models, list_setups
+from .config import BenchConfig, list_setups
 from .device_rates import measure_rates
 from .growth import SIZES, measure_growth
-from .inference import BenchResult, build_network, run_inference, shorten, take_batch, use_threads
+from .inference import BenchResult, build_network, run_inference, shorten, take_batch
+from .names import expand_models
 from .learning import bench_curves, list_comparisons
 from .plots import PlotError, draw_accuracy_by_gmacs, draw_accuracy_by_latency, draw_growth, draw_parts
 from .profiling import describe_profile, list_profile, profile_call

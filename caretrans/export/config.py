@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Optional, Sequence, Tuple
 
-from ..bench.config import expand_models, parse_size
+from ..bench.names import expand_models, parse_size
 from ..config import ConfigError, FlagParser, add_flags, check_settings, setting
 from .formats import FORMATS, Format, find_obstacle
 

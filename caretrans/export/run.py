@@ -12,10 +12,9 @@ from typing import Any, Dict, List, Optional, Sequence, TextIO, Tuple
 
 import torch
 
-from ..bench.inference import use_threads
 from ..bench.timing import compare_rounds, judge_noise, summarise, time_interleaved
 from ..config import ConfigError
-from ..machine import describe_device, list_versions
+from ..machine import describe_device, list_versions, use_threads
 from ..progress import Progress
 from .apple import Examination, examine, is_available
 from .config import COREML, TARGET, ExportConfig, Job
