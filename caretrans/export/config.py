@@ -8,7 +8,7 @@ from ..bench.names import expand_models, parse_size
 from ..config import ConfigError, FlagParser, add_flags, check_settings, setting
 from .formats import FORMATS, Format, find_obstacle
 
-__all__ = ['COREML', 'TARGET', 'TOLERANCES', 'ExportConfig', 'Job', 'parse_export_config']
+__all__ = ['AIMED', 'COREML', 'TARGET', 'TOLERANCES', 'ExportConfig', 'Job', 'parse_export_config']
 
 TARGET = 'iOS16'
 TARGETS = ('iOS15', 'iOS16', 'iOS17', 'iOS18', 'iOS26')

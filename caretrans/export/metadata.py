@@ -6,13 +6,11 @@ from typing import Dict, List, Mapping
 import torch
 
 from .. import __version__
-from .config import Job
+from .config import AIMED, Job
 from .formats import list_versions
 from .source import Source
 
 __all__ = ['describe', 'describe_input', 'read_class_names']
-
-TARGETED = ('mlpackage', 'executorch-coreml')  # formats that are made for the systems from --target on
 
 
 def _join(values: List[float]) -> str:
@@ -40,7 +38,7 @@ def describe(source: Source, job: Job) -> Dict[str, str]:
     facts = dict(
         model=source.name, form=job.get_form(), format=job.format, precision=job.precision, compress=job.compress,
         input=job.input, output=job.output, size=f'{height}x{width}', batch=str(job.batch),
-        channels=str(source.eval_config['input_size'][0]), target=job.target if job.format in TARGETED else '',
+        channels=str(source.eval_config['input_size'][0]), target=job.target if job.format in AIMED else '',
         checkpoint=Path(source.checkpoint).name or 'random weights', preprocessing=describe_input(source, job),
         class_names=json.dumps(source.class_names, ensure_ascii=False), caretrans=__version__,
         **list_versions(job.kind, job.precision))
