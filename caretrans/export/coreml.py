@@ -259,7 +259,7 @@ def read(source: Source, job: Job, path: Path) -> Program:
 def evaluate(path: Path, job: Job) -> Program:
     """The same of a file that need not say what it is; its labels are those of a classifier alone."""
     with silence(*LOGGERS):
-        if job.format == 'mlpackage':
+        if job.format != 'mlmodel':  # ML Programs, those inside other formats too
             from .mil_evaluator import read_ml_program
             return read_ml_program(path).to_program()
         from .network_evaluator import read_network
