@@ -124,6 +124,12 @@ def test_mistakes_below_the_rounding_are_noticed_where_it_can_be_left_out(output
         prove(job, wrong)
 
 
+def test_weights_that_converters_round_after_folding_are_not_held_to_those_of_the_file():
+    job = make_job(format='mlpackage', precision='fp16', input='image', unfused=True)
+    result = prove(job, make_half_program(job))
+    assert result.exact_error is None and result.flushed_error is not None
+
+
 def test_flushing_is_measured():
     job = make_job(format='mlpackage', precision='fp16', input='image')
     program = make_half_program(job)

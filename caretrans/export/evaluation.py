@@ -38,8 +38,8 @@ def round_half_(x: torch.Tensor) -> torch.Tensor:
 
 
 def _flush(x: torch.Tensor) -> torch.Tensor:
-    """float16 numbers below 6.1e-5 become 0."""
-    return F.hardshrink(x, LARGEST_SUBNORMAL)
+    """float16 numbers below 6.1e-5 become 0; what is no number stays."""
+    return F.hardshrink(x, LARGEST_SUBNORMAL) if x.is_floating_point() else x
 
 
 class Weight:
