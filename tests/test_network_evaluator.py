@@ -24,8 +24,12 @@ def assert_close(found, expected):
 def test_a_layer_equals_the_operation_of_pytorch(name, tmp_path):
     operation, expected = CASES[name]
     x = values(*SHAPE)
-    found = read_network(save_operation(operation, tmp_path / 'a.mlmodel'), half=False).run(x)
+    path = save_operation(operation, tmp_path / 'a.mlmodel')
+    found = read_network(path, half=False).run(x)
     assert_close(found, expected(x).reshape(1, -1))
+    rounded = read_network(path)
+    for run in (rounded.run, rounded.run_exact, rounded.run_flushed):
+        assert (run(x) - found).abs().max() <= 1e-2 * found.abs().max()
 
 
 def save_layers(path, add_layers, input_shape=SHAPE):
