@@ -14,7 +14,7 @@ from .machine import count_cores
 
 __all__ = [
     'ConfigError', 'FlagParser', 'TrainConfig', 'add_flags', 'check_settings', 'derive_batches', 'number',
-    'parse_train_config', 'setting']
+    'parse_flags', 'parse_train_config', 'setting']
 
 RECIPES = Path(__file__).parent / 'recipes'
 
@@ -264,6 +264,18 @@ def add_flags(parser: argparse.ArgumentParser, config_type: type) -> None:
             options.update(
                 type=wanted, nargs=item.metadata.get('size', several), choices=item.metadata.get('choices'))
         parser.add_argument(flag, **options)
+
+
+def parse_flags(config_type: type, argv: Optional[Sequence[str]] = None, description: str = '') -> Any:
+    """A config, made with `setting`, from a command line with a flag for each of its fields.
+
+    Raises:
+        ConfigError: An unknown flag, or a value that cannot work.
+        SystemExit: After --help.
+    """
+    parser = FlagParser(description=description, argument_default=argparse.SUPPRESS)
+    add_flags(parser, config_type)
+    return config_type(**vars(parser.parse_args(argv)))
 
 
 def _flag_parser(**kwargs: Any) -> argparse.ArgumentParser:

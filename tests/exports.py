@@ -2,7 +2,8 @@
 import copy
 import dataclasses
 from functools import lru_cache
-from typing import Any, Optional
+from pathlib import Path
+from typing import Any, Optional, Tuple
 
 import pytest
 import torch
@@ -85,3 +86,9 @@ def assert_truncation_is_named(job: Job, path: Any) -> None:
     with pytest.raises(ExportError, match='cannot be read') as error:
         job.kind.load_module().read(make_source(), job, path)
     assert str(path) in str(error.value) and '\n' not in str(error.value)
+
+
+def save(form: str, name: str, tmp_path_factory: Any) -> Tuple[Job, Path, Program]:
+    """A job of a format, its file of this name and the program read from it; do not change the file."""
+    job, path = make_job(form), tmp_path_factory.mktemp(form) / name
+    return job, path, write_and_read(job, path)

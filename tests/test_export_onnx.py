@@ -5,7 +5,16 @@ from importlib.metadata import version
 import onnx
 import pytest
 import torch
-from exports import assert_truncation_is_named, make_cases, make_job, make_source, prove, run_reference, write_and_read
+from exports import (
+    assert_truncation_is_named,
+    make_cases,
+    make_job,
+    make_source,
+    prove,
+    run_reference,
+    save,
+    write_and_read,
+)
 
 from caretrans import __version__
 from caretrans.export import onnx_program
@@ -15,9 +24,7 @@ from caretrans.export.verify import ExportError, VerificationError, verify
 
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
-    """A job, its file and the program read from it; do not change the file."""
-    job, path = make_job('onnx'), tmp_path_factory.mktemp('onnx') / 'care_s0.onnx'
-    return job, path, write_and_read(job, path)
+    return save('onnx', 'care_s0.onnx', tmp_path_factory)
 
 
 def test_program_is_proven(saved):

@@ -1,6 +1,14 @@
 """OpenVINO programs: what is saved computes what the network computes, in each precision."""
 import pytest
-from exports import assert_break_is_caught, assert_truncation_is_named, make_job, make_source, prove, write_and_read
+from exports import (
+    assert_break_is_caught,
+    assert_truncation_is_named,
+    make_job,
+    make_source,
+    prove,
+    save,
+    write_and_read,
+)
 
 from caretrans.export.openvino_program import MODEL
 from caretrans.export.verify import ExportError
@@ -10,9 +18,7 @@ WEIGHTS = 'model.bin'
 
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
-    """A job, its folder and the program read from it; do not change the folder."""
-    job, path = make_job('openvino'), tmp_path_factory.mktemp('openvino') / 'care_s0.openvino'
-    return job, path, write_and_read(job, path)
+    return save('openvino', 'care_s0.openvino', tmp_path_factory)
 
 
 def test_program_is_proven(saved):

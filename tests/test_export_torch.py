@@ -9,7 +9,7 @@ from exports import (
     make_source,
     prove,
     run_reference,
-    write_and_read,
+    save,
 )
 
 from caretrans.export.torch_program import ANY_SIZE, trace_any_size
@@ -17,9 +17,7 @@ from caretrans.export.torch_program import ANY_SIZE, trace_any_size
 
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
-    """A job, its file and the program read from it; do not change the file."""
-    job, path = make_job('torch'), tmp_path_factory.mktemp('torch') / 'care_s0.pt2'
-    return job, path, write_and_read(job, path)
+    return save('torch', 'care_s0.pt2', tmp_path_factory)
 
 
 def test_program_is_proven(saved):

@@ -1,5 +1,4 @@
 """The settings of `benchmark.py`: what is measured, and which ways of running a network are candidates."""
-import argparse
 import dataclasses
 import itertools
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from typing import List, Optional, Sequence, Tuple
 
 import torch
 
-from ..config import ConfigError, FlagParser, add_flags, check_settings, setting
+from ..config import ConfigError, check_settings, parse_flags, setting
 from .backends import BACKENDS, DTYPES, IN_TORCH, Setup, check_setup
 from .kernel_choice import KERNELS, WITH_KERNELS, choose_kernels
 from .names import expand_models, parse_size
@@ -170,12 +169,5 @@ def list_setups(config: BenchConfig, device: torch.device) -> Tuple[List[Setup],
 
 
 def parse_bench_config(argv: Optional[Sequence[str]] = None, description: str = '') -> BenchConfig:
-    """The config of a command line.
-
-    Raises:
-        ConfigError: An unknown flag, or a value that cannot work.
-        SystemExit: After --help.
-    """
-    parser = FlagParser(description=description, argument_default=argparse.SUPPRESS)
-    add_flags(parser, BenchConfig)
-    return BenchConfig(**vars(parser.parse_args(argv)))
+    """The config of a command line; see `parse_flags`."""
+    return parse_flags(BenchConfig, argv, description)

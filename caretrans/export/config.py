@@ -1,11 +1,10 @@
 """The settings of `coreml/export.py`: what is exported, to which formats, and how closely it must agree."""
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Optional, Sequence, Tuple
 
 from ..bench.names import expand_models, parse_size
-from ..config import ConfigError, FlagParser, add_flags, check_settings, setting
+from ..config import ConfigError, check_settings, parse_flags, setting
 from .formats import FORMATS, Format, find_obstacle
 
 __all__ = ['AIMED', 'COREML', 'TARGET', 'TOLERANCES', 'ExportConfig', 'Job', 'parse_export_config']
@@ -165,12 +164,5 @@ class ExportConfig:
 
 
 def parse_export_config(argv: Optional[Sequence[str]] = None, description: str = '') -> ExportConfig:
-    """The config of a command line.
-
-    Raises:
-        ConfigError: An unknown flag, or a value that cannot work.
-        SystemExit: After --help.
-    """
-    parser = FlagParser(description=description, argument_default=argparse.SUPPRESS)
-    add_flags(parser, ExportConfig)
-    return ExportConfig(**vars(parser.parse_args(argv)))
+    """The config of a command line; see `parse_flags`."""
+    return parse_flags(ExportConfig, argv, description)

@@ -2,6 +2,7 @@
 from typing import Any, Dict, Iterator, Optional, Sequence
 
 from ..bench.tables import format_table
+from ..models.attention import EPS
 from .run import Export
 from .verify import Verification
 
@@ -26,7 +27,6 @@ def _make_row(item: Export) -> list:
         '-' if latency is None else f'{latency["ratio"]:.2f}' + ' (noisy)' * bool(latency['noise'])]
 
 
-EPS = 1e-6  # of `linear_attention`
 MOST = 6  # findings that are shown
 HEADER = [
     'format', 'MiB', 'operations', 'reshapes + transposes', 'of', 'max error', 'mean error', 'same first answer %',

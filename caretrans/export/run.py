@@ -16,6 +16,7 @@ from ..bench.timing import compare_rounds, judge_noise, summarise, time_interlea
 from ..config import ConfigError
 from ..machine import describe_device, list_versions, use_threads
 from ..progress import Progress
+from . import formats
 from .apple import Examination, examine, is_available
 from .config import COREML, TARGET, ExportConfig, Job
 from .source import Cases, Source, load_cases, load_source
@@ -185,8 +186,10 @@ def _check_channels(source: Source, jobs: Sequence[Job]) -> None:
 
 def _list_versions(jobs: Sequence[Job]) -> Dict[str, str]:
     """Of PyTorch, and of what writes and runs the programs."""
-    packages = [package.split('==')[0] for job in jobs for package in job.kind.packages.values()]
-    return list_versions(['torch', 'timm', 'numpy', *dict.fromkeys(packages)])
+    found = list_versions(['timm', 'numpy'])
+    for job in jobs:
+        found.update(formats.list_versions(job.kind, job.precision))
+    return found
 
 
 def _drop_infinite(value: Any) -> Any:

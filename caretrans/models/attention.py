@@ -1,7 +1,9 @@
 """Linear attention: every position attends to all others, in time linear in their number."""
 import torch
 
-__all__ = ['linear_attention', 'positive_feature']
+__all__ = ['EPS', 'linear_attention', 'positive_feature']
+
+EPS = 1e-6  # in the denominator, of the published network
 
 
 def positive_feature(x: torch.Tensor) -> torch.Tensor:
@@ -21,7 +23,7 @@ def _linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: fl
 
 
 @torch.fx.wrap
-def linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+def linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float = EPS) -> torch.Tensor:
     """Mix positions globally in time linear in their number.
 
     With phi(t) = elu(t) + 1, positive, each query takes a weighted mean of the values:

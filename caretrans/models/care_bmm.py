@@ -14,11 +14,10 @@ from typing import Tuple
 import torch
 import torch.nn as nn
 
+from .attention import EPS
 from .care_fused import InferenceModule
 
 __all__ = ['BmmAttention', 'SlicedMixer', 'rewrite_for_bmm']
-
-EPS = 1e-6  # of `linear_attention`
 
 
 class BmmAttention(InferenceModule):
