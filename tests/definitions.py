@@ -5,11 +5,20 @@ import torch.nn.functional as F
 
 
 def linear_attention_by_definition(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """All N x N weights: out_i = (1/N) sum_j w_ij v_j / ((1/N) sum_j w_ij + eps), w_ij = phi(q_i) . phi(k_j)."""
-    q, k, v = q.double(), k.double(), v.double()
-    weights = torch.einsum('bhdi,bhdj->bhij', positive(q), positive(k)) / k.shape[-1]
-    return torch.einsum('bhij,bhej->bhei', weights, v) / (weights.sum(dim=-1) + eps).unsqueeze(-2)
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float = 1e-6, rotate=None) -> torch.Tensor:
+    """All N x N weights: out_i = (1/N) sum_j w_ij v_j / ((1/N) sum_j w_ij + eps), w_ij = phi(q_i) . phi(k_j).
+
+    With `rotate` (2, h, d / 2, N) the weights of the numerator are R_i phi(q_i) . R_j phi(k_j): each pair of channels
+    is a complex number, multiplied by cos + i sin.
+    """
+    q, k, v = positive(q.double()), positive(k.double()), v.double()
+    weights = torch.einsum('bhdi,bhdj->bhij', q, k) / k.shape[-1]
+    mass = weights.sum(dim=-1)
+    if rotate is not None:
+        turn = torch.complex(*rotate.double())
+        q, k = (torch.complex(x[:, :, 0::2], x[:, :, 1::2]) * turn for x in (q, k))
+        weights = torch.einsum('bhdi,bhdj->bhij', q, k.conj()).real / k.shape[-1]
+    return torch.einsum('bhij,bhej->bhei', weights, v) / (mass + eps).unsqueeze(-2)
 
 
 def positive(x: torch.Tensor) -> torch.Tensor:
@@ -23,12 +32,18 @@ def head_by_definition(features: torch.Tensor, fc: nn.Linear, norm: nn.LayerNorm
     return (x * norm.weight + norm.bias) @ fc.weight.T + fc.bias
 
 
-def assert_linear_attention(attention, eps: float = 1e-6) -> None:
+def random_rotation(num_heads: int, head_chs: int, num_positions: int) -> torch.Tensor:
+    """(2, h, d / 2, N): cosines and sines of random angles, float64."""
+    angles = 6 * torch.rand(num_heads, head_chs // 2, num_positions, dtype=torch.float64)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def assert_linear_attention(attention, eps: float = 1e-6, rotate=None) -> None:
     """Check the function `attention(q, k, v)` in float64, also where keys are so small that eps decides."""
     for scale, shift in (1., 0.), (10., 0.), (1., -7.), (1., -12.):  # phi(-7) phi(-7) is of the order of eps
         q, k, v = (torch.randn(2, 3, 8, 35, dtype=torch.float64) for _ in range(3))
         q, k = scale * q + shift, scale * k + shift
-        expected = linear_attention_by_definition(q, k, v, eps)
+        expected = linear_attention_by_definition(q, k, v, eps, rotate)
         worst = ((attention(q, k, v) - expected).abs().max() / expected.abs().max()).item()
         assert worst <= 1e-12, f'off by {worst:.1e}'
 

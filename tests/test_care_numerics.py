@@ -6,7 +6,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from definitions import assert_head, assert_linear_attention, linear_attention_by_definition
+from definitions import assert_head, assert_linear_attention, linear_attention_by_definition, random_rotation
 from reference import filled_input, published_model, published_state_dict
 
 from caretrans import models
@@ -64,6 +64,24 @@ def test_linear_attention_equals_its_definition():
 @pytest.mark.parametrize('eps', [1e-3, 0.])
 def test_linear_attention_takes_another_eps(eps):
     assert_linear_attention(lambda q, k, v: attention.linear_attention(q, k, v, eps), eps)
+
+
+def test_rotated_linear_attention_equals_its_definition():
+    rotate = random_rotation(3, 8, 35)
+    assert_linear_attention(lambda q, k, v: attention.linear_attention(q, k, v, rotate=rotate), rotate=rotate)
+
+
+def test_a_rotation_by_nothing_changes_nothing():
+    q, k, v = (torch.randn(2, 3, 8, 35) for _ in range(3))
+    rotate = torch.stack([torch.ones(3, 4, 35), torch.zeros(3, 4, 35)])
+    torch.testing.assert_close(attention.linear_attention(q, k, v, rotate=rotate), attention.linear_attention(q, k, v))
+
+
+@pytest.mark.parametrize('shape', [(2, 3, 4, 34), (2, 3, 8, 35), (1, 3, 4, 35)])
+def test_linear_attention_refuses_rotations_of_another_shape(shape):
+    q = torch.zeros(2, 3, 8, 35)
+    with pytest.raises(ValueError, match='rotate must be'):
+        attention.linear_attention(q, q, q, rotate=torch.zeros(shape))
 
 
 def test_linear_attention_takes_values_wider_than_keys():
