@@ -1,19 +1,29 @@
 """Fuse a network for inference: the same function with fewer operations and parameters."""
 import copy
-from typing import Optional
+from typing import Callable, Dict, Optional, Type
 
 import torch
 import torch.nn as nn
 from timm.utils import reparameterize_model
 
+from .models.backbone import Backbone
 from .models.care import CareTransformer
 from .models.care_bmm import rewrite_for_bmm
 from .models.care_phone import rewrite_for_phone
+from .models.casvit import CasVit
+from .models.casvit_phone import rewrite_casvit_for_phone
 from .models.folding import InferenceModule
+from .models.mlla import Mlla
+from .models.mlla_phone import rewrite_mlla_for_phone
 
 __all__ = ['FORMS', 'fuse', 'is_fused', 'measure_fusion_error', 'rewrite']
 
 FORMS = ('trained', 'fused', 'phone', 'bmm')  # of a network for inference; see `rewrite`
+REWRITES: Dict[Type[nn.Module], Dict[str, Callable[[nn.Module], nn.Module]]] = {  # of fused networks
+    CareTransformer: dict(phone=rewrite_for_phone, bmm=rewrite_for_bmm),
+    CasVit: dict(phone=rewrite_casvit_for_phone),
+    Mlla: dict(phone=rewrite_mlla_for_phone),
+}
 
 
 def is_fused(model: nn.Module) -> bool:
@@ -60,17 +70,18 @@ def rewrite(model: nn.Module, form: str = 'fused') -> nn.Module:
 
     Args:
         form: 'trained', with nothing rewritten; 'fused', ours by `fuse` and others reparameterised as their authors do;
-            'phone', ours with the operations that phones like as well (`caretrans.models.care_phone`); 'bmm', ours
-            with those that XNNPACK likes (`caretrans.models.care_bmm`).
+            'phone', ours with the operations that phones like as well (`caretrans.models.*_phone`); 'bmm', the CARE
+            Transformer with those that XNNPACK likes (`caretrans.models.care_bmm`), others fused.
     """
     if form not in FORMS:
         raise ValueError(f'form is {form!r}, choose from {", ".join(FORMS)}.')
     if form == 'trained':
         return copy.deepcopy(model)
-    if not isinstance(model, CareTransformer):
+    if not isinstance(model, Backbone):
         return reparameterize_model(model)
     fused = fuse(model)
-    return rewrite_for_phone(fused) if form == 'phone' else rewrite_for_bmm(fused) if form == 'bmm' else fused
+    change = REWRITES.get(type(model), {}).get(form)
+    return fused if change is None else change(fused)
 
 
 @torch.no_grad()

@@ -93,12 +93,15 @@ def _convert(source: Source, job: Job) -> Any:
     """An MLModel, with full weights."""
     ct = import_coremltools()
     program = trace(source, job).run_decompositions({})
+    pipeline = ct.PassPipeline.DEFAULT
     kind: Dict[str, Any] = dict(convert_to='neuralnetwork')
+    if job.format == 'mlmodel':  # would be taken apart again, into a sum of squares that overflows in float16
+        pipeline.remove_passes({'common::fuse_layernorm_or_instancenorm'})
     if job.format == 'mlpackage':
         kind = dict(
             convert_to='mlprogram', minimum_deployment_target=getattr(ct.target, job.target),
             compute_precision=ct.precision.FLOAT16 if job.precision == 'fp16' else ct.precision.FLOAT32)
-    return ct.convert(program, **_list_types(source, job), **kind, skip_model_load=True)
+    return ct.convert(program, **_list_types(source, job), **kind, pass_pipeline=pipeline, skip_model_load=True)
 
 
 def _rename_output(model: Any, old: str, new: str) -> Any:

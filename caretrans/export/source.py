@@ -128,17 +128,18 @@ def load_source(config: ExportConfig) -> Source:
 
 # The network ----------------------------------------------------------------------------------------------------------
 
-class Normalisation(nn.Module):
-    """Pixels from 0 to 255 to what evaluation makes of them, per channel: (B, C, H, W) to the same shape."""
+class Normalisation(nn.Conv2d):
+    """Pixels from 0 to 255 to what evaluation makes of them, per channel: (B, C, H, W) to the same shape.
+
+    A convolution, in which converters have nothing to change: they make a BatchNorm with an eps of two operations.
+    """
 
     def __init__(self, mean: List[float], std: List[float]) -> None:
-        super().__init__()
+        super().__init__(len(mean), len(mean), 1, groups=len(mean))
         mean, std = (torch.tensor(values, dtype=torch.float64) for values in (mean, std))
-        self.register_buffer('scale', (1 / (255 * std)).float()[:, None, None])
-        self.register_buffer('shift', (-mean / std).float()[:, None, None])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.scale + self.shift
+        with torch.no_grad():
+            self.weight.copy_((1 / (255 * std))[:, None, None, None])
+            self.bias.copy_(-mean / std)
 
 
 class Darkening(nn.Module):

@@ -23,10 +23,17 @@ from .attention import positive_feature
 from .care import LinearAttention
 from .care_fused import FusedBlock, FusedMixer
 from .folding import InferenceModule, join_depthwise
+from .mlla import RotaryLinearAttention, to_map, to_tokens
 
-__all__ = ['ConvMixer', 'CrossConv', 'PhoneAttention', 'rewrite_for_phone', 'watch_least_mass']
+__all__ = [
+    'ConvMixer', 'CrossConv', 'MeanPool', 'PhoneAttention', 'log_feature', 'rewrite_for_phone', 'watch_least_mass']
 
 HALF_MAX = torch.finfo(torch.float16).max
+
+
+def log_feature(shifted: torch.Tensor) -> torch.Tensor:
+    """1 + log phi(t) of t + 1, for phi(t) = elu(t) + 1: without an exponential, and exact where phi vanishes."""
+    return shifted.clamp(-HALF_MAX, 1.) + shifted.clamp(1., HALF_MAX).log()
 
 
 class PhoneAttention(InferenceModule):
@@ -62,8 +69,7 @@ class PhoneAttention(InferenceModule):
         B, C, H, W = x.shape
         shifted, v = self.qkv(x).reshape(B, self.num_heads, 3 * self.head_chs, H * W).split(
             [2 * self.head_chs, self.head_chs], dim=2)
-        log_features = shifted.clamp(-HALF_MAX, 1.) + shifted.clamp(1., HALF_MAX).log()
-        q, k = log_features.split(self.head_chs, dim=2)
+        q, k = log_feature(shifted).split(self.head_chs, dim=2)
         context = v @ k.softmax(dim=-1).transpose(-2, -1)  # (B, h, d, d)
         shares = (q + k.logsumexp(dim=-1, keepdim=True)).softmax(dim=2)
         return (context @ shares).reshape(B, C, H, W)
@@ -141,13 +147,14 @@ def watch_least_mass(model: nn.Module) -> Iterator[List[float]]:
     masses: List[float] = []
 
     def look(module: nn.Module, args: tuple) -> None:
-        x, = args
-        q, k = positive_feature(module.qk(x)).reshape(
+        x = args[0]
+        qk = module.qk(x) if isinstance(module, LinearAttention) else to_map(module.qk(to_tokens(x)))
+        q, k = positive_feature(qk).reshape(
             len(x), 2 * module.num_heads, module.head_chs, -1).chunk(2, dim=1)
         masses.append((k.mean(dim=-1).unsqueeze(-2) @ q).min().item())
 
     hooks = [module.register_forward_pre_hook(look) for module in model.modules()
-             if isinstance(module, LinearAttention)]
+             if isinstance(module, (LinearAttention, RotaryLinearAttention))]
     try:
         yield masses
     finally:

@@ -3,6 +3,7 @@
 All of it is computed in float64. The layers return what they become from their `fuse` methods, where timm's
 `reparameterize_model` finds them.
 """
+import copy
 from typing import Any, Sequence, Tuple
 
 import torch
@@ -10,8 +11,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 __all__ = [
-    'ConvNorm', 'FusedConv2d', 'InferenceModule', 'LinearHead', 'NormConv', 'ResidualConv', 'fold_norm_into_next',
-    'fold_norm_into_previous', 'fold_pixels', 'join_depthwise', 'scale_outputs']
+    'ConvNorm', 'FusedConv2d', 'InferenceModule', 'LinearHead', 'NormConv', 'ResidualConv', 'fold_norm_into_head',
+    'fold_norm_into_next', 'fold_norm_into_previous', 'fold_pixels', 'join_depthwise', 'make_pointwise',
+    'scale_and_shift', 'scale_outputs']
 
 
 class InferenceModule(nn.Module):
@@ -29,7 +31,7 @@ class FusedConv2d(InferenceModule, nn.Conv2d):
     """A convolution with something folded into its weights."""
 
 
-def _scale_and_shift(norm: nn.BatchNorm2d) -> Tuple[torch.Tensor, torch.Tensor]:
+def scale_and_shift(norm: nn.BatchNorm2d) -> Tuple[torch.Tensor, torch.Tensor]:
     """A BatchNorm in evaluation mode as x * scale + shift, in float64."""
     scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     return scale, norm.bias.double() - norm.running_mean.double() * scale
@@ -53,7 +55,7 @@ def _get_bias(conv: nn.Conv2d) -> torch.Tensor:
 
 def fold_norm_into_previous(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     """norm(conv(x)) as one convolution."""
-    scale, shift = _scale_and_shift(norm)
+    scale, shift = scale_and_shift(norm)
     return _make_conv(conv, conv.weight.double() * scale[:, None, None, None], _get_bias(conv) * scale + shift)
 
 
@@ -72,7 +74,7 @@ def fold_norm_into_next(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> nn.Conv2d:
     """
     if any(conv.padding):
         raise ValueError(f'A norm cannot go into a convolution that pads by {conv.padding}.')
-    return _fold_affine(*_scale_and_shift(norm), conv)
+    return _fold_affine(*scale_and_shift(norm), conv)
 
 
 def scale_outputs(conv: nn.Conv2d, scale: torch.Tensor) -> nn.Conv2d:
@@ -104,6 +106,15 @@ def fold_pixels(
     weight = folded.weight.double()
     rounded = weight.half().double()
     return _make_conv(folded, rounded, folded.bias.double() + ((weight - rounded) * grey[:, None, None]).sum((1, 2, 3)))
+
+
+def make_pointwise(weight: torch.Tensor, bias: torch.Tensor, like: torch.Tensor) -> nn.Conv2d:
+    """A linear layer of weight (out, in) and bias (out,) as a 1x1 convolution, in the dtype and place of `like`."""
+    conv = FusedConv2d(weight.shape[1], len(weight), 1, device=like.device, dtype=like.dtype)
+    with torch.no_grad():
+        conv.weight.copy_(weight[:, :, None, None])
+        conv.bias.copy_(bias)
+    return conv.requires_grad_(False).eval()
 
 
 def join_depthwise(convs: Sequence[nn.Conv2d]) -> nn.Conv2d:
@@ -206,3 +217,14 @@ class FusedLinearHead(InferenceModule, nn.Linear):
             self.weight.copy_(torch.stack([head.weight.double() for head in heads]).mean(0))
             self.bias.copy_(torch.stack([head.bias.double() for head in heads]).mean(0))
         self.requires_grad_(False).eval()
+
+
+def fold_norm_into_head(scale: torch.Tensor, shift: torch.Tensor, head: nn.Linear) -> nn.Linear:
+    """head(x * scale + shift) as one classifier of pooled features x (B, C), of which the mean was taken: that commutes
+    with a scale and a shift (C,) per channel.
+    """
+    folded, weight = copy.deepcopy(head), head.weight.double()
+    with torch.no_grad():
+        folded.weight.copy_(weight * scale.double())
+        folded.bias.copy_(head.bias.double() + weight @ shift.double())
+    return folded
