@@ -42,8 +42,8 @@ def _fill_module(module: nn.Module, generator: torch.Generator) -> None:
 def enliven(model: nn.Module, images: torch.Tensor, seed: int = 0) -> nn.Module:
     """Give a network in evaluation mode random weights under which all its parts count; the same for the same seed.
 
-    Products of features, as the mixers of CAS-ViT add them, are made smaller: on some photographs they would outgrow all
-    else from block to block, and rounding errors with them.
+    Products of features, as the mixers of CAS-ViT add them, are made smaller: on some photographs they would outgrow
+    all else from block to block, and rounding errors with them.
 
     Args:
         images: (B, C, H, W), from which its BatchNorm layers take their statistics.

@@ -5,11 +5,11 @@ the channels, in the words that Core ML's converter knows as one operation, and 
 convolutions behind them. Both projections of a block are one convolution.
 
 The linear attention is written for float16, as that of `care_phone.py` is: features by their logarithms, queries by a
-softmax over channels, keys as parts of their mean, so that no sum overflows and no denominator is small. Its rotary code
-is two products with constant tables and two with small matrices; nothing is cut into pairs.
+softmax over channels, keys as parts of their mean, so that no sum overflows and no denominator is small. Its rotary
+code is two products with constant tables and one with a small matrix; nothing is cut into pairs.
 
-The residual stream holds an eighth of what it holds in the network as trained: LayerNorm does not see that, ReLU hands it
-on, and its squares, which some programs take one by one, reach as far as values of 2,000 instead of 255 before float16
+The residual stream holds an eighth of what it holds in the network as trained. LayerNorm does not see that, ReLU hands
+it on, and squares, which some programs take one by one, reach as far as values of 2,000 instead of 255 before float16
 ends.
 
 All is exact algebra but for the eps of 1e-6 in the denominator, which is left out: `care_phone.watch_least_mass` says
@@ -56,8 +56,8 @@ class PhoneRotaryAttention(InferenceModule):
 
         out_i = R_i u_i . (sum_j R_j k'_j v_j) / (u_i . sum_j k'_j)
 
-    k' is about N^-1/2 and both sums about N^1/2, whatever the keys are. R x = cos x + J (sin x) with a matrix J of 1 and
-    -1, so that the products are taken with (cos u, sin u) and (cos k', sin k'), and J is applied to the sum, d x d.
+    k' is about N^-1/2 and both sums about N^1/2, whatever the keys are. R x = cos x + J (sin x) with a matrix J of 1
+    and -1, so that the products are taken with (cos u, sin u) and (cos k', sin k'), and J is applied to the sums.
 
     Departure: no eps in the denominator; see above.
     """
