@@ -113,10 +113,8 @@ def test_phone_attention_keeps_keys_and_queries_whose_features_vanish_in_float16
 def test_phone_form_of_mlla_has_no_transposes_and_two_reshapes_for_each_attention():
     graph = torch.export.export(rewrite(filled_model('mlla_t'), 'phone'), (torch.zeros(1, 3, 64, 64),))
     kinds = [str(node.target) for node in graph.graph.nodes if node.op == 'call_function']
-    computed_on_maps = [
-        kind for node, kind in zip((n for n in graph.graph.nodes if n.op == 'call_function'), kinds, strict=True)
-        if 'permute' in kind or 'transpose' in kind and node.users and not all('matmul' in str(u) for u in node.users)]
-    assert not computed_on_maps
+    assert not [kind for kind in kinds if 'permute' in kind]
+    assert sum('transpose' in kind for kind in kinds) == 18  # of a factor of a product, which takes it so
     assert sum('reshape' in kind for kind in kinds) == 2 * 18 + 4  # of the attentions, and of the tables of each stage
 
 
