@@ -2,7 +2,8 @@
 
 Freshly made networks hide what they compute: a layer scale of 1e-6 takes the blocks out, BatchNorm does nothing yet. A
 wrong rewrite would pass unseen. So layers get random weights that keep the size of what goes through them, layer scales
-of 0.1 to 0.4, and the BatchNorm statistics of the images. Time and memory do not depend on it.
+of 0.1 to 0.4, position codes that stay small beside what they are added to, and the BatchNorm statistics of the images.
+Time and memory do not depend on it.
 """
 from pathlib import Path
 from typing import Any, Optional, Tuple
@@ -12,10 +13,12 @@ import torch.nn as nn
 from timm.data import create_transform
 
 from ..data import open_dataset, resolve_eval_config
+from ..models.folding import ResidualConv
 
 __all__ = ['PHOTOGRAPHS', 'enliven', 'load_photographs']
 
 PHOTOGRAPHS = Path(__file__).parents[2] / 'data' / 'fruit14'
+POSITION_STD = 0.05  # of the weights of a position code, 3x3
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
@@ -25,7 +28,10 @@ def _fill(tensor: Optional[torch.Tensor], mean: float, std: float, generator: to
 
 
 def _fill_module(module: nn.Module, generator: torch.Generator) -> None:
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
+    if isinstance(module, ResidualConv):  # each would double what goes through it, and hide the branches beside it
+        _fill(module.weight, 0., POSITION_STD, generator)
+        _fill(module.bias, 0., 0.1, generator)
+    elif isinstance(module, (nn.Conv2d, nn.Linear)):
         _fill(module.weight, 0., module.weight[0].numel() ** -0.5, generator)
         _fill(module.bias, 0., 0.1, generator)
     elif isinstance(module, NORMS):
