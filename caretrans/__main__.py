@@ -1,4 +1,4 @@
-"""Small commands: python -m caretrans predict | convert | shard | bench-loader. See --help of each."""
+"""Small commands: python -m caretrans predict | convert | shard | bench-loader | compare. See --help of each."""
 import argparse
 import json
 import os
@@ -35,6 +35,7 @@ def _parse_flags(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     convert.add_argument('--overwrite', action='store_true', help='replace the target')
     _add_shard(commands)
     _add_bench_loader(commands)
+    commands.add_parser('compare', add_help=False, help='train models on equal terms: accuracy against latency')
     return parser.parse_args(argv)
 
 
@@ -102,11 +103,21 @@ def _bench_loader(as_json: bool, **options: Any) -> int:
     return 0
 
 
+def _compare(argv: Sequence[str]) -> int:
+    from .bench.comparison import main as compare
+
+    return compare(argv)
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    options = vars(_parse_flags(argv))
-    command = options.pop('command')
+    argv = sys.argv[1:] if argv is None else list(argv)
+    command = argv[0] if argv[:1] == ['compare'] else ''  # its flags are those of train.py, and more
+    options = {} if command else vars(_parse_flags(argv))
+    command = command or options.pop('command')
     show_messages()
     try:
+        if command == 'compare':
+            return _compare(argv[1:])
         if command == 'predict':
             return _predict(options.pop('json'), **options)
         if command == 'shard':

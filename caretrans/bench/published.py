@@ -6,7 +6,9 @@ those of the reparameterised networks, parameters of CARE those of both heads.
 from dataclasses import dataclass
 from typing import Dict, List, Optional, Sequence, Tuple
 
-__all__ = ['PUBLISHED', 'PublishedRow', 'find_published', 'list_footnotes', 'list_paper_models', 'mark_accuracy']
+__all__ = [
+    'PUBLISHED', 'PublishedRow', 'find_published', 'list_footnotes', 'list_paper_models', 'mark_accuracy',
+    'resolve_alias']
 
 CARE = 'the table of the CARE Transformer paper (CVPR 2025, arXiv:2411.16170)'
 CAS_VIT = 'the CAS-ViT repository (Tianfang-Zhang/CAS-ViT), for arXiv:2408.03703v2'
@@ -17,8 +19,8 @@ WITH_MESA = (
     'with self-distillation: MESA, a loss towards the average of the weights; a user of the published code measured '
     'mlla_t about 0.4 lower without it.')
 SECOND_GENERATION = (
-    'the second generation (December 2024), 224 x 224, without a teacher; XS, S, M and T fine-tuned at 384 x 384: 78.7, '
-    '81.1, 83.0 and 84.1. The first generation (August 2024), of the same networks: 77.5, 80.2, 81.4 and 82.3; what '
+    'the second generation (December 2024), 224 x 224, without a teacher; XS, S, M and T fine-tuned at 384 x 384: '
+    '78.7, 81.1, 83.0 and 84.1. The first generation (August 2024), of the same networks: 77.5, 80.2, 81.4 and 82.3; what '
     'changed in training is not published.')
 CAS_VIT_COUNTS = (
     'The published parameters of CAS-ViT count a second head that is not used; its published GMACs are of another '
@@ -74,8 +76,8 @@ PUBLISHED = (
     PublishedRow('CARE-S0', 0.7, 7.3, 1.1, 4.3, 9.8, 78.4, 'care_s0', accuracy_note=WITH_TEACHER),
     PublishedRow('CARE-S1', 1.0, 9.6, 1.4, 6.6, 14.2, 80.1, 'care_s1', accuracy_note=WITH_TEACHER),
     PublishedRow('CARE-S2', 1.9, 19.5, 2.0, 9.4, 20.4, 82.1, 'care_s2', accuracy_note=WITH_TEACHER),
-    PublishedRow('MLLA-S', 7.3, 43.0, None, None, None, 84.4, 'mlla_s', MLLA, WITH_MESA),
-    PublishedRow('MLLA-B', 16.2, 96.0, None, None, None, 85.3, 'mlla_b', MLLA, WITH_MESA),
+    PublishedRow('MLLA-S', 7.3, 43, None, None, None, 84.4, 'mlla_s', MLLA, WITH_MESA),
+    PublishedRow('MLLA-B', 16.2, 96, None, None, None, 85.3, 'mlla_b', MLLA, WITH_MESA),
     _cas_vit('CAS-ViT-XS', 0.560, 3.20, 78.3, 'casvit_xs'),
     _cas_vit('CAS-ViT-S', None, 5.76, 80.9, 'casvit_s'),
     _cas_vit('CAS-ViT-M', None, 12.42, 82.8, 'casvit_m'),
@@ -90,13 +92,18 @@ def list_paper_models() -> List[str]:
     return [name for name, row in _BY_NAME.items() if row.source == CARE]
 
 
-def find_published(model: str) -> Optional[PublishedRow]:
-    """The row of a model, by its name or another name of it, without a tag of weights; None if there is none."""
+def resolve_alias(model: str) -> str:
+    """The name of a model without a tag of weights, ours for another name of one of ours: casvit_xs for rcvit_xs."""
     name = model.split('.')[0]
     for alias, prefix in ALIASES.items():
         if name.startswith(alias):
-            name = prefix + name.removeprefix(alias)
-    return _BY_NAME.get(name)
+            return prefix + name.removeprefix(alias)
+    return name
+
+
+def find_published(model: str) -> Optional[PublishedRow]:
+    """The row of a model, by its name or another name of it, without a tag of weights; None if there is none."""
+    return _BY_NAME.get(resolve_alias(model))
 
 
 def _list_rows(models: Sequence[str]) -> List[Tuple[str, PublishedRow]]:
