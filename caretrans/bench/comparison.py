@@ -204,11 +204,12 @@ def _check_runs(plan: Plan, device: torch.device) -> Dict[str, Dict[str, Any]]:
     Raises:
         ConfigError, DataError: Some run cannot work, or would not be on equal terms.
     """
-    facts = {}
-    for model in plan.models:
-        config = plan.configs[model, plan.seeds[0]]
+    configs = {model: plan.configs[model, plan.seeds[0]] for model in plan.models}
+    for config in configs.values():  # of all before a teacher is fetched
         _check_heads(config)
         check_kernels(config, device)
+    facts = {}
+    for model, config in configs.items():
         trainer = Trainer(replace(config, compile=False, kernels=False), Processes(), device)
         trainer.train_loader.close()
         facts[model] = trainer.describe()

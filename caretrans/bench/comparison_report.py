@@ -113,9 +113,11 @@ def _list_equal(comparison: Comparison) -> List[str]:
 def _list_differences(comparison: Comparison) -> List[str]:
     """What is not the same for all models."""
     lines = []
+    without: Dict[str, List[str]] = {}
     for model, args in comparison.left_out.items():
-        named = ', '.join(f'{name}={value}' for name, value in args.items())
-        lines.append(f'differs: {model} does not get {named}, which the recipe has for its own family')
+        without.setdefault(', '.join(f'{name}={value}' for name, value in args.items()), []).append(model)
+    for named, models in without.items():
+        lines.append(f'differs: {named}, which the recipe gives to its own family, is not given to {", ".join(models)}')
     configs = {model: facts['eval_config'] for model, facts in comparison.facts.items()}
     for key in next(iter(configs.values())):
         values = {model: config[key] for model, config in configs.items()}
@@ -197,8 +199,8 @@ def draw_comparison(comparison: Comparison, path: Path) -> Path:
         f'Trained alike: {facts["epochs"]} epochs of {facts["train_images"]:,} images, '
         f'{Path(settings["data"] or settings["dataset"]).name}, {settings["img_size"]} px\n{comparison.device}, '
         f'{comparison.models[0]["height"]} px, float32', fontsize=10)
-    axes.set_xlim(left=0)
     axes.margins(x=0.15, y=0.15)
+    axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     figure.supxlabel('At this small budget; not the published accuracies. Bars: standard deviation over seeds, where '
                      'there are several.', fontsize=7)

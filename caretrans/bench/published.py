@@ -20,8 +20,8 @@ WITH_MESA = (
     'mlla_t about 0.4 lower without it.')
 SECOND_GENERATION = (
     'the second generation (December 2024), 224 x 224, without a teacher; XS, S, M and T fine-tuned at 384 x 384: '
-    '78.7, 81.1, 83.0 and 84.1. The first generation (August 2024), of the same networks: 77.5, 80.2, 81.4 and 82.3; what '
-    'changed in training is not published.')
+    '78.7, 81.1, 83.0 and 84.1. The first generation (August 2024), of the same networks: 77.5, 80.2, 81.4 and 82.3; '
+    'what changed in training is not published.')
 CAS_VIT_COUNTS = (
     'The published parameters of CAS-ViT count a second head that is not used; its published GMACs are of another '
     'counter, and not known here for S and M.')
