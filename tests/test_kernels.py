@@ -61,12 +61,12 @@ class Compiled:
         signature, constants, attributes = {}, {}, {}
         for i, parameter in enumerate(self.kernel.params):
             value = values.pop(parameter.name)
-            if parameter.is_constexpr or type(value) is int and value == 1:  # a launch specialises on ones ...
+            if parameter.is_constexpr or value is None or type(value) is int and value == 1:  # a launch specialises on
                 signature[parameter.name], constants[(i,)] = 'constexpr', value
                 continue
             is_tensor = isinstance(value, torch.Tensor)
             signature[parameter.name] = POINTERS[value.dtype] if is_tensor else NUMBERS[type(value)]
-            if is_tensor or type(value) is int and value % 16 == 0:  # ... and on sixteens
+            if is_tensor or type(value) is int and value % 16 == 0:  # these and on sixteens
                 attributes[(i,)] = [['tt.divisibility', 16]]
         source = ASTSource(self.kernel, signature, constants, attributes)
         self.assembly.append(triton.compile(source, target=GPUTarget(*HOPPER), options=values).asm)
