@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_checks import (
-    EXPANSIONS, HEADS, MIXERS, check_attention, check_expansion, check_mixer, error_of, slice_of)
+    ATTENTIONS, EXPANSIONS, MIXERS, check_attention, check_expansion, check_mixer, error_of, rotation_of, slice_of)
 from reference import filled_model
 
 DEVICE = 'cuda'
@@ -42,16 +42,19 @@ def no_tf32():
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
 @pytest.mark.parametrize('channels_last', [False, True])
-@pytest.mark.parametrize('shape', [*HEADS, (64, 2, 16, 16, 196), (1, 2, 32, 32, 4096), (3, 8, 32, 32, 3136)], ids=str)
-def test_linear_attention_equals_its_definition(shape, channels_last, dtype):
+@pytest.mark.parametrize('shape, rotated', [*ATTENTIONS, *(
+    (shape, rotated) for rotated in (False, True)
+    for shape in ((64, 2, 16, 16, 196), (1, 2, 32, 32, 4096), (3, 8, 32, 32, 3136)))], ids=str)
+def test_linear_attention_equals_its_definition(shape, rotated, channels_last, dtype):
     from caretrans.kernels.linear_attention import attend
-    check_attention(attend, shape, dtype, channels_last, device=DEVICE)
+    check_attention(attend, shape, dtype, channels_last, device=DEVICE, rotated=rotated)
 
 
+@pytest.mark.parametrize('rotated', [False, True])
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
-def test_large_queries_and_keys_do_not_overflow(dtype):
+def test_large_queries_and_keys_do_not_overflow(dtype, rotated):
     from caretrans.kernels.linear_attention import attend
-    check_attention(attend, (2, 2, 16, 16, 196), dtype, scale=1e4, device=DEVICE)
+    check_attention(attend, (2, 2, 16, 16, 196), dtype, scale=1e4, device=DEVICE, rotated=rotated)
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
@@ -74,7 +77,8 @@ def test_results_repeat_to_the_bit():
     from caretrans.kernels.linear_attention import attend
     from caretrans.kernels.mixer import mix_with_strips_backward
     q, k, v = (slice_of(64, 0, (1, 1, 4096), True, torch.bfloat16, DEVICE).reshape(1, 2, 32, 4096) for _ in range(3))
-    assert all(torch.equal(attend(q, k, v), attend(q, k, v)) for _ in range(5))
+    for rotate in None, rotation_of((1, 2, 32, 32, 4096), q.dtype, device=DEVICE):
+        assert all(torch.equal(attend(q, k, v, rotate=rotate), attend(q, k, v, rotate=rotate)) for _ in range(5))
     x, grad = images(16, 56).repeat(1, 8, 1, 1), images(16, 56).repeat(1, 8, 1, 1)
     weights = [torch.randn(8, 1, *size, device=DEVICE) for size in ((11, 1), (1, 11), (3, 3), (7, 7))]
     first = mix_with_strips_backward(grad, x, weights)

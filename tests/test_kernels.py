@@ -11,7 +11,7 @@ import caretrans.kernels
 import pytest
 import torch
 from caretrans.models.care import LinearAttention
-from kernel_checks import expansion_inputs
+from kernel_checks import expansion_inputs, rotation_of
 from launch import run
 from reference import filled_model
 
@@ -66,7 +66,7 @@ class Compiled:
                 continue
             is_tensor = isinstance(value, torch.Tensor)
             signature[parameter.name] = POINTERS[value.dtype] if is_tensor else NUMBERS[type(value)]
-            if is_tensor or type(value) is int and value % 16 == 0:  # these and on sixteens
+            if is_tensor or type(value) is int and value % 16 == 0:  # these and sixteens
                 attributes[(i,)] = [['tt.divisibility', 16]]
         source = ASTSource(self.kernel, signature, constants, attributes)
         self.assembly.append(triton.compile(source, target=GPUTarget(*HOPPER), options=values).asm)
@@ -95,16 +95,18 @@ def loads_16_bytes(assembly) -> bool:
     return 'ld.global.v4' in assembly['ptx'] and len(assembly['cubin']) > 0
 
 
+@pytest.mark.parametrize('rotated', [False, True])
 @pytest.mark.parametrize('num_positions, launches', [(196, (1, 1)), (1100, (3, 2))])
-def test_linear_attention_compiles_for_a_gpu(stand_in, monkeypatch, num_positions, launches):
+def test_linear_attention_compiles_for_a_gpu(stand_in, monkeypatch, num_positions, launches, rotated):
     import caretrans.kernels.linear_attention as module
     from caretrans.kernels.launch import accumulation_types
     monkeypatch.setattr(module, 'accumulation_types', lambda x: dict(accumulation_types(x), PRECISION='tf32'))
     forward, backward = stand_in(module, '_forward'), stand_in(module, '_backward')
     x = channels_last(128, 1, num_positions)[:, 32:]
     q, k, v = (part.reshape(2, 2, 16, num_positions) for part in x.chunk(3, dim=1))
-    module.attend_into(q, k, v, torch.empty_like(v), 1e-6)
-    module.attend_backward_into(v, q, k, v, *map(torch.empty_like, (q, k, v)), 1e-6)
+    rotate = rotation_of((2, 2, 16, 16, num_positions), v.dtype, channels_last=True) if rotated else None
+    module.attend_into(q, k, v, torch.empty_like(v), 1e-6, rotate)
+    module.attend_backward_into(v, q, k, v, *map(torch.empty_like, (q, k, v)), 1e-6, rotate)
     assert (len(forward.assembly), len(backward.assembly)) == launches
     assert loads_16_bytes(forward.assembly[0])
 
