@@ -61,12 +61,13 @@ class Compiled:
         signature, constants, attributes = {}, {}, {}
         for i, parameter in enumerate(self.kernel.params):
             value = values.pop(parameter.name)
-            if parameter.is_constexpr or value is None or type(value) is int and value == 1:  # a launch specialises on
+            constant = parameter.is_constexpr or value is None or type(value) is int and value == 1
+            if constant:  # a launch specialises on None and ones ...
                 signature[parameter.name], constants[(i,)] = 'constexpr', value
                 continue
             is_tensor = isinstance(value, torch.Tensor)
             signature[parameter.name] = POINTERS[value.dtype] if is_tensor else NUMBERS[type(value)]
-            if is_tensor or type(value) is int and value % 16 == 0:  # these and sixteens
+            if is_tensor or type(value) is int and value % 16 == 0:  # ... and on sixteens
                 attributes[(i,)] = [['tt.divisibility', 16]]
         source = ASTSource(self.kernel, signature, constants, attributes)
         self.assembly.append(triton.compile(source, target=GPUTarget(*HOPPER), options=values).asm)
