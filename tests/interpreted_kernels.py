@@ -16,13 +16,20 @@ from caretrans.kernels.launch import INTERPRETED
 from caretrans.kernels.mixer import mix_with_attention, mix_with_strips
 from caretrans.models.attention import linear_attention as attend_in_torch
 from caretrans.models.care import CareBlock
+from caretrans.models.mlla import MllaBlock, MllaStage, rotary_code
 from definitions import assert_linear_attention, random_rotation
 from kernel_checks import (
     ATTENTIONS, EXPANSIONS, MIXERS, check_attention, check_expansion, check_mixer, error_of, expansion_inputs,
-    run, slice_of)
+    run, run_with_parameters, slice_of)
+from reference import filled_model
 
 attend = linear_attention.attend
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+BLOCKS = {  # of 16 channels
+    'strips': lambda: CareBlock(4, (2, 2), 0, ls_init_value=1.),
+    'attention': lambda: CareBlock(4, (2, 2), 1, ls_init_value=1.),
+    'rotary attention': lambda: MllaStage(None, 16, [MllaBlock(16, 2, mlp_ratio=2.)]),
+}
 
 
 class Launches:
@@ -207,14 +214,50 @@ def test_few_programs_take_many_tiles(monkeypatch):
 
 # Modules, operators ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('num_heads', [0, 1])
-def test_a_block_trains_as_it_does_in_torch(num_heads):
-    block = CareBlock(4, (2, 2), num_heads, ls_init_value=1.).double().train()
+@pytest.mark.parametrize('make', BLOCKS.values(), ids=BLOCKS)
+def test_a_block_trains_as_it_does_in_torch(make):
+    block = make().double().train()
     with_kernels = copy.deepcopy(block)
-    caretrans.kernels.use_kernels(with_kernels)
+    assert {placement.runs for placement in caretrans.kernels.use_kernels(with_kernels)} >= {'triton'}
     x = slice_of(16, 0, (2, 4, 5), True, torch.float64, 'cpu')
     assert error_of(run(with_kernels, [x]), run(block, [x])) <= 1e-10
     assert list(with_kernels.state_dict()) == list(block.state_dict())
+
+
+def test_a_network_trains_as_it_does_in_torch():
+    """One block per stage, on images that are not square."""
+    network = filled_model('mlla_t', num_classes=7, depths=(1, 1, 1, 1)).double().train()
+    with_kernels = copy.deepcopy(network)
+    assert [placement.runs for placement in caretrans.kernels.use_kernels(with_kernels)] == 4 * ['triton']
+    x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    assert error_of(run_with_parameters(with_kernels, x), run_with_parameters(network, x)) <= 1e-10
+
+
+def test_rotary_attention_under_autocast_returns_what_it_does_in_torch():
+    stage = MllaStage(None, 16, [MllaBlock(16, 2, mlp_ratio=2.)]).eval()
+    with_kernels, x = copy.deepcopy(stage), torch.randn(2, 16, 4, 5)
+    caretrans.kernels.use_kernels(with_kernels)
+    with torch.autocast('cpu', dtype=torch.bfloat16), torch.no_grad():
+        found, expected = with_kernels(x), stage(x)
+    assert found.dtype == expected.dtype and found.stride() == expected.stride()
+    assert error_of([found], [expected]) <= 2e-2
+
+
+def test_rotary_attention_reads_and_writes_tokens_without_copies(monkeypatch):
+    """Queries, keys and values where they lie, and gradients whose channels are neighbours as well."""
+    block, strides = MllaBlock(32, 2, mlp_ratio=2.), []
+    caretrans.kernels.use_kernels(block)
+    backward = linear_attention.attend_backward_into
+
+    def look(*args):
+        strides.extend(x.stride() for x in args[:7])
+        backward(*args)
+
+    monkeypatch.setattr(linear_attention, 'attend_backward_into', look)
+    x = torch.randn(2, 32, 3, 5).to(memory_format=torch.channels_last).requires_grad_()
+    block(x, rotary_code(x)).sum().backward()
+    halves, whole = (15 * 64, 16, 1, 64), (15 * 32, 16, 1, 32)
+    assert strides == [whole, halves, halves, *[whole] * 4]
 
 
 @pytest.mark.parametrize('num_heads', [0, 1])
@@ -263,9 +306,9 @@ def test_normalisations_must_be_folded_into_expansions():
     assert all('folded' in p.reason for p in placements if p.part == 'expansion')
 
 
-@pytest.mark.parametrize('num_heads', [0, 1])
-def test_a_compiled_block_is_one_graph(num_heads):
-    block = CareBlock(4, (2, 2), num_heads, ls_init_value=1.).double().train()
+@pytest.mark.parametrize('make', BLOCKS.values(), ids=BLOCKS)
+def test_a_compiled_block_is_one_graph(make):
+    block = make().double().train()
     caretrans.kernels.use_kernels(block)
     compiled = torch.compile(copy.deepcopy(block), fullgraph=True, backend='aot_eager')
     x = slice_of(16, 0, (2, 2, 3), True, torch.float64, 'cpu')

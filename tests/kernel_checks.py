@@ -55,6 +55,16 @@ def rotation_of(
     return rotate.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0) if channels_last else rotate
 
 
+def run_with_parameters(module: nn.Module, x: torch.Tensor) -> List[torch.Tensor]:
+    """The output of the module and the gradients of its input and of all its parameters, as `run` has them."""
+    names = [name for name, _ in module.named_parameters()]
+
+    def call(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x,))
+
+    return run(call, (x, *module.parameters()))
+
+
 def check_attention(
         attend: Callable, shape: Tuple[int, ...], dtype: torch.dtype, channels_last: bool = False, scale: float = 1.,
         device: str = 'cpu', rotated: bool = False) -> None:
@@ -94,13 +104,7 @@ def check_mixer(
     assert [placement.runs for placement in use_kernels(mixer, parts=['mixer'])].count('triton') == 1
     spoil(mixer)
     x = slice_of(widths[0] + 2 * widths[1], 5, (B, H, W), channels_last, dtype, device)
-
-    def call(module: nn.Module) -> Callable:
-        names = [name for name, _ in module.named_parameters()]
-        return lambda x, *values: torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x,))
-
-    actual = run(call(mixer), (x, *mixer.parameters()))
-    expected = run(call(reference), (x.double(), *reference.parameters()))
+    actual, expected = run_with_parameters(mixer, x), run_with_parameters(reference, x.double())
     assert actual[0].dtype == dtype and actual[0].is_contiguous(
         memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     error = error_of(actual, expected)

@@ -12,6 +12,7 @@ from reference import filled_model
 
 DEVICE = 'cuda'
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+NETWORKS = ['care_s0', 'mlla_t']
 reason = caretrans.kernels.why_unavailable(DEVICE)
 pytestmark = pytest.mark.skipif(bool(reason), reason=reason)
 
@@ -21,7 +22,7 @@ def with_and_without(name: str, **kwargs):
     model = filled_model(name, num_classes=7, **kwargs).to(DEVICE, memory_format=torch.channels_last)
     reference = copy.deepcopy(model)
     placements = caretrans.kernels.use_kernels(model)
-    assert {p.runs for p in placements if p.part == 'mixer'} == {'triton'}
+    assert {p.runs for p in placements if p.part in ('mixer', 'attention')} == {'triton'}
     return model, reference
 
 
@@ -89,7 +90,7 @@ def test_results_repeat_to_the_bit():
 # Networks -------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('fused', [False, True])
-@pytest.mark.parametrize('name', ['care_s0', 'care_s2'])
+@pytest.mark.parametrize('name', ['care_s0', 'care_s2', 'mlla_t'])
 def test_a_network_computes_what_it_does_in_torch(name, fused):
     model, reference = with_and_without(name)
     if fused:
@@ -101,9 +102,10 @@ def test_a_network_computes_what_it_does_in_torch(name, fused):
         assert error_of([model(x)], [reference.double()(x.double())]) <= 1e-4
 
 
+@pytest.mark.parametrize('name', NETWORKS)
 @pytest.mark.parametrize('mode', ['default', 'reduce-overhead'])
-def test_a_compiled_network_computes_the_same(mode):
-    model, reference = with_and_without('care_s0')
+def test_a_compiled_network_computes_the_same(mode, name):
+    model, reference = with_and_without(name)
     compiled = torch.compile(model, fullgraph=True, mode=mode)
     x = images()
     with torch.no_grad():
@@ -112,9 +114,10 @@ def test_a_compiled_network_computes_the_same(mode):
             assert error_of([found], [reference(x)]) <= 1e-4
 
 
+@pytest.mark.parametrize('name', NETWORKS)
 @pytest.mark.parametrize('fused', [False, True])
-def test_a_network_is_captured_in_a_cuda_graph(fused):
-    model, reference = with_and_without('care_s0')
+def test_a_network_is_captured_in_a_cuda_graph(fused, name):
+    model, reference = with_and_without(name)
     if fused:
         model = caretrans.fuse.fuse(reference)
         caretrans.kernels.use_kernels(model, parts=caretrans.kernels.PARTS)
@@ -134,11 +137,12 @@ def test_a_network_is_captured_in_a_cuda_graph(fused):
             assert error_of([out], [model(x)]) <= 1e-2
 
 
+@pytest.mark.parametrize('name', NETWORKS)
 @pytest.mark.parametrize('compiled', [False, True])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-def test_a_training_step_equals_that_of_torch(dtype, compiled):
+def test_a_training_step_equals_that_of_torch(dtype, compiled, name):
     """Losses and gradients, the latter by their directions: in bfloat16 each is a sum of many roundings."""
-    model, reference = with_and_without('care_s0')
+    model, reference = with_and_without(name)
     x, labels = images(16), torch.arange(16, device=DEVICE) % 7
     losses = []
     for network in model, reference:
@@ -154,9 +158,10 @@ def test_a_training_step_equals_that_of_torch(dtype, compiled):
     assert F.cosine_similarity(found, expected, dim=0) >= 1 - tolerance
 
 
-def test_training_needs_no_more_memory_than_in_torch():
+@pytest.mark.parametrize('name', NETWORKS)
+def test_training_needs_no_more_memory_than_in_torch(name):
     peaks = []
-    for network in with_and_without('care_s0'):
+    for network in with_and_without(name):
         network.train()
         for step in range(2):  # the first compiles and tunes
             if step:

@@ -136,30 +136,33 @@ def test_expansion_compiles_for_a_gpu(stand_in):
 # Left out -------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('fused', [False, True])
-def test_on_the_cpu_pytorch_runs_and_is_named(fused):
-    model = filled_model('care_s0', num_classes=7)
+@pytest.mark.parametrize('name, parts', [('care_s0', set(caretrans.kernels.PARTS)), ('mlla_t', {'attention'})])
+def test_on_the_cpu_pytorch_runs_and_is_named(name, parts, fused):
+    model = filled_model(name, num_classes=7)
     model = caretrans.fuse.fuse(model) if fused else model
     x = torch.randn(1, 3, 32, 32)
     expected, classes = model(x), [type(module) for module in model.modules()]
     placements = caretrans.kernels.use_kernels(model, parts=caretrans.kernels.PARTS)
-    assert {placement.part for placement in placements} == set(caretrans.kernels.PARTS)
+    assert {placement.part for placement in placements} == parts
     assert {placement.runs for placement in placements} == {'torch'}
     assert all('CUDA' in placement.reason for placement in placements)
     assert [type(module) for module in model.modules()] == classes
     assert torch.equal(model(x), expected)
 
 
-@pytest.mark.parametrize('fused', [False, True])
-def test_a_network_with_kernels_runs_in_pytorch_when_it_comes_to_the_cpu(monkeypatch, fused):
-    model = filled_model('care_s0', num_classes=7)
+@pytest.mark.parametrize('name, fused, parts', [
+    ('care_s0', False, {'mixer'}), ('care_s0', True, {'mixer', 'expansion'}), ('mlla_t', False, {'attention'}),
+    ('mlla_t', True, {'attention'})])
+def test_a_network_with_kernels_runs_in_pytorch_when_it_comes_to_the_cpu(monkeypatch, name, fused, parts):
+    model = filled_model(name, num_classes=7)
     model = caretrans.fuse.fuse(model) if fused else model
     x = torch.randn(1, 3, 32, 32)
     expected, keys = model(x), list(model.state_dict())
     monkeypatch.setattr(caretrans.kernels, 'why_unavailable', lambda device: '')  # as if it had been on a GPU
     placements = caretrans.kernels.use_kernels(model, parts=caretrans.kernels.PARTS)
-    assert {placement.part for placement in placements if placement.runs == 'triton'} == (
-        {'mixer', 'expansion'} if fused else {'mixer'})
-    assert isinstance(model.stages[0].blocks[0].mixer, caretrans.kernels.KernelModule)
+    assert {placement.part for placement in placements if placement.runs == 'triton'} == parts
+    named = {placement.name for placement in placements if placement.runs == 'triton'}
+    assert all(isinstance(model.get_submodule(name), caretrans.kernels.KernelModule) for name in named)
     assert torch.equal(model(x), expected) and torch.equal(copy.deepcopy(model)(x), expected)
     assert list(model.state_dict()) == keys
     caretrans.kernels.use_kernels(model, parts=())
