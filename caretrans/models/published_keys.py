@@ -30,14 +30,14 @@ def rename_keys(
     """
     rows = [(ours, published) if to_published else (published, ours) for published, ours in table]
     renames = [
-        (re.compile(_match_part(old)), re.compile(_match_part(new)), new.lstrip('^'))
+        (re.compile(_match_part(old)), re.compile(_match_part(new)) if old.lstrip('^') in new else None, new.lstrip('^'))
         for old, new in (reversed(rows) if to_published else rows)]
     renamed = {}
     for key, value in state_dict.items():
         if drop and key.endswith(tuple(drop)):
             continue
         for old, done, new in renames:
-            if not done.search(key):
+            if done is None or not done.search(key):
                 key = old.sub(rf'\g<1>{new}', key)
         renamed[key] = value
     return renamed
