@@ -65,14 +65,6 @@ def _head(ptr, stride_b, stride_h, heads):
 
 
 @triton.jit
-def _rotation_of_head(rotation, r_h, heads):
-    """Where the table of the head of this program begins; None without a rotation."""
-    if rotation is not None:
-        rotation += (tl.program_id(0) % heads) * r_h
-    return rotation
-
-
-@triton.jit
 def _turn(
         x, rotation, r_s, r_c, r_n, n, chs, N, BACK: tl.constexpr,
         BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr):
@@ -147,7 +139,8 @@ def _forward(
     """Everything (WHOLE), the sums of a part of the positions (SUMS), or their reading (QUERIES)."""
     start = tl.program_id(1) * per_split
     stop = tl.minimum(start + per_split, N)
-    rotation = _rotation_of_head(rotation, r_h, heads)
+    if rotation is not None:
+        rotation = _head(rotation, 0, r_h, heads)
     if STEP == QUERIES:
         context, mass = _load_sums(context_ptr, mass_ptr, D, E, BLOCK_D, BLOCK_E, ACC)
     else:
@@ -231,7 +224,8 @@ def _backward(
     """
     start = tl.program_id(1) * per_split
     stop = tl.minimum(start + per_split, N)
-    rotation = _rotation_of_head(rotation, r_h, heads)
+    if rotation is not None:
+        rotation = _head(rotation, 0, r_h, heads)
     k, v = _head(k, k_b, k_h, heads), _head(v, v_b, v_h, heads)
     if STEP == KEYS:
         dcontext, dmass = _load_sums(dcontext_ptr, dmass_ptr, D, E, BLOCK_D, BLOCK_E, ACC)
