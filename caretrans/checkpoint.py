@@ -57,6 +57,7 @@ class _Layout:
     model_name: str
     shapes: Shapes
     published_keys: Table
+    computed_keys: Tuple[str, ...]
     classifiers: Tuple[str, ...]
     first_conv: str
 
@@ -68,12 +69,13 @@ class _Layout:
             model_name=cfg.get('architecture') or type(model).__name__,
             shapes=_get_shapes(model.state_dict()),
             published_keys=getattr(model, 'published_keys', ()),
+            computed_keys=getattr(model, 'computed_keys', ()),
             classifiers=(classifiers,) if isinstance(classifiers, str) else tuple(classifiers),
             first_conv=cfg.get('first_conv') or '')
 
     def match_keys(self, state_dict: Mapping[str, Any]) -> Dict[str, str]:
         """{our key: key in the file}, for published keys and ours."""
-        return rename_keys({key: key for key in state_dict}, self.published_keys)
+        return rename_keys({key: key for key in state_dict}, self.published_keys, drop=self.computed_keys)
 
     def is_head(self, key: str) -> bool:
         """Whether `key` is of a classifier, or of what is with it in one module, such as its norm."""
@@ -101,9 +103,10 @@ def _get_layout(model_name: str) -> _Layout:
 
 
 def _list_models() -> List[str]:
-    """The models of this package."""
+    """The models of this package, without aliases."""
     package = __name__.partition('.')[0]
-    return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith(f'{package}.')]
+    names = timm.list_models(name_matches_cfg=True)
+    return [name for name in names if timm.model_entrypoint(name).__module__.startswith(f'{package}.')]
 
 
 def _find_models(state_dict: Dict[str, torch.Tensor]) -> Tuple[List[str], float]:

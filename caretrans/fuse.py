@@ -8,8 +8,8 @@ from timm.utils import reparameterize_model
 
 from .models.care import CareTransformer
 from .models.care_bmm import rewrite_for_bmm
-from .models.care_fused import FusedBlock, FusedHead
 from .models.care_phone import rewrite_for_phone
+from .models.folding import InferenceModule
 
 __all__ = ['FORMS', 'fuse', 'is_fused', 'measure_fusion_error', 'rewrite']
 
@@ -18,7 +18,7 @@ FORMS = ('trained', 'fused', 'phone', 'bmm')  # of a network for inference; see 
 
 def is_fused(model: nn.Module) -> bool:
     """Whether `model`, or a part of it, has been fused."""
-    return any(isinstance(module, (FusedBlock, FusedHead)) for module in model.modules())
+    return any(isinstance(module, InferenceModule) for module in model.modules())
 
 
 def fuse(model: nn.Module) -> nn.Module:

@@ -9,7 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import caretrans  # noqa: F401 (registers the models)
 
-MODELS = [name for name in timm.list_models() if model_entrypoint(name).__module__.startswith('caretrans.')]
+MODELS = [  # without aliases
+    name for name in timm.list_models(name_matches_cfg=True)
+    if model_entrypoint(name).__module__.startswith('caretrans.')]
 CARE = [name for name in MODELS if name.startswith('care_')]
 
 

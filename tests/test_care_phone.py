@@ -10,7 +10,7 @@ import caretrans  # noqa: F401 (registers the models)
 from caretrans.fuse import FORMS, fuse, rewrite
 from caretrans.models.attention import linear_attention
 from caretrans.models.care import CareTransformer, LinearAttention, StripConv
-from caretrans.models.care_fused import fold_pixels
+from caretrans.models.folding import fold_pixels
 from caretrans.models.care_phone import ConvMixer, CrossConv, PhoneAttention, watch_least_mass
 
 CARE = [name for name in timm.list_models('care_*')]

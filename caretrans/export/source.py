@@ -17,8 +17,8 @@ from ..config import ConfigError
 from ..data import DataError, describe_classes, list_classes, open_dataset, resolve_eval_config
 from ..evaluation import load_for_evaluation
 from ..fuse import rewrite
-from ..models.care_fused import fold_pixels
 from ..models.care_phone import watch_least_mass
+from ..models.folding import fold_pixels
 from .config import ExportConfig, Job
 
 __all__ = ['Cases', 'ExportedNetwork', 'Source', 'build_network', 'load_cases', 'load_source']

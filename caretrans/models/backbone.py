@@ -1,16 +1,21 @@
 """What timm asks of a hierarchical backbone and no paper speaks of, written once for all networks."""
-from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union
+import sys
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
 from huggingface_hub import errors as hub_errors
-from timm.layers import trunc_normal_
-from timm.models import build_model_with_cfg, clean_state_dict, get_pretrained_cfg
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import SelectAdaptivePool2d, get_device_dtype, trunc_normal_
+from timm.models import build_model_with_cfg, clean_state_dict, get_pretrained_cfg, register_model
 from timm.models._features import feature_take_indices
 
+from .folding import LinearHead
 from .published_keys import Table, rename_keys, rename_on_load
 
-__all__ = ['MIN_SIDE', 'Backbone', 'build_backbone', 'check_image_size', 'init_weights']
+__all__ = [
+    'MIN_SIDE', 'Backbone', 'build_backbone', 'check_image_size', 'init_linear', 'init_weights', 'make_cfg',
+    'register_alias']
 
 MIN_SIDE = 32  # pixels: at 1/32 of the size, a smaller image would have no position left
 FETCH_ERRORS = (OSError, hub_errors.EntryNotFoundError, getattr(hub_errors, 'HTTPError', OSError))
@@ -25,32 +30,117 @@ def check_image_size(x: torch.Tensor, min_side: int = MIN_SIDE) -> torch.Tensor:
     return x
 
 
-def init_weights(module: nn.Module) -> None:
+def init_weights(module: nn.Module, kinds: Tuple[Type[nn.Module], ...] = (nn.Conv2d, nn.Linear)) -> None:
     """Truncated normal of std 0.02 for the weights of convolutions and linear layers, biases 0.
 
     Drawn in float32 at least: in half precision the tails of the distribution come out wrong.
     """
-    if isinstance(module, (nn.Conv2d, nn.Linear)) and not module.weight.is_meta:  # meta: 10 times slower than the rest
+    if isinstance(module, kinds) and not module.weight.is_meta:  # meta: 10 times slower than the rest
         weight = torch.empty_like(module.weight, dtype=torch.promote_types(module.weight.dtype, torch.float32))
         with torch.no_grad():
             module.weight.copy_(trunc_normal_(weight, std=0.02))
         nn.init.zeros_(module.bias)
 
 
-class Backbone(nn.Module):
-    """A network of `stem`, `stages` (each with `downsample`, `blocks` and a flag `grad_checkpointing`) and heads.
+def init_linear(module: nn.Module) -> None:
+    """The same for linear layers alone; convolutions stay as PyTorch makes them."""
+    init_weights(module, (nn.Linear,))
 
-    A subclass sets `stem`, `stages`, `feature_info`, `num_features` and `head_hidden_size`, and has
-    `forward_features`, `forward_head`, `get_classifier` and `reset_classifier`. Its `published_keys` are the glossary
-    from the published checkpoints to its own names; `load_state_dict` takes both.
+
+class Backbone(nn.Module):
+    """A network of `stem`, `stages` (of `downsample`, `blocks` and a flag `grad_checkpointing`), `norm` and heads.
+
+    A subclass sets `stem`, `stages`, `norm` (of the last map), `feature_info`, `num_features` and `head_hidden_size`,
+    and calls `set_heads`. Its `published_keys` are the glossary from the published checkpoints to its own names, and
+    `computed_keys` the ends of the published keys of what is computed here; `load_state_dict` takes both layouts.
     See timm's documentation of feature extraction for what the methods are for.
+
+    With two heads, `head` and `head_dist`, the output is their mean, in training and in evaluation: trained on plain
+    labels both learn from that mean. For distillation `set_distilled_training(True)` makes training return the pair
+    (head, head_dist); evaluation still returns the mean.
+
+    Args:
+        distilled: Whether there are two heads instead of one.
     """
 
     published_keys: Table = ()
+    computed_keys: Tuple[str, ...] = ()
+    init_module = staticmethod(init_weights)
 
-    def __init__(self) -> None:
+    def __init__(self, distilled: bool) -> None:
         super().__init__()
-        rename_on_load(self, self.published_keys)
+        self.distilled = distilled
+        self.distilled_training = False
+        rename_on_load(self, self.published_keys, self.computed_keys)
+
+    def make_head(self, num_classes: int, **dd: Any) -> nn.Module:
+        """A classifier of pooled features (B, num_features)."""
+        return LinearHead(self.num_features, num_classes, **dd)
+
+    def set_heads(self, num_classes: int, global_pool: str, **dd: Any) -> None:
+        """Pooling and fresh heads, or identities for 0 classes.
+
+        Raises:
+            ValueError: Pooling that leaves nothing to classify, or another number of features.
+        """
+        if num_classes and not global_pool:
+            raise ValueError(f'global_pool="" leaves nothing to classify: num_classes must be 0, not {num_classes}.')
+        pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        if pool.feat_mult() != 1:
+            raise ValueError(f'global_pool={global_pool!r} changes the number of features: take avg, max or avgmax.')
+        self.num_classes, self.global_pool = num_classes, pool
+        self.head = self.make_head(num_classes, **dd) if num_classes else nn.Identity()
+        if self.distilled:
+            self.head_dist = self.make_head(num_classes, **dd) if num_classes else nn.Identity()
+            if num_classes:
+                self.head.siblings, self.head_dist.is_sibling = (self.head_dist,), True
+
+    @torch.jit.ignore
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """Make training return the pair (head, head_dist) instead of their mean.
+
+        Raises:
+            ValueError: There is one head.
+        """
+        if enable and not self.distilled:
+            raise ValueError(f'This {type(self).__name__} has one head: make it with distilled=True.')
+        self.distilled_training = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> Union[nn.Module, Tuple[nn.Module, nn.Module]]:
+        """The linear layer of the head, or of both; identities where there are no classes."""
+        head = getattr(self.head, 'fc', self.head)
+        return (head, getattr(self.head_dist, 'fc', self.head_dist)) if self.distilled else head
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Put fresh heads (0 classes: none) on the same device, in the same dtype; the pooling stays if not given.
+
+        Heads for a network whose pooling was disabled bring 'avg' with them.
+        """
+        if global_pool is None:
+            global_pool = self.global_pool.pool_type or ('avg' if num_classes else '')
+        self.set_heads(num_classes, global_pool, **get_device_dtype(self))
+        for module in (self.global_pool, self.head, *([self.head_dist] if self.distilled else [])):
+            module.apply(self.init_module).train(self.training)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_chans, H, W) to features (B, num_features, H', W') at 1/32 of the size."""
+        return self.norm(self.stages(self.stem(x)))
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Features to logits (B, num_classes), or to the pooled features (B, num_features) that the heads read."""
+        x = self.global_pool(x)
+        if pre_logits or not self.num_classes:
+            return x
+        if not hasattr(self, 'head_dist') or hasattr(self.head, 'num_merged'):
+            return self.head(x)
+        logits, logits_dist = self.head(x), self.head_dist(x)
+        if self.distilled_training and self.training and not torch.jit.is_scripting():
+            return logits, logits_dist
+        return (logits + logits_dist) / 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
@@ -86,7 +176,7 @@ class Backbone(nn.Module):
         Args:
             x: (B, in_chans, H, W) images.
             indices: The last n stages for an int, all for None, else these.
-            norm: There for timm; no norm follows the stages.
+            norm: Normalise the last map of the list as well, if it is that of the last stage; the final one always is.
             stop_early: Run no stage after the last one taken.
             output_fmt: 'NCHW' only.
             intermediates_only: Leave the final map out.
@@ -105,22 +195,45 @@ class Backbone(nn.Module):
             stages = stages[:max_index + 1]
         for i, stage in enumerate(stages):
             x = stage(x)
+            is_last = i == len(self.stages) - 1
+            final = self.norm(x) if is_last else x
             if i in take_indices:
-                intermediates.append(x)
+                intermediates.append(final if norm else x)
+            x = final
         if intermediates_only:
             return intermediates
         return x, intermediates
 
     def prune_intermediate_layers(
             self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True) -> List[int]:
-        """Drop the stages after the last of `indices`, and with any of them the heads; returns the indices taken."""
+        """Drop the stages after the last of `indices`, and with any of them norm and heads; gives the indices taken."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         pruned = max_index < len(self.stages) - 1
         self.stages = self.stages[:max_index + 1]
+        if prune_norm or pruned:
+            self.norm = nn.Identity()
         self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
         if prune_head or pruned:
             self.reset_classifier(0, '')
         return take_indices
+
+
+def make_cfg(**kwargs: Any) -> Dict[str, Any]:
+    """timm's `pretrained_cfg` of a network of 1,000 classes at 224 x 224, resized to 256 and cropped, with `kwargs`."""
+    return {
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'min_input_size': (3, MIN_SIDE, MIN_SIDE), 'crop_pct': 0.875, 'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD, 'license': 'mit', **kwargs}
+
+
+def register_alias(alias: str, entrypoint: Callable[..., Backbone]) -> None:
+    """Register another name of a model with timm; `timm.list_models(name_matches_cfg=True)` leaves it out."""
+    def create(pretrained: bool = False, **kwargs: Any) -> Backbone:
+        return entrypoint(pretrained, **kwargs)
+
+    create.__name__ = create.__qualname__ = alias
+    create.__module__, create.__doc__ = entrypoint.__module__, f'Another name of {entrypoint.__name__}.'
+    setattr(sys.modules[create.__module__], alias, register_model(create))
 
 
 def build_backbone(model_cls: Type[Backbone], variant: str, pretrained: bool, **kwargs: Any) -> Backbone:
@@ -135,7 +248,7 @@ def build_backbone(model_cls: Type[Backbone], variant: str, pretrained: bool, **
             if isinstance(state_dict.get(wrapper), dict):
                 state_dict = state_dict[wrapper]
                 break
-        state_dict = rename_keys(clean_state_dict(state_dict), model_cls.published_keys)
+        state_dict = rename_keys(clean_state_dict(state_dict), model_cls.published_keys, drop=model_cls.computed_keys)
         wrong = [key for key in state_dict.keys() ^ model.state_dict().keys()
                  if not key.startswith(('head.', 'head_dist.'))]
         if wrong:  # leaving out the heads, timm would load what there is and go on with random weights
@@ -143,7 +256,12 @@ def build_backbone(model_cls: Type[Backbone], variant: str, pretrained: bool, **
                 f'These weights do not fit {variant}: {len(wrong)} keys are missing or unexpected, such as {wrong[0]}.')
         return state_dict
 
-    file = (kwargs.get('pretrained_cfg_overlay') or {}).get('file')
+    overlay = dict(kwargs.pop('pretrained_cfg_overlay', None) or {})
+    file = overlay.get('file')
+    if kwargs.get('distilled'):
+        overlay['classifier'] = ('head', 'head_dist')
+    if overlay:
+        kwargs['pretrained_cfg_overlay'] = overlay
     try:
         return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=prepare, **kwargs)
     except RuntimeError as error:

@@ -16,19 +16,17 @@ carried from block to block. There is no positional encoding, so any input from 
 
 `PUBLISHED_KEYS` is the glossary from the names of the published checkpoints to ours.
 """
-from functools import partial
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import (
-    DropPath, LayerScale2d, SelectAdaptivePool2d, calculate_drop_path_rates, get_device_dtype)
+from timm.layers import DropPath, LayerScale2d, calculate_drop_path_rates
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 
 from .attention import linear_attention
-from .backbone import MIN_SIDE, Backbone, build_backbone, check_image_size, init_weights
-from .care_fused import FusedBlock, FusedHead, FusedStem, fold_norm_into_next
+from .backbone import Backbone, build_backbone, check_image_size, make_cfg
+from .care_fused import FusedBlock, FusedHead, FusedStem
+from .folding import NormConv
 
 __all__ = ['CareTransformer']
 
@@ -185,29 +183,13 @@ class CareBlock(nn.Module):
         return FusedBlock(self)
 
 
-class Downsample(nn.Module):
-    """BatchNorm, then a 2x2 convolution of stride 2: (B, in_chs, H, W) to (B, out_chs, H // 2, W // 2)."""
-
-    def __init__(self, in_chs: int, out_chs: int, **dd: Any) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm2d(in_chs, **dd)
-        self.conv = nn.Conv2d(in_chs, out_chs, 2, stride=2, **dd)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(self.norm(x))
-
-    def fuse(self) -> nn.Module:
-        """One convolution for inference alone; exact, for it has no padding."""
-        return fold_norm_into_next(self.norm, self.conv)
-
-
 class CareStage(nn.Module):
-    """Downsampling from `in_chs` channels (none in the first stage: None), then the blocks."""
+    """Downsampling from `in_chs` channels by BatchNorm and a 2x2 convolution (none in the first stage), the blocks."""
 
     def __init__(self, in_chs: Optional[int], blocks: List[CareBlock], **dd: Any) -> None:
         super().__init__()
         self.grad_checkpointing = False
-        self.downsample = nn.Identity() if in_chs is None else Downsample(in_chs, blocks[0].in_chs, **dd)
+        self.downsample = nn.Identity() if in_chs is None else NormConv(in_chs, blocks[0].in_chs, 2, stride=2, **dd)
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -236,11 +218,12 @@ class Stem(nn.Module):
 class ClassifierHead(nn.Module):
     """GELU, LayerNorm, Dropout and Linear on pooled features: (B, C) to (B, num_classes).
 
-    `siblings` are the heads that its output is averaged with.
+    `siblings` are the heads that its output is averaged with; a head that is one of them has `is_sibling`.
     """
 
     siblings: Tuple[nn.Module, ...] = ()  # in a tuple, not to be registered as parts of this head
-    __jit_ignored_attributes__ = ['siblings']
+    is_sibling = False
+    __jit_ignored_attributes__ = ['siblings', 'is_sibling']
 
     def __init__(self, chs: int, num_classes: int, drop: float = 0., **dd: Any) -> None:
         super().__init__()
@@ -254,7 +237,7 @@ class ClassifierHead(nn.Module):
 
     def fuse(self) -> nn.Module:
         """One head for inference alone, equal to the mean of this one and its siblings; they become identities."""
-        return FusedHead([self, *self.siblings]) if self.siblings else nn.Identity()
+        return nn.Identity() if self.is_sibling else FusedHead([self, *self.siblings])
 
 
 # Network --------------------------------------------------------------------------------------------------------------
@@ -324,13 +307,12 @@ class CareTransformer(Backbone):
             device=None,
             dtype=None,
     ) -> None:
-        super().__init__()
+        super().__init__(distilled=True)
         dd = dict(device=device, dtype=dtype)
         if not len(depths) == len(slice_chs) == len(ratios) == len(num_heads):
             raise ValueError(f'One entry per stage each: {depths=}, {slice_chs=}, {ratios=}, {num_heads=}.')
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.distilled_training = False
 
         block = CareBlock
         if ablation:
@@ -350,76 +332,23 @@ class CareTransformer(Backbone):
         self.stem = Stem(in_chans, stages[0].blocks[0].in_chs, **dd)
         self.stages = nn.Sequential(*stages)
 
+        self.norm = nn.Identity()  # the heads normalise, after pooling
         self.num_features = self.head_hidden_size = in_chs
-        self._set_heads(num_classes, global_pool, **dd)
-        self.apply(init_weights)
+        self.set_heads(num_classes, global_pool, **dd)
+        self.apply(self.init_module)
 
-    def _set_heads(self, num_classes: int, global_pool: str, **dd: Any) -> None:
-        if num_classes and not global_pool:
-            raise ValueError(f'global_pool="" leaves nothing to classify: num_classes must be 0, not {num_classes}.')
-        pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-        if pool.feat_mult() != 1:
-            raise ValueError(f'global_pool={global_pool!r} changes the number of features: take avg, max or avgmax.')
-        self.num_classes, self.global_pool = num_classes, pool
-        make_head = partial(ClassifierHead, self.num_features, num_classes, self.drop_rate, **dd)
-        self.head = make_head() if num_classes else nn.Identity()
-        self.head_dist = make_head() if num_classes else nn.Identity()
-        if num_classes:
-            self.head.siblings = (self.head_dist,)
-
-    @torch.jit.ignore
-    def set_distilled_training(self, enable: bool = True) -> None:
-        """Make training return the pair (head, head_dist) instead of their mean."""
-        self.distilled_training = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> Tuple[nn.Module, nn.Module]:
-        return tuple(getattr(head, 'fc', head) for head in (self.head, self.head_dist))
-
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Put fresh heads (0 classes: none) on the same device, in the same dtype; the pooling stays if not given.
-
-        Heads for a network whose pooling was disabled bring 'avg' with them.
-        """
-        if global_pool is None:
-            global_pool = self.global_pool.pool_type or ('avg' if num_classes else '')
-        self._set_heads(num_classes, global_pool, **get_device_dtype(self))
-        for module in (self.global_pool, self.head, self.head_dist):
-            module.apply(init_weights).train(self.training)
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, in_chans, H, W) to features (B, num_features, H // 32, W // 32)."""
-        return self.stages(self.stem(x))
-
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Features to logits (B, num_classes), or to the pooled features (B, num_features) that both heads read."""
-        x = self.global_pool(x)
-        if pre_logits or not self.num_classes:
-            return x
-        if hasattr(self.head, 'num_merged'):
-            return self.head(x)
-        logits, logits_dist = self.head(x), self.head_dist(x)
-        if self.distilled_training and self.training and not torch.jit.is_scripting():
-            return logits, logits_dist
-        return (logits + logits_dist) / 2
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.forward_head(self.forward_features(x))
+    def make_head(self, num_classes: int, **dd: Any) -> nn.Module:
+        return ClassifierHead(self.num_features, num_classes, self.drop_rate, **dd)
 
 
 # Variants -------------------------------------------------------------------------------------------------------------
 
 def _cfg(**kwargs: Any) -> Dict[str, Any]:
-    return {
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'min_input_size': (3, MIN_SIDE, MIN_SIDE), 'crop_pct': 0.875, 'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'stem.conv', 'classifier': ('head.fc', 'head_dist.fc'),
-        'hf_hub_id': 'YuanZ1995/CARE-Transformer', 'license': 'mit',
-        'paper_ids': 'arXiv:2411.16170',
-        'paper_name': 'CARE Transformer: Mobile-Friendly Linear Visual Transformer via Decoupled Dual Interaction',
-        **kwargs,
-    }
+    return make_cfg(
+        first_conv='stem.conv', classifier=('head.fc', 'head_dist.fc'), hf_hub_id='YuanZ1995/CARE-Transformer',
+        paper_ids='arXiv:2411.16170',
+        paper_name='CARE Transformer: Mobile-Friendly Linear Visual Transformer via Decoupled Dual Interaction',
+        **kwargs)
 
 
 default_cfgs = generate_default_cfgs({

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 
 from .attention import EPS
-from .care_fused import InferenceModule
+from .folding import InferenceModule
 
 __all__ = ['BmmAttention', 'SlicedMixer', 'rewrite_for_bmm']
 

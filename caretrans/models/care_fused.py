@@ -15,121 +15,17 @@ from typing import Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from .backbone import check_image_size
+from .folding import (
+    InferenceModule, fold_norm_into_next, fold_norm_into_previous, join_depthwise, scale_outputs)
 
-__all__ = [
-    'FusedBlock', 'FusedHead', 'FusedMixer', 'FusedStem', 'fold_norm_into_next', 'fold_norm_into_previous',
-    'fold_pixels', 'join_depthwise']
+__all__ = ['FusedBlock', 'FusedHead', 'FusedMixer', 'FusedStem']
 
 torch.fx.wrap('check_image_size')
 
 
-# Algebra on weights ---------------------------------------------------------------------------------------------------
-
-def _scale_and_shift(norm: nn.BatchNorm2d) -> Tuple[torch.Tensor, torch.Tensor]:
-    """A BatchNorm in evaluation mode as x * scale + shift, in float64."""
-    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    return scale, norm.bias.double() - norm.running_mean.double() * scale
-
-
-def _make_conv(like: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> nn.Conv2d:
-    """A convolution with the stride and padding of another one, and this float64 weight and bias."""
-    conv = nn.Conv2d(
-        weight.shape[1] * like.groups, len(weight), like.kernel_size, like.stride, like.padding, groups=like.groups,
-        device=like.weight.device, dtype=like.weight.dtype)
-    with torch.no_grad():
-        conv.weight.copy_(weight)
-        conv.bias.copy_(bias)
-    return conv.requires_grad_(False)
-
-
-def fold_norm_into_previous(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    """norm(conv(x)) as one convolution."""
-    scale, shift = _scale_and_shift(norm)
-    return _make_conv(conv, conv.weight.double() * scale[:, None, None, None], conv.bias.double() * scale + shift)
-
-
-def _fold_affine(scale: torch.Tensor, shift: torch.Tensor, conv: nn.Conv2d) -> nn.Conv2d:
-    """conv(x * scale + shift) as one convolution."""
-    weight = conv.weight.double()
-    return _make_conv(
-        conv, weight * scale[:, None, None], conv.bias.double() + (weight * shift[:, None, None]).sum((1, 2, 3)))
-
-
-def fold_norm_into_next(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> nn.Conv2d:
-    """conv(norm(x)) as one convolution.
-
-    Raises:
-        ValueError: The convolution pads: its zeros would have to become the shift of the norm.
-    """
-    if any(conv.padding):
-        raise ValueError(f'A norm cannot go into a convolution that pads by {conv.padding}.')
-    return _fold_affine(*_scale_and_shift(norm), conv)
-
-
-def _scale_outputs(conv: nn.Conv2d, scale: torch.Tensor) -> nn.Conv2d:
-    """scale * conv(x) as one convolution."""
-    scale = scale.double()
-    return _make_conv(conv, conv.weight.double() * scale[:, None, None, None], conv.bias.double() * scale)
-
-
-def fold_pixels(
-        conv: nn.Conv2d, mean: Sequence[float], std: Sequence[float], white: float = 255., half: bool = False,
-) -> nn.Conv2d:
-    """conv((x / white - mean) / std) as one convolution of pixels x from 0 to `white`, per channel.
-
-    Args:
-        half: Whether the weights will be rounded to float16. Pixels are far from 0 in the mean, unlike what training
-            saw, and so is what rounding changes: then the weights are rounded here, and its mean goes into the bias.
-    Raises:
-        ValueError: The convolution pads, or has not as many channels as there are means.
-    """
-    if any(conv.padding) or conv.in_channels != len(mean):
-        raise ValueError(
-            f'A normalisation of {len(mean)} channels cannot go into a convolution of {conv.in_channels} channels '
-            f'that pads by {conv.padding}.')
-    grey = white * torch.tensor(mean, dtype=torch.float64, device=conv.weight.device)
-    scale = 1 / (white * torch.tensor(std, dtype=torch.float64, device=conv.weight.device))
-    folded = _fold_affine(scale, -grey * scale, conv)
-    if not half:
-        return folded
-    weight = folded.weight.double()
-    rounded = weight.half().double()
-    return _make_conv(folded, rounded, folded.bias.double() + ((weight - rounded) * grey[:, None, None]).sum((1, 2, 3)))
-
-
-def join_depthwise(convs: Sequence[nn.Conv2d]) -> nn.Conv2d:
-    """Depth-wise convolutions of consecutive slices as one, of the size of the largest."""
-    largest = max(convs, key=lambda conv: conv.kernel_size)
-    height, width = largest.kernel_size
-    weights = []
-    for conv in convs:
-        border_y, border_x = (height - conv.kernel_size[0]) // 2, (width - conv.kernel_size[1]) // 2
-        weights.append(F.pad(conv.weight, (border_x, border_x, border_y, border_y)))
-    weight = torch.cat(weights)
-    joined = nn.Conv2d(
-        len(weight), len(weight), (height, width), padding=largest.padding, groups=len(weight),
-        device=weight.device, dtype=weight.dtype)
-    with torch.no_grad():
-        joined.weight.copy_(weight)
-        joined.bias.copy_(torch.cat([conv.bias for conv in convs]))
-    return joined.requires_grad_(False)
-
-
 # Parts of the network -------------------------------------------------------------------------------------------------
-
-class InferenceModule(nn.Module):
-    """A module without training mode."""
-
-    def train(self, mode: bool = True) -> nn.Module:
-        if mode:
-            raise RuntimeError(
-                'This network is fused, for inference alone: its norms and layer scales are gone. Train the network '
-                'that it was made from, and fuse it again.')
-        return super().train(False)
-
 
 class FusedStem(InferenceModule):
     """Stem: images (B, in_chans, H, W) to (B, C, H // 4, W // 4)."""
@@ -162,7 +58,7 @@ class FusedInteraction(FusedExpansion):
 
     def __init__(self, interaction: nn.Module, scale: Optional[torch.Tensor] = None) -> None:
         super().__init__(interaction)
-        self.project = interaction.project if scale is None else _scale_outputs(interaction.project, scale)
+        self.project = interaction.project if scale is None else scale_outputs(interaction.project, scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.project(self.dwconv(self.act(self.expand(x))))

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 
 from .attention import positive_feature
 from .care import LinearAttention
-from .care_fused import FusedBlock, FusedMixer, InferenceModule, join_depthwise
+from .care_fused import FusedBlock, FusedMixer
+from .folding import InferenceModule, join_depthwise
 
 __all__ = ['ConvMixer', 'CrossConv', 'PhoneAttention', 'rewrite_for_phone', 'watch_least_mass']
 

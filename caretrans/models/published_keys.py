@@ -1,48 +1,64 @@
 """Rename the keys of a state dict between the published layout of a model and ours."""
 import re
-from typing import Any, Dict, Iterable, Tuple
+from typing import Any, Dict, Iterable, Sequence, Tuple
 
 import torch.nn as nn
 
-__all__ = ['rename_keys', 'rename_on_load']
+__all__ = ['Table', 'rename_keys', 'rename_on_load']
 
-Table = Iterable[Tuple[str, str]]  # (part of a published key, part of ours), each between dots
+# (part of a published key, part of ours), each between dots; ^ at the beginning of a part is the beginning of the key.
+# One row after another is applied to a key.
+Table = Iterable[Tuple[str, str]]
 
 
-def rename_keys(state_dict: Dict[str, Any], table: Table, to_published: bool = False) -> Dict[str, Any]:
+def _match_part(part: str) -> str:
+    """A regular expression for a part of a key between dots; its first group is what must be kept in front."""
+    front, part = (r'^()', part[1:]) if part.startswith('^') else (r'(^|\.)', part)
+    return rf'{front}{re.escape(part)}(?=\.|$)'
+
+
+def rename_keys(
+        state_dict: Dict[str, Any], table: Table, to_published: bool = False,
+        drop: Sequence[str] = ()) -> Dict[str, Any]:
     """Return the entries under our keys, or with `to_published` under the published ones, in their order.
 
     A dict that is in the wanted layout already comes back unchanged: the parts of one layout do not occur in the
-    other, or are followed there by the part they would become.
+    other, or within the part that they would become.
+
+    Args:
+        drop: Ends of the keys to leave out.
     """
-    renames = []
-    for published, ours in table:
-        old, new = (ours, published) if to_published else (published, ours)
-        keep = '' if old not in new else r'(?<!' + re.escape(new[:-len(old)]) + ')'  # gamma, but not layer_scale.gamma
-        renames.append((re.compile(rf'(^|\.){keep}{re.escape(old)}(?=\.|$)'), rf'\g<1>{new}'))
+    rows = [(ours, published) if to_published else (published, ours) for published, ours in table]
+    renames = [
+        (re.compile(_match_part(old)), re.compile(_match_part(new)), new.lstrip('^'))
+        for old, new in (reversed(rows) if to_published else rows)]
     renamed = {}
     for key, value in state_dict.items():
-        for pattern, new in renames:
-            key, found = pattern.subn(new, key)
-            if found:
-                break
+        if drop and key.endswith(tuple(drop)):
+            continue
+        for old, done, new in renames:
+            if not done.search(key):
+                key = old.sub(rf'\g<1>{new}', key)
         renamed[key] = value
     return renamed
 
 
-def rename_on_load(model: nn.Module, table: Table) -> None:
+def rename_on_load(model: nn.Module, table: Table, drop: Sequence[str] = ()) -> None:
     """Let `model.load_state_dict` take published keys too, also where `model` is a part of a larger module."""
-    model.register_load_state_dict_pre_hook(_Renamer(table))
+    model.register_load_state_dict_pre_hook(_Renamer(table, drop))
 
 
 class _Renamer:
     """A load_state_dict pre-hook; a class, so that models stay picklable."""
 
-    def __init__(self, table: Table) -> None:
-        self.table = tuple(table)
+    def __init__(self, table: Table, drop: Sequence[str]) -> None:
+        self.table, self.drop = tuple(table), tuple(drop)
 
     def __call__(self, module, state_dict, prefix, *args) -> None:
         own = {key[len(prefix):]: key for key in state_dict if key.startswith(prefix)}
-        for new, old in zip(rename_keys(own, self.table), own.values(), strict=True):
+        for key in own.values():
+            if self.drop and key.endswith(self.drop):
+                del state_dict[key]
+        for new, old in rename_keys(own, self.table, drop=self.drop).items():
             if prefix + new != old:
                 state_dict[prefix + new] = state_dict.pop(old)
