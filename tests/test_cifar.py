@@ -63,13 +63,15 @@ def stand_in(monkeypatch, server, dataset: type, labels: str, names) -> Path:
 
 def configure(folder: Path, *flags):
     return parse_train_config([str(flag) for flag in (
-        folder / 'data', *FLAGS, '--output', folder / 'run', '--model-args', 'depths=[1,1,1,1]', *flags)])
+        folder / 'data', *FLAGS, '--output', folder / 'run', *flags)])
 
 
-def test_cifar10_is_fetched_and_trained_on(monkeypatch, server, tmp_path):
+@pytest.mark.parametrize('model', ['care_s0', 'casvit_xs', 'mlla_t'])
+def test_cifar10_is_fetched_and_every_family_trains_on_it(monkeypatch, server, tmp_path, model):
     """Then the checkpoint is evaluated on the same data without being told which."""
     stand_in(monkeypatch, server, CIFAR10, 'labels', CLASSES)
-    result = train(configure(tmp_path, '--recipe', 'cifar10', '--dataset-download', '--crop-mode', 'squash'))
+    result = train(configure(
+        tmp_path, '--recipe', 'cifar10', '--dataset-download', '--model', model, '--crop-mode', 'squash'))
     checkpoint = torch.load(result.folder / 'last.pth.tar', weights_only=True)
     assert checkpoint['class_names'] == CLASSES and checkpoint['steps'] == 60 // 4
     assert (tmp_path / 'data' / CIFAR10.base_folder / 'data_batch_1').exists()

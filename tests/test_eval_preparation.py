@@ -137,7 +137,7 @@ def test_a_network_with_swapped_inputs_gives_the_same_answers_in_bgr(checkpoint,
 def test_the_channel_order_of_a_checkpoint_is_the_default(checkpoint, tmp_path, capsys):
     file = save(tmp_path / 'bgr.pth.tar', make_model(), mean=MEAN, std=STD, channel_order='bgr')
 
-    make_wide().save(tmp_path / 'wide.png')
+    Image.open(PHOTOGRAPH).resize((200, 100)).save(tmp_path / 'wide.png')
 
     def predict(*flags) -> dict:
         command = ['predict', '--json', '--device', 'cpu', str(tmp_path / 'wide.png')]

@@ -3,6 +3,7 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from timm.optim import create_optimizer_v2
 
@@ -70,6 +71,7 @@ def test_every_recipe_is_valid_and_says_what_it_is(path):
     if 'fruit' not in path.stem:
         assert 'not measured' in text
     config = parse_train_config(['--recipe', path.stem])
+    assert timm.is_model(config.model)
     assert config.split_steps(1) and f'--recipe {path.stem}' in text or path.stem == 'care_s0_fruit14'
 
 
