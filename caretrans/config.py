@@ -105,7 +105,7 @@ class TrainConfig:
     tf32: bool = setting(False, 'let GPUs round float32 to 10 bits of mantissa in products and convolutions')
     channels_last: bool = setting(False, 'keep images and weights in NHWC order')
     compile: bool = setting(False, 'compile model and teacher with torch.compile')
-    kernels: bool = setting(False, 'Triton kernels for the mixers, on GPUs')
+    kernels: bool = setting(False, 'Triton kernels for mixers and linear attention, on GPUs')
     grad_checkpointing: bool = setting(False, 'compute activations twice instead of keeping them')
     sync_bn: bool = setting(False, 'BatchNorm over the images of all devices instead of each its own')
     device: str = setting('auto', 'cpu, cuda, mps or auto')

@@ -65,7 +65,8 @@ def test_a_model_without_parts_is_refused(pretend):
     for refuse in (lambda: check_kernels(config, CPU), lambda: put_kernels(build_model(config, 2), config)):
         with pytest.raises(ConfigError, match='mobilenetv2_035 .*has no parts'):
             refuse()
-    check_kernels(TrainConfig(kernels=True), CPU)
+    for name in 'care_s0', 'mlla_t':
+        check_kernels(TrainConfig(model=name, kernels=True), CPU)
     check_kernels(TrainConfig(model='mobilenetv2_035'), CPU)
 
 
