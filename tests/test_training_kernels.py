@@ -53,7 +53,7 @@ def test_a_device_without_kernels_is_refused_before_data_are_read(data, tmp_path
     monkeypatch.setattr(caretrans.run, 'Trainer', None)
     monkeypatch.setattr(caretrans.run, '_download', None)
     with pytest.raises(ConfigError, match='kernels with device=cpu: the kernels run on CUDA GPUs, not on cpu: leave'):
-        train(configure(data, tmp_path / 'run', '--kernels', '--download'))
+        train(configure(data, tmp_path / 'run', '--kernels', '--dataset-download'))
     monkeypatch.setattr(caretrans.kernels, 'find_spec', lambda name: None)
     with pytest.raises(ConfigError, match='kernels with device=cuda: Triton is not installed: leave --kernels out'):
         check_kernels(TrainConfig(kernels=True), torch.device('cuda'))
