@@ -123,6 +123,10 @@ def build_task(
         return ClassificationTask(model, **options)
     if not hasattr(model, 'set_distilled_training'):
         raise ConfigError(f'{config.model} has no second head to learn from a teacher: give --teacher none.')
+    if not getattr(model, 'distilled', True):
+        raise ConfigError(
+            f'{config.model} has one head, and a second one learns from the teacher: give --model-args distilled=true, '
+            f'or --teacher none.')
     teacher = (teacher or build_teacher(config, model.num_classes)).to(device, memory_format=memory_format)
     return TokenDistillationTask(
         model, teacher, distill_type='hard', task_loss_weight=config.task_weight, **options)
