@@ -351,6 +351,9 @@ def convert_checkpoint(
         summary += (f'; it has no place for class names and settings, so evaluate it with --img-size '
                     f'{settings["input_size"][-1]} --crop-pct {settings["crop_pct"]} '
                     f'--interpolation {settings["interpolation"]}')
+        for name, usual in (('crop_mode', 'center'), ('channel_order', 'rgb')):
+            if settings.get(name, usual) != usual:
+                summary += f' --{name.replace("_", "-")} {settings[name]}'
     return summary
 
 

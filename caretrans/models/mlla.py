@@ -80,10 +80,10 @@ class RotaryLinearAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, rotate: torch.Tensor) -> torch.Tensor:
         B, C, H, W = x.shape
-        qk = to_map(self.qk(to_tokens(x)))
-        q, k = qk.reshape(B, 2 * self.num_heads, self.head_chs, H * W).chunk(2, dim=1)
+        q, k = to_map(self.qk(to_tokens(x))).chunk(2, dim=1)
+        heads = (B, self.num_heads, self.head_chs, H * W)
         out = linear_attention(
-            q, k, x.reshape(B, self.num_heads, self.head_chs, H * W),
+            q.reshape(heads), k.reshape(heads), x.reshape(heads),
             rotate=rotate.reshape(2, self.num_heads, self.head_chs // 2, H * W))
         return out.reshape(B, C, H, W) + self.lepe(x)
 
@@ -95,12 +95,12 @@ class Downsample(nn.Module):
         super().__init__()
         hidden_chs = ratio * out_chs
         self.expand = nn.Conv2d(in_chs, hidden_chs, 1, **dd)
-        self.dwconv = nn.Conv2d(hidden_chs, hidden_chs, 3, stride=2, padding=1, groups=hidden_chs, **dd)
+        self.reduce = nn.Conv2d(hidden_chs, hidden_chs, 3, stride=2, padding=1, groups=hidden_chs, **dd)
         self.project = ConvNorm(hidden_chs, out_chs, **dd)
         self.act = nn.ReLU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.project(self.act(self.dwconv(self.act(self.expand(x)))))
+        return self.project(self.act(self.reduce(self.act(self.expand(x)))))
 
 
 class Stem(nn.Module):
@@ -191,7 +191,7 @@ PUBLISHED_KEYS = (  # part of a published key, part of ours; both between dots, 
     ('^patch_embed', 'stem'),
     *((f'^layers.{i}.blocks', f'stages.{i}.blocks') for i in range(4)),
     *((f'^layers.{i}.downsample.conv.0.conv', f'stages.{i + 1}.downsample.expand') for i in range(3)),
-    *((f'^layers.{i}.downsample.conv.1.conv', f'stages.{i + 1}.downsample.dwconv') for i in range(3)),
+    *((f'^layers.{i}.downsample.conv.1.conv', f'stages.{i + 1}.downsample.reduce') for i in range(3)),
     *((f'^layers.{i}.downsample.conv.2', f'stages.{i + 1}.downsample.project') for i in range(3)),
     ('dwc', 'dwconv'),
 )
