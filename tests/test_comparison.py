@@ -16,7 +16,7 @@ from caretrans.__main__ import main
 from caretrans.bench import comparison
 from caretrans.bench.comparison import compare, find_family, parse_plan
 from caretrans.bench.comparison_report import describe_comparison, draw_comparison
-from caretrans.bench.readme import BEGIN, END
+from caretrans.bench.readme import BEGIN, END, find_place
 from caretrans.config import ConfigError
 from caretrans.engine import TrainingError
 
@@ -143,6 +143,11 @@ def test_tables_and_plot_are_written(compared):
                  'ls_init_value=0.1, which the recipe gives to its own family, is not given to casvit_xs',
                  'standard deviation over 2 seeds', '1 thread(s), batch 1, float32'):
         assert said in text, said
+
+
+def test_the_page_of_comparisons_has_a_place_for_the_table():
+    before, after = find_place(Path(comparison.__file__).parents[2] / 'docs' / 'comparison.md')
+    assert before.endswith(BEGIN) and after.startswith(END)
 
 
 def test_what_is_prepared_otherwise_is_named(compared):

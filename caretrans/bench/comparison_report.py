@@ -96,7 +96,7 @@ def _list_equal(comparison: Comparison) -> List[str]:
     facts, settings = next(iter(comparison.facts.values())), comparison.settings
     images = facts['epochs'] * facts['steps_per_epoch'] * facts['batch_size']
     chance = 100 / facts['num_classes']
-    data = settings['data'] or settings['dataset']
+    data = Path(settings['data'] or settings['dataset']).name
     tested = ' or '.join(dict.fromkeys(str(facts['eval_config']['input_size'][-1]) for facts in
                                        comparison.facts.values()))
     return [

@@ -46,8 +46,8 @@ def _count(name: str, size: Tuple[int, int]) -> Dict[str, Any]:
     trained, rewritten = count_operations(model, size), count_operations(fused, size)
     two_headed = make_empty(name, distilled=True) if getattr(model, 'distilled', None) is False else model
     return dict(
-        count_parameters(model, fused), parameters_two_heads=count_parameters(two_headed)['parameters'], gmacs=trained.gmacs, gmacs_fused=rewritten.gmacs,
-        activations_fused=rewritten.activations)
+        count_parameters(model, fused), parameters_two_heads=count_parameters(two_headed)['parameters'],
+        gmacs=trained.gmacs, gmacs_fused=rewritten.gmacs, activations_fused=rewritten.activations)
 
 
 def _compare(header: List[str], row: List[str]) -> Iterator[str]:
