@@ -83,9 +83,9 @@ def test_what_cannot_be_written_is_refused_before_anything_is_measured(call, tmp
 def test_names_wildcards_and_paper_stand_for_models():
     assert expand_models(['care_s?', 'care_s1', 'resnet18']) == ['care_s0', 'care_s1', 'care_s2', 'resnet18']
     assert expand_models(['paper']) == list_paper_models() == [
-        'mobilenetv2_100', 'mobileone_s0', 'fastvit_t8', 'mobileone_s2', 'fastvit_t12', 'mobileone_s4', 'care_s0',
-        'care_s1', 'care_s2']
-    assert len(PUBLISHED) == 15 and find_published('fastvit_t8.apple_in1k').top1 == 76.7
+        'mobilenetv2_100', 'mobileone_s0', 'fastvit_t8', 'mobileone_s2', 'fastvit_t12', 'mobileone_s4', 'mlla_t',
+        'care_s0', 'care_s1', 'care_s2']
+    assert len(PUBLISHED) == 21 and find_published('fastvit_t8.apple_in1k').top1 == 76.7
     assert find_published('resnet18') is None
 
 
