@@ -2,8 +2,8 @@
 
 Freshly made networks hide what they compute: a layer scale of 1e-6 takes the blocks out, BatchNorm does nothing yet. A
 wrong rewrite would pass unseen. So layers get random weights that keep the size of what goes through them, layer scales
-of 0.1 to 0.4, position codes that stay small beside what they are added to, and the BatchNorm statistics of the images.
-Time and memory do not depend on it.
+of 0.1 to 0.4, and the BatchNorm statistics of the images; position codes, and mixers that multiply features with
+features, stay small beside what they are added to. Time and memory do not depend on it.
 """
 from pathlib import Path
 from typing import Any, Optional, Tuple
@@ -12,12 +12,16 @@ import torch
 import torch.nn as nn
 
 from ..data import build_eval_transform, open_dataset, resolve_eval_config
+from ..models.casvit import AdditiveMixer
 from ..models.folding import ResidualConv
 
 __all__ = ['PHOTOGRAPHS', 'enliven', 'load_photographs']
 
 PHOTOGRAPHS = Path(__file__).parents[2] / 'data' / 'fruit14'
 POSITION_STD = 0.05  # of the weights of a position code, 3x3
+# Times the last weights of mixers whose output grows with the square of their input: block after block, an image a
+# little brighter than those of the statistics would end at 1e30.
+PRODUCT_SCALE = 0.2
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
@@ -53,6 +57,8 @@ def enliven(model: nn.Module, images: torch.Tensor, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         _fill_module(module, generator)
+    for mixer in (module for module in model.modules() if isinstance(module, AdditiveMixer)):
+        mixer.project.weight.mul_(PRODUCT_SCALE)
     norms = [(m, m.momentum) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm, _ in norms:
         norm.reset_running_stats()
