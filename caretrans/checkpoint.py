@@ -5,7 +5,7 @@
     save_checkpoint('last.pth.tar', model, arch='care_s0', class_names=names, epoch=9)
 
 Files are PyTorch's (zip or the older pickle, whatever they are called) or safetensors; the weights bare or wrapped,
-under published keys or ours. Nothing in a file is run, and nothing is loaded in part: whatever does not fit is a
+under published keys, ours or those of mmpretrain. Nothing in a file is run, and nothing is loaded in part: whatever does not fit is a
 `CheckpointError` of one line that names the file, what is wrong and what to do.
 """
 import logging
@@ -71,7 +71,8 @@ def _choose_model(checkpoint: Checkpoint, model_name: Optional[str] = None) -> s
         try:
             get_pretrained_cfg(name)
         except RuntimeError as error:  # no such tag
-            raise CheckpointError(f'{path}: {model_name}: {error}: leave the tag out or correct it.') from None
+            reason = str(error).rstrip('.')
+            raise CheckpointError(f'{path}: {model_name}: {reason}: leave the tag out or correct it.') from None
         if stated not in (None, name.partition('.')[0]):
             raise CheckpointError(f'{path}: is a checkpoint of {stated}, not {model_name}: take {stated}.')
         return name
@@ -113,8 +114,8 @@ def load_checkpoint(
         path, entry: See `read_checkpoint`.
         new_heads: Leave the heads of the model (classifiers and the norms before them) as they are, to be trained.
     Raises:
-        CheckpointError: As for `read_checkpoint`; or the weights are those of another model, of other classes, or
-            have missing, unexpected or misshaped keys, all of which it names.
+        CheckpointError: As for `read_checkpoint`; or the weights are those of another model, of other classes, of one
+            head instead of two, or have missing, unexpected or misshaped keys, all of which it names.
     """
     checkpoint = read_checkpoint(path, entry)
     _load(model, checkpoint, new_heads)
@@ -133,9 +134,10 @@ def create_from_checkpoint(
     Args:
         path, entry: See `read_checkpoint`.
         model_name: Needed only where the file does not state it (`arch`) and its shapes are not those of exactly one
-            model of this package.
+            model of this package; or with a tag, 'casvit_xs.r384_in1k' for instance, which decides how images are
+            prepared for evaluation.
         new_heads: See `load_checkpoint`.
-        model_args: For `timm.create_model`. By default classes and image channels are those of the weights, and
+        model_args: For `timm.create_model`. By default heads, classes and image channels are those of the weights, and
             other arguments those that the file states (`model_args`).
     Raises:
         CheckpointError: As for `load_checkpoint`; or the model is not known, or not the one that the file states.

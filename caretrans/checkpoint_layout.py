@@ -116,7 +116,9 @@ def match_layout(model_name: str, state_dict: Mapping[str, torch.Tensor]) -> Lay
     """The layout of a registered model with as many heads as the weights have, where it can have one or two."""
     layout = get_layout(model_name)
     heads = layout.count_heads(layout.match_keys(state_dict))
-    return get_layout(model_name, distilled=heads == len(HEADS)) if layout.optional_heads and heads else layout
+    if not layout.optional_heads or heads in (0, layout.count_heads(layout.shapes)):
+        return layout
+    return get_layout(model_name, distilled=heads == len(HEADS))
 
 
 def list_models() -> List[str]:
