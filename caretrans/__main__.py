@@ -6,8 +6,8 @@ import sys
 from typing import Any, Optional, Sequence
 
 from .checkpoint import LAYOUTS, CheckpointError, convert_checkpoint
-from .config import ConfigError, number
-from .data import DataError
+from .config import CROP_MODES, ConfigError, number
+from .data import CHANNEL_ORDERS, DataError
 from .progress import show_messages
 
 
@@ -23,6 +23,11 @@ def _parse_flags(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     predict.add_argument('--topk', type=number(int, 1), default=5, help='how many classes per image (default: 5)')
     predict.add_argument('--img-size', type=number(int, 32), help='side of the images, pixels')
     predict.add_argument('--crop-pct', type=number(float, 0.01, 1), help='centre crop as a share of the image')
+    predict.add_argument('--crop-mode', choices=CROP_MODES,
+                         help='crop the centre, squash to a square (CAS-ViT from 384 pixels on, with --crop-pct 1), or '
+                              'border; by default of the checkpoint')
+    predict.add_argument('--channel-order', choices=CHANNEL_ORDERS,
+                         help='by default of the checkpoint, else rgb; published files of CAS-ViT may need bgr')
     predict.add_argument('--interpolation', choices=['bicubic', 'bilinear', 'nearest', 'lanczos'], help='of resizing')
     predict.add_argument('--device', default='auto', help='cpu, cuda, mps or auto')
     predict.add_argument('--json', action='store_true', help='print one JSON object per image')

@@ -5,8 +5,8 @@
     save_checkpoint('last.pth.tar', model, arch='care_s0', class_names=names, epoch=9)
 
 Files are PyTorch's (zip or the older pickle, whatever they are called) or safetensors; the weights bare or wrapped,
-under published keys, ours or those of mmpretrain. Nothing in a file is run, and nothing is loaded in part: whatever does not fit is a
-`CheckpointError` of one line that names the file, what is wrong and what to do.
+under published keys, ours or those of mmpretrain, of one head or two. Nothing in a file is run, and nothing is loaded
+in part: whatever does not fit is a `CheckpointError` of one line that names the file, what is wrong and what to do.
 """
 import logging
 import os
@@ -355,8 +355,10 @@ def _describe_settings(settings: Optional[Dict[str, Any]]) -> str:
     """The flags that stand for what the layouts of others have no place for."""
     if not settings:
         return ''
-    crop_mode = settings.get('crop_mode', 'center')
-    return (f'; it has no place for class names and settings, so evaluate it with --img-size '
-            f'{settings["input_size"][-1]} --crop-pct {settings["crop_pct"]} '
-            f'--interpolation {settings["interpolation"]}'
-            f'{f" --crop-mode {crop_mode}" if crop_mode != "center" else ""}')
+    flags = (f'; it has no place for class names and settings, so evaluate it with --img-size '
+             f'{settings["input_size"][-1]} --crop-pct {settings["crop_pct"]} '
+             f'--interpolation {settings["interpolation"]}')
+    for name, usual in (('crop_mode', 'center'), ('channel_order', 'rgb')):
+        if settings.get(name, usual) != usual:
+            flags += f' --{name.replace("_", "-")} {settings[name]}'
+    return flags

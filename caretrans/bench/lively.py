@@ -9,9 +9,8 @@ from typing import Any, Optional, Tuple
 
 import torch
 import torch.nn as nn
-from timm.data import create_transform
 
-from ..data import open_dataset, resolve_eval_config
+from ..data import build_eval_transform, open_dataset, resolve_eval_config
 
 __all__ = ['PHOTOGRAPHS', 'enliven', 'load_photographs']
 
@@ -76,7 +75,7 @@ def load_photographs(
         return None
     config = resolve_eval_config(model, input_size=(getattr(model, 'in_chans', 3), *size), **settings)
     dataset = open_dataset(str(folder), 'train')
-    dataset.transform = create_transform(**config, is_training=False)
+    dataset.transform = build_eval_transform(config)
     chosen = [i * len(dataset) // count for i in range(count)]
     images = {index: dataset[index][0] for index in set(chosen)}
     return torch.stack([images[index] for index in chosen])

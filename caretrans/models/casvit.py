@@ -9,8 +9,8 @@ perception* by a depth-wise convolution, the *convolutional additive token mixer
 each through gates of their own, over positions and then over channels, adds them, and multiplies the context of the sum
 with v. Only the channel gates look at the whole map, through its mean, so any input from 32 x 32 works, square or not.
 
-Unlike in the figures of the paper, and kept: a depth-wise convolution follows q + k, another one ends the mixer, and the
-local perception has no stochastic depth.
+Unlike in the figures of the paper, and kept: a depth-wise convolution follows q + k, another one ends the mixer, and
+the local perception has no stochastic depth.
 
 `PUBLISHED_KEYS` is the glossary from the names of the published checkpoints to ours.
 """

@@ -64,10 +64,10 @@ class RotaryLinearAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, rotate: torch.Tensor) -> torch.Tensor:
         B, C, H, W = x.shape
-        qk = to_map(self.qk(to_tokens(x)))
-        q, k = qk.reshape(B, 2 * self.num_heads, self.head_chs, H * W).chunk(2, dim=1)
+        q, k = to_map(self.qk(to_tokens(x))).chunk(2, dim=1)
+        heads = (B, self.num_heads, self.head_chs, H * W)
         out = linear_attention(
-            q, k, x.reshape(B, self.num_heads, self.head_chs, H * W),
+            q.reshape(heads), k.reshape(heads), x.reshape(heads),
             rotate=rotate.reshape(2, self.num_heads, self.head_chs // 2, H * W))
         return out.reshape(B, C, H, W) + self.lepe(x)
 
