@@ -61,10 +61,10 @@ def _stand_in(path: str, function: Callable[..., Any]) -> type:
     return type(name, (), dict(__module__=module, __new__=lambda cls, *args: function(*args)))
 
 
-# What checkpoints of others hold beside tensors and plain types. Nothing of yacs or NumPy is imported or called: a node
-# of yacs becomes an ordered dict with its flags as attributes, a scalar of NumPy a number.
+# What checkpoints of others hold beside tensors and plain types. Nothing that they name of yacs or NumPy is imported or
+# called: a node of yacs becomes an ordered dict with its flags as attributes, a scalar of NumPy a number.
 HARMLESS = [
-    argparse.Namespace, set, _NumpyType,
+    argparse.Namespace, _NumpyType,
     _stand_in('yacs.config.CfgNode', OrderedDict),
     _stand_in('numpy.dtype', _NumpyType),
     *(_stand_in(f'numpy.{core}.multiarray.scalar', _read_scalar) for core in ('core', '_core'))]
