@@ -5,7 +5,7 @@ import os
 import sys
 from typing import Any, Optional, Sequence
 
-from .checkpoint import CheckpointError, convert_checkpoint
+from .checkpoint import LAYOUTS, CheckpointError, convert_checkpoint
 from .config import CROP_MODES, ConfigError, number
 from .data import CHANNEL_ORDERS, DataError
 from .progress import show_messages
@@ -32,11 +32,13 @@ def _parse_flags(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     predict.add_argument('--device', default='auto', help='cpu, cuda, mps or auto')
     predict.add_argument('--json', action='store_true', help='print one JSON object per image')
 
-    convert = commands.add_parser('convert', help='rewrite a checkpoint in the published layout, or in ours')
+    convert = commands.add_parser('convert', help='rewrite a checkpoint in another layout or format')
     convert.add_argument('source')
     convert.add_argument('target', help='.pth, .pth.tar or .safetensors decides the format')
-    convert.add_argument('--to', dest='layout', required=True, choices=['published', 'caretrans'])
+    convert.add_argument('--to', dest='layout', required=True, choices=LAYOUTS, help='of keys')
     convert.add_argument('--entry', help='entry of the source that holds the weights')
+    convert.add_argument(
+        '--img-size', type=number(int, 32), help='side of the images that a published checkpoint of MLLA is tied to')
     convert.add_argument('--overwrite', action='store_true', help='replace the target')
     _add_shard(commands)
     _add_bench_loader(commands)

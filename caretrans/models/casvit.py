@@ -23,6 +23,7 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 
 from .backbone import Backbone, build_backbone, check_image_size, init_linear, make_cfg, register_alias
 from .folding import ConvNorm, NormConv
+from .mmpretrain_keys import MMPRETRAIN_KEYS
 
 __all__ = ['CasVit']
 
@@ -207,7 +208,7 @@ class CasVit(Backbone):
         ValueError: Disabled pooling with heads, or per-stage arguments of different lengths.
     """
 
-    published_keys = PUBLISHED_KEYS
+    published_keys, mmpretrain_keys = PUBLISHED_KEYS, MMPRETRAIN_KEYS
     init_module = staticmethod(init_linear)
 
     def __init__(
