@@ -7,8 +7,8 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import caretrans  # noqa: F401 (registers the models)
 from caretrans.checkpoint import CheckpointError
-from caretrans.config import ConfigError, number
-from caretrans.data import DataError
+from caretrans.config import CROP_MODES, ConfigError, number
+from caretrans.data import CHANNEL_ORDERS, DataError
 from caretrans.distributed import find_processes
 from caretrans.engine import resolve_device
 from caretrans.evaluation import describe_result, evaluate_checkpoint
@@ -27,6 +27,11 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument('--entry', help='entry of the file that holds the weights, e.g. state_dict_ema')
     parser.add_argument('--img-size', type=number(int, 32), help='side of the images, pixels')
     parser.add_argument('--crop-pct', type=number(float, 0.01, 1), help='centre crop as a share of the image')
+    parser.add_argument('--crop-mode', choices=CROP_MODES,
+                        help='crop the centre, squash to a square (CAS-ViT from 384 pixels on, with --crop-pct 1), or '
+                             'border; by default of the checkpoint')
+    parser.add_argument('--channel-order', choices=CHANNEL_ORDERS,
+                        help='by default of the checkpoint, else rgb; published files of CAS-ViT may need bgr')
     parser.add_argument('--interpolation', choices=['bicubic', 'bilinear', 'nearest', 'lanczos'], help='of resizing')
     parser.add_argument('--batch-size', type=number(int, 1), default=64)
     parser.add_argument('--workers', type=number(int, 0), default=2, help='processes that load images')

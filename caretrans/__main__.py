@@ -1,13 +1,13 @@
-"""Small commands: python -m caretrans predict | convert | shard | bench-loader. See --help of each."""
+"""Small commands: python -m caretrans predict | convert | shard | bench-loader | compare. See --help of each."""
 import argparse
 import json
 import os
 import sys
 from typing import Any, Optional, Sequence
 
-from .checkpoint import CheckpointError, convert_checkpoint
-from .config import ConfigError, number
-from .data import DataError
+from .checkpoint import LAYOUTS, CheckpointError, convert_checkpoint
+from .config import CROP_MODES, ConfigError, number
+from .data import CHANNEL_ORDERS, DataError
 from .progress import show_messages
 
 
@@ -23,18 +23,26 @@ def _parse_flags(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     predict.add_argument('--topk', type=number(int, 1), default=5, help='how many classes per image (default: 5)')
     predict.add_argument('--img-size', type=number(int, 32), help='side of the images, pixels')
     predict.add_argument('--crop-pct', type=number(float, 0.01, 1), help='centre crop as a share of the image')
+    predict.add_argument('--crop-mode', choices=CROP_MODES,
+                         help='crop the centre, squash to a square (CAS-ViT from 384 pixels on, with --crop-pct 1), or '
+                              'border; by default of the checkpoint')
+    predict.add_argument('--channel-order', choices=CHANNEL_ORDERS,
+                         help='by default of the checkpoint, else rgb; published files of CAS-ViT may need bgr')
     predict.add_argument('--interpolation', choices=['bicubic', 'bilinear', 'nearest', 'lanczos'], help='of resizing')
     predict.add_argument('--device', default='auto', help='cpu, cuda, mps or auto')
     predict.add_argument('--json', action='store_true', help='print one JSON object per image')
 
-    convert = commands.add_parser('convert', help='rewrite a checkpoint in the published layout, or in ours')
+    convert = commands.add_parser('convert', help='rewrite a checkpoint in another layout or format')
     convert.add_argument('source')
     convert.add_argument('target', help='.pth, .pth.tar or .safetensors decides the format')
-    convert.add_argument('--to', dest='layout', required=True, choices=['published', 'caretrans'])
+    convert.add_argument('--to', dest='layout', required=True, choices=LAYOUTS, help='of keys')
     convert.add_argument('--entry', help='entry of the source that holds the weights')
+    convert.add_argument(
+        '--img-size', type=number(int, 32), help='side of the images that a published checkpoint of MLLA is tied to')
     convert.add_argument('--overwrite', action='store_true', help='replace the target')
     _add_shard(commands)
     _add_bench_loader(commands)
+    commands.add_parser('compare', add_help=False, help='train models on equal terms: accuracy against latency')
     return parser.parse_args(argv)
 
 
@@ -102,11 +110,21 @@ def _bench_loader(as_json: bool, **options: Any) -> int:
     return 0
 
 
+def _compare(argv: Sequence[str]) -> int:
+    from .bench.comparison import main as compare
+
+    return compare(argv)
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    options = vars(_parse_flags(argv))
-    command = options.pop('command')
+    argv = sys.argv[1:] if argv is None else list(argv)
+    command = argv[0] if argv[:1] == ['compare'] else ''  # its flags are those of train.py, and more
+    options = {} if command else vars(_parse_flags(argv))
+    command = command or options.pop('command')
     show_messages()
     try:
+        if command == 'compare':
+            return _compare(argv[1:])
         if command == 'predict':
             return _predict(options.pop('json'), **options)
         if command == 'shard':

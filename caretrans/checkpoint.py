@@ -5,23 +5,20 @@
     save_checkpoint('last.pth.tar', model, arch='care_s0', class_names=names, epoch=9)
 
 Files are PyTorch's (zip or the older pickle, whatever they are called) or safetensors; the weights bare or wrapped,
-under published keys or ours. Nothing in a file is run, and nothing is loaded in part: whatever does not fit is a
-`CheckpointError` of one line that names the file, what is wrong and what to do.
+under published keys, ours or those of mmpretrain, of one head or two. Nothing in a file is run, and nothing is loaded
+in part: whatever does not fit is a `CheckpointError` of one line that names the file, what is wrong and what to do.
 """
 import logging
 import os
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
 import torch.nn as nn
+from timm.models import get_pretrained_cfg
 from timm.utils import get_state_dict, unwrap_model
 
-from . import models  # noqa: F401 (registers the models)
 from .checkpoint_file import (
     Checkpoint,
     CheckpointError,
@@ -31,8 +28,18 @@ from .checkpoint_file import (
     write_safetensors,
     write_torch,
 )
+from .checkpoint_layout import (
+    Layout,
+    Shapes,
+    find_models,
+    get_shapes,
+    list_models,
+    match_layout,
+    sort_as_published,
+)
 from .fuse import is_fused
-from .models.published_keys import Table, rename_keys
+from .models.backbone import resolve_alias
+from .models.published_keys import rename_keys
 
 __all__ = [
     'Checkpoint', 'CheckpointError', 'convert_checkpoint', 'create_from_checkpoint', 'load_checkpoint',
@@ -41,93 +48,37 @@ __all__ = [
 TORCH_ENDINGS = ('.pth', '.pth.tar', '.pt')
 FORMAT_VERSION = 1  # as timm counts: `epoch`, when given, is the number of finished epochs
 NOT_ARCHITECTURE = ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir')
+LAYOUTS = ('published', 'caretrans', 'mmpretrain')
+COUNTS = ('no head', 'one head', 'two heads')
 MIN_FIT = 0.9  # share of equal keys and shapes from which weights are taken for those of a model
 
 PathLike = Union[str, os.PathLike]
-Shapes = Dict[str, Tuple[int, ...]]
 
 _logger = logging.getLogger(__name__)
 
 
 # Which model it is ----------------------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class _Layout:
-    """Keys and shapes of the weights of a model, and which of them depend on the data."""
-    model_name: str
-    shapes: Shapes
-    published_keys: Table
-    computed_keys: Tuple[str, ...]
-    classifiers: Tuple[str, ...]
-    first_conv: str
-
-    @classmethod
-    def of(cls, model: nn.Module) -> '_Layout':
-        cfg = getattr(model, 'pretrained_cfg', {})
-        classifiers = cfg.get('classifier') or ()
-        return cls(
-            model_name=cfg.get('architecture') or type(model).__name__,
-            shapes=_get_shapes(model.state_dict()),
-            published_keys=getattr(model, 'published_keys', ()),
-            computed_keys=getattr(model, 'computed_keys', ()),
-            classifiers=(classifiers,) if isinstance(classifiers, str) else tuple(classifiers),
-            first_conv=cfg.get('first_conv') or '')
-
-    def match_keys(self, state_dict: Mapping[str, Any]) -> Dict[str, str]:
-        """{our key: key in the file}, for published keys and ours."""
-        return rename_keys({key: key for key in state_dict}, self.published_keys, drop=self.computed_keys)
-
-    def is_head(self, key: str) -> bool:
-        """Whether `key` is of a classifier, or of what is with it in one module, such as its norm."""
-        return any(key.startswith((name.rpartition('.')[0] or name) + '.') for name in self.classifiers)
-
-    def count_classes(self, shapes: Shapes) -> List[int]:
-        """The different numbers of classes of the heads; 0 without heads."""
-        return sorted({shapes[f'{name}.weight'][0] for name in self.classifiers if f'{name}.weight' in shapes}) or [0]
-
-    def measure_fit(self, state_dict: Dict[str, torch.Tensor]) -> float:
-        """The share of keys that agree in shape, 0 to 1, whatever the numbers of classes and of image channels."""
-        shapes = {ours: tuple(state_dict[theirs].shape) for ours, theirs in self.match_keys(state_dict).items()}
-        free = {f'{name}.{kind}' for name in (*self.classifiers, self.first_conv) for kind in ('weight', 'bias')}
-        agree = sum(key in self.shapes and (key in free or self.shapes[key] == shapes[key]) for key in shapes)
-        return agree / len(self.shapes.keys() | shapes.keys())
-
-
-def _get_shapes(state_dict: Dict[str, torch.Tensor]) -> Shapes:
-    return {key: tuple(value.shape) for key, value in state_dict.items()}
-
-
-@lru_cache(maxsize=None)
-def _get_layout(model_name: str) -> _Layout:
-    return _Layout.of(timm.create_model(model_name, device='meta'))
-
-
-def _list_models() -> List[str]:
-    """The models of this package, without aliases."""
-    package = __name__.partition('.')[0]
-    names = timm.list_models(name_matches_cfg=True)
-    return [name for name in names if timm.model_entrypoint(name).__module__.startswith(f'{package}.')]
-
-
-def _find_models(state_dict: Dict[str, torch.Tensor]) -> Tuple[List[str], float]:
-    """The models of this package whose keys and shapes fit best, and how well (0 to 1)."""
-    fits = {name: _get_layout(name).measure_fit(state_dict) for name in _list_models()}
-    best = max(fits.values())
-    return [name for name, fit in fits.items() if fit == best], best
-
-
 def _choose_model(checkpoint: Checkpoint, model_name: Optional[str] = None) -> str:
-    """The name asked for, or the one that the file states, or the one whose shapes its weights have."""
+    """The name asked for, or the one that the file states, or the one whose shapes its weights have; no alias."""
     path, args = checkpoint.path, checkpoint.meta.get('args')
     stated = checkpoint.meta.get('arch') or (args.get('model') if isinstance(args, dict) else None)
-    stated = stated.partition('.')[0] if isinstance(stated, str) and timm.is_model(stated) else None
-    if model_name and not timm.is_model(model_name):
-        raise CheckpointError(f'{path}: no model {model_name!r} to load it into: leave the name out or correct it.')
-    if model_name and stated not in (None, model_name.partition('.')[0]):
-        raise CheckpointError(f'{path}: is a checkpoint of {stated}, not {model_name}: take {stated}.')
-    if model_name or stated:
-        return model_name or stated
-    names, fit = _find_models(checkpoint.state_dict)
+    stated = resolve_alias(stated).partition('.')[0] if isinstance(stated, str) and timm.is_model(stated) else None
+    if model_name:
+        if not timm.is_model(model_name):
+            raise CheckpointError(f'{path}: no model {model_name!r} to load it into: leave the name out or correct it.')
+        name = resolve_alias(model_name)
+        try:
+            get_pretrained_cfg(name)
+        except RuntimeError as error:  # no such tag
+            reason = str(error).rstrip('.')
+            raise CheckpointError(f'{path}: {model_name}: {reason}: leave the tag out or correct it.') from None
+        if stated not in (None, name.partition('.')[0]):
+            raise CheckpointError(f'{path}: is a checkpoint of {stated}, not {model_name}: take {stated}.')
+        return name
+    if stated:
+        return stated
+    names, fit = find_models(checkpoint.state_dict)
     if fit < MIN_FIT or len(names) > 1:
         problem = 'its weights fit none of ours' if fit < MIN_FIT else f'its weights fit {list_names(names)}'
         raise CheckpointError(f'{path}: does not say of which model it is, and {problem}: name the model.')
@@ -136,11 +87,13 @@ def _choose_model(checkpoint: Checkpoint, model_name: Optional[str] = None) -> s
 
 
 def _build_model(checkpoint: Checkpoint, model_name: str, **model_args: Any) -> nn.Module:
-    """The model for as many classes and image channels as the weights have, with other arguments of the file."""
-    layout = _get_layout(model_name)
+    """The model for as many heads, classes and image channels as the weights have, with other arguments of the file."""
+    layout = match_layout(model_name.partition('.')[0], checkpoint.state_dict)
     files = layout.match_keys(checkpoint.state_dict)
     shapes = {ours: tuple(checkpoint.state_dict[theirs].shape) for ours, theirs in files.items()}
     sizes = dict(num_classes=layout.count_classes(shapes)[0]) if layout.classifiers else {}
+    if layout.optional_heads:
+        sizes['distilled'] = layout.count_heads(layout.shapes) > 1
     if f'{layout.first_conv}.weight' in shapes:
         sizes['in_chans'] = shapes[f'{layout.first_conv}.weight'][1]
     stored = checkpoint.meta.get('model_args') or {}
@@ -161,8 +114,8 @@ def load_checkpoint(
         path, entry: See `read_checkpoint`.
         new_heads: Leave the heads of the model (classifiers and the norms before them) as they are, to be trained.
     Raises:
-        CheckpointError: As for `read_checkpoint`; or the weights are those of another model, of other classes, or
-            have missing, unexpected or misshaped keys, all of which it names.
+        CheckpointError: As for `read_checkpoint`; or the weights are those of another model, of other classes, of one
+            head instead of two, or have missing, unexpected or misshaped keys, all of which it names.
     """
     checkpoint = read_checkpoint(path, entry)
     _load(model, checkpoint, new_heads)
@@ -181,9 +134,10 @@ def create_from_checkpoint(
     Args:
         path, entry: See `read_checkpoint`.
         model_name: Needed only where the file does not state it (`arch`) and its shapes are not those of exactly one
-            model of this package.
+            model of this package; or with a tag, 'casvit_xs.r384_in1k' for instance, which decides how images are
+            prepared for evaluation.
         new_heads: See `load_checkpoint`.
-        model_args: For `timm.create_model`. By default classes and image channels are those of the weights, and
+        model_args: For `timm.create_model`. By default heads, classes and image channels are those of the weights, and
             other arguments those that the file states (`model_args`).
     Raises:
         CheckpointError: As for `load_checkpoint`; or the model is not known, or not the one that the file states.
@@ -196,7 +150,7 @@ def create_from_checkpoint(
 
 def _load(model: nn.Module, checkpoint: Checkpoint, new_heads: bool) -> None:
     model = unwrap_model(model)
-    layout = _Layout.of(model)
+    layout = Layout.of(model)
     tensors = _match_strictly(layout, checkpoint, new_heads)
     heads = {key: value for key, value in model.state_dict().items() if new_heads and layout.is_head(key)}
     model.load_state_dict({**tensors, **heads})
@@ -208,35 +162,47 @@ def _load(model: nn.Module, checkpoint: Checkpoint, new_heads: bool) -> None:
         _logger.info('The heads of %s are fresh: train them', layout.model_name)
 
 
-def _match_strictly(layout: _Layout, checkpoint: Checkpoint, skip_heads: bool = False) -> Dict[str, torch.Tensor]:
+def _match_strictly(layout: Layout, checkpoint: Checkpoint, skip_heads: bool = False) -> Dict[str, torch.Tensor]:
     """The weights of a checkpoint under the keys of `layout`, which they fit exactly."""
     path, name = checkpoint.path, layout.model_name
     files = layout.match_keys(checkpoint.state_dict)
-    if len(files) < len(checkpoint.state_dict):
+    if len(files) < sum(not layout.is_computed(key) for key in checkpoint.state_dict):
         raise CheckpointError(f'{path}: has weights under published keys and ours: save each weight once.')
     tensors = {ours: checkpoint.state_dict[theirs] for ours, theirs in files.items()}
     found, wanted = (
         {key: shape for key, shape in shapes.items() if not (skip_heads and layout.is_head(key))}
-        for shapes in (_get_shapes(tensors), layout.shapes))
+        for shapes in (get_shapes(tensors), layout.shapes))
     if found == wanted:
         return {key: tensors[key] for key in wanted}
 
     found_body, wanted_body = (
         {key: shape for key, shape in shapes.items() if not layout.is_head(key)} for shapes in (found, wanted))
-    classes, wanted_classes = layout.count_classes(found), layout.count_classes(wanted)
     if found_body != wanted_body:
         _check_variant(layout, checkpoint)
-    elif classes != wanted_classes:
-        raise CheckpointError(
-            f'{path}: has heads of {list_names(classes)} classes, {name} of {list_names(wanted_classes)}: to keep all '
-            f'but the heads and train these afresh, ask for it (new_heads=True, --new-heads).')
+    else:
+        _check_heads(layout, path, found, wanted)
     raise CheckpointError(
         f'{path}: does not fit {name}: {_describe_misfit(layout, files, found, wanted)}: take another file or model.')
 
 
-def _check_variant(layout: _Layout, checkpoint: Checkpoint) -> None:
+def _check_heads(layout: Layout, path: Path, found: Shapes, wanted: Shapes) -> None:
+    """CheckpointError when the heads of a file are of other classes than those of `layout`, or more or fewer."""
+    classes, wanted_classes = layout.count_classes(found), layout.count_classes(wanted)
+    heads, wanted_heads = layout.count_heads(found), layout.count_heads(wanted)
+    remedy = 'to keep all but the heads and train these afresh, ask for it (new_heads=True, --new-heads).'
+    if classes != wanted_classes:
+        raise CheckpointError(
+            f'{path}: has heads of {list_names(classes)} classes, {layout.model_name} of {list_names(wanted_classes)}: '
+            f'{remedy}')
+    if layout.optional_heads and heads != wanted_heads:
+        raise CheckpointError(
+            f'{path}: has {COUNTS[heads]}, {layout.model_name} as it was made {COUNTS[wanted_heads]}: make the model '
+            f'with distilled={heads > 1}, or {remedy}')
+
+
+def _check_variant(layout: Layout, checkpoint: Checkpoint) -> None:
     """CheckpointError when another model of this package fits better than `layout`."""
-    names, fit = _find_models(checkpoint.state_dict)
+    names, fit = find_models(checkpoint.state_dict)
     if fit < MIN_FIT or fit <= layout.measure_fit(checkpoint.state_dict):
         return
     if layout.model_name in names:
@@ -248,13 +214,10 @@ def _check_variant(layout: _Layout, checkpoint: Checkpoint) -> None:
         f'{checkpoint.path}: is a checkpoint of {right}, not {layout.model_name}: take {right}.')
 
 
-def _describe_misfit(layout: _Layout, files: Dict[str, str], found: Shapes, wanted: Shapes) -> str:
+def _describe_misfit(layout: Layout, files: Dict[str, str], found: Shapes, wanted: Shapes) -> str:
     """Every key that is missing, unexpected or misshaped, as the file calls or would call it."""
-    missing = {key: key for key in wanted if key not in found}
-    if any(ours != theirs for ours, theirs in files.items()):
-        missing = rename_keys(missing, layout.published_keys, to_published=True)
     kinds = dict(
-        missing=list(missing),
+        missing=layout.name_as_in_file([key for key in wanted if key not in found], files),
         unexpected=[files[key] for key in found if key not in wanted],
         misshaped=[
             f'{files[key]} (is {found[key]}, should be {wanted[key]})' for key in found
@@ -305,67 +268,97 @@ def save_checkpoint(
 
 
 def convert_checkpoint(
-        source: PathLike, target: PathLike, layout: str, entry: Optional[str] = None, overwrite: bool = False) -> str:
+        source: PathLike, target: PathLike, layout: str, entry: Optional[str] = None, overwrite: bool = False,
+        img_size: Optional[int] = None) -> str:
     """Write the weights of `source` to `target` in another layout or another format.
 
     Args:
         source, entry: See `read_checkpoint`.
         target: `.pth`, `.pth.tar`, `.pt` or `.safetensors`, which decides the format.
         layout: 'published', the weights alone under the official keys in the official order (safetensors has an
-            order of its own), or 'caretrans', ours, with what else the file says in numbers and texts.
+            order of its own); 'mmpretrain', of CAS-ViT alone, that of the converter for mmpretrain, in an entry
+            `state_dict`; or 'caretrans', ours, with what else the file says in numbers and texts.
         overwrite: Replace `target` if it is there.
+        img_size: Side of the images, pixels, that published checkpoints of MLLA are tied to. By default those of the
+            source if it has such tables, else the size at which it was evaluated in training, else 224.
     Returns:
         One line about what was converted.
     Raises:
-        CheckpointError: `source` is not exactly a model of ours, or `target` is there or cannot be written.
+        CheckpointError: `source` is not exactly a model of ours, has no such layout, or `target` is there or cannot be
+            written.
         ValueError: Another `layout`.
     """
     target = Path(target)
-    if layout not in ('published', 'caretrans'):
-        raise ValueError(f'layout must be published or caretrans, not {layout!r}.')
-    if not target.name.endswith((*TORCH_ENDINGS, '.safetensors')):
-        raise CheckpointError(f'{target}: let the name end in {", ".join(TORCH_ENDINGS)} or .safetensors.')
-    if target.exists() and not overwrite:
-        raise CheckpointError(f'{target}: is there already: choose another name, or overwrite=True (--overwrite).')
+    _check_target(target, layout, overwrite)
     checkpoint = read_checkpoint(source, entry)
     model_name = _choose_model(checkpoint)
-    if model_name not in _list_models():
+    if model_name not in list_models():
         raise CheckpointError(f'{source}: is a checkpoint of {model_name}, which is none of ours: it has one layout.')
     model = _build_model(checkpoint, model_name, device='meta')
-    tensors, meta = _match_strictly(_Layout.of(model), checkpoint), {}
+    tensors, meta = _match_strictly(Layout.of(model), checkpoint), {}
     if layout == 'caretrans':
         meta = {key: value for key, value in checkpoint.meta.items() if is_plain(value)}
         meta.update(arch=model_name, num_classes=model.num_classes, version=FORMAT_VERSION)
     else:
-        table = _get_layout(model_name).published_keys
-        tensors = rename_keys(tensors, table, to_published=True)
-        tensors = {key: tensors[key] for key in _sort_as_published(tensors, table)}
+        tensors = _publish(model, tensors, checkpoint, img_size)
+    if layout == 'mmpretrain':
+        tensors = _rename_for_mmpretrain(model, model_name, tensors, checkpoint)
     if target.suffix == '.safetensors':
         write_safetensors(target, tensors, meta)
     else:
-        write_torch(target, dict(meta, state_dict=tensors) if meta else tensors)
+        write_torch(target, tensors if layout == 'published' else dict(meta, state_dict=tensors))
     summary = (f'{model_name}, {model.num_classes} classes: {len(tensors)} tensors from {source}'
                f'{f", entry {checkpoint.entry}," if checkpoint.entry else ""} to {target} in the {layout} layout')
-    settings = checkpoint.meta.get('eval_config')
-    if layout == 'published' and settings:
-        summary += (f'; it has no place for class names and settings, so evaluate it with --img-size '
-                    f'{settings["input_size"][-1]} --crop-pct {settings["crop_pct"]} '
-                    f'--interpolation {settings["interpolation"]}')
-    return summary
+    return summary if layout == 'caretrans' else summary + _describe_settings(checkpoint.meta.get('eval_config'))
 
 
-def _sort_as_published(keys: Iterable[str], table: Table) -> List[str]:
-    """The keys in the order of a state dict: a module's own tensors first, then its parts as the table lists them."""
-    paths = {key: list(accumulate(key.split('.'), '{}.{}'.format)) for key in keys}
-    order: Dict[str, int] = {}  # of each key, and of each module that a key is in
-    for i, path in enumerate(paths.values()):
-        for part in path:
-            order.setdefault(part, i)
-    listed: Dict[str, List[str]] = {}  # {module: its parts that the table lists, as it lists them}
-    for published, _ in table:
-        for part in order:
-            if f'.{part}'.endswith(f'.{published}'):
-                listed.setdefault(part.rpartition('.')[0], []).append(part)
-    for parts in listed.values():
-        order.update(zip(parts, sorted(order[part] for part in parts), strict=True))
-    return sorted(paths, key=lambda key: [(part != key, order[part]) for part in paths[key]])
+def _check_target(target: Path, layout: str, overwrite: bool) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f'layout must be {", ".join(LAYOUTS[:-1])} or {LAYOUTS[-1]}, not {layout!r}.')
+    if not target.name.endswith((*TORCH_ENDINGS, '.safetensors')):
+        raise CheckpointError(f'{target}: let the name end in {", ".join(TORCH_ENDINGS)} or .safetensors.')
+    if target.exists() and not overwrite:
+        raise CheckpointError(f'{target}: is there already: choose another name, or overwrite=True (--overwrite).')
+
+
+def _publish(
+        model: nn.Module, tensors: Dict[str, torch.Tensor], checkpoint: Checkpoint,
+        img_size: Optional[int]) -> Dict[str, torch.Tensor]:
+    """The weights under published keys in the published order, and what a published checkpoint holds beside them."""
+    settings = checkpoint.meta.get('eval_config') or model.pretrained_cfg
+    size = [img_size] * 2 if img_size else settings['input_size'][1:]
+    try:
+        computed = model.compute_entries(*size)
+    except ValueError as error:
+        raise CheckpointError(f'{checkpoint.path}: {error}: name a size (img_size, --img-size).') from None
+    if not img_size:
+        computed.update({key: checkpoint.state_dict[key] for key in computed if key in checkpoint.state_dict})
+    tensors = {**rename_keys(tensors, model.published_keys, to_published=True), **computed}
+    return {key: tensors[key] for key in sort_as_published(tensors, model.published_keys)}
+
+
+def _rename_for_mmpretrain(
+        model: nn.Module, model_name: str, tensors: Dict[str, torch.Tensor],
+        checkpoint: Checkpoint) -> Dict[str, torch.Tensor]:
+    """Published weights under the keys of the converter for mmpretrain."""
+    if not model.mmpretrain_keys:
+        raise CheckpointError(
+            f'{checkpoint.path}: is a checkpoint of {model_name}, and only CAS-ViT has a layout of mmpretrain: take '
+            f'--to published.')
+    if model.distilled:
+        raise CheckpointError(
+            f'{checkpoint.path}: has two heads, and the layout of mmpretrain has a place for one: take --to published.')
+    return rename_keys(tensors, model.mmpretrain_keys)
+
+
+def _describe_settings(settings: Optional[Dict[str, Any]]) -> str:
+    """The flags that stand for what the layouts of others have no place for."""
+    if not settings:
+        return ''
+    flags = (f'; it has no place for class names and settings, so evaluate it with --img-size '
+             f'{settings["input_size"][-1]} --crop-pct {settings["crop_pct"]} '
+             f'--interpolation {settings["interpolation"]}')
+    for name, usual in (('crop_mode', 'center'), ('channel_order', 'rgb')):
+        if settings.get(name, usual) != usual:
+            flags += f' --{name.replace("_", "-")} {settings[name]}'
+    return flags

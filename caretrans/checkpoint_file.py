@@ -10,8 +10,9 @@ from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterable, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Tuple, Union
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -35,6 +36,51 @@ def list_names(names: Iterable[Any], most: int = 10) -> str:
     return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
 
 
+# Objects in pickles ---------------------------------------------------------------------------------------------------
+
+class _NumpyType:
+    """Stands for numpy.dtype: the type of a scalar, as a pickle describes it."""
+
+    def __init__(self, code: str, *flags: Any) -> None:
+        self.code, self.order = code, '='
+
+    def __setstate__(self, state: Tuple[Any, ...]) -> None:
+        self.order = state[1]
+
+
+def _read_scalar(dtype: _NumpyType, data: bytes) -> Union[bool, int, float]:
+    """A scalar of NumPy as a plain number."""
+    if not re.fullmatch(r'[biuf]\d', dtype.code):
+        raise pickle.UnpicklingError(f'GLOBAL numpy.dtype({dtype.code})')  # as torch calls what it does not allow
+    return np.frombuffer(data, dtype.order + dtype.code).item()
+
+
+def _stand_in(path: str, function: Callable[..., Any]) -> type:
+    """A class that pickles take for `path` ('module.name'); instead of making an instance it calls `function`."""
+    module, _, name = path.rpartition('.')
+    return type(name, (), dict(__module__=module, __new__=lambda cls, *args: function(*args)))
+
+
+# What checkpoints of others hold beside tensors and plain types. Nothing that they name of yacs or NumPy is imported or
+# called: a node of yacs becomes an ordered dict with its flags as attributes, a scalar of NumPy a number.
+HARMLESS = [
+    argparse.Namespace, _NumpyType,
+    _stand_in('yacs.config.CfgNode', OrderedDict),
+    _stand_in('numpy.dtype', _NumpyType),
+    *(_stand_in(f'numpy.{core}.multiarray.scalar', _read_scalar) for core in ('core', '_core'))]
+
+
+def _simplify(value: Any) -> Any:
+    """Namespaces and nodes of yacs, and those in them, as plain dicts; anything else as it is."""
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    elif type(value) in (list, tuple):
+        return type(value)(_simplify(item) for item in value)
+    elif not (type(value) is OrderedDict and '__immutable__' in vars(value)):
+        return value
+    return {key: _simplify(item) for key, item in value.items()}
+
+
 # Reading --------------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -46,7 +92,8 @@ class Checkpoint:
         entry: The entry of the file that the weights were taken from, '' where they are not wrapped.
         entries: The other entries that hold weights.
         state_dict: The weights, on the CPU, under the keys of the file without `module.` and `_orig_mod.`.
-        meta: All the rest (`arch`, `class_names`, `epoch`, `optimizer` ...), with namespaces turned into dicts.
+        meta: All the rest (`arch`, `class_names`, `epoch`, `optimizer` ...), with namespaces and nodes
+            of yacs turned into dicts, and scalars of NumPy into numbers.
     """
     path: Path
     entry: str
@@ -84,7 +131,7 @@ def read_checkpoint(path: PathLike, entry: Optional[str] = None) -> Checkpoint:
     bare = weights.get('', {})
     for key, value in contents.items():
         if key not in weights and key not in bare:
-            meta[key] = vars(value) if isinstance(value, argparse.Namespace) else value
+            meta[key] = _simplify(value)
     state_dict = {WRAPPER_PREFIXES.sub('', key): value for key, value in weights[entry].items()}
     if len(state_dict) < len(weights[entry]):
         raise CheckpointError(f'{path}: has keys both with and without module. or _orig_mod.: save each weight once.')
@@ -102,7 +149,8 @@ def _take_tensors(value: Any) -> Dict[str, torch.Tensor]:
 def _read_contents(path: Path) -> Tuple[Any, Dict[str, Any]]:
     """What `path` holds, on the CPU, and the metadata of a safetensors file.
 
-    Its first bytes decide how it is read, not its name. Pickles may hold tensors, plain types and namespaces only.
+    Its first bytes decide how it is read, not its name. Pickles may hold tensors, plain types and what `HARMLESS`
+    stands for.
 
     Raises:
         CheckpointError: It is not there, not a checkpoint, damaged, or wants to run code.
@@ -112,8 +160,8 @@ def _read_contents(path: Path) -> Tuple[Any, Dict[str, Any]]:
         _check_zip(path)
     try:
         if head.startswith((b'PK', b'\x80')):
-            # timm saves its arguments as a namespace; given a name instead of a file, torch.load would go by its ending
-            with open(path, 'rb') as file, torch.serialization.safe_globals([argparse.Namespace]):
+            # given a name instead of a file, torch.load would go by its ending
+            with open(path, 'rb') as file, torch.serialization.safe_globals(HARMLESS):
                 return torch.load(file, map_location='cpu', weights_only=True), {}
         with safetensors.safe_open(path, framework='pt') as file:
             metadata = {key: _parse_text(value) for key, value in (file.metadata() or {}).items()}

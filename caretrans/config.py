@@ -13,10 +13,11 @@ import yaml
 from .machine import count_cores
 
 __all__ = [
-    'ConfigError', 'FlagParser', 'TrainConfig', 'add_flags', 'check_settings', 'derive_batches', 'number',
+    'CROP_MODES', 'ConfigError', 'FlagParser', 'TrainConfig', 'add_flags', 'check_settings', 'derive_batches', 'number',
     'parse_flags', 'parse_train_config', 'setting']
 
 RECIPES = Path(__file__).parent / 'recipes'
+CROP_MODES = ['center', 'squash', 'border']  # timm's names
 
 
 class ConfigError(ValueError):
@@ -43,7 +44,7 @@ class TrainConfig:
     dataset: str = setting('', "a data set of timm's factory, e.g. torch/cifar10, hfds/NAME, wds/NAME; '' for folders")
     train_split: str = setting('train', 'split to train on')
     val_split: str = setting('val', 'split to evaluate on')
-    download: bool = setting(False, 'fetch the data set if it is not there and can be fetched')
+    dataset_download: bool = setting(False, 'fetch the data set if it is not there and can be fetched')
     num_classes: Optional[int] = setting(None, 'classes, where the data set does not name them', bounds=(1, None))
     workers: Optional[int] = setting(
         None, 'processes per device that load images; by default one per core', bounds=(0, None))
@@ -61,6 +62,9 @@ class TrainConfig:
         'constant', 'of train_img_sizes: all as likely, or from first to last', choices=['constant', 'progressive'])
     val_img_size: Optional[int] = setting(None, 'side of evaluated images; img_size if not given', bounds=(32, None))
     crop_pct: Optional[float] = setting(None, 'evaluated share of the image; by default of the model', bounds=(0.01, 1))
+    crop_mode: Optional[str] = setting(
+        None, 'evaluated images: crop the centre, squash to a square, or border; by default of the model',
+        choices=CROP_MODES)
     scale: List[float] = setting([0.08, 1.0], 'area of random crops, least and most', size=2)
     ratio: List[float] = setting([3 / 4, 4 / 3], 'aspect of random crops, least and most', size=2)
     interpolation: str = setting('random', 'of random crops', choices=['random', 'bilinear', 'bicubic'])
@@ -76,6 +80,8 @@ class TrainConfig:
     teacher: str = setting('none', 'model whose decisions the second head learns, e.g. regnety_160.deit_in1k; or none')
     teacher_checkpoint: str = setting('', 'weights of the teacher, instead of those from the hub')
     task_weight: float = setting(0.5, 'of the loss on labels; the rest is for the teacher', bounds=(0, 1))
+    mesa: float = setting(0., 'weight of self-distillation from the average of ema, 0 for none', bounds=(0, None))
+    mesa_start: float = setting(0.25, 'share of the epochs before it begins', bounds=(0, 1))
 
     batch_size: int = setting(64, 'images per optimizer step, over all devices', bounds=(1, None))
     device_batch: Optional[int] = setting(None, 'most images at a time per device, others accumulate', bounds=(1, None))
@@ -99,7 +105,7 @@ class TrainConfig:
     tf32: bool = setting(False, 'let GPUs round float32 to 10 bits of mantissa in products and convolutions')
     channels_last: bool = setting(False, 'keep images and weights in NHWC order')
     compile: bool = setting(False, 'compile model and teacher with torch.compile')
-    kernels: bool = setting(False, 'Triton kernels for the mixers, on GPUs')
+    kernels: bool = setting(False, 'Triton kernels for mixers and linear attention, on GPUs')
     grad_checkpointing: bool = setting(False, 'compute activations twice instead of keeping them')
     sync_bn: bool = setting(False, 'BatchNorm over the images of all devices instead of each its own')
     device: str = setting('auto', 'cpu, cuda, mps or auto')
@@ -124,9 +130,28 @@ class TrainConfig:
             raise ConfigError(f'train_img_sizes is {self.train_img_sizes}: name each size once.')
         if self.teacher_checkpoint and self.teacher == 'none':
             raise ConfigError(f'teacher_checkpoint={self.teacher_checkpoint}, but teacher=none: name the model in it.')
+        self._check_mesa()
         for name in ('scale', 'ratio'):
             if not 0 < getattr(self, name)[0] <= getattr(self, name)[1]:
                 raise ConfigError(f'{name} is {getattr(self, name)}, it must be two numbers above 0, the lesser first.')
+
+    def _check_mesa(self) -> None:
+        if not self.mesa:
+            return
+        if not self.ema:
+            raise ConfigError(f'mesa={self.mesa:g} learns from the average of the weights: give --ema as well.')
+        if self.teacher != 'none':
+            raise ConfigError(f'mesa={self.mesa:g} and teacher={self.teacher}: take one of them.')
+        if self.loss != 'ce':
+            raise ConfigError(f'mesa={self.mesa:g} is a cross entropy, loss={self.loss}: give --loss ce.')
+        if self.mesa_epoch >= self.epochs:
+            raise ConfigError(
+                f'mesa_start={self.mesa_start:g} of {self.epochs} epochs leaves none for mesa: lower it, or --mesa 0.')
+
+    @property
+    def mesa_epoch(self) -> int:
+        """The first epoch, from 0 on, that distills from the average of the weights."""
+        return round(self.mesa_start * self.epochs)
 
     def list_sizes(self) -> List[int]:
         """The sides of training images, pixels."""

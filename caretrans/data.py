@@ -1,20 +1,25 @@
 """Data sets, through timm's readers: what cannot be trained on or evaluated stops here."""
 import json
+from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Set
+from typing import Any, Callable, Dict, List, Optional, Set
+from urllib.error import URLError
 
 import torch
-from timm.data import ImageNetInfo, IterableImageDataset, create_dataset, resolve_data_config
+from PIL import Image
+from timm.data import ImageNetInfo, IterableImageDataset, create_dataset, create_transform, resolve_data_config
 from torch.utils.data import Dataset
+from torchvision.transforms import Compose
 
 from .checkpoint_file import list_names
 from .shard_reader import ShardReader
 
 __all__ = [
-    'DataError', 'check_labels', 'describe_classes', 'find_labels', 'list_classes', 'name_image', 'open_dataset',
-    'resolve_eval_config']
+    'CHANNEL_ORDERS', 'DataError', 'build_eval_transform', 'check_labels', 'describe_classes', 'find_labels',
+    'list_classes', 'name_image', 'open_dataset', 'resolve_eval_config']
 
 INFO = '_info.json'  # beside WebDataset shards, as timm reads it
+CHANNEL_ORDERS = ['rgb', 'bgr']
 
 
 class DataError(ValueError):
@@ -76,12 +81,25 @@ def _open(root: str, split: str, name: str, options: Dict[str, Any]) -> Dataset:
         return create_dataset(name, root=root, split=split, **options)
     except DataError:
         raise
-    except (RuntimeError, OSError, ImportError, AssertionError, ValueError) as error:  # of timm's readers, torchvision
+    except (RuntimeError, OSError, ImportError, AssertionError, ValueError, HTTPException) as error:
+        if name.lower().startswith('torch/'):
+            _explain_download(error, root, name)
         if 'Found 0 images' in str(error):
             raise DataError(f'{root} has no images. Expected: {root}/CLASS/IMAGE.jpg.') from None
         if isinstance(error, ImportError) and getattr(error, 'name', '') == 'datasets':
             raise DataError(f'{name} needs the package of Hugging Face data sets: pip install datasets') from None
         raise DataError(f'{name or root}, split {split!r}, cannot be read: {" ".join(str(error).split())}') from error
+
+
+def _explain_download(error: Exception, root: str, name: str) -> None:
+    """A line on what torchvision could not fetch or find; nothing for its other errors."""
+    text = ' '.join(str(error).split())
+    if isinstance(error, (URLError, HTTPException, ConnectionError, TimeoutError)) or text.startswith('File not found'):
+        raise DataError(
+            f'{name} could not be fetched into {root} ({type(error).__name__}: {text}): try again, or put the archive '
+            f'there that its authors offer.') from error
+    if 'download=True' in text:
+        raise DataError(f'{root} holds no whole copy of {name}: --dataset-download fetches it.') from error
 
 
 def open_dataset(
@@ -142,16 +160,42 @@ def describe_classes(classes: Optional[List[str]], num_classes: int) -> List[str
 
 
 def resolve_eval_config(model: torch.nn.Module, **overrides: Any) -> Dict[str, Any]:
-    """How images are made ready for evaluation: input_size, interpolation, crop_pct, mean, std.
+    """How images are made ready for evaluation: input_size, interpolation, crop_pct, crop_mode, mean, std.
 
     `overrides` (img_size, crop_pct, interpolation, ...; None is no override) go over the model's `pretrained_cfg`.
+    With channel_order 'bgr' that is in it too; where it is not, images are RGB.
     """
     given = {key: value for key, value in overrides.items() if value is not None}
     given.setdefault('in_chans', getattr(model, 'in_chans', 3))
     if 'img_size' not in given and 'input_size' not in given:
         given['img_size'] = model.pretrained_cfg['input_size'][-1]
     config = resolve_data_config(given, pretrained_cfg=model.pretrained_cfg)
+    if given.get('channel_order', 'rgb') != 'rgb':
+        config['channel_order'] = given['channel_order']
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+
+
+def build_eval_transform(eval_config: Dict[str, Any], as_uint8: bool = False) -> Callable[[Image.Image], Any]:
+    """timm's evaluation transform of RGB images as `resolve_eval_config` says.
+
+    Args:
+        as_uint8: Give pixels, to be normalised on the device, instead of normalised float32.
+    Returns:
+        A function of an image that gives (C, H, W); in channel order 'bgr' blue comes first and meets the first of the
+        means and standard deviations, which stay as they are.
+    Raises:
+        DataError: No such channel order.
+    """
+    settings = dict(eval_config, input_size=tuple(eval_config['input_size']))
+    order = settings.pop('channel_order', 'rgb')
+    if order not in CHANNEL_ORDERS:
+        raise DataError(f'channel_order is {order!r}, choose from {", ".join(CHANNEL_ORDERS)}.')
+    transform = create_transform(**settings, is_training=False, use_prefetcher=as_uint8)
+    return Compose([_reverse_channels, transform]) if order == 'bgr' else transform
+
+
+def _reverse_channels(image: Image.Image) -> Image.Image:
+    return Image.merge('RGB', image.split()[::-1])
 
 
 def find_labels(dataset: Dataset) -> Optional[Set[int]]:

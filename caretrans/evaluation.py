@@ -7,14 +7,14 @@ from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 import torch
 import torch.nn as nn
 from PIL import Image, ImageOps
-from timm.data import create_transform
 from timm.data.readers.img_extensions import get_img_extensions
 from torch.utils.data import Dataset
 
 from .checkpoint import Checkpoint, CheckpointError, create_from_checkpoint
 from .checkpoint_file import list_names
 from .config import ConfigError
-from .data import DataError, describe_classes, list_classes, open_dataset, resolve_eval_config
+from .data import (
+    DataError, build_eval_transform, describe_classes, list_classes, open_dataset, resolve_eval_config)
 from .distributed import Processes, find_processes, join_processes, leave_processes
 from .engine import autocast
 from .fuse import rewrite
@@ -27,7 +27,8 @@ __all__ = [
     'describe_result', 'evaluate_checkpoint', 'find_images', 'load_for_evaluation', 'open_data', 'predict_images']
 
 CPU = torch.device('cpu')
-EVAL_SETTINGS = ('interpolation', 'crop_pct', 'crop_mode', 'mean', 'std')
+UNUSUAL = (('crop_mode', 'center'), ('channel_order', 'rgb'))  # named where they are not so
+EVAL_SETTINGS = ('interpolation', 'crop_pct', 'crop_mode', 'channel_order', 'mean', 'std')
 
 
 def load_for_evaluation(
@@ -39,8 +40,8 @@ def load_for_evaluation(
 ) -> Tuple[nn.Module, Checkpoint, Dict[str, Any]]:
     """The model of a checkpoint in evaluation mode, the checkpoint, and how images are made ready for it.
 
-    `overrides` (img_size, crop_pct, interpolation; None is no override) go over what the checkpoint was evaluated with
-    in training, which goes over the `pretrained_cfg` of the model.
+    `overrides` (img_size, crop_pct, crop_mode, interpolation, channel_order; None is no override) go over what the
+    checkpoint was evaluated with in training, its `eval_config`, which goes over the `pretrained_cfg` of the model.
     """
     model, loaded = create_from_checkpoint(checkpoint, model_name, entry)
     stored = loaded.meta.get('eval_config') or {}
@@ -52,9 +53,10 @@ def load_for_evaluation(
 
 
 def list_sources(loaded: Checkpoint, **overrides: Any) -> Dict[str, str]:
-    """Where `load_for_evaluation` has size, crop and interpolation from: flag, checkpoint or model."""
+    """Where `load_for_evaluation` has each setting from: flag, checkpoint or model."""
     stored = loaded.meta.get('eval_config') or {}
-    entries = dict(img_size='input_size', crop_pct='crop_pct', interpolation='interpolation')
+    names = ('img_size', 'interpolation', 'crop_pct', 'crop_mode', 'channel_order')
+    entries = {name: 'input_size' if name == 'img_size' else name for name in names}
     return {name: 'flag' if overrides.get(name) is not None else 'checkpoint' if entry in stored else 'model'
             for name, entry in entries.items()}
 
@@ -202,7 +204,9 @@ def describe_result(result: Dict[str, Any]) -> Iterator[str]:
            + f' from {result["checkpoint"]}' + (f', entry {result["entry"]}' if result['entry'] else '')
            + f', on {result["data"]}' + (f', {result["processes"]} processes' if result['processes'] > 1 else ''))
     yield (f'{size} pixels (from the {sources["img_size"]}), {config["interpolation"]} ({sources["interpolation"]}), '
-           f'crop_pct {config["crop_pct"]} ({sources["crop_pct"]})')
+           f'crop_pct {config["crop_pct"]} ({sources["crop_pct"]})' + ''.join(
+               f', {name} {config[name]} ({sources[name]})' for name, usual in UNUSUAL
+               if config.get(name, usual) != usual))
     yield (f'top-1 {result["top1"]:.3f} %   top-5 {result["top5"]:.3f} %   loss {result["loss"]:.4f}   '
            f'{result["images"]} images   {result["images_per_s"]:.1f} images/s')
     if 'real' in result:
@@ -266,7 +270,7 @@ def predict_images(
     paths = list(find_images(images))
     model, loaded, eval_config = load_for_evaluation(checkpoint, model_name, entry, device, **overrides)
     names = describe_classes(loaded.meta.get('class_names'), model.num_classes)
-    transform = create_transform(**{**eval_config, 'input_size': tuple(eval_config['input_size'])})
+    transform = build_eval_transform(eval_config)
     for path in paths:
         try:
             with Image.open(path) as file:

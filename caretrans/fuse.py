@@ -34,8 +34,8 @@ def is_fused(model: nn.Module) -> bool:
 def fuse(model: nn.Module) -> nn.Module:
     """A copy of `model` for inference alone, by exact rewrites; `model` stays as it is.
 
-    What is rewritten, and why that is exact: `caretrans.models.care_fused`. timm's `reparameterize_model(model)` gives
-    the same network, without the checks.
+    What is rewritten, and why that is exact: `caretrans.models.folding` and, for CARE, `care_fused`. timm's
+    `reparameterize_model(model)` gives the same network, without the checks.
 
     Args:
         model: A network of this package in evaluation mode, on any device, in any dtype.

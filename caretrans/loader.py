@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Sequ
 
 from .checkpoint_file import list_names
 from .config import TrainConfig
-from .data import DataError, name_image
+from .data import DataError, build_eval_transform, name_image
 from .decode import CropTransform
 from .distributed import Processes
 from .randomness import derive_seed, seed_everything
@@ -317,11 +317,8 @@ def build_eval_loader(
         dataset: Dataset, eval_config: Dict[str, Any], batch_size: int, workers: int,
         processes: Processes = Processes(), device: torch.device = torch.device('cpu'),  # noqa: B008 (immutable)
 ) -> EvalLoader:
-    """Images resized and centre-cropped as `eval_config` says, this process's share of them."""
-    transform = EvalTransform(create_transform(
-        tuple(eval_config['input_size']), is_training=False, use_prefetcher=True,
-        interpolation=eval_config['interpolation'], mean=tuple(eval_config['mean']), std=tuple(eval_config['std']),
-        crop_pct=eval_config['crop_pct'], crop_mode=eval_config['crop_mode']))
+    """Images resized and cropped as `eval_config` says, this process's share of them."""
+    transform = EvalTransform(build_eval_transform(eval_config, as_uint8=True))
     if isinstance(getattr(dataset, 'reader', None), ShardReader):
         samples: Dataset = ShardSamples(dataset.reader, transform, 0, processes.rank, processes.world_size)
     elif isinstance(dataset, IterableDataset):

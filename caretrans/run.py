@@ -109,8 +109,7 @@ class Run:
 
     def _train(self) -> None:
         trainer, standing = self.trainer, self.standing
-        if not self.config.step_schedule:
-            trainer.schedule.step(standing.epoch)
+        trainer.begin_epoch(standing.epoch)
         first, waited = standing.step, trainer.train_loader.waited
         start = time.perf_counter()
         steps = train_steps(
@@ -313,6 +312,8 @@ def _introduce(trainer: Trainer, path: Path) -> Iterator[str]:
         yield f'kernels: {trainer.kernels}'
     if config.teacher != 'none':
         yield f'teacher {config.teacher}, {1 - config.task_weight:g} of the loss'
+    if config.mesa:
+        yield f'self-distillation from epoch {config.mesa_epoch + 1} on, weight {config.mesa:g}'
 
 
 @contextmanager
@@ -348,7 +349,7 @@ def train(config: TrainConfig) -> TrainResult:
     with _joined(config) as (processes, device), StopRequest() as stop:
         _set_precision(config)
         check_kernels(config, device)
-        if config.download:  # once on each machine
+        if config.dataset_download:  # once on each machine
             processes.together(lambda: _download(config) if processes.local_rank == 0 else None)
         path, candidates = processes.first(lambda: find_run(config))
         trainer = processes.together(lambda: Trainer(config, processes, device))

@@ -24,8 +24,8 @@ __all__ = ['RunFolder', 'describe_environment', 'find_run', 'list_checkpoints']
 
 # What may be another when a run goes on: where things are and how they are computed, not what is computed.
 FREE = {
-    'data', 'download', 'workers', 'device', 'output', 'resume', 'save_steps', 'val_interval', 'on_nan', 'max_skips',
-    'max_unreadable', 'compile', 'kernels', 'grad_checkpointing', 'teacher_checkpoint', 'device_batch'}
+    'data', 'dataset_download', 'workers', 'device', 'output', 'resume', 'save_steps', 'val_interval', 'on_nan',
+    'max_skips', 'max_unreadable', 'compile', 'kernels', 'grad_checkpointing', 'teacher_checkpoint', 'device_batch'}
 PLACES = {'data', 'teacher_checkpoint'}
 CHECKPOINTS = ('next.pth.tar', 'last.pth.tar', 'previous.pth.tar')  # the first there is goes on; see RunFolder.save
 

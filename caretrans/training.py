@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .checkpoint import CheckpointError, load_checkpoint
 from .config import ConfigError, TrainConfig
 from .data import DataError, check_labels, list_classes, open_dataset, resolve_eval_config
-from .distillation import build_task
+from .distillation import SelfDistillationTask, build_task
 from .distributed import Processes
 from .engine import Stepper
 from .kernels import describe_placements, use_kernels, why_unavailable
@@ -131,7 +131,7 @@ class Trainer:
     def _open_data(self) -> None:
         config = self.config
         options = dict(
-            name=config.dataset, download=config.download, batch_size=self.device_batch, seed=config.seed)
+            name=config.dataset, download=config.dataset_download, batch_size=self.device_batch, seed=config.seed)
         self.train_set = open_dataset(config.data, config.train_split, is_training=True, **options)
         self.classes = list_classes(self.train_set)
         self.val_set = open_dataset(config.data, config.val_split, classes=self.classes, **options)
@@ -157,7 +157,8 @@ class Trainer:
     def _build_loaders(self) -> None:
         config = self.config
         self.eval_config = resolve_eval_config(
-            self.model, img_size=config.val_img_size or config.img_size, crop_pct=config.crop_pct)
+            self.model, img_size=config.val_img_size or config.img_size, crop_pct=config.crop_pct,
+            crop_mode=config.crop_mode)
         self.train_loader = build_train_loader(
             self.train_set, config, self.eval_config, self.splits, self.processes, self.device)
         if not self.train_loader.steps:
@@ -185,6 +186,13 @@ class Trainer:
             optimizer, self.schedule, torch.amp.GradScaler(self.device.type) if config.amp == 'fp16' else None,
             clip=config.clip_grad, clip_mode=config.clip_mode,
             max_skips=config.max_skips if config.on_nan == 'skip' else 0)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Set what depends on the epoch: the rate, unless steps change it, and whether the average teaches."""
+        if not self.config.step_schedule:
+            self.schedule.step(epoch)
+        if isinstance(self.task, SelfDistillationTask):
+            self.task.set_epoch(epoch)
 
     def distribute(self) -> None:
         """Connect the gradients of the processes, which keep BatchNorm's statistics each to itself in an epoch."""

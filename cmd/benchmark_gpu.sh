@@ -2,16 +2,18 @@
 # Measure everything that needs a GPU: its tests, then the tables and curves of docs/gpu.md, a folder for each.
 #   bash cmd/benchmark_gpu.sh [FOLDER]     runs/gpu if not given
 # MODELS='care_s0 care_s1'   which models (default: all three)
-# STEPS='tests infer'        which steps (default: tests published infer compile paper profile train curves)
+# STEPS='tests infer'        which steps (default: tests published infer compile paper profile train curves compare)
+# CIFAR10=FOLDER             of data/cifar10_from_npm.py; by default compare downloads torchvision's into data/cifar10
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$root"
 folder="${1:-runs/gpu}"
+steps="${STEPS:-tests published infer compile paper profile train curves compare}"
 read -ra models <<< "${MODELS:-care_s0 care_s1 care_s2}"
 failed=()
 mkdir -p "$folder"
 step() {  # NAME COMMAND: a step that fails is named at the end, the others go on
-    [[ " ${STEPS:-tests published infer compile paper profile train curves} " == *" $1 "* ]] || return 0
+    [[ " $steps " == *" $1 "* ]] || return 0
     echo "== $1: ${*:2}"
     "${@:2}" 2>&1 | tee "$folder/$1.txt" || failed+=("$1")
 }
@@ -22,10 +24,17 @@ step tests "$python" -m pytest -s tests/test_cuda_kernels.py tests/test_cuda_ben
 bench published --model "${models[@]}" --published
 bench infer --model "${models[@]}" --backend eager fused cudagraph --dtype tf32 float32 bfloat16 float16 --batch-size 1 64
 bench compile --model "${models[@]}" --backend eager compile --dtype tf32 bfloat16 --batch-size 1 64
-bench paper --model paper --backend eager cudagraph --dtype tf32 bfloat16 --batch-size 64 --markdown
+bench paper --model paper 'casvit_*' 'mlla_*' --backend eager cudagraph --dtype tf32 bfloat16 --batch-size 64 --markdown
 bench profile --model "${models[@]}" --bench profile --backend eager fused cudagraph --dtype tf32 bfloat16 --batch-size 1 64
 bench train --model "${models[@]}" --bench train --teacher none regnety_160 --batch-size 128
 bench curves --model care_s0 --bench curves --steps 500 --batch-size 64
+if [ -n "${CIFAR10:-}" ]; then
+    cifar=("$CIFAR10" --dataset '')
+else
+    cifar=(data/cifar10 --dataset-download)
+fi
+step compare bash cmd/compare.sh "${cifar[@]}" --recipe cifar10 --epochs 30 --amp bf16 --channels-last --device cuda \
+    --model care_s0 casvit_xs mlla_t --seeds 0 1 2 --output "$folder/compare"
 if [ ${#failed[@]} -gt 0 ]; then
     echo "failed: ${failed[*]}; see $folder" >&2
     exit 1

@@ -3,6 +3,7 @@
 Triton reads TRITON_INTERPRET when it is first imported, and a process that interprets can do nothing else with it.
 """
 import copy
+from functools import partial
 
 import caretrans.kernels
 import caretrans.kernels.depthwise as depthwise
@@ -13,13 +14,22 @@ import torch.nn as nn
 from caretrans.kernels.expansion import expand
 from caretrans.kernels.launch import INTERPRETED
 from caretrans.kernels.mixer import mix_with_attention, mix_with_strips
+from caretrans.models.attention import linear_attention as attend_in_torch
 from caretrans.models.care import CareBlock
-from definitions import assert_linear_attention
+from caretrans.models.mlla import MllaBlock, MllaStage, rotary_code
+from definitions import assert_linear_attention, random_rotation
 from kernel_checks import (
-    EXPANSIONS, HEADS, MIXERS, check_attention, check_expansion, check_mixer, error_of, expansion_inputs, run, slice_of)
+    ATTENTIONS, EXPANSIONS, MIXERS, check_attention, check_expansion, check_mixer, error_of, expansion_inputs,
+    run, run_with_parameters, slice_of)
+from reference import filled_model
 
 attend = linear_attention.attend
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+BLOCKS = {  # of 16 channels
+    'strips': lambda: CareBlock(4, (2, 2), 0, ls_init_value=1.),
+    'attention': lambda: CareBlock(4, (2, 2), 1, ls_init_value=1.),
+    'rotary attention': lambda: MllaStage(None, 16, [MllaBlock(16, 2, mlp_ratio=2.)]),
+}
 
 
 class Launches:
@@ -42,33 +52,36 @@ def test_this_process_interprets():
 # Linear attention -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('channels_last', [False, True])
-@pytest.mark.parametrize('shape', HEADS, ids=str)
-def test_linear_attention_equals_its_definition(shape, channels_last):
-    check_attention(attend, shape, torch.float64, channels_last)
+@pytest.mark.parametrize('shape, rotated', ATTENTIONS, ids=str)
+def test_linear_attention_equals_its_definition(shape, rotated, channels_last):
+    check_attention(attend, shape, torch.float64, channels_last, rotated=rotated)
 
 
 @pytest.mark.parametrize('dtype', DTYPES[1:], ids=str)
-@pytest.mark.parametrize('shape', HEADS[:3], ids=str)
-def test_linear_attention_in_lower_precision(shape, dtype):
-    check_attention(attend, shape, dtype)
+@pytest.mark.parametrize('shape, rotated', [case for case in ATTENTIONS if case[0][2] in (16, 24, 32)], ids=str)
+def test_linear_attention_in_lower_precision(shape, rotated, dtype):
+    check_attention(attend, shape, dtype, rotated=rotated)
 
 
-def test_linear_attention_at_small_weights_and_large():
-    assert_linear_attention(attend)
+@pytest.mark.parametrize('rotate', [None, random_rotation(3, 8, 35)], ids=['plain', 'rotated'])
+def test_linear_attention_at_small_weights_and_large(rotate):
+    assert_linear_attention(partial(attend, rotate=rotate), rotate=rotate)
 
 
+@pytest.mark.parametrize('rotated', [False, True])
 @pytest.mark.parametrize('scale', [100., 1e4])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_large_queries_and_keys_do_not_overflow(dtype, scale):
-    check_attention(attend, (1, 2, 16, 16, 70), dtype, scale=scale)
+def test_large_queries_and_keys_do_not_overflow(dtype, scale, rotated):
+    check_attention(attend, (1, 2, 16, 16, 70), dtype, scale=scale, rotated=rotated)
 
 
+@pytest.mark.parametrize('rotated', [False, True])
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('shape', [(1, 2, 16, 16, 100), (1, 1, 32, 24, 131)], ids=str)
-def test_heads_split_over_programs(monkeypatch, shape, dtype):
+def test_heads_split_over_programs(monkeypatch, shape, dtype, rotated):
     monkeypatch.setattr(linear_attention, 'POSITIONS_OF_A_PROGRAM', 30)
     launches = [Launches(monkeypatch, linear_attention, name) for name in ('_forward', '_backward')]
-    check_attention(attend, shape, dtype)
+    check_attention(attend, shape, dtype, rotated=rotated)
     for kernel, steps in zip(launches, (3, 2), strict=True):  # sums and queries, again the sums; queries and keys
         assert len(kernel.grids) == steps and all(splits > 2 for _, splits in kernel.grids)
 
@@ -78,12 +91,43 @@ def test_a_wrong_eps_is_caught():
         assert_linear_attention(lambda q, k, v: attend(q, k, v, 1e-5))
 
 
-def test_a_wrong_gradient_is_caught(monkeypatch):
+@pytest.mark.parametrize('rotated', [False, True])
+def test_a_wrong_gradient_is_caught(monkeypatch, rotated):
+    """Of another eps; of a rotation the other way."""
     backward = linear_attention.attend_backward_into
-    monkeypatch.setattr(
-        linear_attention, 'attend_backward_into', lambda *args: backward(*args[:-1], 1e-2))
+
+    def wrong(*args):
+        *tensors, eps, rotate = args
+        if rotate is None:
+            eps = 1e-2
+        else:
+            rotate = torch.stack([rotate[0], -rotate[1]])
+        backward(*tensors, eps, rotate)
+
+    monkeypatch.setattr(linear_attention, 'attend_backward_into', wrong)
     with pytest.raises(AssertionError, match='off by'):
-        check_attention(attend, HEADS[0], torch.float64)
+        check_attention(attend, (2, 2, 16, 16, 49), torch.float64, rotated=rotated)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+def test_the_rotation_is_not_rounded_to_the_dtype_of_queries_and_keys(dtype):
+    q, k = torch.randn(2, 1, 1, 16, 60).bfloat16()
+    v, rotate = torch.randn(1, 1, 16, 60), random_rotation(1, 16, 60).to(dtype)
+    expected = attend_in_torch(q.double(), k.double(), v.double(), rotate=rotate)
+    assert error_of([attend(q, k, v, rotate=rotate)], [expected]) <= 1e-6
+
+
+@pytest.mark.parametrize('shape', [(2, 2, 8, 8), (2, 2, 4, 9), (1, 2, 4, 8), (2, 1, 4, 8)], ids=str)
+def test_rotations_of_another_shape_are_refused(shape):
+    q = torch.zeros(1, 2, 8, 8)
+    with pytest.raises(ValueError, match='rotate must be'):
+        attend(q, q, q, rotate=torch.zeros(shape))
+
+
+def test_a_rotation_that_asks_for_a_gradient_is_refused():
+    q = torch.zeros(1, 2, 8, 8, requires_grad=True)
+    with pytest.raises(ValueError, match='no gradient of rotate'):
+        attend(q, q, q, rotate=torch.zeros(2, 2, 4, 8, requires_grad=True))
 
 
 def test_outputs_are_written_completely_and_nothing_else_is():
@@ -170,14 +214,50 @@ def test_few_programs_take_many_tiles(monkeypatch):
 
 # Modules, operators ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('num_heads', [0, 1])
-def test_a_block_trains_as_it_does_in_torch(num_heads):
-    block = CareBlock(4, (2, 2), num_heads, ls_init_value=1.).double().train()
+@pytest.mark.parametrize('make', BLOCKS.values(), ids=BLOCKS)
+def test_a_block_trains_as_it_does_in_torch(make):
+    block = make().double().train()
     with_kernels = copy.deepcopy(block)
-    caretrans.kernels.use_kernels(with_kernels)
+    assert {placement.runs for placement in caretrans.kernels.use_kernels(with_kernels)} >= {'triton'}
     x = slice_of(16, 0, (2, 4, 5), True, torch.float64, 'cpu')
     assert error_of(run(with_kernels, [x]), run(block, [x])) <= 1e-10
     assert list(with_kernels.state_dict()) == list(block.state_dict())
+
+
+def test_a_network_trains_as_it_does_in_torch():
+    """One block per stage, on images that are not square."""
+    network = filled_model('mlla_t', num_classes=7, depths=(1, 1, 1, 1)).double().train()
+    with_kernels = copy.deepcopy(network)
+    assert [placement.runs for placement in caretrans.kernels.use_kernels(with_kernels)] == 4 * ['triton']
+    x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    assert error_of(run_with_parameters(with_kernels, x), run_with_parameters(network, x)) <= 1e-10
+
+
+def test_rotary_attention_under_autocast_returns_what_it_does_in_torch():
+    stage = MllaStage(None, 16, [MllaBlock(16, 2, mlp_ratio=2.)]).eval()
+    with_kernels, x = copy.deepcopy(stage), torch.randn(2, 16, 4, 5)
+    caretrans.kernels.use_kernels(with_kernels)
+    with torch.autocast('cpu', dtype=torch.bfloat16), torch.no_grad():
+        found, expected = with_kernels(x), stage(x)
+    assert found.dtype == expected.dtype and found.stride() == expected.stride()
+    assert error_of([found], [expected]) <= 2e-2
+
+
+def test_rotary_attention_reads_and_writes_tokens_without_copies(monkeypatch):
+    """Queries, keys and values where they lie, and gradients whose channels are neighbours as well."""
+    block, strides = MllaBlock(32, 2, mlp_ratio=2.), []
+    caretrans.kernels.use_kernels(block)
+    backward = linear_attention.attend_backward_into
+
+    def look(*args):
+        strides.extend(x.stride() for x in args[:7])
+        backward(*args)
+
+    monkeypatch.setattr(linear_attention, 'attend_backward_into', look)
+    x = torch.randn(2, 32, 3, 5).to(memory_format=torch.channels_last).requires_grad_()
+    block(x, rotary_code(x)).sum().backward()
+    halves, whole = (15 * 64, 16, 1, 64), (15 * 32, 16, 1, 32)
+    assert strides == [whole, halves, halves, *[whole] * 4]
 
 
 @pytest.mark.parametrize('num_heads', [0, 1])
@@ -226,9 +306,9 @@ def test_normalisations_must_be_folded_into_expansions():
     assert all('folded' in p.reason for p in placements if p.part == 'expansion')
 
 
-@pytest.mark.parametrize('num_heads', [0, 1])
-def test_a_compiled_block_is_one_graph(num_heads):
-    block = CareBlock(4, (2, 2), num_heads, ls_init_value=1.).double().train()
+@pytest.mark.parametrize('make', BLOCKS.values(), ids=BLOCKS)
+def test_a_compiled_block_is_one_graph(make):
+    block = make().double().train()
     caretrans.kernels.use_kernels(block)
     compiled = torch.compile(copy.deepcopy(block), fullgraph=True, backend='aot_eager')
     x = slice_of(16, 0, (2, 2, 3), True, torch.float64, 'cpu')
@@ -238,7 +318,8 @@ def test_a_compiled_block_is_one_graph(num_heads):
 def test_operators_keep_the_rules_of_pytorch():
     """Schemas, shapes and strides under FakeTensor, autograd, and what torch.compile traces: PyTorch's own checks."""
     q, k, v = (torch.randn(1, 2, 4, 9, requires_grad=True) for _ in range(3))
-    torch.library.opcheck(attend, (q, k, v, 1e-6))
+    for rotate in None, random_rotation(2, 4, 9):
+        torch.library.opcheck(attend, (q, k, v, 1e-6, rotate))
     x = slice_of(9, 2, (1, 2, 3), True, torch.float32, 'cpu').requires_grad_()
     weights = [torch.randn(3, 1, *size, requires_grad=True) for size in ((11, 1), (1, 11), (3, 3), (7, 7))]
     biases = [torch.randn(3, requires_grad=True) for _ in weights]

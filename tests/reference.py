@@ -5,7 +5,8 @@ that the same weights can be rebuilt anywhere without shipping them. tests/data 
 
 - `*_official_layout.json`: {published key: shape}, in the order of the checkpoint;
 - `*_golden.npz`: arrays computed in float64 by the published network, in evaluation mode, for
-  `filled_input((2, 3, 224, 224))` (of CAS-ViT and MLLA the logits alone, with the two heads of the layouts of CAS-ViT); `*_train_golden.npz` the same for one training step.
+  `filled_input((2, 3, 224, 224))` (of CAS-ViT, with the two heads of its layouts, and MLLA the logits alone);
+  `*_train_golden.npz` the same for one training step.
 """
 import json
 import zlib

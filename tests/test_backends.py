@@ -1,5 +1,6 @@
 """Every way to run a network computes what the network computes; what cannot is refused at the door, or not timed."""
 import copy
+import re
 
 import pytest
 import timm
@@ -70,6 +71,31 @@ def test_other_models_are_rewritten_as_their_authors_do(name):
     assert after < before or name == 'mobilenetv2_100'
     for setup in (Setup('eager'), Setup('fused'), Setup('fused', 'bfloat16')):
         assert check_output(network, prepare(network, setup), setup.dtype) <= TOLERANCES[setup.dtype]
+
+
+@pytest.mark.parametrize('name, kwargs', [
+    ('casvit_xs', dict(depths=(1, 1, 2, 1))), ('mlla_t', dict(depths=(1, 1, 2, 1), width=32))])
+@pytest.mark.parametrize('setup', [
+    Setup('eager'), Setup('fused', layout='channels_last'), Setup('fused', 'bfloat16', 'channels_last'),
+    Setup('compile', layout='channels_last'), Setup('onnxruntime'), Setup('openvino'), Setup('onnxruntime', 'int8'),
+    Setup('openvino', 'int8')], ids=str)
+def test_every_backend_computes_what_the_comparison_systems_compute(name, kwargs, setup):
+    network = make_network(name, **kwargs)
+    assert check_output(network, prepare(network, setup), setup.dtype) <= TOLERANCES[setup.dtype]
+
+
+@pytest.mark.parametrize('name', ['casvit_xs', 'casvit_t', 'mlla_t', 'mlla_s', 'care_s0'])
+def test_no_part_of_a_lively_network_drowns_the_others(name):
+    """Nothing grows with the blocks, of images that the statistics have not seen either: float32 has 7 digits, and a
+    branch must be seen beside what it is added to."""
+    network, sizes = make_network(name), []
+    noise = torch.randn(4, 3, *SIZE, generator=torch.Generator().manual_seed(0))
+    images = torch.cat([load_photographs(network.model, SIZE, 32), noise])
+    for block in [module for name, module in network.model.named_modules() if re.search(r'blocks\.\d+$', name)]:
+        block.register_forward_hook(lambda module, args, out: sizes.append(out.abs().max().item()))
+    with torch.no_grad():
+        network.model(images)
+    assert len(sizes) == sum(len(stage.blocks) for stage in network.model.stages) and max(sizes) < 1000
 
 
 def test_what_runs_is_a_copy(network):

@@ -97,6 +97,13 @@ def test_models_without_parts_run_with_the_kernels_of_pytorch_once(network):
     assert fit_setups(setups, timm.create_model('mobilenetv2_035')) == setups[:2]
 
 
+def test_kernels_for_parts_that_a_model_has_not_are_not_run_as_another_choice():
+    setups = [Setup('fused', kernels=kernels) for kernels in KERNELS]
+    model = timm.create_model('mlla_t', device='meta')
+    assert fit_setups(setups, model) == [Setup('fused'), Setup('fused', kernels='triton')]
+    assert fit_setups(setups[2:], model) == [Setup('fused', kernels='triton')]
+
+
 # What ran -------------------------------------------------------------------------------------------------------------
 
 def test_the_runner_says_which_kernels_run(network, pretend):

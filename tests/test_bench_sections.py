@@ -91,6 +91,8 @@ def test_the_bound_stands_beside_the_time_of_every_way_to_run_the_rewritten_netw
     (['--teacher', 'resnet18', '--model', 'care_s0', 'mobilenetv2_035'],
      '--teacher resnet18 with --model mobilenetv2_035: it has no head that learns from one'),
     (['--ways', 'faster'], 'faster'),
+    (['--teacher', 'resnet18', '--model', 'care_s0', 'casvit_xs'],
+     '--teacher resnet18 with --model casvit_xs: it has no head that learns from one'),
     (['--teacher', 'regnety_161'], '--teacher regnety_161: no such model'), (['--ways', 'tf32'], 'tf32')])
 def test_what_cannot_be_trained_is_refused_before_any_work(call, monkeypatch, flags, message):
     monkeypatch.setattr(sections, 'run_inference', None)

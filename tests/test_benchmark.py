@@ -15,8 +15,15 @@ from caretrans.bench import inference
 from caretrans.bench.backends import BACKENDS, WrongOutputError, prepare
 from caretrans.bench.config import BenchConfig, list_setups, parse_bench_config
 from caretrans.bench.names import expand_models
-from caretrans.bench.published import PUBLISHED, find_published, list_paper_models
+from caretrans.bench.published import (
+    PUBLISHED,
+    find_published,
+    list_footnotes,
+    list_paper_models,
+    mark_accuracy,
+)
 from caretrans.bench.readme import BEGIN, END, check_readme
+from caretrans.bench.report import describe_counts
 from caretrans.bench.timing import is_out_of_memory
 from caretrans.config import ConfigError
 
@@ -76,10 +83,45 @@ def test_what_cannot_be_written_is_refused_before_anything_is_measured(call, tmp
 def test_names_wildcards_and_paper_stand_for_models():
     assert expand_models(['care_s?', 'care_s1', 'resnet18']) == ['care_s0', 'care_s1', 'care_s2', 'resnet18']
     assert expand_models(['paper']) == list_paper_models() == [
-        'mobilenetv2_100', 'mobileone_s0', 'fastvit_t8', 'mobileone_s2', 'fastvit_t12', 'mobileone_s4', 'care_s0',
-        'care_s1', 'care_s2']
-    assert len(PUBLISHED) == 15 and find_published('fastvit_t8.apple_in1k').top1 == 76.7
+        'mobilenetv2_100', 'mobileone_s0', 'fastvit_t8', 'mobileone_s2', 'fastvit_t12', 'mobileone_s4', 'mlla_t',
+        'care_s0', 'care_s1', 'care_s2']
+    assert len(PUBLISHED) == 21 and find_published('fastvit_t8.apple_in1k').top1 == 76.7
     assert find_published('resnet18') is None
+
+
+def test_wildcards_leave_out_other_names_of_our_models_which_work_as_they_are():
+    assert expand_models(['care_*', 'casvit_*', 'mlla_*']) == [
+        'care_s0', 'care_s1', 'care_s2', 'casvit_m', 'casvit_s', 'casvit_t', 'casvit_xs', 'mlla_b', 'mlla_s', 'mlla_t']
+    assert expand_models(['rcvit_xs', 'mila_t']) == ['rcvit_xs', 'mila_t'] and not set(
+        expand_models(['*vit_*'])) & {'rcvit_xs', 'rcvit_s'}
+    with pytest.raises(ConfigError, match='rcvit_'):
+        expand_models(['rcvit_*'])
+
+
+def test_published_figures_that_are_not_known_are_empty():
+    assert find_published('rcvit_s') is find_published('casvit_s') and find_published('mila_b').top1 == 85.3
+    assert find_published('casvit_s').gmacs is None and find_published('casvit_t').gmacs == 3.597
+    counts = [dict(
+        model=name, height=224, width=224, parameters=1, parameters_fused=1, gmacs=1., gmacs_fused=1.,
+        activations_fused_m=1.) for name in ('casvit_s', 'mlla_b', 'resnet18')]
+    rows = describe_counts([dict(count, published=(row := find_published(count['model'])) and vars(row))
+                            for count in counts], markdown=True)[2:]
+    assert [line.split(' | ')[-4:] for line in rows] == [
+        ['80.9 [1]', '-', '5.76', '- |'], ['85.3 [2]', '16.2', '96', '- |'], ['-', '-', '-', '- |']]
+
+
+def test_footnotes_say_what_each_accuracy_is_and_where_it_stands():
+    notes = list_footnotes(['mobilenetv2_100', 'mlla_t', 'care_s0', 'casvit_xs', 'care_s1'])
+    assert notes[0].startswith('[1] top-1 of mlla_t, with self-distillation')
+    assert notes[1].startswith('[2] top-1 of care_s0, care_s1, with a teacher')
+    assert re.match(r'\[3\] top-1 of casvit_xs, the second generation .*77\.5', notes[2])
+    assert mark_accuracy('care_s1', ['mlla_t', 'care_s1']) == '80.1 [2]' and mark_accuracy('resnet18', []) is None
+    assert mark_accuracy('mobilenetv2_100', ['mobilenetv2_100']) == '71.8'
+    sources = [line for line in notes if line.startswith('published figures of')]
+    assert len(sources) == 2 and 'mobilenetv2_100, mlla_t, care_s0, care_s1: the table of the CARE' in sources[0]
+    assert all(row.source and (row.accuracy_note or not row.name.startswith(('CARE', 'CAS', 'MLLA')))
+               for row in PUBLISHED)
+    assert list_footnotes(['resnet18']) == []
 
 
 def test_sizes_are_height_by_width():

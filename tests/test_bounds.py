@@ -3,7 +3,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from registered import CARE
+from registered import CARE, one_of_each_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from caretrans.bench.bounds import (
@@ -109,14 +109,14 @@ def test_the_core_of_attention_is_one_layer():
 
 
 @pytest.mark.parametrize('fusion', FUSIONS)
-@pytest.mark.parametrize('name', [*CARE, 'fastvit_t8', 'mobileone_s1', 'resnet18'])
+@pytest.mark.parametrize('name', [*CARE, *one_of_each_file()[1:], 'fastvit_t8', 'mobileone_s1', 'resnet18'])
 def test_operations_add_up_to_those_that_pytorch_counts(name, fusion):
     model = timm.create_model(name)
     layers = list_layers(trace_operations(model, (64, 64), 2), fusion)
     assert sum(layer.flops + layer.vector_flops for layer in layers) == count_flops(model, batch=2)
 
 
-@pytest.mark.parametrize('name', CARE)
+@pytest.mark.parametrize('name', [*CARE, *one_of_each_file()[1:]])
 def test_each_fusion_moves_less(name):
     operations = trace_operations(timm.create_model(name), (224, 224))
     moved = [sum(layer.bytes for layer in list_layers(operations, fusion)) for fusion in FUSIONS]

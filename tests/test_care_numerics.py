@@ -1,5 +1,6 @@
 """Linear attention equals its definition, and the network survives half precision."""
 import math
+from functools import partial
 
 import pytest
 import timm
@@ -30,13 +31,13 @@ def attention_inputs(dtype, num_positions, device='cpu', head_chs=16):
     return inputs, torch.randn(shape).to(device, dtype)
 
 
-def error_of(attend, inputs, grad):
+def error_of(attend, inputs, grad, rotate=None):
     """The largest errors of output and gradients against float64 on the same inputs, relative to their largest values.
 
     The gradients of a single position vanish up to eps: values below 0.01 count as 0.01. NaN and infinity come out.
     """
     exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
-    exact = linear_attention_by_definition(*exact_inputs)
+    exact = linear_attention_by_definition(*exact_inputs, rotate=rotate)
     exact = [exact, *torch.autograd.grad(exact, exact_inputs, grad.double())]
     out = attend(*inputs)
     found = [out, *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
@@ -118,24 +119,29 @@ def test_positive_feature_has_slope_one_at_zero_as_elu_has():
 
 
 @pytest.mark.parametrize('device', DEVICES)
-@pytest.mark.parametrize('num_positions', POSITIONS)
+@pytest.mark.parametrize(
+    'num_positions, rotated', [*((num_positions, False) for num_positions in POSITIONS), (1, True), (196, True)])
 @pytest.mark.parametrize('dtype', HALVES)
-def test_linear_attention_in_half_precision_only_rounds_its_result(dtype, num_positions, device):
+def test_linear_attention_in_half_precision_only_rounds_its_result(dtype, num_positions, rotated, device):
     """Forward and backward, pure and under autocast: measured 4.5e-4 in float16 and 3.6e-3 in bfloat16."""
     inputs, grad = attention_inputs(dtype, num_positions, device)
-    pure = error_of(attention.linear_attention, inputs, grad)
-    mixed = error_of(under_autocast(attention.linear_attention, dtype), inputs, grad)
+    rotate = random_rotation(2, 16, num_positions).to(device) if rotated else None
+    attend = partial(attention.linear_attention, rotate=rotate)
+    pure = error_of(attend, inputs, grad, rotate)
+    mixed = error_of(under_autocast(attend, dtype), inputs, grad, rotate)
     assert attention.linear_attention(*inputs).dtype == dtype
     assert pure <= one_rounding(dtype) and mixed <= one_rounding(dtype), f'{pure:.1e} {mixed:.1e}'
 
 
 @pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('rotated', [False, True])
 @pytest.mark.parametrize('dtype', HALVES)
-def test_autocast_changes_nothing_in_linear_attention(dtype, device):
+def test_autocast_changes_nothing_in_linear_attention(dtype, rotated, device):
     inputs, _ = attention_inputs(torch.float32, 196, device)
-    expected = attention.linear_attention(*inputs)
+    rotate = random_rotation(2, 16, 196).to(device, torch.float32) if rotated else None
+    expected = attention.linear_attention(*inputs, rotate=rotate)
     with torch.autocast(device, dtype=dtype):
-        out = attention.linear_attention(*inputs)
+        out = attention.linear_attention(*inputs, rotate=rotate)
     assert out.dtype == torch.float32 and torch.equal(out, expected)
 
 

@@ -82,7 +82,7 @@ def test_a_conversion_refuses_what_it_cannot_do(tmp_path):
     source, target = tmp_path / 'a.pth', tmp_path / 'b.pth'
     state_dict = make_tiny().state_dict()
     torch.save(dict(model=state_dict, arch='care_s0', model_args=TINY), source)
-    with pytest.raises(ValueError, match="layout must be published or caretrans, not 'timm'"):
+    with pytest.raises(ValueError, match="layout must be published, caretrans or mmpretrain, not 'timm'"):
         convert_checkpoint(source, target, 'timm')
     with pytest.raises(CheckpointError, match='b.onnx: let the name end in .pth'):
         convert_checkpoint(source, tmp_path / 'b.onnx', 'published')

@@ -11,11 +11,11 @@ def test_flags_go_over_the_recipe_and_the_recipe_over_the_defaults(tmp_path):
     recipe = tmp_path / 'mine.yaml'
     recipe.write_text('lr: 3e-4\nepochs: 7\nmodel_args: {ls_init_value: 0.1, ablation: stacked}\n')
     config = parse_train_config(
-        ['photos', '--recipe', str(recipe), '--epochs', '9', '--no-download', '--scale', '0.5', '1',
+        ['photos', '--recipe', str(recipe), '--epochs', '9', '--no-dataset-download', '--scale', '0.5', '1',
          '--model-args', 'ablation=no_inter1'])
     assert (config.data, config.lr, config.epochs, config.scale) == ('photos', 3e-4, 9, [0.5, 1.0])
     assert config.model_args == {'ls_init_value': 0.1, 'ablation': 'no_inter1'}
-    assert config.opt == TrainConfig().opt and config.download is False
+    assert config.opt == TrainConfig().opt and config.dataset_download is False
 
 
 @pytest.mark.parametrize('recipe', sorted(RECIPES.glob('*.yaml')), ids=lambda path: path.stem)

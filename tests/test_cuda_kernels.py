@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_checks import (
-    EXPANSIONS, HEADS, MIXERS, check_attention, check_expansion, check_mixer, error_of, slice_of)
+    ATTENTIONS, EXPANSIONS, MIXERS, check_attention, check_expansion, check_mixer, error_of, rotation_of, slice_of)
 from reference import filled_model
 
 DEVICE = 'cuda'
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+NETWORKS = ['care_s0', 'mlla_t']
 reason = caretrans.kernels.why_unavailable(DEVICE)
 pytestmark = pytest.mark.skipif(bool(reason), reason=reason)
 
@@ -21,7 +22,7 @@ def with_and_without(name: str, **kwargs):
     model = filled_model(name, num_classes=7, **kwargs).to(DEVICE, memory_format=torch.channels_last)
     reference = copy.deepcopy(model)
     placements = caretrans.kernels.use_kernels(model)
-    assert {p.runs for p in placements if p.part == 'mixer'} == {'triton'}
+    assert {p.runs for p in placements if p.part in ('mixer', 'attention')} == {'triton'}
     return model, reference
 
 
@@ -42,16 +43,19 @@ def no_tf32():
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
 @pytest.mark.parametrize('channels_last', [False, True])
-@pytest.mark.parametrize('shape', [*HEADS, (64, 2, 16, 16, 196), (1, 2, 32, 32, 4096), (3, 8, 32, 32, 3136)], ids=str)
-def test_linear_attention_equals_its_definition(shape, channels_last, dtype):
+@pytest.mark.parametrize('shape, rotated', [*ATTENTIONS, *(
+    (shape, rotated) for rotated in (False, True)
+    for shape in ((64, 2, 16, 16, 196), (1, 2, 32, 32, 4096), (3, 8, 32, 32, 3136)))], ids=str)
+def test_linear_attention_equals_its_definition(shape, rotated, channels_last, dtype):
     from caretrans.kernels.linear_attention import attend
-    check_attention(attend, shape, dtype, channels_last, device=DEVICE)
+    check_attention(attend, shape, dtype, channels_last, device=DEVICE, rotated=rotated)
 
 
+@pytest.mark.parametrize('rotated', [False, True])
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
-def test_large_queries_and_keys_do_not_overflow(dtype):
+def test_large_queries_and_keys_do_not_overflow(dtype, rotated):
     from caretrans.kernels.linear_attention import attend
-    check_attention(attend, (2, 2, 16, 16, 196), dtype, scale=1e4, device=DEVICE)
+    check_attention(attend, (2, 2, 16, 16, 196), dtype, scale=1e4, device=DEVICE, rotated=rotated)
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
@@ -74,7 +78,8 @@ def test_results_repeat_to_the_bit():
     from caretrans.kernels.linear_attention import attend
     from caretrans.kernels.mixer import mix_with_strips_backward
     q, k, v = (slice_of(64, 0, (1, 1, 4096), True, torch.bfloat16, DEVICE).reshape(1, 2, 32, 4096) for _ in range(3))
-    assert all(torch.equal(attend(q, k, v), attend(q, k, v)) for _ in range(5))
+    for rotate in None, rotation_of((1, 2, 32, 32, 4096), q.dtype, device=DEVICE):
+        assert all(torch.equal(attend(q, k, v, rotate=rotate), attend(q, k, v, rotate=rotate)) for _ in range(5))
     x, grad = images(16, 56).repeat(1, 8, 1, 1), images(16, 56).repeat(1, 8, 1, 1)
     weights = [torch.randn(8, 1, *size, device=DEVICE) for size in ((11, 1), (1, 11), (3, 3), (7, 7))]
     first = mix_with_strips_backward(grad, x, weights)
@@ -85,7 +90,7 @@ def test_results_repeat_to_the_bit():
 # Networks -------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('fused', [False, True])
-@pytest.mark.parametrize('name', ['care_s0', 'care_s2'])
+@pytest.mark.parametrize('name', ['care_s0', 'care_s2', 'mlla_t'])
 def test_a_network_computes_what_it_does_in_torch(name, fused):
     model, reference = with_and_without(name)
     if fused:
@@ -97,9 +102,10 @@ def test_a_network_computes_what_it_does_in_torch(name, fused):
         assert error_of([model(x)], [reference.double()(x.double())]) <= 1e-4
 
 
+@pytest.mark.parametrize('name', NETWORKS)
 @pytest.mark.parametrize('mode', ['default', 'reduce-overhead'])
-def test_a_compiled_network_computes_the_same(mode):
-    model, reference = with_and_without('care_s0')
+def test_a_compiled_network_computes_the_same(mode, name):
+    model, reference = with_and_without(name)
     compiled = torch.compile(model, fullgraph=True, mode=mode)
     x = images()
     with torch.no_grad():
@@ -108,9 +114,10 @@ def test_a_compiled_network_computes_the_same(mode):
             assert error_of([found], [reference(x)]) <= 1e-4
 
 
+@pytest.mark.parametrize('name', NETWORKS)
 @pytest.mark.parametrize('fused', [False, True])
-def test_a_network_is_captured_in_a_cuda_graph(fused):
-    model, reference = with_and_without('care_s0')
+def test_a_network_is_captured_in_a_cuda_graph(fused, name):
+    model, reference = with_and_without(name)
     if fused:
         model = caretrans.fuse.fuse(reference)
         caretrans.kernels.use_kernels(model, parts=caretrans.kernels.PARTS)
@@ -130,11 +137,12 @@ def test_a_network_is_captured_in_a_cuda_graph(fused):
             assert error_of([out], [model(x)]) <= 1e-2
 
 
+@pytest.mark.parametrize('name', NETWORKS)
 @pytest.mark.parametrize('compiled', [False, True])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-def test_a_training_step_equals_that_of_torch(dtype, compiled):
+def test_a_training_step_equals_that_of_torch(dtype, compiled, name):
     """Losses and gradients, the latter by their directions: in bfloat16 each is a sum of many roundings."""
-    model, reference = with_and_without('care_s0')
+    model, reference = with_and_without(name)
     x, labels = images(16), torch.arange(16, device=DEVICE) % 7
     losses = []
     for network in model, reference:
@@ -150,9 +158,10 @@ def test_a_training_step_equals_that_of_torch(dtype, compiled):
     assert F.cosine_similarity(found, expected, dim=0) >= 1 - tolerance
 
 
-def test_training_needs_no_more_memory_than_in_torch():
+@pytest.mark.parametrize('name', NETWORKS)
+def test_training_needs_no_more_memory_than_in_torch(name):
     peaks = []
-    for network in with_and_without('care_s0'):
+    for network in with_and_without(name):
         network.train()
         for step in range(2):  # the first compiles and tunes
             if step:

@@ -131,12 +131,27 @@ def test_another_normalisation_of_the_teacher_is_undone(teacher_file):
     (dict(teacher='resnet1'), "No teacher 'resnet1'"),
     (dict(teacher='care_s0'), 'teacher.pth'),
     (dict(model='mobilenetv2_100'), 'mobilenetv2_100 has no second head'),
+    (dict(model='casvit_xs'), 'casvit_xs has one head, .* --model-args distilled=true'),
 ])
 def test_teachers_that_cannot_teach_are_refused(teacher_file, settings, message):
     config = make_config(teacher_file, **settings)
     student = make_student() if config.model == 'care_s0' else timm.create_model(config.model, num_classes=CLASSES)
     with pytest.raises(ValueError, match=message):
         build_task(config, student, CPU)
+
+
+@pytest.mark.parametrize('name, arguments', [
+    ('casvit_xs', dict(depths=(1, 1, 1, 1), widths=(8, 8, 16, 16))),
+    ('mlla_t', dict(depths=(1, 1, 1, 1), width=32))])
+def test_the_second_head_of_other_networks_learns_the_decisions_of_the_teacher(teacher_file, name, arguments):
+    student = timm.create_model(name, num_classes=CLASSES, distilled=True, **arguments)
+    task = build_task(make_config(teacher_file, model=name), student, CPU).train()
+    x, labels = make_batch()
+    result = task(x, labels)
+    head, head_dist = student(x)
+    decisions = task.teacher(x).argmax(dim=1)
+    expected = 0.5 * F.cross_entropy(head, labels, label_smoothing=0.1) + 0.5 * F.cross_entropy(head_dist, decisions)
+    assert result['loss'].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_a_teacher_of_other_classes_is_refused(teacher_file):

@@ -6,20 +6,20 @@ import timm
 import torch
 import torch.nn as nn
 from reference import filled_model, published_model
-from registered import MODELS, gmacs, one_of_each_file
+from registered import CARE, gmacs, one_of_each_file
 from timm.utils import reparameterize_model
 from torch.optim.swa_utils import AveragedModel
 
 from caretrans.checkpoint import save_checkpoint
 from caretrans.fuse import fuse, is_fused, measure_fusion_error
-from caretrans.models import care_fused
+from caretrans.models import care_fused, folding
 from caretrans.models.care_ablations import ABLATIONS
 
 EXACT = 1e-13  # of the largest logit, in float64; measured 2e-15
 FLOAT32 = 5e-6  # measured 5e-7, as the unfused network
 
 
-@pytest.fixture(scope='module', params=MODELS)
+@pytest.fixture(scope='module', params=[*CARE, *(name for name in one_of_each_file() if name not in CARE)])
 def model(request):
     return filled_model(request.param)
 
@@ -43,8 +43,9 @@ def test_reparameterize_model_of_timm_gives_the_fused_network(model):
 def test_fused_has_no_norms_of_batches_and_one_head(model):
     fused = fuse(model)
     modules = list(fused.modules())
-    assert not [m for m in modules if isinstance(m, (nn.BatchNorm2d, nn.Dropout))]
-    assert len([m for m in modules if isinstance(m, nn.Linear)]) == 1
+    assert not [m for m in modules if isinstance(m, nn.BatchNorm2d) and m is not fused.norm]  # of the last map
+    assert not [m for m in modules if isinstance(m, nn.Dropout) and m.p]
+    assert len([m for m in modules if isinstance(m, nn.Linear) and m.out_features == model.num_classes]) == 1
     assert sum(p.numel() for p in fused.parameters()) < sum(p.numel() for p in model.parameters())
 
 
@@ -136,7 +137,7 @@ def test_ablations_are_fused_too(ablation):
 
 def test_a_norm_before_a_convolution_that_pads_is_refused():
     with pytest.raises(ValueError, match='pads by'):
-        care_fused.fold_norm_into_next(nn.BatchNorm2d(4).eval(), nn.Conv2d(4, 4, 3, padding=1))
+        folding.fold_norm_into_next(nn.BatchNorm2d(4).eval(), nn.Conv2d(4, 4, 3, padding=1))
 
 
 def test_fusing_adds_no_multiply_adds_but_those_of_the_border_around_the_3x3():
@@ -151,30 +152,31 @@ def test_fusing_adds_no_multiply_adds_but_those_of_the_border_around_the_3x3():
 # Errors in the rewrites, each of which the comparison must notice ----------------------------------------------------
 
 def lose_a_shift(monkeypatch):
-    found = care_fused._scale_and_shift
-    monkeypatch.setattr(care_fused, '_scale_and_shift', lambda norm: (found(norm)[0], 0 * found(norm)[1]))
+    found = folding._scale_and_shift
+    monkeypatch.setattr(folding, '_scale_and_shift', lambda norm: (found(norm)[0], 0 * found(norm)[1]))
 
 
 def forget_the_eps_of_a_norm(monkeypatch):
     def without_eps(norm):
         scale = norm.weight.double() / norm.running_var.double().sqrt()
         return scale, norm.bias.double() - norm.running_mean.double() * scale
-    monkeypatch.setattr(care_fused, '_scale_and_shift', without_eps)
+    monkeypatch.setattr(folding, '_scale_and_shift', without_eps)
 
 
 def fold_into_the_wrong_side(monkeypatch):
     def fold(norm, conv):
         weight = conv.weight.double().flip(1)
-        return care_fused._make_conv(conv, weight, conv.bias.double())
+        return folding._make_conv(conv, weight, folding._get_bias(conv))
+    monkeypatch.setattr(folding, 'fold_norm_into_next', fold)
     monkeypatch.setattr(care_fused, 'fold_norm_into_next', fold)
 
 
 def leave_the_layer_scale_out(monkeypatch):
-    monkeypatch.setattr(care_fused, '_scale_outputs', lambda conv, scale: conv)
+    monkeypatch.setattr(care_fused, 'scale_outputs', lambda conv, scale: conv)
 
 
 def scale_the_weight_but_not_the_bias(monkeypatch):
-    monkeypatch.setattr(care_fused, '_scale_outputs', lambda conv, scale: care_fused._make_conv(
+    monkeypatch.setattr(care_fused, 'scale_outputs', lambda conv, scale: folding._make_conv(
         conv, conv.weight.double() * scale.double()[:, None, None, None], conv.bias.double()))
 
 
@@ -201,3 +203,25 @@ def test_a_wrong_rewrite_is_noticed(break_it, monkeypatch):
     assert measure_fusion_error(model, fuse(model)) < EXACT
     break_it(monkeypatch)
     assert measure_fusion_error(model, fuse(model)) > 1e6 * EXACT
+
+
+def forget_the_residual(monkeypatch):
+    monkeypatch.setattr(folding.ResidualConv, 'fuse', lambda conv: folding._make_conv(
+        conv, conv.weight.double(), conv.bias.double()))
+
+
+def take_one_linear_head_alone(monkeypatch):
+    init = folding.FusedLinearHead.__init__
+    monkeypatch.setattr(folding.FusedLinearHead, '__init__', lambda self, heads: init(self, heads[:1]))
+
+
+@pytest.mark.parametrize('name, break_it', [
+    ('casvit_xs', lose_a_shift), ('casvit_xs', forget_the_eps_of_a_norm), ('casvit_xs', fold_into_the_wrong_side),
+    ('casvit_xs', take_one_linear_head_alone), ('mlla_t', lose_a_shift), ('mlla_t', forget_the_residual),
+    ('mlla_t', take_one_linear_head_alone)], ids=lambda value: getattr(value, '__name__', value))
+def test_a_wrong_rewrite_of_other_networks_is_noticed(name, break_it, monkeypatch):
+    model = filled_model(name, distilled=True).double()
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    assert measure_fusion_error(model, fuse(model), images) < EXACT
+    break_it(monkeypatch)
+    assert measure_fusion_error(model, fuse(model), images) > 1e6 * EXACT

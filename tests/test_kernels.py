@@ -11,7 +11,7 @@ import caretrans.kernels
 import pytest
 import torch
 from caretrans.models.care import LinearAttention
-from kernel_checks import expansion_inputs
+from kernel_checks import expansion_inputs, rotation_of
 from launch import run
 from reference import filled_model
 
@@ -61,7 +61,8 @@ class Compiled:
         signature, constants, attributes = {}, {}, {}
         for i, parameter in enumerate(self.kernel.params):
             value = values.pop(parameter.name)
-            if parameter.is_constexpr or type(value) is int and value == 1:  # a launch specialises on ones ...
+            constant = parameter.is_constexpr or value is None or type(value) is int and value == 1
+            if constant:  # a launch specialises on None and ones ...
                 signature[parameter.name], constants[(i,)] = 'constexpr', value
                 continue
             is_tensor = isinstance(value, torch.Tensor)
@@ -95,16 +96,18 @@ def loads_16_bytes(assembly) -> bool:
     return 'ld.global.v4' in assembly['ptx'] and len(assembly['cubin']) > 0
 
 
+@pytest.mark.parametrize('rotated', [False, True])
 @pytest.mark.parametrize('num_positions, launches', [(196, (1, 1)), (1100, (3, 2))])
-def test_linear_attention_compiles_for_a_gpu(stand_in, monkeypatch, num_positions, launches):
+def test_linear_attention_compiles_for_a_gpu(stand_in, monkeypatch, num_positions, launches, rotated):
     import caretrans.kernels.linear_attention as module
     from caretrans.kernels.launch import accumulation_types
     monkeypatch.setattr(module, 'accumulation_types', lambda x: dict(accumulation_types(x), PRECISION='tf32'))
     forward, backward = stand_in(module, '_forward'), stand_in(module, '_backward')
     x = channels_last(128, 1, num_positions)[:, 32:]
     q, k, v = (part.reshape(2, 2, 16, num_positions) for part in x.chunk(3, dim=1))
-    module.attend_into(q, k, v, torch.empty_like(v), 1e-6)
-    module.attend_backward_into(v, q, k, v, *map(torch.empty_like, (q, k, v)), 1e-6)
+    rotate = rotation_of((2, 2, 16, 16, num_positions), v.dtype, channels_last=True) if rotated else None
+    module.attend_into(q, k, v, torch.empty_like(v), 1e-6, rotate)
+    module.attend_backward_into(v, q, k, v, *map(torch.empty_like, (q, k, v)), 1e-6, rotate)
     assert (len(forward.assembly), len(backward.assembly)) == launches
     assert loads_16_bytes(forward.assembly[0])
 
@@ -133,30 +136,33 @@ def test_expansion_compiles_for_a_gpu(stand_in):
 # Left out -------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('fused', [False, True])
-def test_on_the_cpu_pytorch_runs_and_is_named(fused):
-    model = filled_model('care_s0', num_classes=7)
+@pytest.mark.parametrize('name, parts', [('care_s0', set(caretrans.kernels.PARTS)), ('mlla_t', {'attention'})])
+def test_on_the_cpu_pytorch_runs_and_is_named(name, parts, fused):
+    model = filled_model(name, num_classes=7)
     model = caretrans.fuse.fuse(model) if fused else model
     x = torch.randn(1, 3, 32, 32)
     expected, classes = model(x), [type(module) for module in model.modules()]
     placements = caretrans.kernels.use_kernels(model, parts=caretrans.kernels.PARTS)
-    assert {placement.part for placement in placements} == set(caretrans.kernels.PARTS)
+    assert {placement.part for placement in placements} == parts
     assert {placement.runs for placement in placements} == {'torch'}
     assert all('CUDA' in placement.reason for placement in placements)
     assert [type(module) for module in model.modules()] == classes
     assert torch.equal(model(x), expected)
 
 
-@pytest.mark.parametrize('fused', [False, True])
-def test_a_network_with_kernels_runs_in_pytorch_when_it_comes_to_the_cpu(monkeypatch, fused):
-    model = filled_model('care_s0', num_classes=7)
+@pytest.mark.parametrize('name, fused, parts', [
+    ('care_s0', False, {'mixer'}), ('care_s0', True, {'mixer', 'expansion'}), ('mlla_t', False, {'attention'}),
+    ('mlla_t', True, {'attention'})])
+def test_a_network_with_kernels_runs_in_pytorch_when_it_comes_to_the_cpu(monkeypatch, name, fused, parts):
+    model = filled_model(name, num_classes=7)
     model = caretrans.fuse.fuse(model) if fused else model
     x = torch.randn(1, 3, 32, 32)
     expected, keys = model(x), list(model.state_dict())
     monkeypatch.setattr(caretrans.kernels, 'why_unavailable', lambda device: '')  # as if it had been on a GPU
     placements = caretrans.kernels.use_kernels(model, parts=caretrans.kernels.PARTS)
-    assert {placement.part for placement in placements if placement.runs == 'triton'} == (
-        {'mixer', 'expansion'} if fused else {'mixer'})
-    assert isinstance(model.stages[0].blocks[0].mixer, caretrans.kernels.KernelModule)
+    assert {placement.part for placement in placements if placement.runs == 'triton'} == parts
+    named = {placement.name for placement in placements if placement.runs == 'triton'}
+    assert all(isinstance(model.get_submodule(name), caretrans.kernels.KernelModule) for name in named)
     assert torch.equal(model(x), expected) and torch.equal(copy.deepcopy(model)(x), expected)
     assert list(model.state_dict()) == keys
     caretrans.kernels.use_kernels(model, parts=())

@@ -44,7 +44,7 @@ def test_scripted_model_computes_the_same_at_any_size(name):
 @first_models
 def test_scripted_model_trains_on_the_mean_of_the_heads(name):
     model = filled_model(name).train()
-    if hasattr(model, 'set_distilled_training'):
+    if model.distilled:
         model.set_distilled_training(True)
     torch.jit.script(model)(torch.randn(2, 3, 64, 64)).sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

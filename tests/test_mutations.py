@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn as nn
-from definitions import assert_head, assert_linear_attention
+from definitions import assert_head, assert_linear_attention, random_rotation
 from parity import assert_evaluation_parity, assert_training_parity, largest
 from reference import published_model
 
@@ -243,6 +243,55 @@ def test_definition_of_linear_attention_catches_another_eps(eps):
 def test_definition_of_linear_attention_catches(mutated):
     with pytest.raises(AssertionError, match='off by'):
         assert_linear_attention(mutated)
+
+
+# Errors in the rotation: parity of CARE knows none.
+
+turn_pairs = attention.turn_pairs
+
+
+def rotate_the_denominator_too(q, k, v, rotate):
+    q, k = (turn_pairs(attention.positive_feature(x), rotate) for x in (q, k))
+    return (v @ k.transpose(-2, -1)) @ q / (k.sum(dim=-1).unsqueeze(-2) @ q + 1e-6 * q.shape[-1])
+
+
+def rotate_by(turn):
+    """Linear attention with `turn` (x, rotate) in the place of `turn_pairs`."""
+    def attend(q, k, v, rotate):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, 'turn_pairs', turn)
+            return linear_attention(q, k, v, rotate=rotate)
+    return attend
+
+
+def turn_halves(x, rotate):
+    (first, second), (cos, sin) = x.chunk(2, dim=2), rotate
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=2)
+
+
+def turn_before_the_feature_map(q, k, v, rotate):
+    return linear_attention(turn_pairs(q, rotate), turn_pairs(k, rotate), v)
+
+
+ROTATIONS = {
+    'none': lambda q, k, v, rotate: linear_attention(q, k, v),
+    'of the denominator too': rotate_the_denominator_too,
+    'before the feature map': turn_before_the_feature_map,
+    'of halves': rotate_by(turn_halves),
+    'the other way': rotate_by(lambda x, rotate: turn_pairs(x, torch.stack([rotate[0], -rotate[1]]))),
+    'sine and cosine exchanged': rotate_by(lambda x, rotate: turn_pairs(x, rotate.flip(0))),
+    'of another head': rotate_by(lambda x, rotate: turn_pairs(x, rotate.roll(1, dims=1))),
+    'of another frequency': rotate_by(lambda x, rotate: turn_pairs(x, rotate.roll(1, dims=2))),
+}
+
+
+@pytest.mark.parametrize('attend', ROTATIONS.values(), ids=ROTATIONS.keys())
+def test_definition_of_linear_attention_catches_another_rotation(attend):
+    rotate = random_rotation(3, 8, 35)
+    assert_linear_attention(partial(rotate_by(turn_pairs), rotate=rotate), rotate=rotate)
+    with pytest.raises(AssertionError, match='off by') as caught:
+        assert_linear_attention(partial(attend, rotate=rotate), rotate=rotate)
+    print(caught.value)
 
 
 @pytest.mark.parametrize('eps', [1.001e-6, 1e-5, 0.])

@@ -81,6 +81,9 @@ def test_timm(timm_tests, name, test):
 @pytest.mark.parametrize('test', FOR_SOME_MODELS)
 @pytest.mark.parametrize('name', one_of_each_file())
 def test_timm_beyond_its_own_models(timm_tests, name, test):
+    model = timm.create_model(name, device='meta')
+    if test == 'test_forward_after_prune_intermediate_layers' and not isinstance(model.norm, torch.nn.Identity):
+        pytest.skip('timm asks this of networks whose last map is not normalised: it wants final map and tap equal')
     run(timm_tests, test, name)
 
 

@@ -53,7 +53,7 @@ def test_a_device_without_kernels_is_refused_before_data_are_read(data, tmp_path
     monkeypatch.setattr(caretrans.run, 'Trainer', None)
     monkeypatch.setattr(caretrans.run, '_download', None)
     with pytest.raises(ConfigError, match='kernels with device=cpu: the kernels run on CUDA GPUs, not on cpu: leave'):
-        train(configure(data, tmp_path / 'run', '--kernels', '--download'))
+        train(configure(data, tmp_path / 'run', '--kernels', '--dataset-download'))
     monkeypatch.setattr(caretrans.kernels, 'find_spec', lambda name: None)
     with pytest.raises(ConfigError, match='kernels with device=cuda: Triton is not installed: leave --kernels out'):
         check_kernels(TrainConfig(kernels=True), torch.device('cuda'))
@@ -65,7 +65,8 @@ def test_a_model_without_parts_is_refused(pretend):
     for refuse in (lambda: check_kernels(config, CPU), lambda: put_kernels(build_model(config, 2), config)):
         with pytest.raises(ConfigError, match='mobilenetv2_035 .*has no parts'):
             refuse()
-    check_kernels(TrainConfig(kernels=True), CPU)
+    for name in 'care_s0', 'mlla_t':
+        check_kernels(TrainConfig(model=name, kernels=True), CPU)
     check_kernels(TrainConfig(model='mobilenetv2_035'), CPU)
 
 

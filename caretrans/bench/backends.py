@@ -25,7 +25,7 @@ import torch.nn as nn
 from ..config import ConfigError
 from ..fuse import rewrite
 from .device_rates import allow_tf32
-from .kernel_choice import check_kernels, has_parts, place_kernels
+from .kernel_choice import check_kernels, fit_kernels, place_kernels
 from .lively import PHOTOGRAPHS
 
 __all__ = [
@@ -171,8 +171,8 @@ def check_setup(setup: Setup) -> None:
 # Networks -------------------------------------------------------------------------------------------------------------
 
 def fit_setups(setups: Sequence[Setup], model: nn.Module) -> List[Setup]:
-    """The setups for a rewritten model: with the kernels of PyTorch, each once, where it has no parts for others."""
-    return list(setups) if has_parts(model) else list(dict.fromkeys(replace(s, kernels='torch') for s in setups))
+    """The setups for a rewritten model, each once: without kernels for parts that it has not."""
+    return list(dict.fromkeys(replace(setup, kernels=fit_kernels(model, setup.kernels)) for setup in setups))
 
 
 class Network:

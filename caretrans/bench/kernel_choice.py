@@ -7,7 +7,7 @@ import torch.nn as nn
 from ..config import ConfigError
 from ..kernels import PARTS, describe_placements, use_kernels, why_unavailable
 
-__all__ = ['KERNELS', 'WITH_KERNELS', 'check_kernels', 'choose_kernels', 'has_parts', 'place_kernels']
+__all__ = ['KERNELS', 'WITH_KERNELS', 'check_kernels', 'choose_kernels', 'fit_kernels', 'has_parts', 'place_kernels']
 
 KERNELS: Dict[str, Tuple[str, ...]] = {
     'torch': (), 'triton': ('mixer', 'attention'), 'triton+expansion': PARTS}  # name: parts that run in Triton
@@ -53,6 +53,12 @@ def choose_kernels(
 def has_parts(model: nn.Module) -> bool:
     """Whether there are Triton kernels for parts of `model`, which runs with those of PyTorch afterwards."""
     return bool(use_kernels(model, parts=()))
+
+
+def fit_kernels(model: nn.Module, kernels: str) -> str:
+    """The first of `KERNELS` that runs the same parts of `model` in Triton as `kernels`; 'torch' where it has none."""
+    parts = {placement.part for placement in use_kernels(model, parts=())}
+    return next(name for name in KERNELS if parts.intersection(KERNELS[name]) == parts.intersection(KERNELS[kernels]))
 
 
 def place_kernels(model: nn.Module, kernels: str) -> Tuple[str, List[str]]:

@@ -2,23 +2,27 @@
 
 Freshly made networks hide what they compute: a layer scale of 1e-6 takes the blocks out, BatchNorm does nothing yet. A
 wrong rewrite would pass unseen. So layers get random weights that keep the size of what goes through them, layer scales
-of 0.1 to 0.4, and the BatchNorm statistics of the images. Time and memory do not depend on it.
+of 0.1 to 0.4, and the BatchNorm statistics of the images; position codes, and mixers that multiply features with
+features, stay small beside what they are added to. Time and memory do not depend on it.
 """
 from pathlib import Path
-from typing import Any, List, Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 import torch.nn as nn
-from timm.data import create_transform
 
-from ..data import open_dataset, resolve_eval_config
+from ..data import build_eval_transform, open_dataset, resolve_eval_config
+from ..models.casvit import AdditiveMixer
+from ..models.folding import ResidualConv
 
 __all__ = ['PHOTOGRAPHS', 'enliven', 'load_photographs']
 
 PHOTOGRAPHS = Path(__file__).parents[2] / 'data' / 'fruit14'
+POSITION_STD = 0.05  # of the weights of a position code, 3x3
+# Times the last weights of mixers whose output grows with the square of their input: block after block, an image a
+# little brighter than those of the statistics would end at 1e30.
+PRODUCT_SCALE = 0.2
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
-
-PRODUCTS = 0.3  # by which the last layer of what multiplies features is smaller
 
 
 def _fill(tensor: Optional[torch.Tensor], mean: float, std: float, generator: torch.Generator) -> None:
@@ -27,7 +31,10 @@ def _fill(tensor: Optional[torch.Tensor], mean: float, std: float, generator: to
 
 
 def _fill_module(module: nn.Module, generator: torch.Generator) -> None:
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
+    if isinstance(module, ResidualConv):  # each would double what goes through it, and hide the branches beside it
+        _fill(module.weight, 0., POSITION_STD, generator)
+        _fill(module.bias, 0., 0.1, generator)
+    elif isinstance(module, (nn.Conv2d, nn.Linear)):
         _fill(module.weight, 0., module.weight[0].numel() ** -0.5, generator)
         _fill(module.bias, 0., 0.1, generator)
     elif isinstance(module, NORMS):
@@ -42,23 +49,16 @@ def _fill_module(module: nn.Module, generator: torch.Generator) -> None:
 def enliven(model: nn.Module, images: torch.Tensor, seed: int = 0) -> nn.Module:
     """Give a network in evaluation mode random weights under which all its parts count; the same for the same seed.
 
-    Products of features, as the mixers of CAS-ViT add them, are made smaller: on some photographs they would outgrow
-    all else from block to block, and rounding errors with them.
-
     Args:
         images: (B, C, H, W), from which its BatchNorm layers take their statistics.
     Returns:
         The model itself.
     """
     generator = torch.Generator().manual_seed(seed)
-    products: List[nn.Module] = []
     for module in model.modules():
         _fill_module(module, generator)
-        if type(module).__name__ == 'AdditiveMixer':
-            products.append(module.project)
-    for project in products:
-        for tensor in project.parameters():
-            tensor.mul_(PRODUCTS)
+    for mixer in (module for module in model.modules() if isinstance(module, AdditiveMixer)):
+        mixer.project.weight.mul_(PRODUCT_SCALE)
     norms = [(m, m.momentum) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm, _ in norms:
         norm.reset_running_stats()
@@ -87,7 +87,7 @@ def load_photographs(
         return None
     config = resolve_eval_config(model, input_size=(getattr(model, 'in_chans', 3), *size), **settings)
     dataset = open_dataset(str(folder), 'train')
-    dataset.transform = create_transform(**config, is_training=False)
+    dataset.transform = build_eval_transform(config)
     chosen = [i * len(dataset) // count for i in range(count)]
     images = {index: dataset[index][0] for index in set(chosen)}
     return torch.stack([images[index] for index in chosen])

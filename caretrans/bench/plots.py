@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 from .operations import KINDS
-from .published import FOOTNOTES, find_published
+from .published import find_published, list_footnotes
 
 __all__ = ['PlotError', 'draw_accuracy_by_gmacs', 'draw_accuracy_by_latency', 'draw_growth', 'draw_parts']
 
 Record = Mapping[str, Any]
-FOOTNOTE = f'Top-1 as published, not measured here. {FOOTNOTES[0]}'
 FACTS = (('device', '{}'), ('dtype', '{}'), ('batch', 'batch {}'), ('height', '{} px'), ('threads', 'threads {}'))
 
 
@@ -67,6 +66,12 @@ def _scatter(axes: Any, series: Mapping[str, List[Tuple[float, float, str]]]) ->
         axes.legend(fontsize=8)
 
 
+def _describe_accuracies(models: Sequence[str]) -> str:
+    """The footnote of published accuracies: those that are numbered."""
+    notes = [line for line in list_footnotes(models) if line.startswith('[')]
+    return ' '.join(['Top-1 as published, not measured here.', *notes])
+
+
 def _is_ours(model: str) -> bool:
     return model.startswith('care_')
 
@@ -103,7 +108,7 @@ def draw_accuracy_by_latency(
         'Accuracy against latency', _describe_facts(drawn), f'latency of a batch of {drawn[0]["batch"]}, median, ms',
         'ImageNet-1K top-1, %, published')
     _scatter(axes, series)
-    return _save(figure, path, FOOTNOTE)
+    return _save(figure, path, _describe_accuracies([record['model'] for record in drawn]))
 
 
 def draw_accuracy_by_gmacs(
@@ -124,7 +129,7 @@ def draw_accuracy_by_gmacs(
         'Accuracy against multiply-adds', "counted by PyTorch's FlopCounterMode, one image", 'GMACs',
         'ImageNet-1K top-1, %, published')
     _scatter(axes, dict(models=points))
-    return _save(figure, path, FOOTNOTE)
+    return _save(figure, path, _describe_accuracies([model for _, _, model in points]))
 
 
 # Growth ---------------------------------------------------------------------------------------------------------------

@@ -1,61 +1,142 @@
-"""The published table of the paper, as data: what its authors report, none of it measured here.
+"""What the authors of the systems report, as data: none of it is measured here.
 
-Source: the CARE Transformer paper (CVPR 2025, arXiv:2411.16170), ImageNet-1K. GMACs and parameters of
-MobileOne and FastViT are those of the reparameterised networks, parameters of CARE those of both heads.
+All is of ImageNet-1K. A column that a row does not have is None. GMACs and parameters of MobileOne and FastViT are
+those of the reparameterised networks, parameters of CARE those of both heads.
 """
 from dataclasses import dataclass
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Sequence, Tuple
 
-__all__ = ['FOOTNOTES', 'PUBLISHED', 'PublishedRow', 'find_published', 'list_paper_models']
+__all__ = [
+    'PUBLISHED', 'PublishedRow', 'find_published', 'list_footnotes', 'list_paper_models', 'mark_accuracy',
+    'resolve_alias']
 
-FOOTNOTES = (
-    'Accuracies of CARE are with a teacher (hard distillation from RegNetY-16GF); those of the other rows as their '
-    'authors report them.',
-    'The published GMACs of FastViT are those of images of 256 x 256, as counting shows; other rows are at 224 x 224.',
+CARE = 'the table of the CARE Transformer paper (CVPR 2025, arXiv:2411.16170)'
+CAS_VIT = 'the CAS-ViT repository (Tianfang-Zhang/CAS-ViT), for arXiv:2408.03703v2'
+MLLA = 'the MLLA paper (NeurIPS 2024, arXiv:2405.16605)'
+
+WITH_TEACHER = 'with a teacher: hard distillation from RegNetY-16GF.'
+WITH_MESA = (
+    'with self-distillation: MESA, a loss towards the average of the weights; a user of the published code measured '
+    'mlla_t about 0.4 lower without it.')
+SECOND_GENERATION = (
+    'the second generation (December 2024), 224 x 224, without a teacher; XS, S, M and T fine-tuned at 384 x 384: '
+    '78.7, 81.1, 83.0 and 84.1. The first generation (August 2024), of the same networks: 77.5, 80.2, 81.4 and 82.3; '
+    'what changed in training is not published.')
+CAS_VIT_COUNTS = (
+    'The published parameters of CAS-ViT count a second head that is not used; its published GMACs are of another '
+    'counter, and not known here for S and M.')
+FASTVIT_COUNTS = (
+    'The published GMACs of FastViT are those of images of 256 x 256, as counting shows; other rows are at 224 x 224.')
+DEVICES = (
     'RTX 4090: milliseconds for a batch of 64, PyTorch eager, float32 with TF32 matrix products, mean of 40 after 10.',
-    'iPhone 13: Core ML, batch 1, compute units not stated. Intel i9: batch 1, runtime and threads not stated.',
-)
+    'iPhone 13: Core ML, batch 1, compute units not stated. Intel i9: batch 1, runtime and threads not stated.')
+ALIASES = {'rcvit_': 'casvit_', 'mila_': 'mlla_'}  # beginnings of names: those of the models in the table
 
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """One row: GMACs, millions of parameters, milliseconds on three devices, top-1 %; `timm_name` if timm has it."""
+    """One row: GMACs, millions of parameters, milliseconds on three devices, top-1 %; `timm_name` if timm has it.
+
+    Attributes:
+        source: Where its figures stand.
+        accuracy_note: What makes the accuracy another than that of plain training, or which of several it is.
+        note: What else a reader of its figures must know.
+    """
     name: str
-    gmacs: float
-    params_m: float
-    iphone13_ms: float
-    intel_i9_ms: float
-    rtx4090_ms: float
+    gmacs: Optional[float]
+    params_m: Optional[float]
+    iphone13_ms: Optional[float]
+    intel_i9_ms: Optional[float]
+    rtx4090_ms: Optional[float]
     top1: float
     timm_name: Optional[str] = None
+    source: str = CARE
+    accuracy_note: str = ''
+    note: str = ''
+
+
+def _cas_vit(name: str, gmacs: Optional[float], params_m: float, top1: float, timm_name: str) -> PublishedRow:
+    return PublishedRow(
+        name, gmacs, params_m, None, None, None, top1, timm_name, CAS_VIT, SECOND_GENERATION, CAS_VIT_COUNTS)
 
 
 PUBLISHED = (
     PublishedRow('MobileNetV2-1.0', 0.3, 3.5, 1.0, 1.1, 9.3, 71.8, 'mobilenetv2_100'),
     PublishedRow('MobileOne-S0', 0.3, 2.1, 1.1, 0.7, 9.9, 71.4, 'mobileone_s0'),
     PublishedRow('MobileViGv2-T', 0.6, 5.6, 1.1, 3.8, 10.3, 77.7),
-    PublishedRow('FastViT-T8', 0.7, 3.6, 1.3, 11.1, 17.2, 76.7, 'fastvit_t8'),
+    PublishedRow('FastViT-T8', 0.7, 3.6, 1.3, 11.1, 17.2, 76.7, 'fastvit_t8', note=FASTVIT_COUNTS),
     PublishedRow('EMO-5M', 0.9, 5.1, 2.7, 17.6, 18.3, 78.4),
     PublishedRow('MobileViGv2-S', 0.9, 7.7, 1.3, 5.6, 15.1, 79.8),
     PublishedRow('MobileOne-S2', 1.3, 7.8, 1.4, 2.2, 26.6, 77.4, 'mobileone_s2'),
     PublishedRow('SLAB-DeiT-T', 1.3, 6.2, 1.6, 6.2, 10.4, 73.6),
-    PublishedRow('FastViT-T12', 1.4, 6.8, 2.1, 16.1, 26.1, 80.3, 'fastvit_t12'),
+    PublishedRow('FastViT-T12', 1.4, 6.8, 2.1, 16.1, 26.1, 80.3, 'fastvit_t12', note=FASTVIT_COUNTS),
     PublishedRow('MobileViG-M', 1.5, 14.0, 1.6, 6.7, 19.4, 80.6),
     PublishedRow('MobileOne-S4', 3.0, 14.8, 2.4, 7.2, 50.8, 79.4, 'mobileone_s4'),
-    PublishedRow('MLLA-T', 4.2, 25.0, 5.1, 21.3, 51.5, 83.5),
-    PublishedRow('CARE-S0', 0.7, 7.3, 1.1, 4.3, 9.8, 78.4, 'care_s0'),
-    PublishedRow('CARE-S1', 1.0, 9.6, 1.4, 6.6, 14.2, 80.1, 'care_s1'),
-    PublishedRow('CARE-S2', 1.9, 19.5, 2.0, 9.4, 20.4, 82.1, 'care_s2'),
+    PublishedRow('MLLA-T', 4.2, 25.0, 5.1, 21.3, 51.5, 83.5, 'mlla_t', accuracy_note=WITH_MESA),
+    PublishedRow('CARE-S0', 0.7, 7.3, 1.1, 4.3, 9.8, 78.4, 'care_s0', accuracy_note=WITH_TEACHER),
+    PublishedRow('CARE-S1', 1.0, 9.6, 1.4, 6.6, 14.2, 80.1, 'care_s1', accuracy_note=WITH_TEACHER),
+    PublishedRow('CARE-S2', 1.9, 19.5, 2.0, 9.4, 20.4, 82.1, 'care_s2', accuracy_note=WITH_TEACHER),
+    PublishedRow('MLLA-S', 7.3, 43, None, None, None, 84.4, 'mlla_s', MLLA, WITH_MESA),
+    PublishedRow('MLLA-B', 16.2, 96, None, None, None, 85.3, 'mlla_b', MLLA, WITH_MESA),
+    _cas_vit('CAS-ViT-XS', 0.560, 3.20, 78.3, 'casvit_xs'),
+    _cas_vit('CAS-ViT-S', None, 5.76, 80.9, 'casvit_s'),
+    _cas_vit('CAS-ViT-M', None, 12.42, 82.8, 'casvit_m'),
+    _cas_vit('CAS-ViT-T', 3.597, 21.76, 83.9, 'casvit_t'),
 )
 
 _BY_NAME: Dict[str, PublishedRow] = {row.timm_name: row for row in PUBLISHED if row.timm_name}
 
 
 def list_paper_models() -> List[str]:
-    """The models of the table that timm or this package has, in its order."""
-    return list(_BY_NAME)
+    """The models of the CARE paper's table that timm or this package has, in its order."""
+    return [name for name, row in _BY_NAME.items() if row.source == CARE]
+
+
+def resolve_alias(model: str) -> str:
+    """The name of a model without a tag of weights, ours for another name of one of ours: casvit_xs for rcvit_xs."""
+    name = model.split('.')[0]
+    for alias, prefix in ALIASES.items():
+        if name.startswith(alias):
+            return prefix + name.removeprefix(alias)
+    return name
 
 
 def find_published(model: str) -> Optional[PublishedRow]:
-    """The row of a model, by its name without a tag of weights; None if the table has none."""
-    return _BY_NAME.get(model.split('.')[0])
+    """The row of a model, by its name or another name of it, without a tag of weights; None if there is none."""
+    return _BY_NAME.get(resolve_alias(model))
+
+
+def _list_rows(models: Sequence[str]) -> List[Tuple[str, PublishedRow]]:
+    return [(model, row) for model in dict.fromkeys(models) if (row := find_published(model)) is not None]
+
+
+def _number_notes(rows: Sequence[Tuple[str, PublishedRow]]) -> Dict[str, List[str]]:
+    """The notes on accuracies, in order, each with the models that it is about."""
+    notes: Dict[str, List[str]] = {}
+    for model, row in rows:
+        if row.accuracy_note:
+            notes.setdefault(row.accuracy_note, []).append(model)
+    return notes
+
+
+def mark_accuracy(model: str, models: Sequence[str]) -> Optional[str]:
+    """The published top-1 % of a model with the number of its footnote among those of `models`; None without one."""
+    row = find_published(model)
+    if row is None:
+        return None
+    notes = list(_number_notes(_list_rows(models)))
+    return f'{row.top1} [{notes.index(row.accuracy_note) + 1}]' if row.accuracy_note else str(row.top1)
+
+
+def list_footnotes(models: Sequence[str]) -> List[str]:
+    """What a reader of the published figures of these models must know, a line each; the numbered ones first."""
+    rows = _list_rows(models)
+    lines = [f'[{number}] top-1 of {", ".join(names)}, {note}'
+             for number, (note, names) in enumerate(_number_notes(rows).items(), 1)]
+    lines += dict.fromkeys(row.note for _, row in rows if row.note)
+    if any(row.rtx4090_ms is not None for _, row in rows):
+        lines += DEVICES
+    sources: Dict[str, List[str]] = {}
+    for model, row in rows:
+        sources.setdefault(row.source, []).append(model)
+    return lines + [f'published figures of {", ".join(names)}: {source}' for source, names in sources.items()]

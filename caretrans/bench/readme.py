@@ -17,7 +17,7 @@ __all__ = ['BEGIN', 'END', 'check_readme', 'find_place', 'update_readme']
 
 BEGIN, END = '<!-- benchmark: begin -->', '<!-- benchmark: end -->'
 COLUMNS = {  # header of a column: what it holds, in units of
-    'parameters, two heads': ('parameters', 1), 'one head': ('parameters_one_head', 1),
+    'parameters, two heads': ('parameters_two_heads', 1), 'one head': ('parameters_one_head', 1),
     'GMACs at 224 x 224': ('gmacs', 1), 'GMACs': ('gmacs', 1), 'GMACs rewritten': ('gmacs_fused', 1),
     'parameters, M': ('parameters', 1e6), 'rewritten, M': ('parameters_fused', 1e6),
     'activations rewritten, M': ('activations_fused', 1e6),
@@ -44,9 +44,10 @@ def _count(name: str, size: Tuple[int, int]) -> Dict[str, Any]:
     model = make_empty(name)
     fused = _rewrite(model, name)
     trained, rewritten = count_operations(model, size), count_operations(fused, size)
+    two_headed = make_empty(name, distilled=True) if getattr(model, 'distilled', None) is False else model
     return dict(
-        count_parameters(model, fused), gmacs=trained.gmacs, gmacs_fused=rewritten.gmacs,
-        activations_fused=rewritten.activations)
+        count_parameters(model, fused), parameters_two_heads=count_parameters(two_headed)['parameters'],
+        gmacs=trained.gmacs, gmacs_fused=rewritten.gmacs, activations_fused=rewritten.activations)
 
 
 def _compare(header: List[str], row: List[str]) -> Iterator[str]:

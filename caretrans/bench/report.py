@@ -11,13 +11,16 @@ from ..config import ConfigError
 from ..measure import KINDS
 from .config import BenchConfig
 from .inference import BenchResult, shorten
-from .published import FOOTNOTES
+from .published import list_footnotes, mark_accuracy
 from .tables import format_table, format_value
 from .training_curves import draw_curves, record_curves, write_curves
 
 __all__ = [
     'check_folder', 'describe_counts', 'describe_records', 'describe_result', 'list_contents', 'write_result']
 
+PUBLISHED_COLUMNS = {
+    'gmacs': '{} GMACs', 'params_m': '{} M parameters', 'top1': 'top-1 {} %',
+    'rtx4090_ms': 'RTX 4090 {} ms (64 images)', 'iphone13_ms': 'iPhone 13 {} ms', 'intel_i9_ms': 'Intel i9 {} ms'}
 NOT_IN_TABLE = ('the memory of this backend is not seen',)  # a dash says it
 
 
@@ -43,24 +46,24 @@ def _describe_model(count: Dict[str, Any]) -> List[str]:
         f'outputs of these)']
     row = count['published']
     if row:
-        lines.append(
-            f'published    {row["gmacs"]} GMACs, {row["params_m"]} M parameters, top-1 {row["top1"]} %, RTX 4090 '
-            f'{row["rtx4090_ms"]} ms (64 images), iPhone 13 {row["iphone13_ms"]} ms, Intel i9 {row["intel_i9_ms"]} ms')
+        lines.append('published    ' + ', '.join(
+            text.format(row[key]) for key, text in PUBLISHED_COLUMNS.items() if row[key] is not None))
     return [*lines, '', *_describe_parts(count)]
 
 
 def describe_counts(counts: Sequence[Dict[str, Any]], markdown: bool = False) -> List[str]:
-    """Models side by side, a line each, with what the paper published of them in columns of their own."""
+    """Models side by side, a line each, with what their authors published of them in columns of their own."""
     header = ['model', 'image', 'parameters, M', 'rewritten, M', 'GMACs', 'GMACs rewritten', 'activations rewritten, M',
               'top-1 %, published', 'GMACs, published', 'parameters, M, published', 'RTX 4090 ms, published']
-    rows = []
+    rows, models = [], [count['model'] for count in counts]
     for count in counts:
         row = count['published'] or {}
         rows.append([
             f'`{count["model"]}`' if markdown else count['model'], f'{count["height"]} x {count["width"]}',
             f'{count["parameters"] / 1e6:.2f}', f'{count["parameters_fused"] / 1e6:.2f}', f'{count["gmacs"]:.3f}',
             f'{count["gmacs_fused"]:.3f}', f'{count["activations_fused_m"]:.1f}',
-            *(None if row.get(key) is None else str(row[key]) for key in ('top1', 'gmacs', 'params_m', 'rtx4090_ms'))])
+            mark_accuracy(count['model'], models),
+            *(None if row.get(key) is None else str(row[key]) for key in ('gmacs', 'params_m', 'rtx4090_ms'))])
     return format_table(header, rows, markdown)
 
 
@@ -130,7 +133,7 @@ def _describe_notes(records: Sequence[Dict[str, Any]]) -> List[str]:
 
 def _describe_remarks(result: BenchResult) -> List[str]:
     """What holds for the whole of a result, a line each."""
-    published = list(FOOTNOTES) if any(count['published'] for count in result.counts) else []
+    published = list_footnotes([count['model'] for count in result.counts])
     return [*result.remarks, *_describe_notes(result.records), *published, *(f'plot: {path}' for path in result.plots),
             *(f'failed: {failure}' for failure in result.failures)]
 

@@ -51,7 +51,8 @@ def _check_training(config: BenchConfig, names: List[str], device: torch.device)
         raise ConfigError(f'--img-size {oblong[0]} with --bench {config.bench}: training takes square images.')
     teachers = expand_models([teacher for teacher in config.teacher if teacher != 'none'], '--teacher')
     for name in names if teachers else []:
-        if not hasattr(make_empty(name), 'set_distilled_training'):
+        model = make_empty(name)
+        if not (hasattr(model, 'set_distilled_training') and getattr(model, 'distilled', True)):
             raise ConfigError(
                 f'--teacher {teachers[0]} with --model {name}: it has no head that learns from one; leave it out.')
     for way in config.ways:

@@ -13,6 +13,11 @@ from .source import Source
 __all__ = ['describe', 'describe_input', 'read_class_names']
 
 
+SIDES = dict(  # by crop mode
+    center='the shorter side', squash='each side, whatever the aspect',
+    border='the longer side, the rest of a square in the mean colour')
+
+
 def _join(values: List[float]) -> str:
     return ', '.join(f'{value:g}' for value in values)
 
@@ -22,7 +27,7 @@ def describe_input(source: Source, job: Job) -> str:
     config = source.eval_config
     height, width = job.size
     text = (f'Resize ({config["interpolation"]}) until the centre crop of {height} x {width} pixels is '
-            f'{100 * config["crop_pct"]:g} % of the shorter side, and crop. ')
+            f'{100 * config["crop_pct"]:g} % of {SIDES[config["crop_mode"]]}, and crop. ')
     figures = f'mean {_join(config["mean"])}, standard deviation {_join(config["std"])} of values from 0 to 1'
     if job.input == 'image':
         return text + f'RGB pixels from 0 to 255 go in; the program normalises them: {figures}.'

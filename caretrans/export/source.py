@@ -12,6 +12,7 @@ import torch.nn as nn
 from timm.data import create_transform
 
 from ..bench.lively import PHOTOGRAPHS, enliven, load_photographs
+from ..checkpoint import CheckpointError
 from ..config import ConfigError
 from ..data import DataError, describe_classes, list_classes, open_dataset, resolve_eval_config
 from ..evaluation import load_for_evaluation
@@ -109,10 +110,14 @@ def load_source(config: ExportConfig) -> Source:
     """Load the checkpoint of a config, or make random weights under which all parts count.
 
     Raises:
-        CheckpointError: The file cannot be read, or is of another model.
+        CheckpointError: The file cannot be read, is of another model, or takes images in another channel order.
     """
     if config.checkpoint:
         model, loaded, eval_config = load_for_evaluation(config.checkpoint, config.model or None, config.entry or None)
+        if 'channel_order' in eval_config:
+            raise CheckpointError(
+                f'{config.checkpoint}: takes images in channel order {eval_config["channel_order"]}, exports take RGB: '
+                f'reverse the inputs of its first convolution, mean and std, and leave channel_order out.')
         return Source(
             model.pretrained_cfg['architecture'], model, eval_config,
             _name_classes(config, model.num_classes, loaded.meta.get('class_names')), config.checkpoint,

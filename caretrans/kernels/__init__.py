@@ -58,8 +58,9 @@ def use_kernels(model: nn.Module, parts: Sequence[str] = ('mixer', 'attention'))
     Args:
         model: A network of ours, fused or not, in training or in evaluation, on the device where it will run.
         parts: 'mixer': the depth-wise convolutions and the linear attention of `DecoupledMixer`, forward and backward;
-            'attention': `LinearAttention` elsewhere, forward and backward; 'expansion': expansion, GELU and depth-wise
-            convolution of interactions whose normalisation is folded (`caretrans.fuse`), in inference.
+            'attention': `LinearAttention` elsewhere and `RotaryLinearAttention`, forward and backward; 'expansion':
+            expansion, GELU and depth-wise convolution of interactions whose normalisation is folded
+            (`caretrans.fuse`), in inference.
     Returns:
         A `Placement` for each module that has a kernel version, save the attention of a mixer that runs in Triton.
     Raises:

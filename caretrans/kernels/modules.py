@@ -10,6 +10,7 @@ import torch.nn as nn
 
 from ..models.care import DecoupledMixer, Expansion, Interaction, LinearAttention
 from ..models.care_fused import FusedExpansion, FusedInteraction, FusedMixer
+from ..models.mlla import RotaryLinearAttention, to_map, to_tokens
 
 __all__ = ['KERNEL_MODULES', 'PARTS', 'KernelModule', 'is_interpreted']
 
@@ -56,6 +57,24 @@ class KernelLinearAttention(KernelModule, LinearAttention):
         q, k = self.qk(x).chunk(2, dim=1)
         heads = (B, self.num_heads, self.head_chs, H * W)
         return attend(q.reshape(heads), k.reshape(heads), x.reshape(heads)).reshape(B, C, H, W)
+
+
+class KernelRotaryLinearAttention(KernelModule, RotaryLinearAttention):
+    """Queries and keys are halves of a map, and their gradients are too: joined, those need not change their layout."""
+
+    part, torch_class = 'attention', RotaryLinearAttention
+    why_not = KernelLinearAttention.why_not
+
+    def forward(self, x: torch.Tensor, rotate: torch.Tensor) -> torch.Tensor:
+        if not fits(x):
+            return RotaryLinearAttention.forward(self, x, rotate)
+        from .linear_attention import attend
+        B, C, H, W = x.shape
+        q, k = to_map(self.qk(to_tokens(x))).chunk(2, dim=1)
+        heads = (B, self.num_heads, self.head_chs, H * W)
+        pairs = (2, self.num_heads, self.head_chs // 2, H * W)
+        out = attend(q.reshape(heads), k.reshape(heads), x.reshape(heads), rotate=rotate.reshape(pairs))
+        return out.reshape(B, C, H, W) + self.lepe(x)
 
 
 def mix(
@@ -140,4 +159,5 @@ class UnfoldedExpansion(KernelModule):
 KERNEL_MODULES: Dict[Type[nn.Module], Type[KernelModule]] = {
     Expansion: UnfoldedExpansion, Interaction: UnfoldedExpansion,
     **{module.torch_class: module for module in (
-        KernelLinearAttention, KernelMixer, KernelFusedMixer, KernelExpansion, KernelInteraction)}}
+        KernelLinearAttention, KernelRotaryLinearAttention, KernelMixer, KernelFusedMixer, KernelExpansion,
+        KernelInteraction)}}

@@ -3,7 +3,7 @@ from typing import Optional
 
 import torch
 
-__all__ = ['EPS', 'linear_attention', 'positive_feature', 'turn_pairs']
+__all__ = ['EPS', 'check_shapes', 'linear_attention', 'positive_feature', 'turn_pairs']
 
 EPS = 1e-6  # in the denominator, of the published network
 
@@ -27,6 +27,20 @@ def turn_pairs(x: torch.Tensor, rotate: torch.Tensor) -> torch.Tensor:
     first, second = pairs[:, :, :, 0], pairs[:, :, :, 1]
     cos, sin = rotate[0], rotate[1]
     return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=3).reshape(B, h, d, N)
+
+
+def check_shapes(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotate: Optional[torch.Tensor] = None) -> None:
+    """Raise ValueError where the shapes of the arguments of `linear_attention` disagree; the message gives them all."""
+    if q.shape != k.shape or k.shape[:2] != v.shape[:2] or k.shape[3] != v.shape[3]:
+        raise ValueError(
+            f'linear_attention: q and k must be (B, h, d, N) and v (B, h, e, N), '
+            f'got q {q.shape}, k {k.shape}, v {v.shape}')
+    if rotate is not None:
+        if rotate.shape[0] != 2 or rotate.shape[1:] != (q.shape[1], q.shape[2] // 2, q.shape[3]) or q.shape[2] % 2:
+            raise ValueError(
+                f'linear_attention: rotate must be (2, h, d / 2, N) for q (B, h, d, N), d even, '
+                f'got rotate {rotate.shape}, q {q.shape}')
 
 
 def _linear_attention(
@@ -72,15 +86,7 @@ def linear_attention(
     Source: Katharopoulos et al. 2020, arXiv:2006.16236, section 3.2; Su et al. 2021, arXiv:2104.09864, section 3.3,
         equation 19, for the rotation of linear attention.
     """
-    if q.shape != k.shape or k.shape[:2] != v.shape[:2] or k.shape[3] != v.shape[3]:
-        raise ValueError(
-            f'linear_attention: q and k must be (B, h, d, N) and v (B, h, e, N), '
-            f'got q {q.shape}, k {k.shape}, v {v.shape}')
-    if rotate is not None:
-        if rotate.shape[0] != 2 or rotate.shape[1:] != (q.shape[1], q.shape[2] // 2, q.shape[3]) or q.shape[2] % 2:
-            raise ValueError(
-                f'linear_attention: rotate must be (2, h, d / 2, N) for q (B, h, d, N), d even, '
-                f'got rotate {rotate.shape}, q {q.shape}')
+    check_shapes(q, k, v, rotate)
     dtype = torch.promote_types(v.dtype, torch.float32)
     q, k, values = q.to(dtype), k.to(dtype), v.to(dtype)
     if torch.jit.is_scripting():  # TorchScript has no such context manager: call a scripted model outside of autocast

@@ -7,7 +7,14 @@ import torch.nn as nn
 from huggingface_hub import errors as hub_errors
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import SelectAdaptivePool2d, get_device_dtype, trunc_normal_
-from timm.models import build_model_with_cfg, clean_state_dict, get_pretrained_cfg, register_model
+from timm.models import (
+    build_model_with_cfg,
+    clean_state_dict,
+    get_pretrained_cfg,
+    model_entrypoint,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from timm.models._features import feature_take_indices
 
 from .folding import LinearHead
@@ -15,7 +22,7 @@ from .published_keys import Table, rename_keys, rename_on_load
 
 __all__ = [
     'MIN_SIDE', 'Backbone', 'build_backbone', 'check_image_size', 'init_linear', 'init_weights', 'make_cfg',
-    'register_alias']
+    'register_alias', 'resolve_alias']
 
 MIN_SIDE = 32  # pixels: at 1/32 of the size, a smaller image would have no position left
 FETCH_ERRORS = (OSError, hub_errors.EntryNotFoundError, getattr(hub_errors, 'HTTPError', OSError))
@@ -53,6 +60,7 @@ class Backbone(nn.Module):
     A subclass sets `stem`, `stages`, `norm` (of the last map), `feature_info`, `num_features` and `head_hidden_size`,
     and calls `set_heads`. Its `published_keys` are the glossary from the published checkpoints to its own names, and
     `computed_keys` the ends of the published keys of what is computed here; `load_state_dict` takes both layouts.
+    `mmpretrain_keys` are the glossary from the published names to those of a converter for mmpretrain, if there is one.
     See timm's documentation of feature extraction for what the methods are for.
 
     With two heads, `head` and `head_dist`, the output is their mean, in training and in evaluation: trained on plain
@@ -65,6 +73,7 @@ class Backbone(nn.Module):
 
     published_keys: Table = ()
     computed_keys: Tuple[str, ...] = ()
+    mmpretrain_keys: Table = ()
     init_module = staticmethod(init_weights)
 
     def __init__(self, distilled: bool) -> None:
@@ -122,6 +131,15 @@ class Backbone(nn.Module):
         self.set_heads(num_classes, global_pool, **get_device_dtype(self))
         for module in (self.global_pool, self.head, *([self.head_dist] if self.distilled else [])):
             module.apply(self.init_module).train(self.training)
+
+    @torch.jit.ignore
+    def compute_entries(self, height: int, width: int) -> Dict[str, torch.Tensor]:
+        """What a published checkpoint for images of this size holds under `computed_keys`: nothing.
+
+        Raises:
+            ValueError: The published network takes no such images.
+        """
+        return {}
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, in_chans, H, W) to features (B, num_features, H', W') at 1/32 of the size."""
@@ -233,7 +251,25 @@ def register_alias(alias: str, entrypoint: Callable[..., Backbone]) -> None:
 
     create.__name__ = create.__qualname__ = alias
     create.__module__, create.__doc__ = entrypoint.__module__, f'Another name of {entrypoint.__name__}.'
+    create.alias_of = entrypoint.__name__
     setattr(sys.modules[create.__module__], alias, register_model(create))
+
+
+def resolve_alias(model_name: str) -> str:
+    """The name of a registered model, with its tag if it has one, that `model_name` is another name of."""
+    name, dot, tag = model_name.partition('.')
+    return getattr(model_entrypoint(name), 'alias_of', name) + dot + tag
+
+
+def _say_where(variant: str) -> str:
+    """Where the weights of a model are and how to give them, for those who could not fetch them."""
+    cfg = get_pretrained_cfg(variant)
+    if not cfg.hf_hub_id:
+        return (f'Download the file by hand, by the links on {cfg.origin_url}, and pass '
+                f'pretrained_cfg_overlay=dict(file="FILE").')
+    return (f'By default they are the file {cfg.hf_hub_filename} of the Hugging Face repository {cfg.hf_hub_id}, whose '
+            f'list of files could not be checked. Download the file by hand, from there or from where the authors link '
+            f'to, and pass pretrained_cfg_overlay=dict(file="{cfg.hf_hub_filename}").')
 
 
 def build_backbone(model_cls: Type[Backbone], variant: str, pretrained: bool, **kwargs: Any) -> Backbone:
@@ -262,20 +298,22 @@ def build_backbone(model_cls: Type[Backbone], variant: str, pretrained: bool, **
         overlay['classifier'] = ('head', 'head_dist')
     if overlay:
         kwargs['pretrained_cfg_overlay'] = overlay
+    if pretrained:
+        cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
+        if not (cfg.has_weights or cfg.state_dict):
+            raise RuntimeError(f'No weights for {variant}: no program can fetch them. {_say_where(variant)}')
     try:
         return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=prepare, **kwargs)
     except RuntimeError as error:
         if 'weights_only' not in str(error):
             raise
         raise RuntimeError(  # timm's advice, to open it with weights_only=False, would run what it holds
-            f'{file or variant} is no checkpoint that opens without running code: is it a web page, or cut off? '
-            f'caretrans.checkpoint.read_checkpoint says what it is.') from error
+            f'{file or variant} is no checkpoint that opens without running code: is it a web page, or cut off, or '
+            f'does it hold more than weights? `python -m caretrans convert {file or "FILE"} weights.pth.tar --to '
+            f'caretrans` says what it is, or makes one that opens.') from error
     except FETCH_ERRORS as error:
         if not pretrained:
             raise
-        cfg, reason = get_pretrained_cfg(variant), str(error).rstrip('.') or file  # timm's for a file is empty
+        reason = str(error).rstrip('.') or file  # timm's for a file is empty
         raise RuntimeError(
-            f'No weights for {variant}: {type(error).__name__}: {reason}. By default they are the file '
-            f'{cfg.hf_hub_filename} of the Hugging Face repository {cfg.hf_hub_id}, whose list of files could not be '
-            f'checked. Download the file by hand, from there or from where the authors link to, and pass '
-            f'pretrained_cfg_overlay=dict(file="{cfg.hf_hub_filename}").') from error
+            f'No weights for {variant}: {type(error).__name__}: {reason}. {_say_where(variant)}') from error

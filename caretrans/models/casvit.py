@@ -9,11 +9,10 @@ perception* by a depth-wise convolution, the *convolutional additive token mixer
 each through gates of their own, over positions and then over channels, adds them, and multiplies the context of the sum
 with v. Only the channel gates look at the whole map, through its mean, so any input from 32 x 32 works, square or not.
 
-Unlike in the figures of the paper, and kept: a depth-wise convolution follows q + k, another one ends the mixer, and the
-local perception has no stochastic depth.
+Unlike in the figures of the paper, and kept: a depth-wise convolution follows q + k, another one ends the mixer, and
+the local perception has no stochastic depth.
 
-`PUBLISHED_KEYS` is the glossary from the names of the published checkpoints to ours, `MMPRETRAIN_KEYS` that from the
-published names to those of the converter for mmpretrain.
+`PUBLISHED_KEYS` is the glossary from the names of the published checkpoints to ours.
 """
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -24,6 +23,7 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 
 from .backbone import Backbone, build_backbone, check_image_size, init_linear, make_cfg, register_alias
 from .folding import ConvNorm, NormConv
+from .mmpretrain_keys import MMPRETRAIN_KEYS
 
 __all__ = ['CasVit']
 
@@ -208,7 +208,7 @@ class CasVit(Backbone):
         ValueError: Disabled pooling with heads, or per-stage arguments of different lengths.
     """
 
-    published_keys = PUBLISHED_KEYS
+    published_keys, mmpretrain_keys = PUBLISHED_KEYS, MMPRETRAIN_KEYS
     init_module = staticmethod(init_linear)
 
     def __init__(
@@ -228,13 +228,12 @@ class CasVit(Backbone):
 
         self.stem = Stem(in_chans, widths[0], **dd)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        stages = []
+        stages, self.feature_info = [], []
         for i, chs in enumerate(widths):
             blocks = [CasVitBlock(chs, mlp_ratio, drop_rate, rate, **dd) for rate in rates[i]]
             stages.append(CasVitStage(widths[i - 1] if i else None, chs, blocks, **dd))
+            self.feature_info.append(dict(num_chs=chs, reduction=4 * 2 ** i, module=f'stages.{i}'))
         self.stages = nn.Sequential(*stages)
-        self.feature_info = [
-            dict(num_chs=chs, reduction=4 * 2 ** i, module=f'stages.{i}') for i, chs in enumerate(widths)]
         self.norm = nn.BatchNorm2d(widths[-1], **dd)
         self.num_features = self.head_hidden_size = widths[-1]
         self.set_heads(num_classes, global_pool, **dd)

@@ -181,7 +181,7 @@ class ResidualConv(nn.Conv2d):
         super().__init__(chs, chs, kernel_size, padding=kernel_size // 2, groups=chs, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + super().forward(x)
+        return x + self._conv_forward(x, self.weight, self.bias)
 
     def fuse(self) -> nn.Module:
         """One convolution for inference alone: its central weights grow by 1."""

@@ -25,34 +25,18 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from .attention import linear_attention
 from .backbone import Backbone, build_backbone, check_image_size, init_linear, make_cfg, register_alias
 from .folding import ConvNorm, ResidualConv
+from .rotary import make_rotations, rotary_code
 
 __all__ = ['Mlla']
 
 torch.fx.wrap('check_image_size')  # leaves of FX graphs: they look at shapes
 torch.fx.wrap('linear_attention')
+torch.fx.wrap('rotary_code')
 
 HEAD_CHS = 32
 
 
 # Layers ---------------------------------------------------------------------------------------------------------------
-
-@torch.fx.wrap
-def rotary_code(x: torch.Tensor) -> torch.Tensor:
-    """Cosines and sines by which the pairs of channels of a map (B, C, H, W) turn: (2, C / 2, H, W), float32 or wider.
-
-    With n = C / 4 and theta_i = 10000^(-i / n), pair p turns by row * theta_p for p < n, and by column * theta_(p - n)
-    for the others.
-    Source: Su et al. 2021, arXiv:2104.09864, in two dimensions.
-    """
-    chs, height, width = x.shape[1], x.shape[2], x.shape[3]
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    theta = 10000 ** (-torch.arange(chs // 4, device=x.device, dtype=dtype) / (chs // 4))
-    rows = theta[:, None] * torch.arange(height, device=x.device, dtype=dtype)
-    columns = theta[:, None] * torch.arange(width, device=x.device, dtype=dtype)
-    rows, columns = torch.stack([rows.cos(), rows.sin()]), torch.stack([columns.cos(), columns.sin()])
-    return torch.cat([
-        rows.unsqueeze(3).expand(-1, -1, -1, width), columns.unsqueeze(2).expand(-1, -1, height, -1)], dim=1)
-
 
 def to_tokens(x: torch.Tensor) -> torch.Tensor:
     """A view of a map (B, C, H, W) with the channels last, for linear layers."""
@@ -80,10 +64,10 @@ class RotaryLinearAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, rotate: torch.Tensor) -> torch.Tensor:
         B, C, H, W = x.shape
-        qk = to_map(self.qk(to_tokens(x)))
-        q, k = qk.reshape(B, 2 * self.num_heads, self.head_chs, H * W).chunk(2, dim=1)
+        q, k = to_map(self.qk(to_tokens(x))).chunk(2, dim=1)
+        heads = (B, self.num_heads, self.head_chs, H * W)
         out = linear_attention(
-            q, k, x.reshape(B, self.num_heads, self.head_chs, H * W),
+            q.reshape(heads), k.reshape(heads), x.reshape(heads),
             rotate=rotate.reshape(2, self.num_heads, self.head_chs // 2, H * W))
         return out.reshape(B, C, H, W) + self.lepe(x)
 
@@ -95,12 +79,12 @@ class Downsample(nn.Module):
         super().__init__()
         hidden_chs = ratio * out_chs
         self.expand = nn.Conv2d(in_chs, hidden_chs, 1, **dd)
-        self.dwconv = nn.Conv2d(hidden_chs, hidden_chs, 3, stride=2, padding=1, groups=hidden_chs, **dd)
+        self.reduce = nn.Conv2d(hidden_chs, hidden_chs, 3, stride=2, padding=1, groups=hidden_chs, **dd)
         self.project = ConvNorm(hidden_chs, out_chs, **dd)
         self.act = nn.ReLU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.project(self.act(self.dwconv(self.act(self.expand(x)))))
+        return self.project(self.act(self.reduce(self.act(self.expand(x)))))
 
 
 class Stem(nn.Module):
@@ -141,8 +125,8 @@ class MllaBlock(nn.Module):
         super().__init__()
         self.cpe1 = ResidualConv(chs, **dd)
         self.norm1 = nn.LayerNorm(chs, **dd)
-        self.act_proj = nn.Linear(chs, chs, **dd)
         self.in_proj = nn.Linear(chs, chs, **dd)
+        self.act_proj = nn.Linear(chs, chs, **dd)
         self.dwconv = nn.Conv2d(chs, chs, 3, padding=1, groups=chs, **dd)
         self.act = nn.SiLU()
         self.attn = RotaryLinearAttention(chs, num_heads, **dd)
@@ -191,7 +175,7 @@ PUBLISHED_KEYS = (  # part of a published key, part of ours; both between dots, 
     ('^patch_embed', 'stem'),
     *((f'^layers.{i}.blocks', f'stages.{i}.blocks') for i in range(4)),
     *((f'^layers.{i}.downsample.conv.0.conv', f'stages.{i + 1}.downsample.expand') for i in range(3)),
-    *((f'^layers.{i}.downsample.conv.1.conv', f'stages.{i + 1}.downsample.dwconv') for i in range(3)),
+    *((f'^layers.{i}.downsample.conv.1.conv', f'stages.{i + 1}.downsample.reduce') for i in range(3)),
     *((f'^layers.{i}.downsample.conv.2', f'stages.{i + 1}.downsample.project') for i in range(3)),
     ('dwc', 'dwconv'),
 )
@@ -251,6 +235,12 @@ class Mlla(Backbone):
         self.num_features = self.head_hidden_size = chs
         self.set_heads(num_classes, global_pool, **dd)
         self.apply(self.init_module)
+
+    @torch.jit.ignore
+    def compute_entries(self, height: int, width: int) -> Dict[str, torch.Tensor]:
+        """The tables of the rotary code, see `make_rotations`."""
+        chs, depths = [info['num_chs'] for info in self.feature_info], [len(stage.blocks) for stage in self.stages]
+        return make_rotations(chs, depths, height, width)
 
 
 # Variants -------------------------------------------------------------------------------------------------------------

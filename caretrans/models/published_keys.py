@@ -29,9 +29,10 @@ def rename_keys(
         drop: Ends of the keys to leave out.
     """
     rows = [(ours, published) if to_published else (published, ours) for published, ours in table]
-    renames = [
-        (re.compile(_match_part(old)), re.compile(_match_part(new)) if old.lstrip('^') in new else None, new.lstrip('^'))
-        for old, new in (reversed(rows) if to_published else rows)]
+    renames = []
+    for old, new in reversed(rows) if to_published else rows:
+        done = re.compile(_match_part(new)) if old.lstrip('^') in new else None
+        renames.append((re.compile(_match_part(old)), done, new.lstrip('^')))
     renamed = {}
     for key, value in state_dict.items():
         if drop and key.endswith(tuple(drop)):
