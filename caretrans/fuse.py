@@ -80,8 +80,8 @@ def rewrite(model: nn.Module, form: str = 'fused') -> nn.Module:
     if not isinstance(model, Backbone):
         return reparameterize_model(model)
     fused = fuse(model)
-    change = REWRITES.get(type(model), {}).get(form)
-    return fused if change is None else change(fused)
+    forms = next((forms for kind, forms in REWRITES.items() if isinstance(model, kind)), {})
+    return forms[form](fused) if form in forms else fused
 
 
 @torch.no_grad()

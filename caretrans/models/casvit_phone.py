@@ -7,7 +7,7 @@ import copy
 import torch.nn as nn
 
 from .care_phone import MeanPool
-from .folding import fold_norm_into_head, scale_and_shift
+from .folding import fold_norm_into_head
 
 __all__ = ['rewrite_casvit_for_phone']
 
@@ -22,6 +22,6 @@ def rewrite_casvit_for_phone(model: nn.Module) -> nn.Module:
     if getattr(model.global_pool, 'pool_type', '') == 'avg':
         model.global_pool = MeanPool()
         if isinstance(model.head, nn.Linear) and isinstance(model.norm, nn.BatchNorm2d):
-            model.head = fold_norm_into_head(*scale_and_shift(model.norm), model.head)
+            model.head = fold_norm_into_head(model.norm, model.head)
             model.norm = nn.Identity()
     return model

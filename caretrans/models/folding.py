@@ -13,7 +13,7 @@ import torch.nn.functional as F
 __all__ = [
     'ConvNorm', 'FusedConv2d', 'InferenceModule', 'LinearHead', 'NormConv', 'ResidualConv', 'fold_norm_into_head',
     'fold_norm_into_next', 'fold_norm_into_previous', 'fold_pixels', 'join_depthwise', 'make_pointwise',
-    'scale_and_shift', 'scale_outputs']
+    'scale_outputs']
 
 
 class InferenceModule(nn.Module):
@@ -31,7 +31,7 @@ class FusedConv2d(InferenceModule, nn.Conv2d):
     """A convolution with something folded into its weights."""
 
 
-def scale_and_shift(norm: nn.BatchNorm2d) -> Tuple[torch.Tensor, torch.Tensor]:
+def _scale_and_shift(norm: nn.BatchNorm2d) -> Tuple[torch.Tensor, torch.Tensor]:
     """A BatchNorm in evaluation mode as x * scale + shift, in float64."""
     scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     return scale, norm.bias.double() - norm.running_mean.double() * scale
@@ -55,7 +55,7 @@ def _get_bias(conv: nn.Conv2d) -> torch.Tensor:
 
 def fold_norm_into_previous(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     """norm(conv(x)) as one convolution."""
-    scale, shift = scale_and_shift(norm)
+    scale, shift = _scale_and_shift(norm)
     return _make_conv(conv, conv.weight.double() * scale[:, None, None, None], _get_bias(conv) * scale + shift)
 
 
@@ -74,7 +74,7 @@ def fold_norm_into_next(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> nn.Conv2d:
     """
     if any(conv.padding):
         raise ValueError(f'A norm cannot go into a convolution that pads by {conv.padding}.')
-    return _fold_affine(*scale_and_shift(norm), conv)
+    return _fold_affine(*_scale_and_shift(norm), conv)
 
 
 def scale_outputs(conv: nn.Conv2d, scale: torch.Tensor) -> nn.Conv2d:
@@ -219,10 +219,16 @@ class FusedLinearHead(InferenceModule, nn.Linear):
         self.requires_grad_(False).eval()
 
 
-def fold_norm_into_head(scale: torch.Tensor, shift: torch.Tensor, head: nn.Linear) -> nn.Linear:
-    """head(x * scale + shift) as one classifier of pooled features x (B, C), of which the mean was taken: that commutes
-    with a scale and a shift (C,) per channel.
+def fold_norm_into_head(norm: nn.Module, head: nn.Linear) -> nn.Linear:
+    """The scale and the shift of a norm of maps, and behind it the mean over positions and a linear head, as one head.
+
+    The mean commutes with them. Of a BatchNorm that is all of it; a LayerNorm is left without its scale and shift.
+
+    Args:
+        norm: A BatchNorm2d in evaluation mode, or a LayerNorm over channels.
+        head: Of pooled features (B, C).
     """
+    scale, shift = _scale_and_shift(norm) if isinstance(norm, nn.BatchNorm2d) else (norm.weight, norm.bias)
     folded, weight = copy.deepcopy(head), head.weight.double()
     with torch.no_grad():
         folded.weight.copy_(weight * scale.double())

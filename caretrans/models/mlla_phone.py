@@ -24,7 +24,7 @@ import torch.nn as nn
 
 from .care_phone import MeanPool, log_feature
 from .folding import InferenceModule, fold_norm_into_head, make_pointwise, scale_outputs
-from .mlla import Downsample, MllaBlock, MllaStage, RotaryLinearAttention, rotary_code
+from .mlla import MllaBlock, MllaStage, RotaryLinearAttention, rotary_code
 
 __all__ = ['ChannelNorm', 'PhoneMllaBlock', 'PhoneRotaryAttention', 'make_rotary_tables', 'rewrite_mlla_for_phone']
 
@@ -171,9 +171,9 @@ class PhoneMllaStage(InferenceModule):
     def __init__(self, stage: MllaStage) -> None:
         super().__init__()
         self.downsample = copy.deepcopy(stage.downsample)
-        if isinstance(self.downsample, Downsample):
-            for name in ('expand', 'dwconv', 'project'):
-                setattr(self.downsample, name, _keep(getattr(self.downsample, name)))
+        for name, conv in list(self.downsample.named_children()):
+            if isinstance(conv, nn.Conv2d):
+                setattr(self.downsample, name, _keep(conv))
         self.num_heads = stage.blocks[0].attn.num_heads
         self.blocks = nn.ModuleList(PhoneMllaBlock(block) for block in stage.blocks)
         self.eval()
@@ -201,6 +201,6 @@ def rewrite_mlla_for_phone(model: nn.Module) -> nn.Module:
     if getattr(model.global_pool, 'pool_type', '') == 'avg':
         model.global_pool = MeanPool()
         if isinstance(model.head, nn.Linear):
-            model.head = fold_norm_into_head(norm.weight, norm.bias, model.head)
+            model.head = fold_norm_into_head(norm, model.head)
             model.norm = ChannelNorm(norm)
     return model
