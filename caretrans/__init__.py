@@ -1,4 +1,4 @@
-"""CARE Transformer, CAS-ViT and MLLA in PyTorch. Importing this package registers its models with timm, and does nothing else.
+"""CARE Transformer, CAS-ViT and MLLA in PyTorch. Importing this package registers its models with timm, no more.
 
     import caretrans
     model = timm.create_model('care_s1')
