@@ -177,7 +177,7 @@ def test_another_channel_order_is_refused(tmp_path):
 def test_exports_of_a_bgr_checkpoint_are_refused(tmp_path):
     """They are described, and proven, for RGB images."""
     file = save(tmp_path / 'bgr.pth.tar', make_model(), mean=MEAN, std=STD, channel_order='bgr')
-    with pytest.raises(CheckpointError, match='takes images in channel order bgr, exports take RGB: .*caretrans convert'):
+    with pytest.raises(CheckpointError, match='channel order bgr, exports take RGB: .python -m caretrans convert'):
         load_source(ExportConfig(checkpoint=file))
 
 
@@ -199,5 +199,5 @@ def test_a_bgr_network_becomes_an_rgb_one_of_the_same_answers(tmp_path, stored):
     assert not torch.allclose(wrong, expected, rtol=1e-3)
     assert load_source(ExportConfig(checkpoint=target)).eval_config == rgb_config
     published = convert_checkpoint(target, tmp_path / 'x.pth', 'published')
-    assert published.endswith(f'and mean {MEAN[::-1]}, for which there is no flag, and std {STD[::-1]}, for which there '
-                              'is no flag')
+    assert published.endswith(
+        f', and mean {MEAN[::-1]}, for which there is no flag, and std {STD[::-1]}, for which there is no flag')
