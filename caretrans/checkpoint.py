@@ -277,8 +277,9 @@ def convert_checkpoint(
         source, entry: See `read_checkpoint`.
         target: `.pth`, `.pth.tar`, `.pt` or `.safetensors`, which decides the format.
         layout: 'published', the weights alone under the official keys in the official order (safetensors has an
-            order of its own; MLLA's tables come after `lepe`, their official place is not known); 'mmpretrain', of CAS-ViT alone, that of the converter for mmpretrain, in an entry
-            `state_dict`; or 'caretrans', ours, with what else the file says in numbers and texts.
+            order of its own; the tables of MLLA come after `lepe`, their official place is not known); 'mmpretrain',
+            of CAS-ViT alone, that of the converter for mmpretrain, in an entry `state_dict`; or 'caretrans', ours,
+            with what else the file says in numbers and texts.
         overwrite: Replace `target` if it is there.
         model_name: See `create_from_checkpoint`; for 'caretrans' what its tag says of evaluation is written down.
         settings: img_size, crop_pct, crop_mode, interpolation, channel_order, None for none. Of 'caretrans', how the
