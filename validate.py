@@ -28,7 +28,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument('--img-size', type=number(int, 32), help='side of the images, pixels')
     parser.add_argument('--crop-pct', type=number(float, 0.01, 1), help='centre crop as a share of the image')
     parser.add_argument('--crop-mode', choices=CROP_MODES,
-                        help='crop the centre, squash to a square (CAS-ViT from 384 pixels on, with --crop-pct 1), or '
+                        help='crop the centre, squash the whole image to a square (CAS-ViT from 384 pixels on), or '
                              'border; by default of the checkpoint')
     parser.add_argument('--channel-order', choices=CHANNEL_ORDERS,
                         help='by default of the checkpoint, else rgb; published files of CAS-ViT may need bgr')

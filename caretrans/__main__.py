@@ -21,14 +21,7 @@ def _parse_flags(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     predict.add_argument('--model', dest='model_name', help='where the checkpoint does not say it')
     predict.add_argument('--entry', help='entry of the file that holds the weights, e.g. state_dict_ema')
     predict.add_argument('--topk', type=number(int, 1), default=5, help='how many classes per image (default: 5)')
-    predict.add_argument('--img-size', type=number(int, 32), help='side of the images, pixels')
-    predict.add_argument('--crop-pct', type=number(float, 0.01, 1), help='centre crop as a share of the image')
-    predict.add_argument('--crop-mode', choices=CROP_MODES,
-                         help='crop the centre, squash to a square (CAS-ViT from 384 pixels on, with --crop-pct 1), or '
-                              'border; by default of the checkpoint')
-    predict.add_argument('--channel-order', choices=CHANNEL_ORDERS,
-                         help='by default of the checkpoint, else rgb; published files of CAS-ViT may need bgr')
-    predict.add_argument('--interpolation', choices=['bicubic', 'bilinear', 'nearest', 'lanczos'], help='of resizing')
+    _add_preparation(predict)
     predict.add_argument('--device', default='auto', help='cpu, cuda, mps or auto')
     predict.add_argument('--json', action='store_true', help='print one JSON object per image')
 
@@ -37,13 +30,26 @@ def _parse_flags(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     convert.add_argument('target', help='.pth, .pth.tar or .safetensors decides the format')
     convert.add_argument('--to', dest='layout', required=True, choices=LAYOUTS, help='of keys')
     convert.add_argument('--entry', help='entry of the source that holds the weights')
-    convert.add_argument(
-        '--img-size', type=number(int, 32), help='side of the images that a published checkpoint of MLLA is tied to')
+    convert.add_argument('--model', dest='model_name', help='where the source does not say it, or with a tag')
+    _add_preparation(convert.add_argument_group(
+        'how it is evaluated', 'written down by --to caretrans, where a network for BGR images becomes one for RGB '
+        'images; --to published takes --img-size, which checkpoints of MLLA are tied to'))
     convert.add_argument('--overwrite', action='store_true', help='replace the target')
     _add_shard(commands)
     _add_bench_loader(commands)
     commands.add_parser('compare', add_help=False, help='train models on equal terms: accuracy against latency')
     return parser.parse_args(argv)
+
+
+def _add_preparation(command: Any) -> None:
+    command.add_argument('--img-size', type=number(int, 32), help='side of the images, pixels')
+    command.add_argument('--crop-pct', type=number(float, 0.01, 1), help='centre crop as a share of the image')
+    command.add_argument('--crop-mode', choices=CROP_MODES,
+                         help='crop the centre, squash the whole image to a square (CAS-ViT from 384 pixels on), or '
+                              'border; by default of the checkpoint')
+    command.add_argument('--channel-order', choices=CHANNEL_ORDERS,
+                         help='by default of the checkpoint, else rgb; published files of CAS-ViT may need bgr')
+    command.add_argument('--interpolation', choices=['bicubic', 'bilinear', 'nearest', 'lanczos'], help='of resizing')
 
 
 def _add_shard(commands: Any) -> None:

@@ -37,6 +37,7 @@ from .checkpoint_layout import (
     match_layout,
     sort_as_published,
 )
+from .eval_settings import read_settings, resolve_settings
 from .fuse import is_fused
 from .models.backbone import resolve_alias
 from .models.published_keys import rename_keys
@@ -269,47 +270,60 @@ def save_checkpoint(
 
 def convert_checkpoint(
         source: PathLike, target: PathLike, layout: str, entry: Optional[str] = None, overwrite: bool = False,
-        img_size: Optional[int] = None) -> str:
+        model_name: Optional[str] = None, **settings: Any) -> str:
     """Write the weights of `source` to `target` in another layout or another format.
 
     Args:
         source, entry: See `read_checkpoint`.
         target: `.pth`, `.pth.tar`, `.pt` or `.safetensors`, which decides the format.
         layout: 'published', the weights alone under the official keys in the official order (safetensors has an
-            order of its own); 'mmpretrain', of CAS-ViT alone, that of the converter for mmpretrain, in an entry
-            `state_dict`; or 'caretrans', ours, with what else the file says in numbers and texts.
+            order of its own; the tables of MLLA come after `lepe`, their official place is not known); 'mmpretrain',
+            of CAS-ViT alone, that of the converter for mmpretrain, in an entry `state_dict`; or 'caretrans', ours,
+            with what else the file says in numbers and texts.
         overwrite: Replace `target` if it is there.
-        img_size: Side of the images, pixels, that published checkpoints of MLLA are tied to. By default those of the
-            source if it has such tables, else the size at which it was evaluated in training, else 224.
+        model_name: See `create_from_checkpoint`; for 'caretrans' what its tag says of evaluation is written down.
+        settings: img_size, crop_pct, crop_mode, interpolation, channel_order, None for none. Of 'caretrans', how the
+            network is evaluated from now on; one for BGR images becomes one for RGB images, exactly: the inputs of its
+            first convolution are reversed, and mean and std. Of 'published', img_size alone: side of the images,
+            pixels, that checkpoints of MLLA are tied to; by default that of the tables of the source, if it has any,
+            else that at which it was evaluated in training, else 224.
     Returns:
         One line about what was converted.
     Raises:
-        CheckpointError: `source` is not exactly a model of ours, has no such layout, or `target` is there or cannot be
-            written.
+        CheckpointError: `source` is not exactly a model of ours, has no such layout, no use for one of `settings`, or
+            `target` is there or cannot be written.
         ValueError: Another `layout`.
     """
     target = Path(target)
     _check_target(target, layout, overwrite)
     checkpoint = read_checkpoint(source, entry)
-    model_name = _choose_model(checkpoint)
-    if model_name not in list_models():
-        raise CheckpointError(f'{source}: is a checkpoint of {model_name}, which is none of ours: it has one layout.')
+    model_name, tagged = _choose_model(checkpoint, model_name), model_name and '.' in model_name
+    name = model_name.partition('.')[0]
+    if name not in list_models():
+        raise CheckpointError(f'{source}: is a checkpoint of {name}, which is none of ours: it has one layout.')
     model = _build_model(checkpoint, model_name, device='meta')
     tensors, meta = _match_strictly(Layout.of(model), checkpoint), {}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    eval_config = resolve_settings(model, checkpoint, model_name if tagged else None, **settings)
     if layout == 'caretrans':
         meta = {key: value for key, value in checkpoint.meta.items() if is_plain(value)}
-        meta.update(arch=model_name, num_classes=model.num_classes, version=FORMAT_VERSION)
+        meta.update(arch=name, num_classes=model.num_classes, version=FORMAT_VERSION)
+        if settings or tagged or 'channel_order' in eval_config:
+            meta['eval_config'] = _turn_to_rgb(checkpoint, model, tensors, eval_config)
     else:
-        tensors = _publish(model, tensors, checkpoint, img_size)
+        _check_settings(checkpoint, model, layout, settings)
+        tensors = _publish(model, tensors, checkpoint, eval_config, keep_tables='img_size' not in settings)
     if layout == 'mmpretrain':
-        tensors = _rename_for_mmpretrain(model, model_name, tensors, checkpoint)
+        tensors = _rename_for_mmpretrain(model, name, tensors, checkpoint)
+    summary = (f'{name}, {model.num_classes} classes: {len(tensors)} tensors from {source}'
+               f'{f", entry {checkpoint.entry}," if checkpoint.entry else ""} to {target} in the {layout} layout')
+    if layout != 'caretrans' and (tagged or read_settings(checkpoint)):
+        summary += _describe_settings(model, eval_config)
     if target.suffix == '.safetensors':
         write_safetensors(target, tensors, meta)
     else:
         write_torch(target, tensors if layout == 'published' else dict(meta, state_dict=tensors))
-    summary = (f'{model_name}, {model.num_classes} classes: {len(tensors)} tensors from {source}'
-               f'{f", entry {checkpoint.entry}," if checkpoint.entry else ""} to {target} in the {layout} layout')
-    return summary if layout == 'caretrans' else summary + _describe_settings(checkpoint.meta.get('eval_config'))
+    return summary
 
 
 def _check_target(target: Path, layout: str, overwrite: bool) -> None:
@@ -321,17 +335,40 @@ def _check_target(target: Path, layout: str, overwrite: bool) -> None:
         raise CheckpointError(f'{target}: is there already: choose another name, or overwrite=True (--overwrite).')
 
 
+def _check_settings(checkpoint: Checkpoint, model: nn.Module, layout: str, settings: Dict[str, Any]) -> None:
+    """CheckpointError when a layout of others has no place for one of `settings`."""
+    useless = [name for name in settings if name != 'img_size' or not model.computed_keys]
+    if useless:
+        raise CheckpointError(
+            f'{checkpoint.path}: {list_names(useless)} cannot be kept: the {layout} layout of '
+            f'{model.pretrained_cfg["architecture"]} has no place for it: leave it out, or take --to caretrans.')
+
+
+def _turn_to_rgb(
+        checkpoint: Checkpoint, model: nn.Module, tensors: Dict[str, torch.Tensor],
+        eval_config: Dict[str, Any]) -> Dict[str, Any]:
+    """`eval_config` for RGB images; of a network for BGR images the first weights in `tensors` are reversed for it."""
+    if eval_config.get('channel_order', 'rgb') == 'rgb':
+        return eval_config
+    if model.in_chans != 3:
+        raise CheckpointError(
+            f'{checkpoint.path}: channel_order bgr is of 3 channels, it has {model.in_chans}: leave it out.')
+    key = f'{model.pretrained_cfg["first_conv"]}.weight'
+    tensors[key] = tensors[key].flip(1)
+    turned = dict(eval_config, mean=eval_config['mean'][::-1], std=eval_config['std'][::-1])
+    del turned['channel_order']
+    return turned
+
+
 def _publish(
-        model: nn.Module, tensors: Dict[str, torch.Tensor], checkpoint: Checkpoint,
-        img_size: Optional[int]) -> Dict[str, torch.Tensor]:
+        model: nn.Module, tensors: Dict[str, torch.Tensor], checkpoint: Checkpoint, eval_config: Dict[str, Any],
+        keep_tables: bool) -> Dict[str, torch.Tensor]:
     """The weights under published keys in the published order, and what a published checkpoint holds beside them."""
-    settings = checkpoint.meta.get('eval_config') or model.pretrained_cfg
-    size = [img_size] * 2 if img_size else settings['input_size'][1:]
     try:
-        computed = model.compute_entries(*size)
+        computed = model.compute_entries(*eval_config['input_size'][1:])
     except ValueError as error:
         raise CheckpointError(f'{checkpoint.path}: {error}: name a size (img_size, --img-size).') from None
-    if not img_size:
+    if keep_tables:
         computed.update({key: checkpoint.state_dict[key] for key in computed if key in checkpoint.state_dict})
     tensors = {**rename_keys(tensors, model.published_keys, to_published=True), **computed}
     return {key: tensors[key] for key in sort_as_published(tensors, model.published_keys)}
@@ -351,14 +388,15 @@ def _rename_for_mmpretrain(
     return rename_keys(tensors, model.mmpretrain_keys)
 
 
-def _describe_settings(settings: Optional[Dict[str, Any]]) -> str:
+def _describe_settings(model: nn.Module, settings: Dict[str, Any]) -> str:
     """The flags that stand for what the layouts of others have no place for."""
-    if not settings:
-        return ''
     flags = (f'; it has no place for class names and settings, so evaluate it with --img-size '
              f'{settings["input_size"][-1]} --crop-pct {settings["crop_pct"]} '
              f'--interpolation {settings["interpolation"]}')
     for name, usual in (('crop_mode', 'center'), ('channel_order', 'rgb')):
         if settings.get(name, usual) != usual:
             flags += f' --{name.replace("_", "-")} {settings[name]}'
+    for name in ('mean', 'std'):
+        if settings[name] != list(model.pretrained_cfg[name]):
+            flags += f', and {name} {settings[name]}, for which there is no flag'
     return flags

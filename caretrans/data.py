@@ -163,12 +163,15 @@ def resolve_eval_config(model: torch.nn.Module, **overrides: Any) -> Dict[str, A
     """How images are made ready for evaluation: input_size, interpolation, crop_pct, crop_mode, mean, std.
 
     `overrides` (img_size, crop_pct, interpolation, ...; None is no override) go over the model's `pretrained_cfg`.
-    With channel_order 'bgr' that is in it too; where it is not, images are RGB.
+    With crop_mode 'squash' alone crop_pct is 1: the whole image. With channel_order 'bgr' that is in it too; where it
+    is not, images are RGB.
     """
     given = {key: value for key, value in overrides.items() if value is not None}
     given.setdefault('in_chans', getattr(model, 'in_chans', 3))
     if 'img_size' not in given and 'input_size' not in given:
         given['img_size'] = model.pretrained_cfg['input_size'][-1]
+    if given.get('crop_mode') == 'squash':
+        given.setdefault('crop_pct', 1.)
     config = resolve_data_config(given, pretrained_cfg=model.pretrained_cfg)
     if given.get('channel_order', 'rgb') != 'rgb':
         config['channel_order'] = given['channel_order']

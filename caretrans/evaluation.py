@@ -13,10 +13,10 @@ from torch.utils.data import Dataset
 from .checkpoint import Checkpoint, CheckpointError, create_from_checkpoint
 from .checkpoint_file import list_names
 from .config import ConfigError
-from .data import (
-    DataError, build_eval_transform, describe_classes, list_classes, open_dataset, resolve_eval_config)
+from .data import DataError, build_eval_transform, describe_classes, list_classes, open_dataset
 from .distributed import Processes, find_processes, join_processes, leave_processes
 from .engine import autocast
+from .eval_settings import list_sources, resolve_settings
 from .fuse import rewrite
 from .loader import EvalLoader, build_eval_loader
 from .metrics import evaluate_in_detail, list_worst, tabulate_classes, write_classes
@@ -28,7 +28,6 @@ __all__ = [
 
 CPU = torch.device('cpu')
 UNUSUAL = (('crop_mode', 'center'), ('channel_order', 'rgb'))  # named where they are not so
-EVAL_SETTINGS = ('interpolation', 'crop_pct', 'crop_mode', 'channel_order', 'mean', 'std')
 
 
 def load_for_evaluation(
@@ -41,24 +40,10 @@ def load_for_evaluation(
     """The model of a checkpoint in evaluation mode, the checkpoint, and how images are made ready for it.
 
     `overrides` (img_size, crop_pct, crop_mode, interpolation, channel_order; None is no override) go over what the
-    checkpoint was evaluated with in training, its `eval_config`, which goes over the `pretrained_cfg` of the model.
+    checkpoint was evaluated with in training (see `read_settings`), which goes over the `pretrained_cfg` of the model.
     """
     model, loaded = create_from_checkpoint(checkpoint, model_name, entry)
-    stored = loaded.meta.get('eval_config') or {}
-    settings = {name: stored.get(name) for name in EVAL_SETTINGS}
-    if 'input_size' in stored:
-        settings['img_size'] = stored['input_size'][-1]
-    settings.update({name: value for name, value in overrides.items() if value is not None})
-    return model.eval().to(device), loaded, resolve_eval_config(model, **settings)
-
-
-def list_sources(loaded: Checkpoint, **overrides: Any) -> Dict[str, str]:
-    """Where `load_for_evaluation` has each setting from: flag, checkpoint or model."""
-    stored = loaded.meta.get('eval_config') or {}
-    names = ('img_size', 'interpolation', 'crop_pct', 'crop_mode', 'channel_order')
-    entries = {name: 'input_size' if name == 'img_size' else name for name in names}
-    return {name: 'flag' if overrides.get(name) is not None else 'checkpoint' if entry in stored else 'model'
-            for name, entry in entries.items()}
+    return model.eval().to(device), loaded, resolve_settings(model, loaded, model_name, **overrides)
 
 
 # Scoring --------------------------------------------------------------------------------------------------------------
@@ -104,7 +89,7 @@ def _prepare(
         raise DataError(f'{name} has {len(images)} images, but {expect} are expected.')
     facts = dict(
         checkpoint=str(checkpoint), entry=loaded.entry, model=model.pretrained_cfg['architecture'], form=form,
-        data=name, eval_config=eval_config, eval_sources=list_sources(loaded, **overrides),
+        data=name, eval_config=eval_config, eval_sources=list_sources(loaded, model_name, **overrides),
         processes=processes.world_size)
     return _Evaluation(
         model, device, build_eval_loader(images, eval_config, batch_size, workers, processes, device), len(images),

@@ -49,9 +49,9 @@ def save_hollow(path, layout, **rest):
     return path
 
 
-def save_casvit(path, model, ema=None, stated='rcvit_xs'):
+def save_casvit(path, model, ema=None, stated='rcvit_xs', side=224):
     """A file with all that the training of CAS-ViT saves."""
-    args = argparse.Namespace(model=stated, input_size=224, lr=6e-3, output_dir=None)
+    args = argparse.Namespace(model=stated, input_size=side, lr=6e-3, output_dir=None)
     contents = dict(
         model=OrderedDict(publish(model)), optimizer=torch.optim.AdamW(model.parameters()).state_dict(), epoch=299,
         scaler=dict(scale=65536., growth_factor=2.), args=args)

@@ -10,7 +10,10 @@ from reference import published_layout, published_state_dict
 from registered import CARE
 from safetensors.torch import load_file
 
+from caretrans.__main__ import main
 from caretrans.checkpoint import CheckpointError, convert_checkpoint, create_from_checkpoint, save_checkpoint
+from caretrans.eval_settings import list_sources
+from caretrans.evaluation import load_for_evaluation
 
 
 def test_a_published_file_converts_to_ours_and_back_without_a_change(tmp_path):
@@ -93,3 +96,45 @@ def test_a_conversion_refuses_what_it_cannot_do(tmp_path):
     torch.save(dict(model=state_dict, arch='care_s0', model_args=TINY), source)
     assert '1 missing: stem.conv.bias: ' in error_of(convert_checkpoint, source, target, 'published')
     assert not target.exists()
+
+
+def test_what_was_found_about_evaluation_is_kept(tmp_path):
+    source, target, back = tmp_path / 'a.pth', tmp_path / 'b.pth.tar', tmp_path / 'c.pth'
+    torch.save(published_state_dict('care_s0'), source)
+    flags = ['--img-size', '96', '--crop-mode', 'squash', '--interpolation', 'bilinear']
+    assert main(['convert', str(source), str(target), '--to', 'caretrans', *flags]) == 0
+    _, loaded, config = load_for_evaluation(target)
+    assert (config['input_size'], config['crop_mode'], config['crop_pct']) == ([3, 96, 96], 'squash', 1.)
+    assert config['interpolation'] == 'bilinear' and loaded.meta['eval_config'] == config
+    assert set(list_sources(loaded).values()) == {'checkpoint', 'model'}
+    assert convert_checkpoint(target, back, 'published').endswith(
+        'evaluate it with --img-size 96 --crop-pct 1.0 --interpolation bilinear --crop-mode squash')
+
+
+def test_a_tag_is_kept_as_what_it_says_of_evaluation(tmp_path):
+    source, target = tmp_path / 'a.pth', tmp_path / 'b.pth.tar'
+    torch.save(published_state_dict('rcvit_xs'), source)
+    assert main(['convert', str(source), str(target), '--to', 'caretrans', '--model', 'casvit_xs.r384_in1k']) == 0
+    _, loaded, config = load_for_evaluation(target)
+    assert loaded.meta['arch'] == 'casvit_xs' and loaded.meta['eval_config'] == config
+    assert (config['input_size'], config['crop_mode'], config['crop_pct']) == ([3, 384, 384], 'squash', 1.)
+
+
+@pytest.mark.parametrize('layout, name, setting', [
+    ('published', 'care_s0', 'img_size'), ('mmpretrain', 'casvit_xs', 'img_size'), ('published', 'mlla_t', 'crop_pct'),
+    ('published', 'casvit_xs', 'channel_order')])
+def test_a_setting_without_a_place_is_refused(tmp_path, layout, name, setting):
+    source, target = hollow_checkpoint(tmp_path / 'a.pth', name, published=False), tmp_path / 'b.pth'
+    values = dict(img_size=256, crop_pct=1., channel_order='bgr')
+    message = error_of(convert_checkpoint, source, target, layout, **{setting: values[setting]})
+    assert f'{setting} cannot be kept: the {layout} layout of {name} has no place' in message and not target.exists()
+
+
+@pytest.mark.parametrize('img_size', [None, 288])
+def test_the_flags_named_are_of_what_was_written(tmp_path, img_size):
+    source, target = tmp_path / 'a.pth', tmp_path / 'b.pth'
+    save_checkpoint(source, timm.create_model('mlla_t'), arch='mlla_t', eval_config=dict(input_size=[3, 256, 256]))
+    summary = convert_checkpoint(source, target, 'published', img_size=img_size)
+    assert summary.endswith(f'--img-size {img_size or 256} --crop-pct 0.875 --interpolation bicubic')
+    side = (img_size or 256) // 4
+    assert torch.load(target)['layers.0.blocks.0.attn.rope.rotations'].shape[0] == side

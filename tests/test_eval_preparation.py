@@ -12,10 +12,11 @@ from torchvision.transforms.functional import pil_to_tensor
 from validate import main as validate
 
 from caretrans.__main__ import main as caretrans
-from caretrans.checkpoint import CheckpointError, save_checkpoint
+from caretrans.checkpoint import CheckpointError, convert_checkpoint, save_checkpoint
 from caretrans.config import ConfigError, TrainConfig
 from caretrans.data import DataError, build_eval_transform, resolve_eval_config
-from caretrans.evaluation import describe_result, evaluate_checkpoint, predict_images
+from caretrans.eval_settings import list_sources
+from caretrans.evaluation import describe_result, evaluate_checkpoint, load_for_evaluation, predict_images
 from caretrans.export.config import ExportConfig
 from caretrans.export.source import load_source
 
@@ -32,8 +33,8 @@ def make_model() -> nn.Module:
 
 
 def save(path, model: nn.Module, **eval_config) -> str:
-    save_checkpoint(path, model, arch='care_s0', class_names=CLASSES, eval_config=dict(
-        input_size=[3, 32, 32], crop_pct=1., **eval_config))
+    save_checkpoint(path, model, arch='care_s0', class_names=CLASSES, eval_config={
+        'input_size': [3, 32, 32], 'crop_pct': 1., **eval_config})
     return str(path)
 
 
@@ -63,6 +64,26 @@ def test_squash_sees_the_whole_image():
     assert (pixels[0, :, 0] > 250).all() and (pixels[2, :, -1] > 250).all()
 
 
+@pytest.mark.parametrize('name', ['care_s0', 'casvit_xs.r384_in1k'])
+def test_squash_sees_the_whole_image_without_a_crop_pct(name):
+    config = resolve_eval_config(timm.create_model(name), img_size=40, crop_mode='squash')
+    pixels = torch.as_tensor(build_eval_transform(config, as_uint8=True)(make_wide()))
+    assert torch.equal(pixels, prepare(make_wide(), crop_mode='squash'))
+
+
+@pytest.mark.parametrize('stored, flags, crop_pct, source', [
+    (dict(crop_pct=.9), {}, .9, 'checkpoint'),
+    (dict(crop_pct=.9), dict(crop_mode='squash'), 1., 'flag'),
+    (dict(crop_pct=.9), dict(crop_mode='squash', crop_pct=.8), .8, 'flag'),
+    (dict(crop_pct=.9, crop_mode='squash'), dict(crop_mode='squash'), .9, 'checkpoint'),
+    (dict(crop_pct=.9, crop_mode='squash'), {}, .9, 'checkpoint'),
+])
+def test_a_flag_that_squashes_drops_the_crop_of_the_file(tmp_path, stored, flags, crop_pct, source):
+    file = save(tmp_path / 'x.pth.tar', make_model(), **stored)
+    _, loaded, config = load_for_evaluation(file, **flags)
+    assert (config['crop_pct'], list_sources(loaded, **flags)['crop_pct']) == (crop_pct, source)
+
+
 def test_the_centre_is_all_that_is_seen_by_default():
     pixels = prepare(make_wide())
     assert (pixels[1] == 255).all() and (pixels[[0, 2]] == 0).all()
@@ -85,7 +106,7 @@ def test_the_crop_mode_is_taken_from_flag_and_checkpoint_and_named(tmp_path, che
         lines.append([line.split('   loss')[0] for line in capsys.readouterr().out.splitlines()[-2:]])
     (first, score), (second, same), (third, other) = lines
     assert first.endswith('crop_pct 1.0 (checkpoint), crop_mode squash (checkpoint)')
-    assert second.endswith('crop_pct 1.0 (checkpoint), crop_mode squash (flag)')
+    assert second.endswith('crop_pct 1.0 (flag), crop_mode squash (flag)')
     assert third.endswith('crop_pct 1.0 (checkpoint)') and score == same != other
 
 
@@ -156,5 +177,27 @@ def test_another_channel_order_is_refused(tmp_path):
 def test_exports_of_a_bgr_checkpoint_are_refused(tmp_path):
     """They are described, and proven, for RGB images."""
     file = save(tmp_path / 'bgr.pth.tar', make_model(), mean=MEAN, std=STD, channel_order='bgr')
-    with pytest.raises(CheckpointError, match='takes images in channel order bgr, exports take RGB: reverse'):
+    with pytest.raises(CheckpointError, match='channel order bgr, exports take RGB: .python -m caretrans convert'):
         load_source(ExportConfig(checkpoint=file))
+
+
+@pytest.mark.parametrize('stored', [True, False])
+def test_a_bgr_network_becomes_an_rgb_one_of_the_same_answers(tmp_path, stored):
+    order = dict(channel_order='bgr')
+    source = save(tmp_path / 'bgr.pth.tar', make_model(), mean=MEAN, std=STD, **(order if stored else {}))
+    target = str(tmp_path / 'rgb.safetensors')
+    convert_checkpoint(source, target, 'caretrans', **({} if stored else order))
+    (bgr, _, bgr_config), (rgb, _, rgb_config) = (
+        load_for_evaluation(source, **order), load_for_evaluation(target))
+    assert (rgb_config['mean'], rgb_config['std']) == (MEAN[::-1], STD[::-1]) and 'channel_order' not in rgb_config
+    photograph = Image.open(PHOTOGRAPH).convert('RGB').crop((0, 0, 200, 100))
+    with torch.inference_mode():
+        expected, found = (model.double()(build_eval_transform(config)(photograph)[None].double())
+                           for model, config in ((bgr, bgr_config), (rgb, rgb_config)))
+        wrong = rgb(build_eval_transform(dict(bgr_config, channel_order='rgb'))(photograph)[None].double())
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(wrong, expected, rtol=1e-3)
+    assert load_source(ExportConfig(checkpoint=target)).eval_config == rgb_config
+    published = convert_checkpoint(target, tmp_path / 'x.pth', 'published')
+    assert published.endswith(
+        f', and mean {MEAN[::-1]}, for which there is no flag, and std {STD[::-1]}, for which there is no flag')

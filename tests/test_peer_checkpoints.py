@@ -145,7 +145,7 @@ def test_rotations_equal_their_definition():
 @each_peer
 @pytest.mark.parametrize('heads', [1, 2])
 def test_published_files_come_out_key_for_key_in_the_official_order(tmp_path, name, heads):
-    """Of MLLA with the tables, inside of `attn` and after its layers."""
+    """Of MLLA with the tables after `lepe`; their official place is not known, the layout has none."""
     layout = layout_of(name, heads)
     model = timm.create_model(name, device='meta', distilled=heads == 2)
     torch.save(dict(model=hollow(model.state_dict())), tmp_path / 'a.pth')

@@ -17,9 +17,11 @@ from caretrans.checkpoint import (
     create_from_checkpoint,
     load_checkpoint,
     read_checkpoint,
+    save_checkpoint,
 )
 from caretrans.config import ConfigError, TrainConfig
 from caretrans.distillation import build_teacher
+from caretrans.eval_settings import list_sources
 from caretrans.evaluation import load_for_evaluation
 
 # Files as the authors save them ---------------------------------------------------------------------------------------
@@ -197,6 +199,44 @@ def test_a_tag_decides_how_images_are_prepared(tmp_path, asked):
     assert (config['input_size'], config['crop_mode'], config['crop_pct']) == ([3, 224, 224], 'center', 0.875)
 
 
+@pytest.mark.parametrize('side, asked, flags, expected, source', [
+    (384, None, {}, (384, 'squash', 1.), 'checkpoint'),
+    (384, 'rcvit_xs', {}, (384, 'squash', 1.), 'checkpoint'),
+    (512, None, {}, (512, 'squash', 1.), 'checkpoint'),
+    (256, None, {}, (256, 'center', .875), 'checkpoint'),
+    (384, 'casvit_xs.in1k', {}, (224, 'center', .875), 'model'),
+    (384, None, dict(img_size=224), (224, 'center', .875), 'flag'),
+    (384, None, dict(img_size=448), (448, 'squash', 1.), 'flag'),
+    (384, None, dict(crop_mode='center', crop_pct=.9), (384, 'center', .9), 'checkpoint'),
+    ('384', None, {}, (224, 'center', .875), 'model'),
+])
+def test_the_image_size_that_a_file_of_cas_vit_states_counts(tmp_path, side, asked, flags, expected, source):
+    path = save_casvit(tmp_path / 'x.pth', timm.create_model('casvit_xs', device='meta').to_empty(device='cpu'),
+                       side=side)
+    for file in (path, tmp_path / 'y.safetensors'):
+        _, loaded, config = load_for_evaluation(file, asked, **flags)
+        assert (config['input_size'][1], config['crop_mode'], config['crop_pct']) == expected
+        assert list_sources(loaded, asked, **flags)['img_size'] == source
+        convert_checkpoint(path, tmp_path / 'y.safetensors', 'caretrans', overwrite=True)
+
+
+def test_an_image_size_of_its_own_goes_over_the_one_that_the_authors_state(tmp_path):
+    args = dict(model='rcvit_xs', input_size=384)
+    save_checkpoint(tmp_path / 'x.pth', timm.create_model('casvit_xs'), arch='casvit_xs', args=args,
+                    eval_config=dict(input_size=[3, 64, 64], crop_pct=.9))
+    _, _, config = load_for_evaluation(tmp_path / 'x.pth')
+    assert (config['input_size'], config['crop_mode'], config['crop_pct']) == ([3, 64, 64], 'center', .9)
+
+
+@pytest.mark.parametrize('flags, hinted', [
+    (dict(img_size=384), True), (dict(img_size=352), False), (dict(img_size=384, crop_mode='squash'), False)])
+def test_the_size_alone_of_a_silent_file_of_cas_vit_is_hinted_at(tmp_path, caplog, flags, hinted):
+    save_checkpoint(tmp_path / 'x.pth', timm.create_model('casvit_xs'), arch='casvit_xs')
+    with caplog.at_level('INFO', 'caretrans'):
+        load_for_evaluation(tmp_path / 'x.pth', **flags)
+    assert ('--model casvit_xs.r384_in1k, or --crop-mode squash' in caplog.text) == hinted
+
+
 def test_an_unknown_tag_is_refused(tmp_path):
     path = save_casvit(tmp_path / 'x.pth', make_tiny('casvit_xs', 1))
     message = error_of(create_from_checkpoint, path, 'rcvit_xs.r512_in1k')
@@ -212,7 +252,7 @@ PAGES = dict(casvit='https://github.com/Tianfang-Zhang/CAS-ViT', mlla='https://g
 @pytest.mark.parametrize('changed', [{}, dict(num_classes=14), dict(features_only=True), dict(distilled=True)])
 def test_pretrained_says_where_the_file_is_and_how_to_give_it(name, changed):
     page = PAGES['casvit' if 'vit' in name else 'mlla']
-    with pytest.raises(RuntimeError, match=r'^No weights for (casvit|mlla)_\w+: no program can fetch them') as caught:
+    with pytest.raises(RuntimeError, match=r'^No weights for (casvit|mlla)_\w+: timm cannot fetch from') as caught:
         timm.create_model(name, pretrained=True, **changed)
     assert f'by hand, by the links on {page}, and pass pretrained_cfg_overlay=dict(file="FILE").' in str(caught.value)
 

@@ -117,7 +117,7 @@ def load_source(config: ExportConfig) -> Source:
         if 'channel_order' in eval_config:
             raise CheckpointError(
                 f'{config.checkpoint}: takes images in channel order {eval_config["channel_order"]}, exports take RGB: '
-                f'reverse the inputs of its first convolution, mean and std, and leave channel_order out.')
+                f'`python -m caretrans convert {config.checkpoint} rgb.pth.tar --to caretrans` turns it round.')
         return Source(
             model.pretrained_cfg['architecture'], model, eval_config,
             _name_classes(config, model.num_classes, loaded.meta.get('class_names')), config.checkpoint,

@@ -301,7 +301,9 @@ def build_backbone(model_cls: Type[Backbone], variant: str, pretrained: bool, **
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
         if not (cfg.has_weights or cfg.state_dict):
-            raise RuntimeError(f'No weights for {variant}: no program can fetch them. {_say_where(variant)}')
+            raise RuntimeError(
+                f"No weights for {variant}: timm cannot fetch from Google Drive or Tsinghua's cloud. "
+                f'{_say_where(variant)}')
     try:
         return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=prepare, **kwargs)
     except RuntimeError as error:
