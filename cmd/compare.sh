@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train models on the same data with the same budget, time them, and plot accuracy against latency. Without --model: one
-# of each family; without data and recipe: the bundled photographs. It is one process and takes one GPU, or the processor.
+# of each family; without data and recipe: the bundled photographs. It is one process, on one GPU or the processor.
 # Killed, the same command goes on where it was.
 #   bash cmd/compare.sh [DATA] [--model care_s0 casvit_xs mlla_t] [--recipe R] [--seeds 0 1 2] [flags of train.py]
 set -euo pipefail
