@@ -2,6 +2,7 @@
 import argparse
 import dataclasses
 import difflib
+import logging
 import os
 import typing
 from dataclasses import dataclass, field
@@ -11,13 +12,16 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 import yaml
 
 from .machine import count_cores
+from .models.backbone import find_family
 
 __all__ = [
-    'CROP_MODES', 'ConfigError', 'FlagParser', 'TrainConfig', 'add_flags', 'check_settings', 'derive_batches', 'number',
-    'parse_flags', 'parse_train_config', 'setting']
+    'CROP_MODES', 'ConfigError', 'FlagParser', 'TrainConfig', 'add_flags', 'check_settings', 'choose_model_args',
+    'derive_batches', 'number', 'parse_flags', 'parse_train_config', 'read_recipe', 'setting']
 
 RECIPES = Path(__file__).parent / 'recipes'
 CROP_MODES = ['center', 'squash', 'border']  # timm's names
+
+_logger = logging.getLogger(__name__)
 
 
 class ConfigError(ValueError):
@@ -311,8 +315,29 @@ def _flag_parser(**kwargs: Any) -> argparse.ArgumentParser:
     return parser
 
 
+def choose_model_args(args: Dict[str, Any], recipe: Dict[str, Any], model: str) -> Dict[str, Any]:
+    """`args` without those that a recipe has for a model of another family than that of `model`."""
+    own = recipe.get('model_args') or {}
+    if 'model' not in recipe or find_family(model) == find_family(recipe['model']):
+        return args
+    return {name: value for name, value in args.items() if name not in own or own[name] != value}
+
+
+def _fit_recipe(settings: Dict[str, Any], recipe: str, model: str) -> Dict[str, Any]:
+    """The settings of a recipe for a model; what is left out is said."""
+    own = settings.get('model_args') or {}
+    chosen = choose_model_args(own, settings, model)
+    if chosen == own:
+        return settings
+    _logger.info('%s of the recipe %s is for %s and its family, and not given to %s.', ', '.join(
+        f'{name}={value}' for name, value in own.items() if name not in chosen), recipe, settings['model'], model)
+    return {**settings, 'model_args': chosen}
+
+
 def parse_train_config(argv: Optional[Sequence[str]] = None, description: str = '') -> TrainConfig:
     """The config of a command line: defaults, then the recipe, then flags.
+
+    The `model_args` of a recipe are for the family of its model; others do not get them.
 
     Raises:
         ConfigError: An unknown recipe, key or flag, or a value that cannot work.
@@ -321,6 +346,8 @@ def parse_train_config(argv: Optional[Sequence[str]] = None, description: str = 
     flags = vars(_flag_parser(description=description).parse_args(argv))
     recipe = flags.pop('recipe', None)
     settings = read_recipe(recipe) if recipe else {}
+    if 'model' in flags:
+        settings = _fit_recipe(settings, recipe, flags['model'])
     data_folder = flags.pop('data_folder', None)
     if data_folder is not None:
         if flags.get('data', data_folder) != data_folder:

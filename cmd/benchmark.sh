@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Measure the models of the paper's table that timm or this package has, and all of the comparison systems CAS-ViT and
-# MLLA, and print the tables of the README in Markdown.
+# Measure models of the paper's table that timm has, then CARE and the comparison systems CAS-ViT and MLLA, by family and
+# size, and print the tables of the README in Markdown.
 #   bash cmd/benchmark.sh [flags of benchmark.py, e.g. --backend eager openvino --batch-size 1 32]
 #   bash cmd/benchmark.sh --update     writes them into the README
 #   bash cmd/benchmark.sh --check      counts its parameters and GMACs again
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$root"
-exec "$python" "$root/benchmark.py" --model paper 'casvit_*' 'mlla_*' --markdown "$@"
+models=(mobilenetv2_100 mobileone_s0 fastvit_t8 mobileone_s2 fastvit_t12 mobileone_s4 care_s0 care_s1 care_s2
+    casvit_xs casvit_s casvit_m casvit_t mlla_t mlla_s mlla_b)
+exec "$python" "$root/benchmark.py" --model "${models[@]}" --markdown "$@"

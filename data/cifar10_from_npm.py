@@ -5,7 +5,7 @@
 
 makes TARGET/train/CLASS/*.png (50,000 images of 32 x 32 pixels) and TARGET/val/CLASS/*.png (10,000). In the package an
 image is a row of 32 * 32 RGB pixels in one of six large PNGs, and the labels are two lists in JSON. Elsewhere
-`--dataset torch/cifar10 --download` fetches the original.
+`--dataset torch/cifar10 --dataset-download` fetches the original.
 """
 import argparse
 import io

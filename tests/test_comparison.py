@@ -14,11 +14,13 @@ from photos import copy_photographs
 
 from caretrans.__main__ import main
 from caretrans.bench import comparison
-from caretrans.bench.comparison import compare, find_family, parse_plan
+from caretrans.bench.comparison import compare, parse_plan
 from caretrans.bench.comparison_report import describe_comparison, draw_comparison
+from caretrans.bench.lively import PHOTOGRAPHS
 from caretrans.bench.readme import BEGIN, END, find_place
 from caretrans.config import ConfigError
 from caretrans.engine import TrainingError
+from caretrans.models.backbone import find_family
 
 MODELS = ('care_s0', 'casvit_xs', 'mlla_t')
 TINY = [
@@ -58,11 +60,26 @@ def test_the_folder_is_that_of_the_settings(data):
         return parse_plan([str(data), *TINY, '--model', 'care_s0', 'casvit_xs', *flags]).folder
 
     assert folder() == folder('--workers', '1') and folder().parent == Path('runs')
-    assert len({folder(), folder('--lr', '2e-3'), folder('--seeds', '1', '2')}) == 3
+    assert len({folder(), folder('--lr', '2e-3'), folder('--seeds', '1', '2'), folder('--device-batch', '2')}) == 4
+
+
+def test_the_folder_is_the_same_however_the_data_are_written(data, monkeypatch):
+    monkeypatch.chdir(data.parent)
+    assert len({parse_plan([written, *TINY]).folder for written in (str(data), data.name, f'{data.name}/')}) == 1
+
+
+def test_without_data_and_recipe_one_of_each_family_takes_the_bundled_photographs(monkeypatch):
+    monkeypatch.chdir(PHOTOGRAPHS.parents[1])
+    plan = parse_plan(['--seeds', '0', '1'])
+    assert plan.models == list(MODELS) and plan.seeds == [0, 1] and plan.recipe == 'care_s0_fruit14'
+    assert parse_plan([]).folder == parse_plan(
+        ['data/fruit14', '--recipe', 'care_s0_fruit14', '--model', *MODELS]).folder
+    assert parse_plan(['DATA']).recipe == '' and parse_plan(['DATA', '--epochs', '9']).models == list(MODELS)
 
 
 def test_wildcards_families_and_other_names_are_understood():
     assert parse_plan(['DATA', '--model', 'casvit_*']).models == ['casvit_m', 'casvit_s', 'casvit_t', 'casvit_xs']
+    assert parse_plan(['DATA', '--model', 'casvit_xs', 'rcvit_xs', 'mila_t']).models == ['casvit_xs', 'mlla_t']
     assert [find_family(name) for name in ('rcvit_xs', 'casvit_xs', 'mila_t', 'fastvit_t8.apple_in1k')] == [
         'casvit', 'casvit', 'mlla', 'fastvit']
 
@@ -71,7 +88,7 @@ def test_wildcards_families_and_other_names_are_understood():
 
 @pytest.mark.parametrize('flags, message', [
     (['--model', 'casvit_xx'], 'no such model'), (['--model', 'care_s0', '--frobnicate'], 'frobnicate'),
-    (['--lr', '1e-3'], '--model'), (['--model', 'care_s0', '--seeds', '1', '1'], 'each once'),
+    (['--model', 'care_s0', '--seeds', '1', '1'], 'each once'),
     (['--model', 'care_s0', '--seeds', '1', '--seed', '2'], 'one of them'),
     (['--model', 'care_s0', '--seeds', '-1'], '-1'), (['--model', 'care_s0', '--no-resume'], '--no-resume'),
     (['--model', 'care_s0', '--recipe', 'care_s9'], 'No recipe'),
@@ -96,8 +113,10 @@ def test_a_folder_of_something_else_is_refused(data, compared, tmp_path):
     plan, _ = compared
     with pytest.raises(ConfigError, match='something else than a comparison'):
         compare(replace(plan, folder=tmp_path))
-    flags = [str(data), *TINY, '--output', str(plan.folder)]
-    for change, message in ((['--lr', '2e-3'], 'lr 0.004 there, 0.002 here'), (['--smoothing', '0'], 'smoothing')):
+    flags = [f'{data}/', *TINY, '--output', str(plan.folder)]
+    for change, message in ((['--lr', '2e-3'], 'lr 0.004 there, 0.002 here'), (['--smoothing', '0'], 'smoothing'),
+                            (['--val-interval', '2'], 'val_interval'), (['--on-nan', 'skip'], 'on_nan'),
+                            (['--device-batch', '2'], 'device_batch'), (['--max-unreadable', '0.5'], 'max_unreadable')):
         with pytest.raises(ConfigError, match=f'another comparison .*{message}'):
             compare(parse_plan([*flags, *change, '--model', 'care_s0', 'casvit_xs', '--seeds', '0', '1']))
     with pytest.raises(ConfigError, match='model casvit_xs not here; seed 0 not here'):
@@ -157,6 +176,16 @@ def test_what_is_prepared_otherwise_is_named(compared):
     assert any(line.startswith('differs: crop_pct of evaluated images, 1.0 of care_s0, 0.9 of casvit_xs')
                for line in describe_comparison(changed))
     assert not any('evaluated images,' in line for line in describe_comparison(result))
+
+
+def test_runs_of_other_machines_and_versions_are_named(compared):
+    _, result = compared
+    first, *others = result.runs
+    changed = replace(result, runs=[dict(first, machine=dict(first['machine'], torch='2.6.0', compile=True)), *others])
+    lines = describe_comparison(changed)
+    assert any(line.startswith('differs: torch of the runs, 2.6.0 of care_s0 (seed 0); ') for line in lines)
+    assert any(line.startswith('differs: compile of the runs, True of care_s0 (seed 0); False of ') for line in lines)
+    assert not any('of the runs' in line for line in describe_comparison(result))
 
 
 def test_one_colour_for_each_family_and_bars_for_several_seeds(compared, tmp_path, monkeypatch):

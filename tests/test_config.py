@@ -18,6 +18,18 @@ def test_flags_go_over_the_recipe_and_the_recipe_over_the_defaults(tmp_path):
     assert config.opt == TrainConfig().opt and config.dataset_download is False
 
 
+def test_arguments_of_a_recipe_are_for_the_family_of_its_model(caplog):
+    def parse(model, *flags):
+        return parse_train_config(['--recipe', 'care_s0_fruit14', '--model', model, *flags]).model_args
+
+    caplog.set_level('INFO', 'caretrans')
+    assert parse('care_s1') == {'ls_init_value': 0.1} and not caplog.messages
+    assert parse('rcvit_xs', '--model-args', 'drop_rate=0.1') == {'drop_rate': 0.1}
+    assert caplog.messages == [
+        'ls_init_value=0.1 of the recipe care_s0_fruit14 is for care_s0 and its family, and not given to rcvit_xs.']
+    assert parse('mlla_t', '--model-args', 'ls_init_value=0.1') == {'ls_init_value': 0.1}  # asked for by name
+
+
 @pytest.mark.parametrize('recipe', sorted(RECIPES.glob('*.yaml')), ids=lambda path: path.stem)
 def test_bundled_recipes_are_valid_and_survive_being_written(recipe):
     config = parse_train_config(['--recipe', recipe.stem])

@@ -11,6 +11,7 @@ import csv
 import gc
 import hashlib
 import json
+import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,10 +20,20 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import torch
 import yaml
 
-from ..config import ConfigError, FlagParser, TrainConfig, number, parse_train_config, read_recipe
+from ..config import (
+    ConfigError,
+    FlagParser,
+    TrainConfig,
+    add_flags,
+    choose_model_args,
+    number,
+    parse_train_config,
+    read_recipe,
+)
 from ..distributed import Processes, find_processes
 from ..engine import TrainingError, resolve_device
 from ..machine import describe_device, list_versions, use_threads
+from ..models.backbone import find_family, resolve_alias
 from ..progress import Progress
 from ..run import Preempted, train
 from ..run_folder import FREE, describe_environment, find_run
@@ -30,16 +41,21 @@ from ..training import Trainer, build_model, check_kernels
 from .comparison_report import Comparison, describe_comparison, summarise_models, write_comparison
 from .config import BenchConfig, list_setups
 from .inference import BUILDING, ROUNDS, Candidate, build_network, count_network, measure_group, take_batch
+from .lively import PHOTOGRAPHS
 from .names import expand_models
-from .published import resolve_alias
 from .readme import find_place, update_readme
 from .report import check_folder
 
-__all__ = ['Plan', 'compare', 'find_family', 'main', 'parse_plan']
+__all__ = ['Plan', 'compare', 'main', 'parse_plan']
 
 SETTINGS = 'comparison.yaml'
 OF_A_RUN = ('model', 'model_args', 'seed', 'output', 'resume')  # settings that are not those of the whole comparison
-MOVABLE = FREE - {'data'}
+MOVABLE = FREE - {  # what a run may change, but not between runs that are compared
+    'data', 'device_batch', 'val_interval', 'on_nan', 'max_skips', 'max_unreadable'}
+MODELS = ('care_s0', 'casvit_xs', 'mlla_t')  # one of each family
+RECIPE = 'care_s0_fruit14'  # of the bundled photographs
+MACHINE = ('git_commit', 'python', 'torch', 'torchvision', 'timm', 'numpy', 'device', 'gpu', 'machine', 'threads')
+WAYS = ('compile', 'kernels', 'grad_checkpointing')  # of computing the same, settings of a run
 EQUAL = ('train_images', 'val_images', 'num_classes', 'batch_size', 'epochs', 'steps_per_epoch')
 
 
@@ -81,18 +97,16 @@ class Plan:
 
 # What is asked for ----------------------------------------------------------------------------------------------------
 
-def find_family(model: str) -> str:
-    """The word that the models of a family share: 'care' of care_s0, 'casvit' of casvit_xs and rcvit_xs."""
-    return resolve_alias(model).split('_')[0]
-
-
 def _flag_parser() -> FlagParser:
     parser = FlagParser(
         prog='caretrans compare', allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description='Train models on the same data with the same budget, and plot accuracy against latency.',
+        description='Train models on the same data with the same budget, one after the other in one process, on one\n'
+                    'GPU or the processor, and plot accuracy against latency.',
         epilog='All other flags, and the folder DATA, are settings of train.py and hold for every model:\n'
-               'python train.py --help lists them.')
-    parser.add_argument('--model', nargs='+', required=True, help='models of timm and caretrans, also with wildcards')
+               'python train.py --help lists them. Without data and recipe: the bundled photographs.')
+    parser.add_argument(
+        '--model', nargs='+', default=MODELS,
+        help=f'models of timm and caretrans, also with wildcards (default: {" ".join(MODELS)})')
     parser.add_argument('--recipe', default='', help='bundled recipe or YAML file; flags go over it')
     parser.add_argument(
         '--seeds', nargs='+', type=number(int, 0), help='train each model with each of these; by default --seed alone')
@@ -102,17 +116,23 @@ def _flag_parser() -> FlagParser:
     return parser
 
 
-def _choose_args(config: TrainConfig, settings: Dict[str, Any], model: str) -> Dict[str, Any]:
-    """The model arguments for a model: those of the recipe are for the family of the recipe's model."""
-    own = settings.get('model_args') or {}
-    if 'model' not in settings or find_family(model) == find_family(settings['model']):
-        return config.model_args
-    return {key: value for key, value in config.model_args.items() if key not in own or own[key] != value}
+def _names_data(argv: Sequence[str]) -> bool:
+    parser = FlagParser(add_help=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument('data_folder', nargs='?')
+    add_flags(parser, TrainConfig)
+    given, _ = parser.parse_known_args(argv)
+    return any(getattr(given, name, None) for name in ('data_folder', 'data', 'dataset'))
+
+
+def _locate(settings: Dict[str, Any]) -> Dict[str, Any]:
+    """Settings in which the folder of the data is written in one way."""
+    return {**settings, 'data': os.path.abspath(settings['data'])} if settings.get('data') else settings
 
 
 def _name_folder(config: TrainConfig, models: Sequence[str], seeds: Sequence[int]) -> Path:
     """A folder under runs/ that is the same for the same comparison."""
-    settings = {key: value for key, value in config.to_dict().items() if key not in MOVABLE | {'model', 'seed'}}
+    settings = {
+        key: value for key, value in _locate(config.to_dict()).items() if key not in MOVABLE | {'model', 'seed'}}
     digest = hashlib.sha256(json.dumps([settings, list(models), list(seeds)], sort_keys=True).encode()).hexdigest()
     return Path('runs') / f'compare-{Path(config.data or config.dataset).name}-{digest[:8]}'
 
@@ -125,9 +145,11 @@ def parse_plan(argv: Optional[Sequence[str]] = None) -> Plan:
         SystemExit: After --help.
     """
     flags, rest = _flag_parser().parse_known_args(argv)
-    models = expand_models(flags.model)
+    models = list(dict.fromkeys(map(resolve_alias, expand_models(flags.model))))
     if flags.seeds and any(argument.split('=')[0] == '--seed' for argument in rest):
         raise ConfigError('--seed and --seeds: give one of them.')
+    if not flags.recipe and not _names_data(rest):
+        flags.recipe, rest = RECIPE, [str(PHOTOGRAPHS), *rest]
     config = parse_train_config([*(['--recipe', flags.recipe] if flags.recipe else []), *rest])
     seeds = flags.seeds or [config.seed]
     if len(set(seeds)) != len(seeds):
@@ -138,7 +160,7 @@ def parse_plan(argv: Optional[Sequence[str]] = None) -> Plan:
         raise ConfigError('--no-resume: a comparison goes on where it was; give another --output to begin anew.')
     settings = read_recipe(flags.recipe) if flags.recipe else {}
     folder = Path(flags.output) if flags.output else _name_folder(config, models, seeds)
-    args = {model: _choose_args(config, settings, model) for model in models}
+    args = {model: choose_model_args(config.model_args, settings, model) for model in models}
     configs = {(model, seed): replace(
         config, model=model, model_args=args[model], seed=seed, output=str(folder / f'{model}-seed{seed}'))
         for model in models for seed in seeds}
@@ -167,7 +189,9 @@ def _check_claim(plan: Plan) -> None:
         settings, models, seeds = there['settings'], there['models'], there['seeds']
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise ConfigError(f'{file} cannot be read ({type(error).__name__}): give another --output.') from None
-    changes = [f'{name} {settings.get(name)!r} there, {value!r} here' for name, value in plan.list_settings().items()
+    settings = _locate(settings)
+    changes = [f'{name} {settings[name]!r} there, {value!r} here'
+               for name, value in _locate(plan.list_settings()).items()
                if name not in MOVABLE and name in settings and settings[name] != value]
     changes += [f'{what} {" ".join(map(str, gone))} not here' for what, gone in (
         ('model', [m for m in models if m not in plan.models]), ('seed', [s for s in seeds if s not in plan.seeds]))
@@ -243,13 +267,14 @@ def _read_run(folder: Path) -> Dict[str, Any]:
     """The figures of a finished run."""
     result = json.loads((folder / 'result.json').read_text())
     environment = json.loads((folder / 'environment.json').read_text())
+    config = yaml.safe_load((folder / 'config.yaml').read_text())
     with open(folder / 'summary.csv', newline='') as file:
         seconds = sum(float(row['seconds']) for row in csv.DictReader(file))
     return dict(
         top1=result['last']['val_top1'], top5=result['last']['val_top5'], val_loss=result['last']['val_loss'],
         train_loss=result['last']['train_loss'], best_top1=result['best']['val_top1'],
         best_epoch=result['best']['epoch'], seconds=seconds, folder=str(folder),
-        machine={key: environment.get(key) for key in ('git_commit', 'torch', 'timm', 'device', 'gpu', 'threads')})
+        machine={**{key: environment.get(key) for key in MACHINE}, **{key: config.get(key) for key in WAYS}})
 
 
 def _time_all(

@@ -118,6 +118,13 @@ def _list_differences(comparison: Comparison) -> List[str]:
         without.setdefault(', '.join(f'{name}={value}' for name, value in args.items()), []).append(model)
     for named, models in without.items():
         lines.append(f'differs: {named}, which the recipe gives to its own family, is not given to {", ".join(models)}')
+    for key in comparison.runs[0]['machine']:
+        values = {}
+        for run in comparison.runs:
+            values.setdefault(str(run['machine'][key]), []).append(f'{run["model"]} (seed {run["seed"]})')
+        if len(values) > 1:
+            named = '; '.join(f'{value} of {", ".join(runs)}' for value, runs in values.items())
+            lines.append(f'differs: {key} of the runs, {named}')
     configs = {model: facts['eval_config'] for model, facts in comparison.facts.items()}
     for key in next(iter(configs.values())):
         values = {model: config[key] for model, config in configs.items()}

@@ -32,8 +32,8 @@ class BenchConfig:
     """Everything that decides what `benchmark.py` measures. A flag exists for each field."""
 
     model: List[str] = setting(
-        ['care_s1'], "models of timm and caretrans, also with wildcards (care_*); 'paper' for those of the published "
-        'table that timm has, and ours')
+        ['care_s1'], "models of timm and caretrans, also with wildcards (care_*); 'paper' for those of the CARE "
+        "paper's table that are here: timm's, mlla_t, care_s0, care_s1 and care_s2")
     checkpoint: str = setting('', 'weights of the one model; by default random ones under which all parts count')
     bench: str = setting(
         'infer', 'what to measure; accuracy, of a checkpoint, and curves, whether faster training learns the same, are '

@@ -4,7 +4,7 @@ from typing import List, Optional, Sequence, TextIO, Tuple
 
 import torch
 
-from ..config import ConfigError, TrainConfig, read_recipe
+from ..config import ConfigError, TrainConfig, choose_model_args, read_recipe
 from ..data import DataError
 from ..progress import Progress
 from .config import BenchConfig
@@ -37,7 +37,7 @@ def list_comparisons(config: BenchConfig, names: Sequence[str], device: torch.de
     comparisons = []
     for name, way, (side, _), batch in itertools.product(
             names, ways, config.sizes, config.batch_size or [recipe['batch_size']]):
-        model_args = recipe['model_args'] if name.startswith('care_') else {}
+        model_args = choose_model_args(recipe['model_args'], recipe, name)
         comparisons.append((TrainConfig(**{
             **recipe, 'model': name, 'model_args': model_args, 'data': config.data or str(PHOTOGRAPHS),
             'img_size': side, 'batch_size': batch, 'workers': None}), way))

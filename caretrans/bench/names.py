@@ -1,14 +1,12 @@
 """What people type for models and sizes of images."""
 import difflib
 import re
-from typing import List, Sequence, Set, Tuple
+from typing import List, Sequence, Tuple
 
 import timm
-from timm.models import model_entrypoint
 
-from .. import models  # noqa: F401 (registers the models)
 from ..config import ConfigError
-from ..models.backbone import MIN_SIDE
+from ..models.backbone import MIN_SIDE, resolve_alias
 from .published import list_paper_models
 
 __all__ = ['expand_models', 'parse_size']
@@ -23,14 +21,6 @@ def parse_size(text: str) -> Tuple[int, int]:
     return size
 
 
-def _list_aliases() -> Set[str]:
-    """Other names of models of ours."""
-    package = models.__name__
-    named = set(timm.list_models(name_matches_cfg=True))
-    return {name for name in timm.list_models() if name not in named and
-            model_entrypoint(name).__module__.startswith(package)}
-
-
 def expand_models(names: Sequence[str], flag: str = '--model') -> List[str]:
     """The models that names, wildcards and 'paper' stand for, each once; wildcards leave out other names of ours.
 
@@ -39,12 +29,11 @@ def expand_models(names: Sequence[str], flag: str = '--model') -> List[str]:
     """
     found: List[str] = []
     known = timm.list_models(include_tags=False)
-    aliases = _list_aliases()
     for name in names:
         if name == 'paper':
             matches = list_paper_models()
         elif set(name) & set('*?['):
-            matches = [match for match in timm.list_models(name) if match not in aliases]
+            matches = [match for match in timm.list_models(name) if resolve_alias(match) == match]
         else:
             matches = [name] if timm.is_model(name) else []
         if not matches:

@@ -3,6 +3,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
+from ..models.backbone import find_family
 from .operations import KINDS
 from .published import find_published, list_footnotes
 
@@ -73,7 +74,7 @@ def _describe_accuracies(models: Sequence[str]) -> str:
 
 
 def _is_ours(model: str) -> bool:
-    return model.startswith('care_')
+    return find_family(model) == 'care'
 
 
 def _find_accuracy(model: str) -> Optional[float]:

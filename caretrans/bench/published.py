@@ -6,9 +6,9 @@ those of the reparameterised networks, parameters of CARE those of both heads.
 from dataclasses import dataclass
 from typing import Dict, List, Optional, Sequence, Tuple
 
-__all__ = [
-    'PUBLISHED', 'PublishedRow', 'find_published', 'list_footnotes', 'list_paper_models', 'mark_accuracy',
-    'resolve_alias']
+from ..models.backbone import resolve_alias
+
+__all__ = ['PUBLISHED', 'PublishedRow', 'find_published', 'list_footnotes', 'list_paper_models', 'mark_accuracy']
 
 CARE = 'the table of the CARE Transformer paper (CVPR 2025, arXiv:2411.16170)'
 CAS_VIT = 'the CAS-ViT repository (Tianfang-Zhang/CAS-ViT), for arXiv:2408.03703v2'
@@ -30,7 +30,6 @@ FASTVIT_COUNTS = (
 DEVICES = (
     'RTX 4090: milliseconds for a batch of 64, PyTorch eager, float32 with TF32 matrix products, mean of 40 after 10.',
     'iPhone 13: Core ML, batch 1, compute units not stated. Intel i9: batch 1, runtime and threads not stated.')
-ALIASES = {'rcvit_': 'casvit_', 'mila_': 'mlla_'}  # beginnings of names: those of the models in the table
 
 
 @dataclass(frozen=True)
@@ -92,18 +91,9 @@ def list_paper_models() -> List[str]:
     return [name for name, row in _BY_NAME.items() if row.source == CARE]
 
 
-def resolve_alias(model: str) -> str:
-    """The name of a model without a tag of weights, ours for another name of one of ours: casvit_xs for rcvit_xs."""
-    name = model.split('.')[0]
-    for alias, prefix in ALIASES.items():
-        if name.startswith(alias):
-            return prefix + name.removeprefix(alias)
-    return name
-
-
 def find_published(model: str) -> Optional[PublishedRow]:
     """The row of a model, by its name or another name of it, without a tag of weights; None if there is none."""
-    return _BY_NAME.get(resolve_alias(model))
+    return _BY_NAME.get(resolve_alias(model).partition('.')[0])
 
 
 def _list_rows(models: Sequence[str]) -> List[Tuple[str, PublishedRow]]:

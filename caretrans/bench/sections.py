@@ -13,6 +13,7 @@ from ..config import ConfigError
 from ..engine import resolve_device
 from ..machine import describe_device, use_threads
 from ..measure import make_empty
+from ..models.backbone import find_family
 from ..progress import Progress
 from .accuracy import describe_accuracy, measure_accuracy
 from .backends import IN_TORCH, TORCH_DTYPES, Network, Setup, fit_setups, prepare
@@ -232,7 +233,7 @@ def _draw_all(
     if result.counts:
         plots.append(lambda: draw_accuracy_by_gmacs(gmacs, folder / 'accuracy_gmacs.png'))
     plots += _list_parts_plots(result, folder)
-    care = next((name for name in names if name.startswith('care_')), None)
+    care = next((name for name in names if find_family(name) == 'care'), None)
     if care is not None:
         plots.append(lambda: _draw_growth(care, device, folder / 'growth.png', stream))
     for draw in plots:

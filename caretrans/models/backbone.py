@@ -11,6 +11,7 @@ from timm.models import (
     build_model_with_cfg,
     clean_state_dict,
     get_pretrained_cfg,
+    is_model,
     model_entrypoint,
     register_model,
     resolve_pretrained_cfg,
@@ -21,8 +22,8 @@ from .folding import LinearHead
 from .published_keys import Table, rename_keys, rename_on_load
 
 __all__ = [
-    'MIN_SIDE', 'Backbone', 'build_backbone', 'check_image_size', 'init_linear', 'init_weights', 'make_cfg',
-    'register_alias', 'resolve_alias']
+    'MIN_SIDE', 'Backbone', 'build_backbone', 'check_image_size', 'find_family', 'init_linear', 'init_weights',
+    'make_cfg', 'register_alias', 'resolve_alias']
 
 MIN_SIDE = 32  # pixels: at 1/32 of the size, a smaller image would have no position left
 FETCH_ERRORS = (OSError, hub_errors.EntryNotFoundError, getattr(hub_errors, 'HTTPError', OSError))
@@ -256,9 +257,15 @@ def register_alias(alias: str, entrypoint: Callable[..., Backbone]) -> None:
 
 
 def resolve_alias(model_name: str) -> str:
-    """The name of a registered model, with its tag if it has one, that `model_name` is another name of."""
+    """The name of a model, with its tag if it has one, that `model_name` is another name of; itself if of none."""
     name, dot, tag = model_name.partition('.')
-    return getattr(model_entrypoint(name), 'alias_of', name) + dot + tag
+    entrypoint = model_entrypoint(name) if is_model(name) else None
+    return getattr(entrypoint, 'alias_of', name) + dot + tag
+
+
+def find_family(model_name: str) -> str:
+    """The word that the models of a family share: 'care' of care_s0, 'casvit' of casvit_xs and rcvit_xs."""
+    return resolve_alias(model_name).partition('.')[0].split('_')[0]
 
 
 def _say_where(variant: str) -> str:
