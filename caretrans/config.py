@@ -20,6 +20,7 @@ __all__ = [
 
 RECIPES = Path(__file__).parent / 'recipes'
 CROP_MODES = ['center', 'squash', 'border']  # timm's names
+MESA_START = 0.25
 
 _logger = logging.getLogger(__name__)
 
@@ -85,7 +86,8 @@ class TrainConfig:
     teacher_checkpoint: str = setting('', 'weights of the teacher, instead of those from the hub')
     task_weight: float = setting(0.5, 'of the loss on labels; the rest is for the teacher', bounds=(0, 1))
     mesa: float = setting(0., 'weight of self-distillation from the average of ema, 0 for none', bounds=(0, None))
-    mesa_start: float = setting(0.25, 'share of the epochs before it begins', bounds=(0, 1))
+    mesa_start: Optional[float] = setting(
+        None, f'share of the epochs before mesa begins, {MESA_START} if not given', bounds=(0, 1))
 
     batch_size: int = setting(64, 'images per optimizer step, over all devices', bounds=(1, None))
     device_batch: Optional[int] = setting(None, 'most images at a time per device, others accumulate', bounds=(1, None))
@@ -141,6 +143,8 @@ class TrainConfig:
 
     def _check_mesa(self) -> None:
         if not self.mesa:
+            if self.mesa_start is not None:
+                raise ConfigError(f'mesa_start={self.mesa_start:g}, but mesa=0: give --mesa as well, or leave it out.')
             return
         if not self.ema:
             raise ConfigError(f'mesa={self.mesa:g} learns from the average of the weights: give --ema as well.')
@@ -155,7 +159,7 @@ class TrainConfig:
     @property
     def mesa_epoch(self) -> int:
         """The first epoch, from 0 on, that distills from the average of the weights."""
-        return round(self.mesa_start * self.epochs)
+        return round((MESA_START if self.mesa_start is None else self.mesa_start) * self.epochs)
 
     def list_sizes(self) -> List[int]:
         """The sides of training images, pixels."""

@@ -7,10 +7,12 @@ import timm
 import torch
 from checkpoints import hollow
 from reference import published_layout
-from test_peer_parity import PUBLISHED_NAMES
 
 from caretrans.models.published_keys import rename_keys
 
+PUBLISHED_NAMES = {  # of the layouts, CAS-ViT with a second head
+    **{f'casvit_{size}': f'rcvit_{size}' for size in ('xs', 's', 'm', 't')},
+    **{f'mlla_{size}': f'mlla_{size}' for size in ('t', 's', 'b')}}
 TINY = dict(
     casvit_xs=dict(depths=(1, 1, 1, 1), widths=(8, 12, 16, 20), num_classes=5),
     mlla_t=dict(depths=(1, 2, 1, 1), width=32, num_classes=5))

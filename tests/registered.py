@@ -1,7 +1,8 @@
-"""Which models the tests are about: all that this package registers with timm, whatever they are."""
+"""The models the tests are about, all that this package registers with timm, and what the tests ask of any of them."""
 import sys
-from typing import Dict, Tuple
+from typing import Any, Dict, Sequence, Tuple
 
+import pytest
 import timm
 import torch
 import torch.nn as nn
@@ -20,6 +21,29 @@ def one_of_each_file() -> Tuple[str, ...]:
     """The first model of every model file, as the file lists them, for tests that take long."""
     files = dict.fromkeys(model_entrypoint(name).__module__ for name in MODELS)
     return tuple(next(iter(sys.modules[file].default_cfgs)) for file in files)
+
+
+each_model = pytest.mark.parametrize('name', MODELS)
+each_file = pytest.mark.parametrize('name', one_of_each_file())
+each_care_model = pytest.mark.parametrize('name', CARE)
+
+
+def on_meta(name: str, **kwargs: Any) -> nn.Module:
+    """A model without weights, for what concerns only its structure and shapes."""
+    return timm.create_model(name, device='meta', **kwargs).eval()
+
+
+def images(*shape: int, device: str = 'cpu') -> torch.Tensor:
+    return torch.randn(shape, device=device)
+
+
+def classifiers_of(model: nn.Module) -> Sequence[nn.Module]:
+    classifiers = model.get_classifier()
+    return classifiers if isinstance(classifiers, (tuple, list)) else (classifiers,)
+
+
+def assert_same(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def gmacs(model: nn.Module, size: int = 224) -> Dict[str, float]:

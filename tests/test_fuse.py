@@ -6,7 +6,7 @@ import timm
 import torch
 import torch.nn as nn
 from reference import filled_model, published_model
-from registered import CARE, gmacs, one_of_each_file
+from registered import CARE, MODELS, gmacs, one_of_each_file
 from timm.utils import reparameterize_model
 from torch.optim.swa_utils import AveragedModel
 
@@ -47,6 +47,17 @@ def test_fused_has_no_norms_of_batches_and_one_head(model):
     assert not [m for m in modules if isinstance(m, nn.Dropout) and m.p]
     assert len([m for m in modules if isinstance(m, nn.Linear) and m.out_features == model.num_classes]) == 1
     assert sum(p.numel() for p in fused.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_every_model_is_fused(name):
+    """With fresh weights, but for the statistics and the scales of norms."""
+    model = timm.create_model(name).eval()
+    with torch.no_grad():
+        for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+            for value in norm.running_mean, norm.running_var, norm.weight, norm.bias:
+                value.uniform_(0.5, 1.5)
+    assert measure_fusion_error(model, fuse(model), torch.randn(1, 3, 64, 64)) < FLOAT32
 
 
 @pytest.mark.parametrize('name', one_of_each_file())

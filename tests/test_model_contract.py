@@ -8,40 +8,16 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from reference import filled_model
-from registered import CARE, MODELS, one_of_each_file
+from registered import (
+    CARE, MODELS, assert_same, classifiers_of, each_care_model, each_file, each_model, images, on_meta)
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath
 from timm.models import group_parameters
 from timm.optim import param_groups_weight_decay
 
-ANY = one_of_each_file()
-each_model = pytest.mark.parametrize('name', MODELS)
-each_file = pytest.mark.parametrize('name', ANY)
-each_care_model = pytest.mark.parametrize('name', CARE)
-
-
-def on_meta(name, **kwargs):
-    """A model without weights, for what concerns only its structure and shapes."""
-    return timm.create_model(name, device='meta', **kwargs).eval()
-
-
-def images(*shape, device='cpu'):
-    return torch.randn(shape, device=device)
-
-
 def modules_of(model, kind):
     return [module for module in model.modules() if isinstance(module, kind)]
-
-
-def classifiers_of(model):
-    classifiers = model.get_classifier()
-    return classifiers if isinstance(classifiers, (tuple, list)) else (classifiers,)
-
-
-def same(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_the_models_are_registered():
@@ -60,21 +36,7 @@ def test_an_alias_makes_the_same_model_and_is_in_no_list_without_aliases(alias, 
     assert timm.list_models(alias) == [alias] and alias not in MODELS
 
 
-# Features and heads ---------------------------------------------------------------------------------------------------
-
-@each_model
-def test_forward_is_features_then_head(name):
-    model = filled_model(name)
-    x = images(2, 3, 64, 96)
-    with torch.no_grad():
-        features = model.forward_features(x)
-        pooled = model.forward_head(features, pre_logits=True)
-        logits = model(x)
-        same(model.forward_head(features), logits)
-    assert features.shape[:2] == (2, model.num_features)
-    assert pooled.shape == (2, model.head_hidden_size)
-    assert logits.shape == (2, model.num_classes) == (2, 1000)
-
+# Intermediate features ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name, num_features', [('care_s0', 1024), ('care_s1', 1024), ('care_s2', 1536)])
 def test_num_features_are_the_channels_of_the_features(name, num_features):
@@ -82,132 +44,6 @@ def test_num_features_are_the_channels_of_the_features(name, num_features):
     assert model.num_features == model.head_hidden_size == num_features
     assert model.forward_features(images(1, 3, 224, 224, device='meta')).shape == (1, num_features, 7, 7)
 
-
-@each_model
-def test_no_classes_give_pooled_features_and_no_pooling_gives_maps(name):
-    x = images(2, 3, 64, 96, device='meta')
-    model = on_meta(name, num_classes=0)
-    assert model.num_classes == 0 and model(x).shape == (2, model.num_features)
-    model = on_meta(name, num_classes=0, global_pool='')
-    assert model(x).shape == (2, model.num_features, 2, 3)
-
-
-@each_care_model
-def test_pooling_that_leaves_nothing_to_classify_is_refused(name):
-    with pytest.raises(ValueError, match='num_classes must be 0, not 1000'):
-        on_meta(name, global_pool='')
-    with pytest.raises(ValueError, match='catavgmax'):
-        on_meta(name, global_pool='catavgmax')
-
-
-@each_file
-@pytest.mark.parametrize('arguments', [(7, 'catavgmax'), (7, '')])
-def test_refused_reset_leaves_the_model_as_it_was(name, arguments):
-    model = filled_model(name)
-    x = images(1, 3, 64, 64)
-    with torch.no_grad():
-        expected = model(x)
-        with pytest.raises((ValueError, AssertionError)):
-            model.reset_classifier(*arguments)
-        assert model.num_classes == 1000 and torch.equal(model(x), expected)
-
-
-@each_file
-def test_reset_classifier_keeps_features_device_dtype_and_mode(name):
-    model = filled_model(name).double()
-    x = images(2, 3, 64, 64).double()
-    with torch.no_grad():
-        expected = model.forward_features(x)
-        for num_classes in (7, 0, 3):
-            model.reset_classifier(num_classes)
-            assert model.num_classes == num_classes
-            assert model(x).shape == (2, num_classes or model.num_features)
-        assert torch.equal(model.forward_features(x), expected)
-    assert {p.dtype for p in model.parameters()} == {torch.float64}
-    assert not any(module.training for module in model.modules())
-    model = on_meta(name).train()
-    model.reset_classifier(5)
-    assert {p.device.type for p in model.parameters()} == {'meta'}
-    assert all(module.training for module in model.modules())
-
-
-@each_file
-def test_reset_classifier_changes_the_pooling_only_when_asked(name):
-    model = filled_model(name, global_pool='max')
-    x = images(2, 3, 64, 96)
-    with torch.no_grad():
-        features = model.forward_features(x)
-        model.reset_classifier(5)
-        same(model.forward_head(features, pre_logits=True), features.amax(dim=(2, 3)))
-        model.reset_classifier(5, 'avg')
-        same(model.forward_head(features, pre_logits=True), features.mean(dim=(2, 3)))
-        model.reset_classifier(0, '')
-        assert torch.equal(model(x), features)
-        model.reset_classifier(5)  # something must be pooled to classify
-        assert model(x).shape == (2, 5)
-
-
-@each_model
-def test_get_classifier_gives_the_linear_layers(name):
-    model = on_meta(name, num_classes=11)
-    classifiers = classifiers_of(model)
-    assert len(classifiers) == (2 if model.distilled else 1) and model.distilled == (name in CARE)
-    assert all(isinstance(fc, nn.Linear) and fc.out_features == 11 for fc in classifiers)
-    model.reset_classifier(0)
-    assert all(isinstance(fc, nn.Identity) for fc in classifiers_of(model))
-
-
-@each_model
-def test_plain_labels_train_every_parameter_of_both_heads(name):
-    """Without distillation the mean of the heads is trained: plain cross entropy, and nothing to set."""
-    model = timm.create_model(name, num_classes=10).train()
-    logits = model(images(4, 3, 64, 64))
-    assert logits.shape == (4, 10)
-    F.cross_entropy(logits, torch.arange(4)).backward()
-    for key, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
-        assert parameter.grad.any(), key
-    if name in CARE:
-        assert torch.equal(model.head.fc.bias.grad, model.head_dist.fc.bias.grad)
-
-
-def two_headed(name, **kwargs):
-    return timm.create_model(name, **kwargs, **({} if name in CARE else dict(distilled=True)))
-
-
-@each_file
-def test_only_distilled_training_returns_a_pair(name):
-    model = two_headed(name, num_classes=10)
-    x = images(2, 3, 64, 64)
-    assert model.train()(x).shape == model.eval()(x).shape == (2, 10)
-    model.set_distilled_training(True)
-    assert model.eval()(x).shape == (2, 10)
-    head, head_dist = model.train()(x)
-    assert head.shape == head_dist.shape == (2, 10) and not torch.equal(head, head_dist)
-    pooled = model.forward_head(model.forward_features(x), pre_logits=True)
-    assert pooled.shape == (2, model.num_features)
-    model.set_distilled_training(False)
-    assert torch.equal(model(x), (head + head_dist) / 2)
-
-
-@each_file
-def test_a_second_head_has_all_that_the_first_has(name):
-    model = two_headed(name, num_classes=10)
-    head, head_dist = model.get_classifier()
-    assert head.weight.shape == head_dist.weight.shape and not torch.equal(head.weight, head_dist.weight)
-    assert model.pretrained_cfg['classifier'] == tuple(
-        key for key, module in model.named_modules() if module in (head, head_dist))
-    model.reset_classifier(3)
-    assert [fc.out_features for fc in model.get_classifier()] == [3, 3]
-
-
-@pytest.mark.parametrize('name', sorted(set(ANY) - set(CARE)))
-def test_one_head_cannot_be_distilled(name):
-    with pytest.raises(ValueError, match='distilled=True'):
-        timm.create_model(name).set_distilled_training(True)
-
-
-# Intermediate features ------------------------------------------------------------------------------------------------
 
 @each_model
 def test_feature_info_tells_modules_channels_and_reductions(name):
@@ -245,7 +81,7 @@ def test_every_kind_of_features_only_gives_the_intermediates(name, feature_cls):
         for found, expected in zip(
                 maps.values() if isinstance(maps, dict) else maps,
                 model.forward_intermediates(x, indices=[0, 2, 3], intermediates_only=True), strict=True):
-            same(found, expected)
+            assert_same(found, expected)
 
 
 @each_file
@@ -301,7 +137,7 @@ def test_prune_intermediate_layers_keeps_what_is_asked_for(name):
             assert torch.equal(pruned(x), maps[i])
             pruned = copy.deepcopy(model)
             pruned.prune_intermediate_layers([i], prune_norm=True)
-            same(pruned.norm(pruned(x)), pruned(x))
+            assert_same(pruned.norm(pruned(x)), pruned(x))
             pruned.reset_classifier(4)
             assert pruned(x).shape == (2, 4)
         kept = copy.deepcopy(model)
@@ -479,9 +315,9 @@ def test_every_image_of_a_batch_is_on_its_own_in_evaluation(name):
     model = filled_model(name)
     x = images(3, 3, 64, 64)
     with torch.no_grad():
-        same(model(x), torch.cat([model(image[None]) for image in x]))
+        assert_same(model(x), torch.cat([model(image[None]) for image in x]))
         assert torch.equal(model(x), model(x))
-        same(model(x.contiguous(memory_format=torch.channels_last)), model(x))
+        assert_same(model(x.contiguous(memory_format=torch.channels_last)), model(x))
 
 
 # Sizes ----------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from peer_checkpoints import PUBLISHED_NAMES, each_peer
 from reference import filled_input, filled_model, golden, published_layout, published_state_dict
 from registered import CARE, MODELS, gmacs
 
@@ -10,9 +11,6 @@ from caretrans.models.casvit import CasVit
 from caretrans.models.mlla import rotary_code
 from caretrans.models.published_keys import rename_keys
 
-PUBLISHED_NAMES = {  # of the layouts, CAS-ViT with a second head
-    **{f'casvit_{size}': f'rcvit_{size}' for size in ('xs', 's', 'm', 't')},
-    **{f'mlla_{size}': f'mlla_{size}' for size in ('t', 's', 'b')}}
 PARAMETERS = {  # with one head, with two
     'casvit_xs': (2_979_700, 3_200_700), 'casvit_s': (5_507_224, 5_764_224), 'casvit_m': (12_036_520, 12_421_520),
     'casvit_t': (21_250_120, 21_763_120), 'mlla_t': (24_392_200, 24_905_200), 'mlla_s': (43_015_048, 43_528_048),
@@ -26,8 +24,6 @@ GMACS = {  # at 224 x 224, with the heads of the layouts
 # The reference of MLLA computed its position code in float32, also where all else was float64.
 TOLERANCES = {('casvit_xs', torch.float64): 1e-12, ('casvit_xs', torch.float32): 1e-6,
               ('mlla_t', torch.float64): 1e-8, ('mlla_t', torch.float32): 5e-6}
-
-each_peer = pytest.mark.parametrize('name', PUBLISHED_NAMES)
 
 
 def heads_of(name):
@@ -105,14 +101,15 @@ def test_rotary_code_turns_the_first_half_by_rows_and_the_second_by_columns():
     assert rotary_code(torch.zeros(1, 32, 5, 7, dtype=torch.bfloat16)).dtype == torch.float32
 
 
-@pytest.mark.parametrize('gate', ['gate_q', 'gate_k'])
-def test_each_gate_of_cas_vit_is_its_own(gate):
-    model = filled_model('casvit_xs')
-    x = torch.randn(1, 3, 64, 64)
+@pytest.mark.parametrize('part, gate', enumerate(['gate_q', 'gate_k']))
+def test_each_gate_of_cas_vit_sees_its_own_third_of_the_projection(part, gate):
+    mixer = filled_model('casvit_xs').stages[0].blocks[0].mixer
+    seen = []
+    getattr(mixer, gate).register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    x = torch.randn(1, 48, 8, 8)
     with torch.no_grad():
-        before = model(x)
-        getattr(model.stages[0].blocks[0].mixer, gate)[0].project.weight.neg_()
-        assert not torch.allclose(model(x), before)
+        mixer(x)
+        torch.testing.assert_close(seen, [mixer.qkv(x)[:, 48 * part:48 * (part + 1)]])
 
 
 def test_cas_vit_has_an_evaluation_at_384_that_squashes():

@@ -46,7 +46,7 @@ def test_the_recipe_of_the_paper(name, model, published):
 
 
 def test_the_rate_of_the_paper():
-    """Linear from 1e-6 to where the cosine is after 20 epochs, the cosine to 1e-5 at 300, then 10 epochs of that."""
+    """Linear from 1e-6 to the peak in 20 epochs, from there the cosine to 1e-5 at 300, then 10 epochs of that."""
     total, found = rates(parse_train_config(['--recipe', 'care_s0_imagenet']), (0, 1, 19, 20, 150, 299, 309))
     assert total == 310
     assert found == pytest.approx([
@@ -160,7 +160,7 @@ def test_the_recipe_of_mlla(model):
         epochs=300, warmup_epochs=20, step_schedule=True, amp='fp16', clip_grad=5., clip_mode='norm', ema=True,
         ema_decay=ema_decay, img_size=224, train_img_sizes=[], crop_pct=0.875, auto_augment='rand-m9-mstd0.5-inc1',
         random_erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1, drop_path=drop_path, teacher='none', mesa=mesa,
-        mesa_start=0.25, mesa_epoch=75)
+        mesa_epoch=75)
     assert {key: getattr(config, key) for key in expected} == expected
     assert [config.lr, config.warmup_lr, config.min_lr] == pytest.approx(
         [5e-4 * batch / 512, 5e-7 * batch / 512, 5e-6 * batch / 512])
@@ -170,7 +170,7 @@ def test_the_recipe_of_mlla(model):
 
 
 def test_the_rates_of_the_comparison_systems():
-    """Linear to where the cosine is after 20 epochs, then the cosine, in every step."""
+    """Linear to the peak in 20 epochs, then on from where the cosine is by then, in every step."""
     epochs = (0, 1, 19, 20, 150, 299)
     assert rates(parse_train_config(['--recipe', 'casvit_xs_imagenet']), epochs)[1] == pytest.approx(
         [0., 3e-4, 5.7e-3, 5.93445373e-3, 3.0005e-3, 1.16446449e-6], rel=1e-6)

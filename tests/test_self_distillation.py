@@ -20,8 +20,9 @@ CLASSES = 5
 FLAGS = [
     '--recipe', 'care_s0_fruit14', '--epochs', 4, '--warmup-epochs', 1, '--batch-size', 8, '--device-batch', 4,
     '--img-size', 32, '--val-img-size', 32, '--workers', 0, '--device', 'cpu', '--val-interval', 2, '--drop', 0.1,
-    '--mixup', 0.8, '--cutmix', 1.0, '--ema', '--ema-decay', 0.9, '--no-channels-last', '--mesa', 1.5,
-    '--mesa-start', 0.5, '--model-args', 'depths=[1,1,1,1]']
+    '--mixup', 0.8, '--cutmix', 1.0, '--ema', '--ema-decay', 0.9, '--no-channels-last',
+    '--model-args', 'depths=[1,1,1,1]']
+MESA = ['--mesa', 1.5, '--mesa-start', 0.5]
 
 
 def make_config(**settings) -> TrainConfig:
@@ -101,7 +102,7 @@ def test_the_average_is_only_looked_at():
 
 
 @pytest.mark.parametrize('start, epochs, first', [
-    (0.25, 300, 75), (0.1, 30, 3), (0., 10, 0), (0.25, 30, 8), (0.9, 10, 9)])
+    (None, 300, 75), (0.1, 30, 3), (0., 10, 0), (0.25, 30, 8), (0.9, 10, 9)])
 def test_it_begins_after_its_share_of_the_epochs(start, epochs, first):
     config = make_config(mesa_start=start, epochs=epochs, warmup_epochs=1)
     task = build_task(config, nn.Sequential(nn.Flatten(), nn.Linear(12, CLASSES)), CPU)
@@ -142,10 +143,16 @@ def test_a_compiled_model_has_a_compiled_average():
     (dict(loss='bce'), 'mesa=1.5 is a cross entropy, loss=bce'),
     (dict(mesa_start=1.), 'mesa_start=1 of 10 epochs leaves none for mesa'),
     (dict(mesa=-1), 'mesa is -1, it must be at least 0'),
+    (dict(mesa=0, mesa_start=0.), 'mesa_start=0, but mesa=0: give --mesa as well, or leave it out'),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else '')
 def test_settings_that_cannot_work_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         make_config(**settings)
+
+
+def test_a_recipe_with_it_runs_without_it():
+    config = parse_train_config(['--recipe', 'mlla_t_imagenet', '--mesa', '0'])
+    assert (config.mesa, config.mesa_start) == (0., None)
 
 
 # In a run -------------------------------------------------------------------------------------------------------------
@@ -155,8 +162,8 @@ def data(tmp_path_factory):
     return copy_photographs(tmp_path_factory.mktemp('data'), per_class=16)
 
 
-def go(data, folder, *flags) -> None:
-    train(parse_train_config([str(flag) for flag in (data, *FLAGS, '--output', folder, *flags)]))
+def go(data, folder, *flags, mesa=MESA) -> None:
+    train(parse_train_config([str(flag) for flag in (data, *FLAGS, *mesa, '--output', folder, *flags)]))
 
 
 @pytest.fixture(scope='module')
@@ -175,7 +182,7 @@ def test_a_run_distills_from_its_epoch_on(data, unbroken, tmp_path, monkeypatch)
     go(data, tmp_path / 'same')
     assert seen == 16 * [False] + 16 * [True]  # 4 steps of 2 passes in an epoch
     assert not list_differences(read_tensors(tmp_path / 'same/last.pth.tar'), read_tensors(unbroken / 'last.pth.tar'))
-    go(data, tmp_path / 'without', '--mesa', 0)
+    go(data, tmp_path / 'without', mesa=[])
     with_it, without = ([float(line.split(',')[1]) for line in (folder / 'summary.csv').read_text().splitlines()[1:]]
                         for folder in (unbroken, tmp_path / 'without'))
     assert with_it[:2] == without[:2] and all(a > b for a, b in zip(with_it[2:], without[2:], strict=True))
@@ -204,7 +211,7 @@ def test_a_killed_run_ends_with_the_same_weights(data, unbroken, tmp_path, monke
 
 def test_two_processes_learn_what_one_learns(data, tmp_path):
     """The average is the same on both, but for the running statistics, which each has of its own images in an epoch."""
-    flags = [data, *FLAGS, '--mixup', 0, '--cutmix', 0, '--drop', 0, '--epochs', 2, '--opt', 'sgd']
+    flags = [data, *FLAGS, *MESA, '--mixup', 0, '--cutmix', 0, '--drop', 0, '--epochs', 2, '--opt', 'sgd']
     for name, processes in (('one', 1), ('two', 2)):
         out, _ = run('train.py', *flags, '--output', tmp_path / name, processes=processes)
         assert out.count('self-distillation from epoch 2 on, weight 1.5') == 1

@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from ..models.care import DecoupledMixer, Expansion, Interaction, LinearAttention
 from ..models.care_fused import FusedExpansion, FusedInteraction, FusedMixer
-from ..models.mlla import RotaryLinearAttention, to_map, to_tokens
+from ..models.mlla import RotaryLinearAttention
 
 __all__ = ['KERNEL_MODULES', 'PARTS', 'KernelModule', 'is_interpreted']
 
@@ -43,6 +43,10 @@ class KernelModule(nn.Module):
 # Long range, mixers ---------------------------------------------------------------------------------------------------
 
 class KernelLinearAttention(KernelModule, LinearAttention):
+    """Unlike in PyTorch, queries and keys are split as maps, before heads: their gradients are then joined as maps, and
+    stay in the layout of the map, NHWC too, where joined heads would be copied.
+    """
+
     part, torch_class = 'attention', LinearAttention
 
     @staticmethod
@@ -60,21 +64,14 @@ class KernelLinearAttention(KernelModule, LinearAttention):
 
 
 class KernelRotaryLinearAttention(KernelModule, RotaryLinearAttention):
-    """Queries and keys are halves of a map, and their gradients are too: joined, those need not change their layout."""
-
     part, torch_class = 'attention', RotaryLinearAttention
     why_not = KernelLinearAttention.why_not
 
-    def forward(self, x: torch.Tensor, rotate: torch.Tensor) -> torch.Tensor:
-        if not fits(x):
-            return RotaryLinearAttention.forward(self, x, rotate)
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotate: torch.Tensor) -> torch.Tensor:
+        if not fits(v):
+            return RotaryLinearAttention.attend(self, q, k, v, rotate)
         from .linear_attention import attend
-        B, C, H, W = x.shape
-        q, k = to_map(self.qk(to_tokens(x))).chunk(2, dim=1)
-        heads = (B, self.num_heads, self.head_chs, H * W)
-        pairs = (2, self.num_heads, self.head_chs // 2, H * W)
-        out = attend(q.reshape(heads), k.reshape(heads), x.reshape(heads), rotate=rotate.reshape(pairs))
-        return out.reshape(B, C, H, W) + self.lepe(x)
+        return attend(q, k, v, rotate=rotate)
 
 
 def mix(

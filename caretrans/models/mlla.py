@@ -66,10 +66,12 @@ class RotaryLinearAttention(nn.Module):
         B, C, H, W = x.shape
         q, k = to_map(self.qk(to_tokens(x))).chunk(2, dim=1)
         heads = (B, self.num_heads, self.head_chs, H * W)
-        out = linear_attention(
-            q.reshape(heads), k.reshape(heads), x.reshape(heads),
-            rotate=rotate.reshape(2, self.num_heads, self.head_chs // 2, H * W))
+        pairs = (2, self.num_heads, self.head_chs // 2, H * W)
+        out = self.attend(q.reshape(heads), k.reshape(heads), x.reshape(heads), rotate.reshape(pairs))
         return out.reshape(B, C, H, W) + self.lepe(x)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotate: torch.Tensor) -> torch.Tensor:
+        return linear_attention(q, k, v, rotate=rotate)
 
 
 class Downsample(nn.Module):
