@@ -66,7 +66,7 @@ class TrainConfig:
     size_schedule: str = setting(
         'constant', 'of train_img_sizes: all as likely, or from first to last', choices=['constant', 'progressive'])
     val_img_size: Optional[int] = setting(None, 'side of evaluated images; img_size if not given', bounds=(32, None))
-    crop_pct: Optional[float] = setting(None, 'evaluated share of the image; by default of the model', bounds=(0.01, 1))
+    crop_pct: Optional[float] = setting(None, 'evaluated share of the image; by default of the model, 1 with squash', bounds=(0.01, 1))
     crop_mode: Optional[str] = setting(
         None, 'evaluated images: crop the centre, squash to a square, or border; by default of the model',
         choices=CROP_MODES)

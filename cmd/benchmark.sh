@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Measure models of the paper's table that timm has, then CARE and the comparison systems CAS-ViT and MLLA, by family and
-# size, and print the tables of the README in Markdown.
+# Measure models of the paper's table that timm has, then CARE and the comparison systems CAS-ViT and MLLA, by family
+# and size, and print the tables of the README in Markdown.
 #   bash cmd/benchmark.sh [flags of benchmark.py, e.g. --backend eager openvino --batch-size 1 32]
 #   bash cmd/benchmark.sh --update     writes them into the README
 #   bash cmd/benchmark.sh --check      counts its parameters and GMACs again
