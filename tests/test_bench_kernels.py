@@ -3,6 +3,7 @@ import ast
 import csv
 import json
 import re
+import shlex
 from pathlib import Path
 
 import caretrans.kernels
@@ -209,7 +210,7 @@ def test_the_commands_for_a_gpu_are_accepted(pretend, monkeypatch):
         if name == 'tests':
             assert all((ROOT / word).is_file() for word in line.split() if word.endswith('.py'))
             continue
-        config = parse_bench_config(line.split()[1:])
+        config = parse_bench_config(shlex.split(line)[1:])
         models, (setups, left_out) = expand_models(config.model), list_setups(config, CUDA)
         if config.bench == 'curves':
             assert [way for _, way in list_comparisons(config, models, CUDA)] == ['channels_last+bf16+compile+kernels']
