@@ -11,7 +11,7 @@ from photos import copy_photographs
 import caretrans.bench.training
 import caretrans.training
 from caretrans.bench import training_ways
-from caretrans.bench.training import JUMP, TrainingBench, bench_training, describe_training
+from caretrans.bench.training import TrainingBench, bench_training, describe_training
 from caretrans.bench.training_curves import (
     Comparison,
     compare_curves,
@@ -63,7 +63,8 @@ def test_first_steps_agree_with_float64(records):
 def test_the_comparison_systems_take_the_same_steps(model, args, teacher):
     """With a teacher they need the second head that they do not have by default.
 
-    Their gradient jumps where rounding carries an input of a ReLU over 0.
+    Their gradient jumps where rounding carries an input of a ReLU over 0, by up to 3.1e-3 here (5e-7 with SiLU in place
+    of ReLU): then a way that only orders numbers otherwise is off by more than is allowed, and is not timed.
     """
     bench = dataclasses.replace(TINY, model=model, teacher=teacher, model_args=args)
     if teacher != 'none':
@@ -71,8 +72,9 @@ def test_the_comparison_systems_take_the_same_steps(model, args, teacher):
             bench_training(bench, [PUBLISHED])
         bench = dataclasses.replace(bench, model_args=(*args, ('distilled', True)))
     records = bench_training(bench, ['channels_last', 'bf16'])
-    assert [r['model'] for r in records] == [model] * 3 and all(r['median_ms'] > 0 for r in records)
-    assert 0 < records[0]['error'] < JUMP and 0 < records[1]['error'] < JUMP < records[2]['error'] < 0.2
+    assert [r['model'] for r in records] == [model] * 3 and records[0]['median_ms'] > 0 and records[2]['median_ms'] > 0
+    assert records[1]['median_ms'] or 'not timed: its first step is off by' in records[1]['notes'][0]
+    assert 0 < records[0]['error'] < 2e-3 and 0 < records[1]['error'] < 1e-2 < records[2]['error'] < 0.2
 
 
 def test_the_table_names_teacher_batch_device_and_the_fastest(records):

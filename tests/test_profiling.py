@@ -119,7 +119,8 @@ def test_a_fused_network_has_the_same_parts_and_no_normalisation_in_its_stages()
     profile = profile_forward(fuse(filled_model('care_s0')), IMAGES, runs=1, warmup=1)
     cells = {cell for cell, ms in profile.cells.items() if ms > 0}
     assert {('stages.2', 'attention'), ('stages.0', 'conv depth-wise'), ('head', 'linear')} <= cells
-    assert {part for part, kind in cells if kind == 'normalisation'} <= {'head', 'norm'}
+    found = {part for part, kind in cells if kind == 'normalisation'}
+    assert {'head'} <= found <= {'head', 'norm'}  # the second is an identity, of which its call alone is seen
 
 
 @pytest.mark.parametrize('name', ['fastvit_t8', 'mobilenetv2_035', 'deit_tiny_patch16_224'])
