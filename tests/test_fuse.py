@@ -46,6 +46,7 @@ def test_fused_has_no_norms_of_batches_and_one_head(model):
     assert not [m for m in modules if isinstance(m, nn.BatchNorm2d) and m is not fused.norm]  # of the last map
     if isinstance(model, CareTransformer):
         assert not [m for m in modules if isinstance(m, (nn.BatchNorm2d, nn.Dropout))]
+        assert len([m for m in modules if isinstance(m, nn.Linear)]) == 1
     assert len([m for m in modules if isinstance(m, nn.Linear) and m.out_features == model.num_classes]) == 1
     assert sum(p.numel() for p in fused.parameters()) < sum(p.numel() for p in model.parameters())
 
