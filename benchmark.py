@@ -16,9 +16,9 @@ from caretrans.bench.config import BenchConfig, parse_bench_config  # noqa: E402
 from caretrans.bench.readme import check_readme, find_place, update_readme  # noqa: E402
 from caretrans.bench.report import check_folder, describe_result, list_contents, write_result  # noqa: E402
 from caretrans.bench.sections import run_benches  # noqa: E402
-from caretrans.checkpoint import CheckpointError  # noqa: E402
-from caretrans.config import ConfigError  # noqa: E402
-from caretrans.data import DataError  # noqa: E402
+from caretrans.errors import CheckpointError  # noqa: E402
+from caretrans.errors import ConfigError  # noqa: E402
+from caretrans.errors import DataError  # noqa: E402
 from caretrans.progress import show_messages  # noqa: E402
 
 

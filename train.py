@@ -3,13 +3,11 @@ import shlex
 import sys
 
 import caretrans  # noqa: F401 (registers the models)
-from caretrans.checkpoint import CheckpointError
-from caretrans.config import ConfigError, parse_train_config
-from caretrans.data import DataError
+from caretrans.config import parse_train_config
 from caretrans.distributed import find_processes
-from caretrans.engine import TrainingError
+from caretrans.errors import CheckpointError, ConfigError, DataError, Preempted, TrainingError
 from caretrans.progress import show_messages
-from caretrans.run import Preempted, train
+from caretrans.training.run import train
 
 
 def main() -> int:

@@ -6,11 +6,11 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 
 import caretrans  # noqa: F401 (registers the models)
-from caretrans.checkpoint import CheckpointError
-from caretrans.config import CROP_MODES, ConfigError, number
-from caretrans.data import CHANNEL_ORDERS, DataError
+from caretrans.config import CROP_MODES, number
+from caretrans.data import CHANNEL_ORDERS
+from caretrans.devices import resolve_device
 from caretrans.distributed import find_processes
-from caretrans.engine import resolve_device
+from caretrans.errors import CheckpointError, ConfigError, DataError
 from caretrans.evaluation import describe_result, evaluate_checkpoint
 from caretrans.fuse import FORMS
 from caretrans.progress import show_messages

@@ -5,9 +5,10 @@ import os
 import sys
 from typing import Any, Optional, Sequence
 
-from .checkpoint import LAYOUTS, CheckpointError, convert_checkpoint
-from .config import CROP_MODES, ConfigError, number
-from .data import CHANNEL_ORDERS, DataError
+from .checkpoint.load import LAYOUTS, convert_checkpoint
+from .config import CROP_MODES, number
+from .data.datasets import CHANNEL_ORDERS
+from .errors import CheckpointError, ConfigError, DataError
 from .progress import show_messages
 
 
@@ -83,8 +84,8 @@ def _add_bench_loader(commands: Any) -> None:
 
 
 def _predict(as_json: bool, device: str, **options) -> int:
-    from .engine import resolve_device  # each command loads what it needs, and no more
-    from .evaluation import predict_images
+    from .devices import resolve_device
+    from .evaluation.predict import predict_images
 
     failed = 0
     for result in predict_images(device=resolve_device(device), **options):
@@ -101,7 +102,7 @@ def _predict(as_json: bool, device: str, **options) -> int:
 
 
 def _shard(**options: Any) -> int:
-    from .shards import write_shards
+    from .data.shards import write_shards
 
     for split, info in write_shards(**options).items():
         print(f'{split}: {info["num_samples"]} images in {len(info["filenames"])} shards')

@@ -11,11 +11,12 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import yaml
 
-from .machine import count_cores
+from .devices import count_cores
+from .errors import ConfigError
 from .models.backbone import find_family
 
 __all__ = [
-    'CROP_MODES', 'ConfigError', 'FlagParser', 'TrainConfig', 'add_flags', 'check_settings', 'choose_model_args',
+    'CROP_MODES', 'FlagParser', 'TrainConfig', 'add_flags', 'check_settings', 'choose_model_args',
     'derive_batches', 'number', 'parse_flags', 'parse_train_config', 'read_recipe', 'setting']
 
 RECIPES = Path(__file__).parent / 'recipes'
@@ -23,10 +24,6 @@ CROP_MODES = ['center', 'squash', 'border']  # timm's names
 MESA_START = 0.25
 
 _logger = logging.getLogger(__name__)
-
-
-class ConfigError(ValueError):
-    """Settings that cannot work; the message names the value and the remedy."""
 
 
 def setting(default: Any, help: str, **kwargs: Any) -> Any:

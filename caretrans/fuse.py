@@ -8,13 +8,13 @@ from timm.utils import reparameterize_model
 
 from .models.backbone import Backbone
 from .models.care import CareTransformer
-from .models.care_bmm import rewrite_for_bmm
-from .models.care_phone import rewrite_for_phone
 from .models.casvit import CasVit
-from .models.casvit_phone import rewrite_casvit_for_phone
 from .models.folding import InferenceModule
+from .models.inference.care_bmm import rewrite_for_bmm
+from .models.inference.care_phone import rewrite_for_phone
+from .models.inference.casvit_phone import rewrite_casvit_for_phone
+from .models.inference.mlla_phone import rewrite_mlla_for_phone
 from .models.mlla import Mlla
-from .models.mlla_phone import rewrite_mlla_for_phone
 
 __all__ = ['FORMS', 'fuse', 'is_fused', 'measure_fusion_error', 'rewrite']
 
@@ -71,7 +71,7 @@ def rewrite(model: nn.Module, form: str = 'fused') -> nn.Module:
     Args:
         form: 'trained', with nothing rewritten; 'fused', ours by `fuse` and others reparameterised as their authors do;
             'phone', ours with the operations that phones like as well (`caretrans.models.*_phone`); 'bmm', the CARE
-            Transformer with those that XNNPACK likes (`caretrans.models.care_bmm`), others fused.
+            Transformer with those that XNNPACK likes (`caretrans.models.inference.care_bmm`), others fused.
     """
     if form not in FORMS:
         raise ValueError(f'form is {form!r}, choose from {", ".join(FORMS)}.')

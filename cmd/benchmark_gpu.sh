@@ -20,7 +20,7 @@ step() {  # NAME COMMAND: a step that fails is named at the end, the others go o
 bench() {  # NAME FLAGS
     step "$1" "$python" benchmark.py --device cuda --output "$folder/$1" "${@:2}"
 }
-step tests "$python" -m pytest -s tests/test_cuda_kernels.py tests/test_cuda_benchmarks.py tests/test_cuda.py
+step tests "$python" -m pytest -s tests/kernels/test_cuda_kernels.py tests/bench/test_cuda_benchmarks.py tests/test_cuda.py
 bench published --model "${models[@]}" --published
 bench infer --model "${models[@]}" --backend eager fused cudagraph --dtype tf32 float32 bfloat16 float16 --batch-size 1 64
 bench compile --model "${models[@]}" --backend eager compile --dtype tf32 bfloat16 --batch-size 1 64

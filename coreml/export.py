@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from caretrans.checkpoint import CheckpointError  # noqa: E402
-from caretrans.config import ConfigError  # noqa: E402
-from caretrans.data import DataError  # noqa: E402
+from caretrans.errors import CheckpointError  # noqa: E402
+from caretrans.errors import ConfigError  # noqa: E402
+from caretrans.errors import DataError  # noqa: E402
 from caretrans.export.config import parse_export_config  # noqa: E402
 from caretrans.export.report import describe_exports  # noqa: E402
 from caretrans.export.run import export  # noqa: E402

@@ -20,8 +20,9 @@ import torch  # noqa: E402
 from caretrans.export import apple  # noqa: E402
 from caretrans.export.config import Job  # noqa: E402
 from caretrans.export.coreml import read_facts  # noqa: E402
-from caretrans.export.phone_results import ResultsError, format_row, make_row  # noqa: E402
-from caretrans.export.verify import ExportError  # noqa: E402
+from caretrans.errors import ResultsError  # noqa: E402
+from caretrans.export.phone_results import format_row, make_row  # noqa: E402
+from caretrans.errors import ExportError  # noqa: E402
 
 
 def parse() -> argparse.Namespace:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from caretrans.export.phone_results import ResultsError, describe_results, read_results  # noqa: E402
+from caretrans.errors import ResultsError  # noqa: E402
+from caretrans.export.phone_results import describe_results, read_results  # noqa: E402
 
 
 def main() -> int:

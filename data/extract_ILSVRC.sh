@@ -4,4 +4,4 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cmd/env.sh"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-exec "$python" -m caretrans.imagenet --folder "$root/data" "$@"
+exec "$python" -m caretrans.data.imagenet --folder "$root/data" "$@"

@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 
-from caretrans.checkpoint import CheckpointError
+from caretrans.errors import CheckpointError
 from caretrans.models.care import CareTransformer
 from caretrans.models.published_keys import rename_keys
 

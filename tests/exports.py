@@ -8,9 +8,10 @@ from typing import Any, Optional, Tuple
 import pytest
 import torch
 
+from caretrans.errors import ExportError
 from caretrans.export.config import FLOORS, ExportConfig, Job
 from caretrans.export.source import Cases, Source, load_cases, load_source
-from caretrans.export.verify import ExportError, Program, Verification, VerificationError, verify
+from caretrans.export.verify import Program, Verification, VerificationError, verify
 
 SIZE = (64, 64)
 

@@ -11,7 +11,7 @@ import numpy as np
 import scipy.io
 from photos import FRUIT
 
-from caretrans.imagenet_archives import ILSVRC2012, Archive, Edition
+from caretrans.data.imagenet_archives import ILSVRC2012, Archive, Edition
 
 WNIDS = {1: 'n02119789', 2: 'n03000684', 3: 'n01440764'}  # by ILSVRC id: not in the order of the WordNet ids
 TRAIN_IMAGES = {'n02119789': 3, 'n03000684': 4, 'n01440764': 5}

@@ -21,7 +21,7 @@ import torch.nn as nn
 
 import caretrans  # noqa: F401 (registers the models)
 
-DATA = Path(__file__).parent / 'data'
+DATA = Path(__file__).parent / 'data' / 'reference'
 
 
 def _normal(name: str, shape: Sequence[int]) -> np.ndarray:

@@ -4,7 +4,8 @@ import re
 import pytest
 import yaml
 
-from caretrans.config import RECIPES, ConfigError, TrainConfig, derive_batches, parse_train_config
+from caretrans.config import RECIPES, TrainConfig, derive_batches, parse_train_config
+from caretrans.errors import ConfigError
 
 
 def test_flags_go_over_the_recipe_and_the_recipe_over_the_defaults(tmp_path):

@@ -47,12 +47,12 @@ def test_every_way_to_train_runs_and_says_how_fast(data, tmp_path, flags, proces
 @pytest.mark.parametrize('flags', [[], ['--kernels', '--ema']], ids=str)
 def test_a_run_stopped_on_a_gpu_goes_on(data, tmp_path, monkeypatch, flags):
     skip_without_kernels(flags)
-    import caretrans.run
+    import caretrans.training.run
     from caretrans.config import parse_train_config
 
     config = parse_train_config([str(flag) for flag in (data, *FLAGS, *flags, '--output', tmp_path / 'run')])
     looks = iter(range(10 ** 6))
-    monkeypatch.setattr(caretrans.run.StopRequest, '__call__', lambda self: next(looks) == 1)
-    with pytest.raises(caretrans.run.Preempted):
-        caretrans.run.train(config)
-    assert caretrans.run.train(config).last['epoch'] == 2
+    monkeypatch.setattr(caretrans.training.run.StopRequest, '__call__', lambda self: next(looks) == 1)
+    with pytest.raises(caretrans.training.run.Preempted):
+        caretrans.training.run.train(config)
+    assert caretrans.training.run.train(config).last['epoch'] == 2

@@ -11,14 +11,14 @@ import torch
 import torch.nn as nn
 from torch.utils.data import Dataset
 
-from ..evaluation import load_for_evaluation, open_data
-from ..loader import build_eval_loader
-from ..machine import describe_device, list_versions
-from ..metrics import evaluate_in_detail
+from ..data.loaders import build_eval_loader
+from ..devices import describe_device, list_versions
+from ..evaluation.evaluate import load_for_evaluation, open_data
+from ..evaluation.metrics import evaluate_in_detail
+from ..measure.sample_network import load_photographs
+from ..measure.tables import format_table
 from ..progress import Progress
 from .backends import Network, Runner, Setup, prepare
-from .lively import load_photographs
-from .tables import format_table
 
 __all__ = ['describe_accuracy', 'measure_accuracy']
 

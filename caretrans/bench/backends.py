@@ -14,26 +14,25 @@ import os
 import shutil
 import tempfile
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 
-from ..config import ConfigError
-from ..fuse import rewrite
+from ..errors import ConfigError
+from ..measure.sample_network import PHOTOGRAPHS
 from .device_rates import allow_tf32
 from .kernel_choice import check_kernels, fit_kernels, place_kernels
-from .lively import PHOTOGRAPHS
+from .runtimes import list_openvino_dtypes, prepare_onnxruntime, prepare_openvino
+from .setups import IN_TORCH, Network, Runner, Setup, WrongOutputError, measure_deviation
 
 __all__ = [
     'BACKENDS', 'DTYPES', 'TOLERANCES', 'Network', 'Runner', 'Setup', 'WrongOutputError', 'check_output', 'check_setup',
     'find_obstacle', 'fit_setups', 'list_dtypes', 'measure_deviation', 'measure_error', 'prepare']
 
 BACKENDS = ('eager', 'fused', 'compile', 'cudagraph', 'onnxruntime', 'openvino')
-IN_TORCH = ('eager', 'fused', 'compile', 'cudagraph')
 DTYPES = ('float32', 'tf32', 'bfloat16', 'float16', 'int8')
 LAYOUTS = ('nchw', 'channels_last')
 
@@ -51,7 +50,6 @@ ROUNDED = {'tf32': torch.float16, 'float16': torch.float16, 'bfloat16': torch.bf
 # In int8 that norm itself is limited, right outputs have up to 0.2: permuted classes are found, most lost biases and
 # swapped convolutions are not.
 INT8_TOLERANCE = 0.5
-CHECKED = 8
 
 TORCH_DTYPES = {
     'float32': torch.float32, 'tf32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
@@ -59,49 +57,6 @@ PACKAGES = {  # what to import: what to install
     'onnxruntime': {'onnxruntime': 'onnxruntime', 'onnx': 'onnx', 'onnxscript': 'onnxscript'},
     'openvino': {'openvino': 'openvino', 'onnx': 'onnx', 'onnxscript': 'onnxscript'},
 }
-
-
-class WrongOutputError(RuntimeError):
-    """A way of running a network does not compute what the network computes."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """How a network is run: one of `BACKENDS`, `DTYPES`, `LAYOUTS` and `KERNELS`, a device, threads of a CPU."""
-    backend: str
-    dtype: str = 'float32'
-    layout: str = 'nchw'
-    device: torch.device = torch.device('cpu')
-    threads: int = 1
-    kernels: str = 'torch'
-
-    def __str__(self) -> str:
-        return ' '.join([self.backend, self.dtype] + [self.layout] * (self.backend in IN_TORCH)
-                        + [self.kernels] * (self.kernels != 'torch'))
-
-
-@dataclass
-class Runner:
-    """A network ready to be run on given images.
-
-    Attributes:
-        run: Runs it once; on a GPU without waiting for the end.
-        read: The logits (B, num_classes) of what `run` gave, float64 on the CPU.
-        images: What `run` runs the network on; whatever is copied into this tensor is run next.
-        held: Bytes of weights and images; None where the memory of the backend cannot be seen.
-        peak: Bytes at most, where `held` and PyTorch's counting during a run do not tell it.
-        notes: What a reader of its figures must know.
-        module: The network that `run` calls, where there is one with its parts.
-        kernels: Which of `KERNELS` run, if any of those that were asked for.
-    """
-    run: Callable[[], Any]
-    read: Callable[[Any], torch.Tensor]
-    images: torch.Tensor
-    held: Optional[int] = None
-    peak: Optional[int] = None
-    notes: List[str] = field(default_factory=list)
-    module: Optional[nn.Module] = None
-    kernels: str = 'torch'
 
 
 # What goes together ---------------------------------------------------------------------------------------------------
@@ -138,7 +93,6 @@ def find_obstacle(backend: str, device: torch.device) -> str:
 def list_dtypes(backend: str, device: torch.device) -> Tuple[str, ...]:
     """The number formats that a backend computes in on a device."""
     if backend == 'openvino':
-        from .runtimes import list_openvino_dtypes
         return list_openvino_dtypes()
     if backend == 'onnxruntime':
         return ('float32', 'int8') if device.type == 'cpu' else ('float32', 'tf32', 'float16')
@@ -175,82 +129,10 @@ def fit_setups(setups: Sequence[Setup], model: nn.Module) -> List[Setup]:
     return list(dict.fromkeys(replace(setup, kernels=fit_kernels(model, setup.kernels)) for setup in setups))
 
 
-class Network:
-    """A network with images to run it on, and what is made of both once: rewrite, reference, exported program.
-
-    Args:
-        model: In evaluation mode, float32, on the CPU.
-        images: (B, C, H, W) float32, made ready for the model.
-        fused: What `rewrite` makes of `model`, where it is there already.
-        photographs: (N, C, H, W), to calibrate int8.
-    """
-
-    def __init__(
-            self, model: nn.Module, images: torch.Tensor, fused: Optional[nn.Module] = None,
-            photographs: Optional[torch.Tensor] = None) -> None:
-        self.model, self.images, self.photographs = model, images, photographs
-        self.fused = rewrite(model) if fused is None else fused
-        self._programs: Dict[torch.dtype, bytes] = {}
-        self._roundings: Dict[torch.dtype, float] = {}
-
-    @cached_property
-    def checked(self) -> List[int]:
-        """The images whose logits are checked: the first, the last and some between, `CHECKED` at most."""
-        count = len(self.images)
-        return sorted({round(i * (count - 1) / (CHECKED - 1)) for i in range(CHECKED)})
-
-    @cached_property
-    def expected(self) -> torch.Tensor:
-        """The logits of the checked images, of the network as it is trained, in float64."""
-        return self._compute(copy.deepcopy(self.model).double(), torch.float64)
-
-    def _compute(self, model: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-        with torch.no_grad():  # one by one, for memory
-            return torch.cat([model(self.images[[number]].to(dtype)) for number in self.checked])
-
-    def measure_rounding(self, dtype: torch.dtype) -> float:
-        """`measure_deviation` of the network as it is trained, computed in float32, where weights, images and what
-        each module gives are rounded to `dtype`."""
-        if dtype not in self._roundings:
-            model = copy.deepcopy(self.model)
-            for tensor in [*model.parameters(), *model.buffers()]:
-                if tensor.is_floating_point():
-                    tensor.data = tensor.data.to(dtype).float()
-            for module in model.modules():
-                module.register_forward_pre_hook(lambda module, args: _round(args, dtype))
-                module.register_forward_hook(lambda module, args, out: _round(out, dtype))
-            self._roundings[dtype] = measure_deviation(self._compute(model, torch.float32), self.expected)
-        return self._roundings[dtype]
-
-    def halve(self) -> 'Network':
-        """The same with half of the images."""
-        return Network(self.model, self.images[:len(self.images) // 2], self.fused, self.photographs)
-
-    def export(self, dtype: torch.dtype = torch.float32) -> bytes:
-        """The rewritten network as an ONNX program for images of this shape."""
-        if dtype not in self._programs:
-            from .runtimes import export_onnx
-            self._programs[dtype] = export_onnx(copy.deepcopy(self.fused).to(dtype), self.images.to(dtype))
-        return self._programs[dtype]
-
-
-def _round(values: Any, dtype: torch.dtype) -> Any:
-    if isinstance(values, (tuple, list)):
-        return type(values)(_round(value, dtype) for value in values)
-    is_float = isinstance(values, torch.Tensor) and values.is_floating_point()
-    return values.to(dtype).to(values.dtype) if is_float else values
-
-
 def measure_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest error of a logit relative to the largest logit; infinite where logits are not finite."""
     error = ((logits.double() - expected).abs().max() / expected.abs().max()).item()
     return error if error == error else float('inf')
-
-
-def measure_deviation(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """The norm of the error of all logits relative to theirs; infinite where logits are not finite."""
-    deviation = ((logits.double() - expected).norm() / expected.norm()).item()
-    return deviation if deviation == deviation else float('inf')
 
 
 def check_output(network: Network, runner: Runner, dtype: str) -> float:
@@ -383,5 +265,4 @@ def prepare(network: Network, setup: Setup) -> Runner:
     """
     if setup.backend in IN_TORCH:
         return _prepare_in_torch(network, setup)
-    from .runtimes import prepare_onnxruntime, prepare_openvino
     return (prepare_onnxruntime if setup.backend == 'onnxruntime' else prepare_openvino)(network, setup)

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.module_tracker import ModuleTracker
 
-from ..measure import OUTSIDE, list_parts
+from ..measure.counts import OUTSIDE, list_parts
 from .device_rates import DeviceRates
 from .operations import ATTENTION, CONVOLUTIONS, DEPTHWISE, LINEAR, POINTWISE, REST, classify_operation, find_attention
 from .profiling import Profile

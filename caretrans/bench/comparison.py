@@ -20,29 +20,20 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import torch
 import yaml
 
-from ..config import (
-    ConfigError,
-    FlagParser,
-    TrainConfig,
-    add_flags,
-    choose_model_args,
-    number,
-    parse_train_config,
-    read_recipe,
-)
+from ..config import FlagParser, TrainConfig, add_flags, choose_model_args, number, parse_train_config, read_recipe
+from ..devices import describe_device, list_versions, resolve_device, use_threads
 from ..distributed import Processes, find_processes
-from ..engine import TrainingError, resolve_device
-from ..machine import describe_device, list_versions, use_threads
+from ..errors import ConfigError, Preempted, TrainingError
+from ..measure.sample_network import PHOTOGRAPHS
 from ..models.backbone import find_family, resolve_alias
 from ..progress import Progress
-from ..run import Preempted, train
-from ..run_folder import FREE, describe_environment, find_run
-from ..training import Trainer, build_model, check_kernels
+from ..training.folder import FREE, describe_environment, find_run
+from ..training.run import train
+from ..training.trainer import Trainer, build_model, check_kernels
 from .comparison_report import Comparison, describe_comparison, summarise_models, write_comparison
 from .config import BenchConfig, list_setups
 from .inference import BUILDING, ROUNDS, Candidate, build_network, count_network, measure_group, take_batch
-from .lively import PHOTOGRAPHS
-from .names import expand_models
+from ..measure.names import expand_models
 from .readme import find_place, update_readme
 from .report import check_folder
 

@@ -9,8 +9,8 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from ..config import ConfigError
-from .tables import format_table, format_value
+from ..errors import ConfigError
+from ..measure.tables import format_table, format_value
 
 __all__ = ['Comparison', 'describe_comparison', 'draw_comparison', 'summarise_models', 'write_comparison']
 

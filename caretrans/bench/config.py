@@ -7,10 +7,11 @@ from typing import List, Optional, Sequence, Tuple
 
 import torch
 
-from ..config import ConfigError, check_settings, parse_flags, setting
+from ..config import check_settings, parse_flags, setting
+from ..errors import ConfigError
 from .backends import BACKENDS, DTYPES, IN_TORCH, Setup, check_setup
 from .kernel_choice import KERNELS, WITH_KERNELS, choose_kernels
-from .names import expand_models, parse_size
+from ..measure.names import expand_models, parse_size
 
 __all__ = ['BENCHES', 'BenchConfig', 'list_setups', 'parse_bench_config']
 

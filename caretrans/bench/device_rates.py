@@ -5,7 +5,7 @@ from typing import Any, Callable, Iterator, Optional, Sequence
 
 import torch
 
-from .timing import time_block
+from ..measure.timing import time_block
 
 __all__ = ['DTYPES', 'DeviceRates', 'allow_tf32', 'measure_rates']
 

@@ -7,10 +7,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..config import ConfigError
-from ..machine import describe_device, list_versions
+from ..devices import describe_device, list_versions
+from ..errors import ConfigError
+from ..measure.timing import compare_rounds, judge_noise, summarise, time_block, time_interleaved
 from ..models.care import LinearAttention
-from .timing import compare_rounds, judge_noise, summarise, time_block, time_interleaved
 
 __all__ = ['SIZES', 'SoftmaxAttention', 'make_softmax_twin', 'measure_growth']
 

@@ -14,27 +14,19 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, TextIO, Tuple
 import timm
 import torch
 
-from ..checkpoint import CheckpointError, create_from_checkpoint
-from ..engine import resolve_device
-from ..machine import describe_device, list_versions, use_threads
-from ..measure import count_operations, count_parameters
+from ..checkpoint.load import create_from_checkpoint
+from ..devices import describe_device, list_versions, resolve_device, use_threads
+from ..errors import CheckpointError
+from ..measure.counts import count_operations, count_parameters
+from ..measure.sample_network import enliven, load_photographs
+from ..measure.timing import (
+    CandidateError, Rounds, compare_rounds, is_out_of_memory, judge_noise, measure_peak, summarise, time_block,
+    time_interleaved)
 from ..progress import Progress
 from .backends import Network, Runner, Setup, check_output, fit_setups, prepare
 from .config import BenchConfig, list_setups
 from .kernel_choice import has_parts
-from .lively import enliven, load_photographs
-from .published import find_published
-from .timing import (
-    CandidateError,
-    Rounds,
-    compare_rounds,
-    is_out_of_memory,
-    judge_noise,
-    measure_peak,
-    summarise,
-    time_block,
-    time_interleaved,
-)
+from ..measure.published import find_published
 
 __all__ = [
     'BenchResult', 'Candidate', 'build_network', 'count_network', 'measure_group', 'run_inference', 'shorten',

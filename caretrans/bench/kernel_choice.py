@@ -4,7 +4,7 @@ from typing import Dict, List, Sequence, Tuple
 import torch
 import torch.nn as nn
 
-from ..config import ConfigError
+from ..errors import ConfigError
 from ..kernels import PARTS, describe_placements, use_kernels, why_unavailable
 
 __all__ = ['KERNELS', 'WITH_KERNELS', 'check_kernels', 'choose_kernels', 'fit_kernels', 'has_parts', 'place_kernels']

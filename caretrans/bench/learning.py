@@ -4,12 +4,12 @@ from typing import List, Optional, Sequence, TextIO, Tuple
 
 import torch
 
-from ..config import ConfigError, TrainConfig, choose_model_args, read_recipe
-from ..data import DataError
+from ..config import TrainConfig, choose_model_args, read_recipe
+from ..errors import ConfigError, DataError
+from ..measure.sample_network import PHOTOGRAPHS
 from ..progress import Progress
 from .config import BenchConfig
 from .inference import BenchResult, shorten
-from .lively import PHOTOGRAPHS
 from .training_curves import compare_curves, describe_curves
 from .training_ways import list_ways, parse_way
 

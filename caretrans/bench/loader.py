@@ -19,9 +19,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_loader
 from torch.utils.data import Dataset
 
 from ..config import TrainConfig
-from ..data import DataError, open_dataset
-from ..loader import build_train_loader
-from ..machine import count_cores, describe_processor
+from ..data.datasets import open_dataset
+from ..data.loaders import build_train_loader
+from ..devices import count_cores, describe_processor
+from ..errors import DataError
 
 __all__ = ['bench_loader', 'describe_bench', 'make_photographs']
 

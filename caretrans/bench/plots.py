@@ -3,18 +3,15 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
+from ..errors import PlotError
 from ..models.backbone import find_family
 from .operations import KINDS
-from .published import find_published, list_footnotes
+from ..measure.published import find_published, list_footnotes
 
-__all__ = ['PlotError', 'draw_accuracy_by_gmacs', 'draw_accuracy_by_latency', 'draw_growth', 'draw_parts']
+__all__ = ['draw_accuracy_by_gmacs', 'draw_accuracy_by_latency', 'draw_growth', 'draw_parts']
 
 Record = Mapping[str, Any]
 FACTS = (('device', '{}'), ('dtype', '{}'), ('batch', 'batch {}'), ('height', '{} px'), ('threads', 'threads {}'))
-
-
-class PlotError(ValueError):
-    """There is nothing to draw; the message says what is missing."""
 
 
 def _describe_facts(records: Sequence[Record], *leave_out: str) -> str:

@@ -17,20 +17,10 @@ import torch.nn as nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, record_function
 
-from ..measure import OUTSIDE, list_parts
+from ..measure.counts import OUTSIDE, list_parts
+from ..measure.timing import synchronise
 from .operations import (
-    ATTENTION,
-    CONVOLUTIONS,
-    COPIES,
-    GENERATED,
-    KINDS,
-    LINEAR,
-    OURS,
-    REST,
-    classify_operation,
-    find_attention,
-)
-from .timing import synchronise
+    ATTENTION, CONVOLUTIONS, COPIES, GENERATED, KINDS, LINEAR, OURS, REST, classify_operation, find_attention)
 
 __all__ = ['Profile', 'describe_profile', 'list_profile', 'profile_call', 'profile_forward']
 

@@ -8,10 +8,10 @@ from typing import Any, Dict, Iterator, List, Sequence, Tuple
 import timm
 import torch.nn as nn
 
-from ..config import ConfigError
+from ..errors import ConfigError
 from ..fuse import rewrite
-from ..measure import count_operations, count_parameters, make_empty
-from .names import parse_size
+from ..measure.counts import count_operations, count_parameters, make_empty
+from ..measure.names import parse_size
 
 __all__ = ['BEGIN', 'END', 'check_readme', 'find_place', 'update_readme']
 

@@ -7,12 +7,12 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
-from ..config import ConfigError
-from ..measure import KINDS
+from ..errors import ConfigError
+from ..measure.counts import KINDS
+from ..measure.tables import format_table, format_value
 from .config import BenchConfig
 from .inference import BenchResult, shorten
-from .published import list_footnotes, mark_accuracy
-from .tables import format_table, format_value
+from ..measure.published import list_footnotes, mark_accuracy
 from .training_curves import draw_curves, record_curves, write_curves
 
 __all__ = [

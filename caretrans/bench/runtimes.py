@@ -2,38 +2,29 @@
 
 The programs are those of `caretrans.export`; both runtimes read one of ONNX.
 """
-from typing import TYPE_CHECKING, Any, List, Tuple
+from typing import Any, List, Tuple
 
 import numpy as np
 import torch
-import torch.nn as nn
 
-from ..export.onnx_program import INPUT, convert, make_session, quantize, split_batches
-from ..export.openvino_program import compile_model, get_core, make_model
-from ..export.openvino_program import quantize as quantize_for_openvino
-from ..export.torch_program import trace_network
+from ..runtimes.onnx import INPUT, make_session, quantize, split_batches
+from ..runtimes.openvino import compile_model, get_core, make_model, quantize as quantize_for_openvino
 
-if TYPE_CHECKING:
-    from .backends import Network, Runner, Setup
+from .setups import Network, Runner, Setup
 
-__all__ = ['export_onnx', 'list_openvino_dtypes', 'prepare_onnxruntime', 'prepare_openvino']
+__all__ = ['list_openvino_dtypes', 'prepare_onnxruntime', 'prepare_openvino']
 
 HINTS = {'float32': 'f32', 'bfloat16': 'bf16', 'float16': 'f16', 'int8': 'f32'}  # int8: of what is not quantised
 UNSEEN = 'the memory of this backend is not seen'
 
 
-def export_onnx(model: nn.Module, images: torch.Tensor) -> bytes:
-    """A network as an ONNX program with its weights, for images of this shape."""
-    return convert(trace_network(model, images)).SerializeToString()
-
-
-def _split_photographs(network: 'Network') -> List[np.ndarray]:
+def _split_photographs(network: Network) -> List[np.ndarray]:
     return split_batches(network.photographs, len(network.images))
 
 
 # ONNX Runtime ---------------------------------------------------------------------------------------------------------
 
-def _provide(setup: 'Setup') -> List[Any]:
+def _provide(setup: Setup) -> List[Any]:
     if setup.device.type == 'cpu':
         return ['CPUExecutionProvider']
     stream = str(torch.cuda.current_stream(setup.device).cuda_stream)
@@ -41,9 +32,8 @@ def _provide(setup: 'Setup') -> List[Any]:
         device_id=setup.device.index or 0, user_compute_stream=stream, use_tf32=int(setup.dtype == 'tf32')))]
 
 
-def prepare_onnxruntime(network: 'Network', setup: 'Setup') -> 'Runner':
+def prepare_onnxruntime(network: Network, setup: Setup) -> Runner:
     """A session of ONNX Runtime; on a GPU with images and logits there."""
-    from .backends import Runner
     dtype = torch.float16 if setup.dtype == 'float16' else torch.float32
     program = network.export(dtype)
     if setup.dtype == 'int8':
@@ -57,8 +47,7 @@ def prepare_onnxruntime(network: 'Network', setup: 'Setup') -> 'Runner':
         lambda: session.run(None, feed)[0], lambda logits: torch.from_numpy(logits).double(), images, notes=[UNSEEN])
 
 
-def _bind(session: Any, images: torch.Tensor, setup: 'Setup') -> 'Runner':
-    from .backends import Runner
+def _bind(session: Any, images: torch.Tensor, setup: Setup) -> Runner:
     index = setup.device.index or 0
     numpy_type = np.float16 if images.dtype == torch.float16 else np.float32
     logits = torch.empty(len(images), *session.get_outputs()[0].shape[1:], dtype=images.dtype, device=images.device)
@@ -81,13 +70,12 @@ def list_openvino_dtypes() -> Tuple[str, ...]:
     return tuple(dtype for dtype, name in names.items() if name in able)
 
 
-def prepare_openvino(network: 'Network', setup: 'Setup') -> 'Runner':
+def prepare_openvino(network: Network, setup: Setup) -> Runner:
     """A request of OpenVINO on the CPU, for latency: one stream, `setup.threads` threads, the format as asked for.
 
     Raises:
         RuntimeError: It would compute in another format; without a hint it takes bfloat16 where the processor has it.
     """
-    from .backends import Runner
     model = make_model(network.export())
     if setup.dtype == 'int8':
         model = quantize_for_openvino(model, _split_photographs(network))

@@ -8,11 +8,9 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, TextIO, Tuple
 import timm
 import torch
 
-from ..checkpoint import CheckpointError
-from ..config import ConfigError
-from ..engine import resolve_device
-from ..machine import describe_device, use_threads
-from ..measure import make_empty
+from ..devices import describe_device, resolve_device, use_threads
+from ..errors import CheckpointError, ConfigError, PlotError
+from ..measure.counts import make_empty
 from ..models.backbone import find_family
 from ..progress import Progress
 from .accuracy import describe_accuracy, measure_accuracy
@@ -22,9 +20,9 @@ from .config import BenchConfig, list_setups
 from .device_rates import measure_rates
 from .growth import SIZES, measure_growth
 from .inference import BenchResult, build_network, run_inference, shorten, take_batch
-from .names import expand_models
 from .learning import bench_curves, list_comparisons
-from .plots import PlotError, draw_accuracy_by_gmacs, draw_accuracy_by_latency, draw_growth, draw_parts
+from ..measure.names import expand_models
+from .plots import draw_accuracy_by_gmacs, draw_accuracy_by_latency, draw_growth, draw_parts
 from .profiling import describe_profile, list_profile, profile_call
 from .training import TrainingBench, bench_training, describe_training
 from .training_ways import list_ways, parse_way

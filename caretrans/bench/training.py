@@ -17,23 +17,17 @@ import torch
 import torch.nn as nn
 from timm.optim import create_optimizer_v2
 
-from ..config import ConfigError, TrainConfig, read_recipe
-from ..distillation import build_task
-from ..engine import Step, Stepper, TrainingError, train_steps
-from ..loader import Pass
-from ..machine import describe_device, list_versions
-from ..randomness import seed_everything
-from ..training import build_mixup, build_model, put_kernels
-from .lively import enliven
-from .timing import (
-    compare_rounds,
-    is_out_of_memory,
-    judge_noise,
-    measure_peak,
-    summarise,
-    time_block,
-    time_interleaved,
-)
+from ..config import TrainConfig, read_recipe
+from ..data.loaders import Pass
+from ..devices import describe_device, list_versions
+from ..errors import ConfigError, TrainingError
+from ..measure.sample_network import enliven
+from ..measure.timing import (
+    compare_rounds, is_out_of_memory, judge_noise, measure_peak, summarise, time_block, time_interleaved)
+from ..seeds import seed_everything
+from ..training.losses import build_task
+from ..training.steps import Step, Stepper, train_steps
+from ..training.trainer import build_mixup, build_model, put_kernels
 from .training_ways import PUBLISHED, Way, list_ways, parse_way, training_precision
 
 __all__ = ['TOLERANCES', 'TrainingBench', 'bench_training', 'describe_training']

@@ -15,10 +15,11 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 import numpy as np
 import torch
 
-from ..config import ConfigError, TrainConfig
+from ..config import TrainConfig
 from ..distributed import Processes
-from ..engine import train_steps
-from ..training import Trainer
+from ..errors import ConfigError
+from ..training.steps import train_steps
+from ..training.trainer import Trainer
 from .training_ways import PUBLISHED, Way, parse_way, training_precision
 
 __all__ = [

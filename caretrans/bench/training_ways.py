@@ -5,7 +5,7 @@ from typing import Any, Dict, FrozenSet, Iterator, Tuple
 
 import torch
 
-from ..config import ConfigError
+from ..errors import ConfigError
 from ..kernels import why_unavailable
 from .device_rates import allow_tf32
 

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..errors import ExportError
 from .config import Job
 from .coreml import INPUT, import_coremltools
 from .source import Cases, Source
-from .verify import ExportError, Program, Verification, verify
+from .verify import Program, Verification, verify
 
 __all__ = [
     'UNITS', 'Examination', 'Latency', 'Placement', 'describe_placements', 'examine', 'find_device', 'is_available',

@@ -3,8 +3,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Optional, Sequence, Tuple
 
-from ..bench.names import expand_models, parse_size
-from ..config import ConfigError, check_settings, parse_flags, setting
+from ..measure.names import expand_models, parse_size
+from ..config import check_settings, parse_flags, setting
+from ..errors import ConfigError
 from .formats import FORMATS, Format, find_obstacle
 
 __all__ = ['AIMED', 'COREML', 'TARGET', 'TOLERANCES', 'ExportConfig', 'Job', 'parse_export_config']

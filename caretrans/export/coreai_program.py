@@ -12,12 +12,13 @@ from typing import Any, List
 import torch
 import torch.nn as nn
 
+from ..errors import ExportError
+from ..runtimes.quiet import silence
+from ..runtimes.tracing import trace_network
 from .config import Job
 from .metadata import describe, read_class_names
-from .silence import silence
 from .source import Source, build_network
-from .torch_program import trace_network
-from .verify import ExportError, Program
+from .verify import Program
 
 __all__ = ['read', 'write']
 

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from .. import __version__
-from ..config import ConfigError
+from ..errors import ConfigError, ExportError
+from ..runtimes.quiet import silence
 from .config import Job
 from .metadata import describe, describe_input, read_class_names
-from .silence import silence
 from .source import Source
 from .torch_program import trace
-from .verify import ExportError, Program
+from .verify import Program
 
 __all__ = ['INPUT', 'LABEL', 'check', 'evaluate', 'import_coremltools', 'read', 'read_facts', 'write']
 

@@ -13,7 +13,8 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 import torch
 import torch.nn.functional as F
 
-from .verify import ExportError, Program
+from ..errors import ExportError
+from .verify import Program
 
 __all__ = ['Evaluator', 'Findings', 'ImageInput', 'Mode', 'Step', 'Weight', 'round_half_']
 

@@ -12,14 +12,15 @@ from typing import Any, Dict, List, Tuple
 
 import torch
 
-from ..config import ConfigError
+from ..errors import ConfigError, ExportError
+from ..runtimes.onnx import split_batches
+from ..runtimes.quiet import silence
+from ..runtimes.tracing import trace_network
 from .config import Job
 from .metadata import describe, read_class_names
-from .onnx_program import split_batches
-from .silence import silence
 from .source import Source
-from .torch_program import trace, trace_network
-from .verify import ExportError, Program
+from .torch_program import trace
+from .verify import Program
 
 __all__ = ['check', 'extract_package', 'read', 'write']
 

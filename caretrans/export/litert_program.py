@@ -8,12 +8,13 @@ from typing import Any, Dict, List
 import torch
 import torch.nn as nn
 
+from ..errors import ExportError
+from ..runtimes.onnx import split_batches
+from ..runtimes.quiet import silence
 from .config import Job
 from .metadata import describe, read_class_names
-from .onnx_program import split_batches
-from .silence import silence
 from .source import Source, build_network
-from .verify import ExportError, Program
+from .verify import Program
 
 __all__ = ['read', 'write']
 

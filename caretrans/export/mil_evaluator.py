@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..errors import ExportError
 from .evaluation import Evaluator, Findings, ImageInput, Mode, Step, Weight
-from .verify import ExportError
 
 __all__ = ['OPERATIONS', 'read_ml_program']
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..errors import ExportError
 from .evaluation import Evaluator, Findings, ImageInput, Mode, Step, Weight
-from .verify import ExportError
 
 __all__ = ['LAYERS', 'decode_weights', 'read_network']
 

@@ -2,47 +2,29 @@
 
 ONNX Runtime is told not to report its use to its makers.
 """
-import os
-import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, List, Tuple
 
-import numpy as np
 import torch
 
+from ..errors import ExportError
+from ..runtimes.onnx import INPUT, OPSET, convert, import_onnxruntime, make_session, quantize, split_batches
+from ..runtimes.tracing import trace_any_size
 from .config import Job
 from .metadata import describe, read_class_names
-from .silence import silence
 from .source import Source, build_network
-from .torch_program import trace_any_size
-from .verify import ExportError, Program
+from .verify import Program
 
-__all__ = [
-    'INPUT', 'OPSET', 'convert', 'import_onnxruntime', 'make_session', 'quantize', 'read',
-    'split_batches', 'write']
+__all__ = ['read', 'write']
 
-OPSET = 20  # the first with a Gelu of its own
 ANY_SIZE = 'any number of images, of any height and width that the network takes'  # the tracer's checks are left out
-INPUT = 'input_1'
 AXES = ('batch', None, 'height', 'width')
 SHAPE_CHANGES = ('Reshape', 'Transpose', 'Unsqueeze', 'Squeeze', 'Flatten', 'Expand')
 INT64 = 7  # of onnx.TensorProto
 
 
 # From PyTorch ---------------------------------------------------------------------------------------------------------
-
-def convert(program: torch.export.ExportedProgram, output: str = 'logits') -> Any:
-    """A program of torch.export as an ONNX model with its weights, in opset `OPSET`.
-
-    Args:
-        output: Name of what comes out; what goes in is `INPUT`.
-    """
-    with torch.no_grad(), silence(''):
-        converted = torch.onnx.export(
-            program, dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[output], verbose=False)
-    return converted.model_proto
-
 
 def _name_axes(model: Any) -> None:
     """Call the axes that are free by their names, instead of the tracer's numbers."""
@@ -66,42 +48,6 @@ def _make_model(source: Source, job: Job) -> Tuple[Any, str]:
 
 # int8 -----------------------------------------------------------------------------------------------------------------
 
-def split_batches(images: torch.Tensor, batch: int) -> List[np.ndarray]:
-    """Images in batches of one size, at least one batch: a program may be made for that size alone."""
-    repeats = -(-batch // len(images))
-    whole = images.repeat(repeats, 1, 1, 1)
-    return [part.numpy() for part in whole.split(batch) if len(part) == batch]
-
-
-def quantize(program: bytes, batches: Sequence[np.ndarray]) -> bytes:
-    """Weights and activations as 8-bit integers, weights per channel, ranges of activations from photographs.
-
-    Args:
-        program: In float32.
-        batches: Images as the program takes them.
-    """
-    import_onnxruntime()
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.batches: Iterator[np.ndarray] = iter(batches)
-
-        def get_next(self) -> Optional[Dict[str, np.ndarray]]:
-            batch = next(self.batches, None)
-            return None if batch is None else {INPUT: batch}
-
-    with tempfile.TemporaryDirectory() as folder, silence(''):
-        source, shaped, target = (Path(folder) / f'{name}.onnx' for name in ('source', 'shaped', 'target'))
-        source.write_bytes(program)
-        quant_pre_process(str(source), str(shaped), skip_symbolic_shape=True)
-        quantize_static(
-            str(shaped), str(target), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
-            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
-        return target.read_bytes()
-
-
 # Files ----------------------------------------------------------------------------------------------------------------
 
 def write(source: Source, job: Job, path: Path) -> List[str]:
@@ -115,21 +61,6 @@ def write(source: Source, job: Job, path: Path) -> List[str]:
     model.producer_name = 'caretrans'
     onnx.save(model, str(path))
     return [f'opset {OPSET}', remark or ANY_SIZE]
-
-
-def import_onnxruntime() -> Any:
-    os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')  # before it is loaded
-    import onnxruntime
-    return onnxruntime
-
-
-def make_session(program: bytes, threads: int, providers: Sequence[Any] = ('CPUExecutionProvider',)) -> Any:
-    """A session of ONNX Runtime for a program in memory."""
-    onnxruntime = import_onnxruntime()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(program, options, providers=list(providers))
 
 
 def _list_shape_changes(model: Any) -> List[str]:

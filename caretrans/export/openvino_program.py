@@ -4,76 +4,28 @@ OpenVINO's own converter of PyTorch models reports its use to its makers, its re
 to.
 """
 import json
-import os
 from collections import Counter
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, List, Sequence
+from typing import List
 
 import numpy as np
 import torch
 
+from ..errors import ExportError
+from ..runtimes.onnx import convert, split_batches
+from ..runtimes.openvino import compile_model, get_core, make_model, quantize
+from ..runtimes.quiet import silence
 from .config import Job
 from .metadata import describe, read_class_names
-from .onnx_program import convert, split_batches
-from .silence import silence
 from .source import Source
 from .torch_program import trace
-from .verify import ExportError, Program
+from .verify import Program
 
-__all__ = ['compile_model', 'get_core', 'make_model', 'quantize', 'read', 'write']
+__all__ = ['read', 'write']
 
 MODEL, FACTS = 'model.xml', 'caretrans.json'
 SHAPE_CHANGES = ('Reshape', 'Transpose', 'Unsqueeze', 'Squeeze', 'Broadcast')
 NO_OPERATIONS = ('Constant', 'Parameter', 'Result')
-
-
-@lru_cache(maxsize=None)
-def get_core() -> Any:
-    """OpenVINO's entry point, one for the life of the process.
-
-    It gives the process a stack of its own for signals and, when it goes, leaves that unmapped behind: the next signal
-    that Python handles there, such as the end of a child process, would then kill this one.
-    """
-    import openvino
-    return openvino.Core()
-
-
-def make_model(program: bytes) -> Any:
-    """An ONNX program as a model of OpenVINO."""
-    from openvino.passes import ConstantFolding, Manager
-    model = get_core().read_model(program)
-    manager = Manager()
-    manager.register_pass(ConstantFolding())  # the reader looks up shapes that are known
-    manager.run_passes(model)
-    return model
-
-
-def quantize(model: Any, batches: Sequence[np.ndarray]) -> Any:
-    """An OpenVINO model with weights and activations as 8-bit integers, ranges of activations from photographs."""
-    os.environ.setdefault('NNCF_CI', '1')  # its switch against telemetry; before it is loaded
-    import nncf
-
-    return nncf.quantize(
-        model, nncf.Dataset(list(batches)), preset=nncf.QuantizationPreset.MIXED, subset_size=len(batches))
-
-
-def compile_model(model: Any, threads: int, hint: str = 'f32') -> Any:
-    """A model for the processor, for latency: one stream, the format of numbers as asked for.
-
-    Args:
-        model: Of OpenVINO.
-        hint: 'f32', 'f16' or 'bf16', in OpenVINO's words; without one it takes bfloat16 where the processor has it.
-    Raises:
-        RuntimeError: It would compute in another format.
-    """
-    compiled = get_core().compile_model(model, 'CPU', {
-        'PERFORMANCE_HINT': 'LATENCY', 'NUM_STREAMS': '1', 'INFERENCE_NUM_THREADS': str(threads),
-        'INFERENCE_PRECISION_HINT': hint})
-    taken = compiled.get_property('INFERENCE_PRECISION_HINT').to_string()
-    if taken != hint:
-        raise RuntimeError(f'OpenVINO computes in {taken} where {hint} was asked for')
-    return compiled
 
 
 def write(source: Source, job: Job, path: Path) -> List[str]:

@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Dict, List, Tuple
 
-from ..bench.tables import format_table
+from ..errors import ResultsError
+from ..measure.tables import format_table
 from .config import COMPRESSIONS, COREML
 
 __all__ = [
-    'COLUMNS', 'Column', 'ResultsError', 'check_row', 'describe_results', 'format_row',
+    'COLUMNS', 'Column', 'check_row', 'describe_results', 'format_row',
     'make_row', 'read_results']
-
-
-class ResultsError(ValueError):
-    """A file of results with a mistake; the message names line, column and remedy."""
 
 
 # What a cell may hold: its text, or a ValueError that says what it should be ------------------------------------------

@@ -1,7 +1,7 @@
 """What an export says to people."""
 from typing import Any, Dict, Iterator, Optional, Sequence
 
-from ..bench.tables import format_table
+from ..measure.tables import format_table
 from ..models.attention import EPS
 from .run import Export
 from .verify import Verification

@@ -12,15 +12,15 @@ from typing import Any, Dict, List, Optional, Sequence, TextIO, Tuple
 
 import torch
 
-from ..bench.timing import compare_rounds, judge_noise, summarise, time_interleaved
-from ..config import ConfigError
-from ..machine import describe_device, list_versions, use_threads
+from ..devices import describe_device, list_versions, use_threads
+from ..errors import ConfigError, ExportError
+from ..measure.timing import compare_rounds, judge_noise, summarise, time_interleaved
 from ..progress import Progress
 from . import formats
 from .apple import Examination, examine, is_available
 from .config import COREML, TARGET, ExportConfig, Job
 from .source import Cases, Source, load_cases, load_source
-from .verify import ExportError, Program, Verification, VerificationError, verify
+from .verify import Program, Verification, VerificationError, verify
 
 __all__ = ['Export', 'export']
 

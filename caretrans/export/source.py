@@ -11,14 +11,14 @@ import torch
 import torch.nn as nn
 from timm.data import create_transform
 
-from ..bench.lively import PHOTOGRAPHS, enliven, load_photographs
-from ..checkpoint import CheckpointError
-from ..config import ConfigError
-from ..data import DataError, describe_classes, list_classes, open_dataset, resolve_eval_config
-from ..evaluation import load_for_evaluation
+from ..checkpoint.preparation import resolve_eval_config
+from ..data.datasets import describe_classes, list_classes, open_dataset
+from ..errors import CheckpointError, ConfigError, DataError
+from ..evaluation.evaluate import load_for_evaluation
 from ..fuse import rewrite
-from ..models.care_phone import watch_least_mass
+from ..measure.sample_network import PHOTOGRAPHS, enliven, load_photographs
 from ..models.folding import fold_pixels
+from ..models.inference.care_phone import watch_least_mass
 from .config import ExportConfig, Job
 
 __all__ = ['Cases', 'ExportedNetwork', 'Source', 'build_network', 'load_cases', 'load_source']

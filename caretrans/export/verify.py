@@ -6,18 +6,15 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import torch
 import torch.nn as nn
 
+from ..errors import ExportError
 from .config import TOLERANCES, Job
 from .source import Cases, Source, build_network
 
-__all__ = ['ExportError', 'Program', 'Verification', 'VerificationError', 'verify']
+__all__ = ['Program', 'Verification', 'VerificationError', 'verify']
 
 TOP = 5
 EXAMINED = 16  # photographs, of a program without its rounding
 Run = Callable[[torch.Tensor], torch.Tensor]
-
-
-class ExportError(RuntimeError):
-    """A program that cannot be written or read; the message names the file and the remedy."""
 
 
 class VerificationError(ExportError):

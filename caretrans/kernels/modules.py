@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from ..models.care import DecoupledMixer, Expansion, Interaction, LinearAttention
-from ..models.care_fused import FusedExpansion, FusedInteraction, FusedMixer
+from ..models.inference.care_fused import FusedExpansion, FusedInteraction, FusedMixer
 from ..models.mlla import RotaryLinearAttention
 
 __all__ = ['KERNEL_MODULES', 'PARTS', 'KernelModule', 'is_interpreted']

@@ -25,8 +25,8 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 
 from .attention import linear_attention
 from .backbone import Backbone, build_backbone, check_image_size, make_cfg
-from .care_fused import FusedBlock, FusedHead, FusedStem
 from .folding import NormConv
+from .inference.care_fused import FusedBlock, FusedHead, FusedStem
 
 __all__ = ['CareTransformer']
 

@@ -1,0 +1,292 @@
+"""Checkpoint files as such: read without running anything in them, written whole or not at all."""
+import argparse
+import io
+import json
+import os
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Union
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+
+from ..errors import CheckpointError, list_names
+
+__all__ = [
+    'Checkpoint', 'is_plain', 'read_checkpoint', 'write_safetensors', 'write_torch']
+
+WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')  # entries of weights, in the order timm prefers
+WRAPPER_PREFIXES = re.compile(r'^(module\.|_orig_mod\.)+')  # of DistributedDataParallel and torch.compile
+
+PathLike = Union[str, os.PathLike]
+
+
+# Objects in pickles ---------------------------------------------------------------------------------------------------
+
+class _NumpyType:
+    """Stands for numpy.dtype: the type of a scalar, as a pickle describes it."""
+
+    def __init__(self, code: str, *flags: Any) -> None:
+        self.code, self.order = code, '='
+
+    def __setstate__(self, state: Tuple[Any, ...]) -> None:
+        self.order = state[1]
+
+
+def _read_scalar(dtype: _NumpyType, data: bytes) -> Union[bool, int, float]:
+    """A scalar of NumPy as a plain number."""
+    if not re.fullmatch(r'[biuf]\d', dtype.code):
+        raise pickle.UnpicklingError(f'GLOBAL numpy.dtype({dtype.code})')  # as torch calls what it does not allow
+    return np.frombuffer(data, dtype.order + dtype.code).item()
+
+
+def _stand_in(path: str, function: Callable[..., Any]) -> type:
+    """A class that pickles take for `path` ('module.name'); instead of making an instance it calls `function`."""
+    module, _, name = path.rpartition('.')
+    return type(name, (), dict(__module__=module, __new__=lambda cls, *args: function(*args)))
+
+
+# What checkpoints of others hold beside tensors and plain types. Nothing that they name of yacs or NumPy is imported or
+# called: a node of yacs becomes an ordered dict with its flags as attributes, a scalar of NumPy a number.
+HARMLESS = [
+    argparse.Namespace, _NumpyType,
+    _stand_in('yacs.config.CfgNode', OrderedDict),
+    _stand_in('numpy.dtype', _NumpyType),
+    *(_stand_in(f'numpy.{core}.multiarray.scalar', _read_scalar) for core in ('core', '_core'))]
+
+
+def _simplify(value: Any) -> Any:
+    """Namespaces and nodes of yacs, and those in them, as plain dicts; anything else as it is."""
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    elif type(value) in (list, tuple):
+        return type(value)(_simplify(item) for item in value)
+    elif not (type(value) is OrderedDict and '__immutable__' in vars(value)):
+        return value
+    return {key: _simplify(item) for key, item in value.items()}
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was read from a file.
+
+    Attributes:
+        path: The file.
+        entry: The entry of the file that the weights were taken from, '' where they are not wrapped.
+        entries: The other entries that hold weights.
+        state_dict: The weights, on the CPU, under the keys of the file without `module.` and `_orig_mod.`.
+        meta: All the rest (`arch`, `class_names`, `epoch`, `optimizer` ...), with namespaces and nodes
+            of yacs turned into dicts, and scalars of NumPy into numbers.
+    """
+    path: Path
+    entry: str
+    entries: Tuple[str, ...]
+    state_dict: Dict[str, torch.Tensor] = field(repr=False)
+    meta: Dict[str, Any] = field(repr=False)
+
+
+def read_checkpoint(path: PathLike, entry: Optional[str] = None) -> Checkpoint:
+    """Read a checkpoint without running anything in it.
+
+    Args:
+        path: The file. Its content decides how it is read, not its name.
+        entry: The entry of the file that holds the weights, '' for the file itself. By default the first there is of
+            `WRAPPERS`, in which weights averaged in training (EMA) come first, then the file itself.
+    Raises:
+        CheckpointError: The file cannot be read, or holds no weights (in `entry`).
+    """
+    path = Path(path)
+    contents, meta = _read_contents(path)
+    if not isinstance(contents, Mapping):
+        raise CheckpointError(f'{path}: holds a {type(contents).__name__}, not weights by name: take another file.')
+    weights = {key: _take_tensors(value) for key, value in contents.items() if _take_tensors(value)}
+    if not weights and _take_tensors(contents):
+        weights = {'': _take_tensors(contents)}
+    if not weights:
+        only = f', only {list_names(contents)}' if contents else ''
+        raise CheckpointError(f'{path}: holds no weights{only}: take another file.')
+    if entry is None:
+        entry = next((name for name in (*WRAPPERS, '') if name in weights), None)
+    if entry not in weights:
+        problem = 'no entry of a usual name holds weights' if entry is None else f'entry {entry!r} holds no weights'
+        raise CheckpointError(f'{path}: {problem}: choose entry={" or ".join(map(repr, weights))}.')
+
+    bare = weights.get('', {})
+    for key, value in contents.items():
+        if key not in weights and key not in bare:
+            meta[key] = _simplify(value)
+    state_dict = {WRAPPER_PREFIXES.sub('', key): value for key, value in weights[entry].items()}
+    if len(state_dict) < len(weights[entry]):
+        raise CheckpointError(f'{path}: has keys both with and without module. or _orig_mod.: save each weight once.')
+    return Checkpoint(path, entry, tuple(name for name in weights if name != entry), state_dict, meta)
+
+
+def _take_tensors(value: Any) -> Dict[str, torch.Tensor]:
+    """The tensors of a state dict; nothing from anything else."""
+    if not isinstance(value, Mapping):
+        return {}
+    tensors = {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+    return tensors if any(tensor.is_floating_point() for tensor in tensors.values()) else {}
+
+
+def _read_contents(path: Path) -> Tuple[Any, Dict[str, Any]]:
+    """What `path` holds, on the CPU, and the metadata of a safetensors file.
+
+    Its first bytes decide how it is read, not its name. Pickles may hold tensors, plain types and what `HARMLESS`
+    stands for.
+
+    Raises:
+        CheckpointError: It is not there, not a checkpoint, damaged, or wants to run code.
+    """
+    head = _read_head(path)
+    if head.startswith(b'PK'):
+        _check_zip(path)
+    try:
+        if head.startswith((b'PK', b'\x80')):
+            # given a name instead of a file, torch.load would go by its ending
+            with open(path, 'rb') as file, torch.serialization.safe_globals(HARMLESS):
+                return torch.load(file, map_location='cpu', weights_only=True), {}
+        with safetensors.safe_open(path, framework='pt') as file:
+            metadata = {key: _parse_text(value) for key, value in (file.metadata() or {}).items()}
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata
+    except Exception as error:  # damaged bytes make torch.load raise nearly anything
+        refused = re.search(r'GLOBAL (\S+)', str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if refused:
+            raise CheckpointError(
+                f'{path}: wants to run code when opened ({refused[1]}), so it was not opened: get its weights alone, '
+                f'as a state dict or safetensors.') from error
+        raise CheckpointError(
+            f'{path}: is truncated or damaged ({_shorten(error)}): download or copy it again.') from error
+
+
+def _read_head(path: Path) -> bytes:
+    """The first bytes of a file that may be a checkpoint."""
+    try:
+        with open(path, 'rb') as file:
+            head = file.read(200)
+    except FileNotFoundError:
+        raise CheckpointError(f'{path}: no such file: check the path.') from None
+    except IsADirectoryError:
+        raise CheckpointError(f'{path}: is a folder: name a file in it.') from None
+    except OSError as error:
+        raise CheckpointError(f'{path}: cannot be read ({error.strerror}): check path and permissions.') from error
+    if not head:
+        raise CheckpointError(f'{path}: is empty (0 bytes): download or copy it again.')
+    if head.lstrip(b'\xef\xbb\xbf \t\r\n').startswith(b'<'):
+        raise CheckpointError(f'{path}: is a web page saved under this name: download the file itself in a browser.')
+    if head.startswith(b'version https://git-lfs'):
+        raise CheckpointError(f'{path}: is a Git-LFS pointer, not the weights: run `git lfs pull` in its repository.')
+    if not head.startswith((b'PK', b'\x80')) and head[8:9] != b'{' and path.suffix != '.safetensors':
+        raise CheckpointError(
+            f'{path}: is neither a file of torch.save nor safetensors (it begins with {head[:8]!r}): unpack or '
+            f'download it again.')
+    return head
+
+
+def _check_zip(path: Path) -> None:
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f'{path}: is truncated (its zip archive has no end): download or copy it again.')
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if any(name.endswith('/constants.pkl') for name in names):
+        raise CheckpointError(f'{path}: is a TorchScript program: take the checkpoint that it was made from.')
+    if not any(name.endswith('/data.pkl') for name in names):
+        raise CheckpointError(f'{path}: is a zip archive of {list_names(names)}: unpack it and take the file inside.')
+
+
+def _shorten(error: Exception) -> str:
+    reason = str(error).partition('WeightsUnpickler error:')[2] or str(error) or type(error).__name__
+    reason = ' '.join(reason.partition('\n\nCheck the documentation')[0].split())
+    return reason if len(reason) <= 160 else f'{reason[:160]} ...'
+
+
+def _parse_text(text: str) -> Any:
+    """The value of a text, safetensors' only type of metadata, that `write_safetensors` made of something else."""
+    with suppress(json.JSONDecodeError):
+        return json.loads(text)
+    return text
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+def write_torch(path: Path, contents: Dict[str, Any]) -> None:
+    """Write a dict of what `read_checkpoint` accepts.
+
+    Raises:
+        TypeError: It holds another type; names the entry.
+        CheckpointError: The file cannot be written.
+    """
+    _check_types(contents)
+    buffer = io.BytesIO()  # torch.save itself does not say that a disk is full
+    torch.save(contents, buffer)
+    _write(path, buffer.getbuffer())
+
+
+def write_safetensors(path: Path, tensors: Dict[str, torch.Tensor], metadata: Dict[str, Any]) -> None:
+    """Write tensors, and metadata as JSON.
+
+    Raises:
+        CheckpointError: The file cannot be written.
+    """
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
+    _write(path, safetensors.torch.save(tensors, {**texts, 'format': 'pt'}))
+
+
+def is_plain(value: Any) -> bool:
+    """Whether `value` is made of numbers, texts and None alone, and so fit for metadata."""
+    try:
+        _check_types(value, tensors=False)
+    except TypeError:
+        return False
+    return True
+
+
+def _check_types(value: Any, name: str = '', tensors: bool = True) -> None:
+    if type(value) in (dict, OrderedDict):
+        for key, item in value.items():
+            if type(key) not in (str, int):
+                raise TypeError(f'{name or "the checkpoint"} has the key {key!r}: make it a text or an integer.')
+            _check_types(item, f'{name}.{key}' if name else str(key), tensors)
+    elif type(value) in (list, tuple):
+        for i, item in enumerate(value):
+            _check_types(item, f'{name}[{i}]', tensors)
+    elif tensors and isinstance(value, (torch.Tensor, torch.dtype)):
+        return
+    elif type(value) not in (type(None), bool, int, float, str):
+        raise TypeError(
+            f'{name} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint cannot hold: '
+            f'make it a tensor, a number, a text, or a list, tuple or dict of them.')
+
+
+def _write(path: Path, data: Union[bytes, memoryview]) -> None:
+    """Put `data` aside, flush it to the disk, then rename it to `path`."""
+    aside = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    try:
+        with open(aside, 'wb') as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        raise CheckpointError(
+            f'{path}: could not be written ({error.strerror or error}): make room for {len(data) / 1e6:.1f} MB or '
+            f'choose another folder; a file that was there is unchanged.') from error
+    finally:
+        with suppress(OSError):
+            aside.unlink()
+    with suppress(OSError):  # Windows and some network file systems cannot flush a folder; the file itself is safe
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -1,0 +1,387 @@
+"""Load any checkpoint of our networks, strictly; write one format, which plain timm opens too.
+
+    model, checkpoint = create_from_checkpoint('CARETrans_S0.pth.tar')  # which model, the file says or its shapes do
+    load_checkpoint(model, 'runs/1/best.pth.tar')
+    save_checkpoint('last.pth.tar', model, arch='care_s0', class_names=names, epoch=9)
+
+Files are PyTorch's (zip or the older pickle, whatever they are called) or safetensors; the weights bare or wrapped,
+under published keys, ours or those of mmpretrain, of one head or two. Nothing in a file is run, and nothing is loaded
+in part: whatever does not fit is a `CheckpointError` of one line that names the file, what is wrong and what to do.
+"""
+import logging
+import os
+from pathlib import Path
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
+
+import timm
+import torch
+import torch.nn as nn
+from timm.models import get_pretrained_cfg
+from timm.utils import get_state_dict, unwrap_model
+
+from ..errors import CheckpointError, list_names
+from ..fuse import is_fused
+from ..models.backbone import resolve_alias
+from ..models.published_keys import rename_keys
+from .file import Checkpoint, is_plain, read_checkpoint, write_safetensors, write_torch
+from .layout import Layout, Shapes, find_models, get_shapes, list_models, match_layout, sort_as_published
+from .preparation import read_settings, resolve_settings
+
+__all__ = [
+    'Checkpoint', 'CheckpointError', 'convert_checkpoint', 'create_from_checkpoint', 'load_checkpoint',
+    'read_checkpoint', 'save_checkpoint']
+
+TORCH_ENDINGS = ('.pth', '.pth.tar', '.pt')
+FORMAT_VERSION = 1  # as timm counts: `epoch`, when given, is the number of finished epochs
+NOT_ARCHITECTURE = ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir')
+LAYOUTS = ('published', 'caretrans', 'mmpretrain')
+COUNTS = ('no head', 'one head', 'two heads')
+MIN_FIT = 0.9  # share of equal keys and shapes from which weights are taken for those of a model
+
+PathLike = Union[str, os.PathLike]
+
+_logger = logging.getLogger(__name__)
+
+
+# Which model it is ----------------------------------------------------------------------------------------------------
+
+def _choose_model(checkpoint: Checkpoint, model_name: Optional[str] = None) -> str:
+    """The name asked for, or the one that the file states, or the one whose shapes its weights have; no alias."""
+    path, args = checkpoint.path, checkpoint.meta.get('args')
+    stated = checkpoint.meta.get('arch') or (args.get('model') if isinstance(args, dict) else None)
+    stated = resolve_alias(stated).partition('.')[0] if isinstance(stated, str) and timm.is_model(stated) else None
+    if model_name:
+        if not timm.is_model(model_name):
+            raise CheckpointError(f'{path}: no model {model_name!r} to load it into: leave the name out or correct it.')
+        name = resolve_alias(model_name)
+        try:
+            get_pretrained_cfg(name)
+        except RuntimeError as error:  # no such tag
+            reason = str(error).rstrip('.')
+            raise CheckpointError(f'{path}: {model_name}: {reason}: leave the tag out or correct it.') from None
+        if stated not in (None, name.partition('.')[0]):
+            raise CheckpointError(f'{path}: is a checkpoint of {stated}, not {model_name}: take {stated}.')
+        return name
+    if stated:
+        return stated
+    names, fit = find_models(checkpoint.state_dict)
+    if fit < MIN_FIT or len(names) > 1:
+        problem = 'its weights fit none of ours' if fit < MIN_FIT else f'its weights fit {list_names(names)}'
+        raise CheckpointError(f'{path}: does not say of which model it is, and {problem}: name the model.')
+    _logger.info('%s does not say of which model it is; its weights have the shapes of %s', path, names[0])
+    return names[0]
+
+
+def _build_model(checkpoint: Checkpoint, model_name: str, **model_args: Any) -> nn.Module:
+    """The model for as many heads, classes and image channels as the weights have, with other arguments of the file."""
+    layout = match_layout(model_name.partition('.')[0], checkpoint.state_dict)
+    files = layout.match_keys(checkpoint.state_dict)
+    shapes = {ours: tuple(checkpoint.state_dict[theirs].shape) for ours, theirs in files.items()}
+    sizes = dict(num_classes=layout.count_classes(shapes)[0]) if layout.classifiers else {}
+    if layout.optional_heads:
+        sizes['distilled'] = layout.count_heads(layout.shapes) > 1
+    if f'{layout.first_conv}.weight' in shapes:
+        sizes['in_chans'] = shapes[f'{layout.first_conv}.weight'][1]
+    stored = checkpoint.meta.get('model_args') or {}
+    if not isinstance(stored, dict):
+        raise CheckpointError(f'{checkpoint.path}: its model_args are {stored!r}, not names and values: remove them.')
+    stored = {name: value for name, value in stored.items() if name not in NOT_ARCHITECTURE}
+    return timm.create_model(model_name, **{**sizes, **stored, **model_args})
+
+
+# Loading --------------------------------------------------------------------------------------------------------------
+
+def load_checkpoint(
+        model: nn.Module, path: PathLike, entry: Optional[str] = None, new_heads: bool = False) -> Checkpoint:
+    """Load the weights of a file into `model`: all of them, or none and an error.
+
+    Args:
+        model: Takes them in its own dtype and on its own device.
+        path, entry: See `read_checkpoint`.
+        new_heads: Leave the heads of the model (classifiers and the norms before them) as they are, to be trained.
+    Raises:
+        CheckpointError: As for `read_checkpoint`; or the weights are those of another model, of other classes, of one
+            head instead of two, or have missing, unexpected or misshaped keys, all of which it names.
+    """
+    checkpoint = read_checkpoint(path, entry)
+    _load(model, checkpoint, new_heads)
+    return checkpoint
+
+
+def create_from_checkpoint(
+        path: PathLike,
+        model_name: Optional[str] = None,
+        entry: Optional[str] = None,
+        new_heads: bool = False,
+        **model_args: Any,
+) -> Tuple[nn.Module, Checkpoint]:
+    """Make the model that a file holds the weights of, and load them.
+
+    Args:
+        path, entry: See `read_checkpoint`.
+        model_name: Needed only where the file does not state it (`arch`) and its shapes are not those of exactly one
+            model of this package; or with a tag, 'casvit_xs.r384_in1k' for instance, which decides how images are
+            prepared for evaluation.
+        new_heads: See `load_checkpoint`.
+        model_args: For `timm.create_model`. By default heads, classes and image channels are those of the weights, and
+            other arguments those that the file states (`model_args`).
+    Raises:
+        CheckpointError: As for `load_checkpoint`; or the model is not known, or not the one that the file states.
+    """
+    checkpoint = read_checkpoint(path, entry)
+    model = _build_model(checkpoint, _choose_model(checkpoint, model_name), **model_args)
+    _load(model, checkpoint, new_heads)
+    return model, checkpoint
+
+
+def _load(model: nn.Module, checkpoint: Checkpoint, new_heads: bool) -> None:
+    model = unwrap_model(model)
+    layout = Layout.of(model)
+    tensors = _match_strictly(layout, checkpoint, new_heads)
+    heads = {key: value for key, value in model.state_dict().items() if new_heads and layout.is_head(key)}
+    model.load_state_dict({**tensors, **heads})
+    _logger.info(
+        'Loaded %s from %s, %s%s', layout.model_name, checkpoint.path,
+        f'entry {checkpoint.entry}' if checkpoint.entry else 'which is not wrapped',
+        f' (not {list_names(checkpoint.entries)})' if checkpoint.entries else '')
+    if new_heads:
+        _logger.info('The heads of %s are fresh: train them', layout.model_name)
+
+
+def _match_strictly(layout: Layout, checkpoint: Checkpoint, skip_heads: bool = False) -> Dict[str, torch.Tensor]:
+    """The weights of a checkpoint under the keys of `layout`, which they fit exactly."""
+    path, name = checkpoint.path, layout.model_name
+    files = layout.match_keys(checkpoint.state_dict)
+    if len(files) < sum(not layout.is_computed(key) for key in checkpoint.state_dict):
+        raise CheckpointError(f'{path}: has weights under published keys and ours: save each weight once.')
+    tensors = {ours: checkpoint.state_dict[theirs] for ours, theirs in files.items()}
+    found, wanted = (
+        {key: shape for key, shape in shapes.items() if not (skip_heads and layout.is_head(key))}
+        for shapes in (get_shapes(tensors), layout.shapes))
+    if found == wanted:
+        return {key: tensors[key] for key in wanted}
+
+    found_body, wanted_body = (
+        {key: shape for key, shape in shapes.items() if not layout.is_head(key)} for shapes in (found, wanted))
+    if found_body != wanted_body:
+        _check_variant(layout, checkpoint)
+    else:
+        _check_heads(layout, path, found, wanted)
+    raise CheckpointError(
+        f'{path}: does not fit {name}: {_describe_misfit(layout, files, found, wanted)}: take another file or model.')
+
+
+def _check_heads(layout: Layout, path: Path, found: Shapes, wanted: Shapes) -> None:
+    """CheckpointError when the heads of a file are of other classes than those of `layout`, or more or fewer."""
+    classes, wanted_classes = layout.count_classes(found), layout.count_classes(wanted)
+    heads, wanted_heads = layout.count_heads(found), layout.count_heads(wanted)
+    remedy = 'to keep all but the heads and train these afresh, ask for it (new_heads=True, --new-heads).'
+    if classes != wanted_classes:
+        raise CheckpointError(
+            f'{path}: has heads of {list_names(classes)} classes, {layout.model_name} of {list_names(wanted_classes)}: '
+            f'{remedy}')
+    if layout.optional_heads and heads != wanted_heads:
+        raise CheckpointError(
+            f'{path}: has {COUNTS[heads]}, {layout.model_name} as it was made {COUNTS[wanted_heads]}: make the model '
+            f'with distilled={heads > 1}, or {remedy}')
+
+
+def _check_variant(layout: Layout, checkpoint: Checkpoint) -> None:
+    """CheckpointError when another model of this package fits better than `layout`."""
+    names, fit = find_models(checkpoint.state_dict)
+    if fit < MIN_FIT or fit <= layout.measure_fit(checkpoint.state_dict):
+        return
+    if layout.model_name in names:
+        raise CheckpointError(
+            f'{checkpoint.path}: is a checkpoint of {layout.model_name} as it is by default, not of one changed by '
+            f'arguments (ablation, features_only ...): make the model without them.')
+    right = ' or '.join(names)
+    raise CheckpointError(
+        f'{checkpoint.path}: is a checkpoint of {right}, not {layout.model_name}: take {right}.')
+
+
+def _describe_misfit(layout: Layout, files: Dict[str, str], found: Shapes, wanted: Shapes) -> str:
+    """Every key that is missing, unexpected or misshaped, as the file calls or would call it."""
+    kinds = dict(
+        missing=layout.name_as_in_file([key for key in wanted if key not in found], files),
+        unexpected=[files[key] for key in found if key not in wanted],
+        misshaped=[
+            f'{files[key]} (is {found[key]}, should be {wanted[key]})' for key in found
+            if found[key] != wanted.get(key, found[key])])
+    return '; '.join(f'{len(keys)} {kind}: {", ".join(keys)}' for kind, keys in kinds.items() if keys)
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+def save_checkpoint(
+        path: PathLike,
+        model: nn.Module,
+        *,
+        arch: str,
+        ema: Optional[nn.Module] = None,
+        class_names: Optional[Sequence[str]] = None,
+        **rest: Any,
+) -> None:
+    """Write what this module and plain timm read, whole or not at all: an older file stays until the new one is safe.
+
+    Args:
+        path: `.pth.tar`, `.pth` or `.pt`, in a folder that is there.
+        model: Its weights, without the wrappers of parallel or compiled models.
+        arch: Its name in timm.
+        ema: Averaged weights of the same model, which readers prefer.
+        class_names: One name per class, in the order of the labels.
+        rest: `epoch` (finished ones), `model_args` (for `timm.create_model`), `optimizer` ...: tensors, numbers,
+            texts, and lists, tuples and dicts of them.
+    Raises:
+        CheckpointError: The file cannot be written, because the disk is full for instance.
+        TypeError, ValueError: `rest` holds other types, which could not be read back; too few or many `class_names`; a
+            fused network, which no reader could load.
+    """
+    path = Path(path)
+    if not path.name.endswith(TORCH_ENDINGS):
+        raise CheckpointError(f'{path}: timm goes by the name: let it end in {" or ".join(TORCH_ENDINGS)}.')
+    if is_fused(model):
+        raise ValueError(f'{path}: fused networks are not saved. Save what it was made from, and fuse after loading.')
+    num_classes = unwrap_model(model).num_classes
+    if class_names is not None and len(class_names) != num_classes:
+        raise ValueError(f'{len(class_names)} class names for a model of {num_classes} classes.')
+    contents = dict(arch=arch, num_classes=num_classes, version=FORMAT_VERSION, state_dict=get_state_dict(model))
+    if ema is not None:
+        contents['state_dict_ema'] = get_state_dict(ema)
+    if class_names is not None:
+        contents['class_names'] = list(class_names)
+    write_torch(path, dict(contents, **rest))
+
+
+def convert_checkpoint(
+        source: PathLike, target: PathLike, layout: str, entry: Optional[str] = None, overwrite: bool = False,
+        model_name: Optional[str] = None, **settings: Any) -> str:
+    """Write the weights of `source` to `target` in another layout or another format.
+
+    Args:
+        source, entry: See `read_checkpoint`.
+        target: `.pth`, `.pth.tar`, `.pt` or `.safetensors`, which decides the format.
+        layout: 'published', the weights alone under the official keys in the official order (safetensors has an
+            order of its own; the tables of MLLA come after `lepe`, their official place is not known); 'mmpretrain',
+            of CAS-ViT alone, that of the converter for mmpretrain, in an entry `state_dict`; or 'caretrans', ours,
+            with what else the file says in numbers and texts.
+        overwrite: Replace `target` if it is there.
+        model_name: See `create_from_checkpoint`; for 'caretrans' what its tag says of evaluation is written down.
+        settings: img_size, crop_pct, crop_mode, interpolation, channel_order, None for none. Of 'caretrans', how the
+            network is evaluated from now on; one for BGR images becomes one for RGB images, exactly: the inputs of its
+            first convolution are reversed, and mean and std. Of 'published', img_size alone: side of the images,
+            pixels, that checkpoints of MLLA are tied to; by default that of the tables of the source, if it has any,
+            else that at which it was evaluated in training, else 224.
+    Returns:
+        One line about what was converted.
+    Raises:
+        CheckpointError: `source` is not exactly a model of ours, has no such layout, no use for one of `settings`, or
+            `target` is there or cannot be written.
+        ValueError: Another `layout`.
+    """
+    target = Path(target)
+    _check_target(target, layout, overwrite)
+    checkpoint = read_checkpoint(source, entry)
+    model_name, tagged = _choose_model(checkpoint, model_name), model_name and '.' in model_name
+    name = model_name.partition('.')[0]
+    if name not in list_models():
+        raise CheckpointError(f'{source}: is a checkpoint of {name}, which is none of ours: it has one layout.')
+    model = _build_model(checkpoint, model_name, device='meta')
+    tensors, meta = _match_strictly(Layout.of(model), checkpoint), {}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    eval_config = resolve_settings(model, checkpoint, model_name if tagged else None, **settings)
+    if layout == 'caretrans':
+        meta = {key: value for key, value in checkpoint.meta.items() if is_plain(value)}
+        meta.update(arch=name, num_classes=model.num_classes, version=FORMAT_VERSION)
+        if settings or tagged or 'channel_order' in eval_config:
+            meta['eval_config'] = _turn_to_rgb(checkpoint, model, tensors, eval_config)
+    else:
+        _check_settings(checkpoint, model, layout, settings)
+        tensors = _publish(model, tensors, checkpoint, eval_config, keep_tables='img_size' not in settings)
+    if layout == 'mmpretrain':
+        tensors = _rename_for_mmpretrain(model, name, tensors, checkpoint)
+    summary = (f'{name}, {model.num_classes} classes: {len(tensors)} tensors from {source}'
+               f'{f", entry {checkpoint.entry}," if checkpoint.entry else ""} to {target} in the {layout} layout')
+    if layout != 'caretrans' and (tagged or read_settings(checkpoint)):
+        summary += _describe_settings(model, eval_config)
+    if target.suffix == '.safetensors':
+        write_safetensors(target, tensors, meta)
+    else:
+        write_torch(target, tensors if layout == 'published' else dict(meta, state_dict=tensors))
+    return summary
+
+
+def _check_target(target: Path, layout: str, overwrite: bool) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f'layout must be {", ".join(LAYOUTS[:-1])} or {LAYOUTS[-1]}, not {layout!r}.')
+    if not target.name.endswith((*TORCH_ENDINGS, '.safetensors')):
+        raise CheckpointError(f'{target}: let the name end in {", ".join(TORCH_ENDINGS)} or .safetensors.')
+    if target.exists() and not overwrite:
+        raise CheckpointError(f'{target}: is there already: choose another name, or overwrite=True (--overwrite).')
+
+
+def _check_settings(checkpoint: Checkpoint, model: nn.Module, layout: str, settings: Dict[str, Any]) -> None:
+    """CheckpointError when a layout of others has no place for one of `settings`."""
+    useless = [name for name in settings if name != 'img_size' or not model.computed_keys]
+    if useless:
+        raise CheckpointError(
+            f'{checkpoint.path}: {list_names(useless)} cannot be kept: the {layout} layout of '
+            f'{model.pretrained_cfg["architecture"]} has no place for it: leave it out, or take --to caretrans.')
+
+
+def _turn_to_rgb(
+        checkpoint: Checkpoint, model: nn.Module, tensors: Dict[str, torch.Tensor],
+        eval_config: Dict[str, Any]) -> Dict[str, Any]:
+    """`eval_config` for RGB images; of a network for BGR images the first weights in `tensors` are reversed for it."""
+    if eval_config.get('channel_order', 'rgb') == 'rgb':
+        return eval_config
+    if model.in_chans != 3:
+        raise CheckpointError(
+            f'{checkpoint.path}: channel_order bgr is of 3 channels, it has {model.in_chans}: leave it out.')
+    key = f'{model.pretrained_cfg["first_conv"]}.weight'
+    tensors[key] = tensors[key].flip(1)
+    turned = dict(eval_config, mean=eval_config['mean'][::-1], std=eval_config['std'][::-1])
+    del turned['channel_order']
+    return turned
+
+
+def _publish(
+        model: nn.Module, tensors: Dict[str, torch.Tensor], checkpoint: Checkpoint, eval_config: Dict[str, Any],
+        keep_tables: bool) -> Dict[str, torch.Tensor]:
+    """The weights under published keys in the published order, and what a published checkpoint holds beside them."""
+    try:
+        computed = model.compute_entries(*eval_config['input_size'][1:])
+    except ValueError as error:
+        raise CheckpointError(f'{checkpoint.path}: {error}: name a size (img_size, --img-size).') from None
+    if keep_tables:
+        computed.update({key: checkpoint.state_dict[key] for key in computed if key in checkpoint.state_dict})
+    tensors = {**rename_keys(tensors, model.published_keys, to_published=True), **computed}
+    return {key: tensors[key] for key in sort_as_published(tensors, model.published_keys)}
+
+
+def _rename_for_mmpretrain(
+        model: nn.Module, model_name: str, tensors: Dict[str, torch.Tensor],
+        checkpoint: Checkpoint) -> Dict[str, torch.Tensor]:
+    """Published weights under the keys of the converter for mmpretrain."""
+    if not model.mmpretrain_keys:
+        raise CheckpointError(
+            f'{checkpoint.path}: is a checkpoint of {model_name}, and only CAS-ViT has a layout of mmpretrain: take '
+            f'--to published.')
+    if model.distilled:
+        raise CheckpointError(
+            f'{checkpoint.path}: has two heads, and the layout of mmpretrain has a place for one: take --to published.')
+    return rename_keys(tensors, model.mmpretrain_keys)
+
+
+def _describe_settings(model: nn.Module, settings: Dict[str, Any]) -> str:
+    """The flags that stand for what the layouts of others have no place for."""
+    flags = (f'; it has no place for class names and settings, so evaluate it with --img-size '
+             f'{settings["input_size"][-1]} --crop-pct {settings["crop_pct"]} '
+             f'--interpolation {settings["interpolation"]}')
+    for name, usual in (('crop_mode', 'center'), ('channel_order', 'rgb')):
+        if settings.get(name, usual) != usual:
+            flags += f' --{name.replace("_", "-")} {settings[name]}'
+    for name in ('mean', 'std'):
+        if settings[name] != list(model.pretrained_cfg[name]):
+            flags += f', and {name} {settings[name]}, for which there is no flag'
+    return flags

@@ -1,0 +1,223 @@
+"""Data sets, through timm's readers: what cannot be trained on or evaluated stops here."""
+import json
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Set
+from urllib.error import URLError
+
+from PIL import Image
+from timm.data import ImageNetInfo, IterableImageDataset, create_dataset, create_transform
+from torch.utils.data import Dataset
+from torchvision.transforms import Compose
+
+from ..errors import DataError, list_names
+from .shard_reader import ShardReader
+
+__all__ = [
+    'CHANNEL_ORDERS', 'build_eval_transform', 'check_labels', 'describe_classes', 'find_labels',
+    'list_classes', 'name_image', 'open_dataset']
+
+INFO = '_info.json'  # beside WebDataset shards, as timm reads it
+CHANNEL_ORDERS = ['rgb', 'bgr']
+
+
+def _list_synonyms(split: str) -> List[str]:
+    return [split, 'validation', 'valid', 'val'] if split in ('val', 'validation') else [split]
+
+
+def _split_folder(root: Path, split: str) -> Path:
+    """The folder of a split: `root`/`split`, or `root` itself where it is the split of that name already."""
+    synonyms = _list_synonyms(split)
+    for name in synonyms:
+        for path in (root / name, root / f'{name}.tar'):
+            if path.exists():
+                return path
+    if root.name in synonyms:
+        return root
+    found = list_names(sorted(p.name for p in root.iterdir() if p.is_dir())) or 'no folders'
+    raise DataError(f'{root} has no folder {split!r}, it has {found}. Expected: {root}/{split}/CLASS/IMAGE.jpg.')
+
+
+def _open_shards(root: str, split: str, **options: Any) -> IterableImageDataset:
+    """A split of WebDataset shards that an `_info.json` describes; for shards elsewhere, what timm's reader finds."""
+    path = Path(root) / INFO
+    if path.is_file():
+        try:
+            splits = json.loads(path.read_text())['splits']
+            found = next((name for name in _list_synonyms(split) if name in splits), None)
+            files = splits[found]['filenames'] if found else []
+            missing = [file for file in files if not (path.parent / file).is_file()]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f'{path} does not describe shards: {type(error).__name__}: {error}.') from None
+        if found is None and 'tar' not in split:
+            raise DataError(f'{path} has no split {split!r}, it has {list_names(splits) or "none"}.')
+        if missing:
+            raise DataError(f'{root} lacks {len(missing)} shards of its {INFO}: {list_names(missing)}.')
+        split = found or split
+    elif Path(root).is_dir() and 'tar' not in split:
+        raise DataError(f'{root} has no {INFO}: write the shards with `python -m caretrans shard SOURCE {root}`.')
+    return IterableImageDataset(root, reader=ShardReader(root=root, split=split, **options))
+
+
+def _open(root: str, split: str, name: str, options: Dict[str, Any]) -> Dataset:
+    path = Path(root)
+    sharded = name.lower().startswith('wds/') or not name and (path / INFO).is_file()
+    if not name:
+        if not root or not path.exists():
+            problem = f'No data at {root!r}' if root else 'No data named'
+            raise DataError(f'{problem}: give a folder with {split}/CLASS/*.jpg; the bundled one is data/fruit14.')
+        if path.is_file() and options['is_training']:
+            raise DataError(f'{root} is one file: training needs a folder with train.tar and val.tar.')
+        root = str(_split_folder(path, split)) if path.is_dir() and not sharded else root
+        options.update(search_split=False)
+    try:
+        if sharded:
+            return _open_shards(root, split, is_training=options['is_training'], seed=options['seed'])
+        return create_dataset(name, root=root, split=split, **options)
+    except DataError:
+        raise
+    except (RuntimeError, OSError, ImportError, AssertionError, ValueError, HTTPException) as error:
+        if name.lower().startswith('torch/'):
+            _explain_download(error, root, name)
+        if 'Found 0 images' in str(error):
+            raise DataError(f'{root} has no images. Expected: {root}/CLASS/IMAGE.jpg.') from None
+        if isinstance(error, ImportError) and getattr(error, 'name', '') == 'datasets':
+            raise DataError(f'{name} needs the package of Hugging Face data sets: pip install datasets') from None
+        raise DataError(f'{name or root}, split {split!r}, cannot be read: {" ".join(str(error).split())}') from error
+
+
+def _explain_download(error: Exception, root: str, name: str) -> None:
+    """A line on what torchvision could not fetch or find; nothing for its other errors."""
+    text = ' '.join(str(error).split())
+    if isinstance(error, (URLError, HTTPException, ConnectionError, TimeoutError)) or text.startswith('File not found'):
+        raise DataError(
+            f'{name} could not be fetched into {root} ({type(error).__name__}: {text}): try again, or put the archive '
+            f'there that its authors offer.') from error
+    if 'download=True' in text:
+        raise DataError(f'{root} holds no whole copy of {name}: --dataset-download fetches it.') from error
+
+
+def open_dataset(
+        root: str,
+        split: str,
+        name: str = '',
+        classes: Optional[List[str]] = None,
+        is_training: bool = False,
+        download: bool = False,
+        batch_size: int = 1,
+        seed: int = 42,
+) -> Dataset:
+    """One split of a data set.
+
+    Args:
+        root: Folder of the data.
+        split: 'train', 'val', or a name that the data set knows.
+        name: '' for folders and tars of images in ImageNet layout and for shards of ours, else a name of timm's factory
+            (torch/cifar10); whatever follows wds/ in it is not looked at, the shards are in `root`.
+        classes: The classes in the order of their labels, when a checkpoint or another split fixes it.
+        is_training, download, batch_size, seed: As in `timm.data.create_dataset`.
+    Raises:
+        DataError: The folder, the split, images or a package are missing, or the classes are not `classes`.
+    """
+    root = str(root or '')
+    dataset = _open(root, split, name, dict(
+        is_training=is_training, download=download, batch_size=batch_size, seed=seed))
+    found = list_classes(dataset)
+    if found is not None and len(found) < 2:
+        raise DataError(f'{root} has images of one class only, {found[0]!r}: they go into one folder per class.')
+    if classes is not None and found is not None and found != classes:
+        missing, extra = sorted(set(classes) - set(found)), sorted(set(found) - set(classes))
+        raise DataError(
+            f'The classes of {root} are not those expected ({len(found)} against {len(classes)}): '
+            f'missing {list_names(missing) or "none"}; unknown {list_names(extra) or "none"}.')
+    return dataset
+
+
+def list_classes(dataset: Dataset) -> Optional[List[str]]:
+    """The names of the classes in the order of their labels, or None where the data set does not say."""
+    for owner in (getattr(dataset, 'reader', None), dataset):
+        for attribute in ('class_to_idx', 'class_name_to_idx'):  # timm's reader of tars has the second
+            index = getattr(owner, attribute, None)
+            if index:
+                return sorted(index, key=index.get)
+    return None
+
+
+def describe_classes(classes: Optional[List[str]], num_classes: int) -> List[str]:
+    """Names to show people: descriptions for ImageNet's ids and for 1,000 unnamed classes, else the names."""
+    if classes is None and num_classes != 1000:
+        return [str(i) for i in range(num_classes)]
+    imagenet = ImageNetInfo()
+    if classes is None:
+        return imagenet.label_descriptions()
+    known = set(imagenet.label_names())
+    return [imagenet.label_name_to_description(name) if name in known else name for name in classes]
+
+
+def build_eval_transform(eval_config: Dict[str, Any], as_uint8: bool = False) -> Callable[[Image.Image], Any]:
+    """timm's evaluation transform of RGB images as `resolve_eval_config` says.
+
+    Args:
+        as_uint8: Give pixels, to be normalised on the device, instead of normalised float32.
+    Returns:
+        A function of an image that gives (C, H, W); in channel order 'bgr' blue comes first and meets the first of the
+        means and standard deviations, which stay as they are.
+    Raises:
+        DataError: No such channel order.
+    """
+    settings = dict(eval_config, input_size=tuple(eval_config['input_size']))
+    order = settings.pop('channel_order', 'rgb')
+    if order not in CHANNEL_ORDERS:
+        raise DataError(f'channel_order is {order!r}, choose from {", ".join(CHANNEL_ORDERS)}.')
+    transform = create_transform(**settings, is_training=False, use_prefetcher=as_uint8)
+    return Compose([_reverse_channels, transform]) if order == 'bgr' else transform
+
+
+def _reverse_channels(image: Image.Image) -> Image.Image:
+    return Image.merge('RGB', image.split()[::-1])
+
+
+def find_labels(dataset: Dataset) -> Optional[Set[int]]:
+    """The labels that occur, where they can be known without reading the images."""
+    reader = getattr(dataset, 'reader', None)
+    if isinstance(getattr(reader, 'samples', None), list):  # folders: (path, label)
+        return {int(label) for _, label in reader.samples}
+    if hasattr(reader, 'iter_targets'):  # Hugging Face data sets by index
+        plain = reader.label_key in reader.dataset.column_names and not (reader.remap_class or reader.target_keys)
+        labels = reader.dataset.unique(reader.label_key) if plain else reader.iter_targets()
+        return {-1 if label is None else int(label) for label in labels}
+    for owner in (reader, dataset):  # tars, and most data sets of torchvision
+        for attribute in ('targets', 'labels', '_labels'):
+            labels = getattr(owner, attribute, None)
+            if labels is not None:
+                return {int(label) for label in labels}
+    return None
+
+
+def check_labels(dataset: Dataset, num_classes: int) -> None:
+    """Refuse labels that a model of `num_classes` cannot learn; those of streams are checked as they come.
+
+    Raises:
+        DataError: There are labels below 0 or from `num_classes` on; the message lists them.
+    """
+    dataset.expected_classes = num_classes  # the loaders look at it
+    wrong = sorted(label for label in find_labels(dataset) or () if not 0 <= label < num_classes)
+    if wrong:
+        raise DataError(
+            f'The model has {num_classes} classes, labels 0 to {num_classes - 1}, but the data has '
+            f'{list_names(wrong)}: give the number of classes with --num-classes, or other data.')
+
+
+def name_image(dataset: Dataset, index: int) -> str:
+    """Where image `index` is: its path, a tar's path and the name in it, or its number where no path is known."""
+    reader = getattr(dataset, 'reader', None)
+    samples = getattr(dataset, 'samples', None)
+    if reader is None and samples is not None:  # torchvision's folders: (path, label)
+        return str(samples[index][0])
+    try:
+        name = dataset.filename(index, absolute=True)
+    except (AttributeError, AssertionError, NotImplementedError, KeyError, TypeError):
+        name = None
+    if name and hasattr(reader, 'tar_state'):
+        return ':'.join([str(reader.root), *filter(None, [reader.samples[index][1]]), name])
+    return str(name) if name else f'image {index}'

@@ -1,0 +1,334 @@
+"""Loaders: images of a data set, decoded and augmented in workers as uint8, made floating point on the device.
+
+What a training loader gives is a function of (seed, epoch, step) alone: each image is augmented with a seed of its own,
+so that a run can go on in the middle of an epoch, and workers and processes may change without changing the images.
+"""
+import atexit
+import multiprocessing
+import os
+import signal
+import time
+from itertools import islice
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from timm.data import create_transform
+from timm.data.loader import PrefetchLoader
+from timm.data.scheduled_sampler import ScheduledBatchSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, SequentialSampler
+
+from ..config import TrainConfig
+from ..distributed import Processes
+from ..errors import DataError, list_names
+from ..seeds import derive_seed, seed_everything
+from .datasets import build_eval_transform, name_image
+from .decode import CropTransform
+from .samples import Batch, EvalTransform, Sample, Samples, ShardSamples, StreamedSamples, collate, start_worker
+from .shard_reader import ShardReader
+
+__all__ = ['EvalLoader', 'Pass', 'TrainLoader', 'build_eval_loader', 'build_train_loader']
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+class PassSampler(Sampler):
+    """For each forward pass of this process, the samples it takes of its optimizer step.
+
+    Step s of an epoch takes the images at positions s*B ... s*B+B-1 of the epoch's order, B the global batch, whatever
+    the number of processes; they go to pass 0 of process 0, pass 0 of process 1, ..., pass 1 of process 0, ...
+    timm's scheduled sampler draws a size for each step.
+
+    Args:
+        images: Of the data set.
+        batch_size: Global.
+        splits: For each size, (images per pass and process, passes per step).
+        schedule: 'constant', every size as likely in every epoch, or 'progressive', from the first to the last.
+        epochs: Over which a progressive schedule goes.
+    """
+
+    def __init__(
+            self, images: int, seed: int, batch_size: int, splits: Sequence[Tuple[int, int]], processes: Processes,
+            schedule: str = 'constant', epochs: int = 1,
+    ) -> None:
+        self.images, self.seed, self.batch_size = images, seed, batch_size
+        self.splits, self.processes = list(splits), processes
+        self.epoch = self.start_step = 0
+        self.plan = ScheduledBatchSampler(
+            SequentialSampler(range(images // batch_size)), batch_sizes=[1] * len(splits), seed=seed & 0x7fffffff,
+            num_batches=images // batch_size or None,  # so drawn anew for every epoch
+            choice_schedule=schedule if len(splits) > 1 else 'constant', schedule_epochs=epochs)
+
+    def choose_sizes(self, epoch: int) -> List[int]:
+        """Which of the sizes each step of an epoch has."""
+        self.plan.set_epoch(epoch)
+        return [size for (_, size), in self.plan]
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        self.epoch, self.start_step = epoch, start_step
+
+    def __len__(self) -> int:
+        return sum(self.splits[size][1] for size in self.choose_sizes(self.epoch)[self.start_step:])
+
+    def __iter__(self) -> Iterator[List[Sample]]:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
+        order = torch.randperm(self.images, generator=generator).tolist()
+        sizes = self.choose_sizes(self.epoch)
+        for step in range(self.start_step, len(sizes)):
+            images, passes = self.splits[sizes[step]]
+            for i in range(passes):
+                first = step * self.batch_size + (i * self.processes.world_size + self.processes.rank) * images
+                yield [Sample(order[position], derive_seed(self.seed, self.epoch, position), sizes[step])
+                       for position in range(first, first + images)]
+
+
+class _DeviceLoader:
+    """Moves batches to the device and normalises them there, by timm's prefetcher; keeps account of the rest.
+
+    Attributes:
+        unreadable: (name, reason) of the images that could not be read, in the order they came; the reader empties it.
+        waited: Seconds spent waiting for the workers so far.
+    """
+
+    def __init__(self, eval_config: Dict[str, Any], device: torch.device, **erasing: Any) -> None:
+        channels = eval_config['input_size'][0]
+        if channels != 3:
+            raise DataError(f'The model takes images of {channels} channels, the loaders give 3 (RGB): in_chans=3.')
+        self.unreadable: List[Tuple[str, str]] = []
+        self.waited = 0.
+        self.num_classes: Optional[int] = None
+        self.prefetcher = PrefetchLoader(
+            self, mean=tuple(eval_config['mean']), std=tuple(eval_config['std']), device=device,
+            channels=channels, **erasing)
+
+    def _batches(self) -> Iterable[Batch]:
+        raise NotImplementedError
+
+    def _check_labels(self, targets: torch.Tensor) -> None:
+        """Stop at labels that `data.check_labels` could not see, those of streams."""
+        if self.num_classes is not None and not 0 <= int(targets.min()) <= int(targets.max()) < self.num_classes:
+            wrong = sorted({label for label in targets.tolist() if not 0 <= label < self.num_classes})
+            raise DataError(f'Labels {list_names(wrong)} are not below {self.num_classes}, the classes.')
+
+    def _prepare(self) -> None:
+        """Called before each batch is moved to the device."""
+
+    def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        batches = iter(self._batches())
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            self.unreadable.extend(batch.unreadable)
+            if len(batch.images):
+                self._check_labels(batch.targets)
+                self._prepare()
+                yield batch.images, batch.targets
+
+
+class Pass(NamedTuple):
+    """What one forward pass takes: images (B, 3, H, W) normalised, targets (B,).
+
+    It is number `index` of the `passes` of this process in optimizer step `step` of the epoch.
+    """
+    images: torch.Tensor
+    targets: torch.Tensor
+    step: int
+    index: int = 0
+    passes: int = 1
+
+
+class TrainLoader(_DeviceLoader):
+    """Augmented training batches, one for each forward pass of this process.
+
+    Attributes:
+        steps: Optimizer steps in an epoch; images that do not fill one are left out.
+    """
+
+    def __init__(
+            self, samples: Dataset, config: TrainConfig, eval_config: Dict[str, Any], splits: Sequence[Tuple[int, int]],
+            processes: Processes, device: torch.device,
+    ) -> None:
+        super().__init__(eval_config, device, re_prob=config.random_erasing, re_mode='pixel')
+        self.samples, self.seed, self.processes, self.splits = samples, config.seed, processes, list(splits)
+        options: Dict[str, Any] = dict(
+            num_workers=config.workers, collate_fn=collate, pin_memory=device.type == 'cuda',
+            worker_init_fn=start_worker)
+        self.sampler: Optional[PassSampler] = None
+        if isinstance(samples, IterableDataset):
+            images, passes = splits[0]
+            self.generator = torch.Generator()
+            sharded = isinstance(samples, ShardSamples)
+            self.loader = DataLoader(
+                samples, batch_size=images, drop_last=True, generator=self.generator,
+                persistent_workers=sharded and config.workers > 0, **options)
+            self.steps = (samples.passes if sharded else len(samples) // images) // passes
+        else:
+            self.sampler = PassSampler(
+                len(samples), config.seed, config.batch_size, splits, processes, config.size_schedule, config.epochs)
+            self.loader = DataLoader(
+                samples, batch_sampler=self.sampler, persistent_workers=config.workers > 0, **options)
+            self.steps = len(samples) // config.batch_size
+
+    def run(self, epoch: int, start_step: int = 0) -> Iterator[Pass]:
+        """The forward passes of an epoch from a step on, each with the random generators seeded for it."""
+        self.epoch, self.start_step = epoch, start_step
+        sizes = [0] * self.steps if self.sampler is None else self.sampler.choose_sizes(epoch)
+        places = [(step, i) for step in range(start_step, self.steps) for i in range(self.splits[sizes[step]][1])]
+        self._unprepared = iter(places)
+        batches = iter(self.prefetcher)
+        for number, (step, i) in enumerate(places):
+            images, targets = next(batches, (None, None))
+            if images is None:
+                raise DataError(f'The data ended after {number} of {len(places)} batches of epoch {epoch}.')
+            self._seed_pass(step, i, 1)
+            yield Pass(images, targets, step, i, self.splits[sizes[step]][1])
+
+    def name_images(self, step: int) -> List[str]:
+        """The images that this process takes in a step of the epoch it is in; none are known of a stream."""
+        if self.sampler is None:
+            return []
+        self.sampler.set_epoch(self.epoch, step)
+        passes = self.splits[self.sampler.choose_sizes(self.epoch)[step]][1]
+        dataset = self.samples.dataset
+        return [name_image(dataset, sample.index) for samples in islice(self.sampler, passes) for sample in samples]
+
+    def close(self) -> None:
+        """Let the workers go; done at the end of the program where it was not before."""
+        self.loader._iterator = None
+
+    def _seed_pass(self, step: int, i: int, purpose: int) -> None:
+        place = i * self.processes.world_size + self.processes.rank  # as many, and the same ones, for any world size
+        seed_everything(derive_seed(self.seed, self.epoch, step, place, purpose))
+
+    def _prepare(self) -> None:
+        self._seed_pass(*next(self._unprepared, (self.steps, 0)), 2)
+
+    def _batches(self) -> Iterable[Batch]:
+        if self.sampler is not None:
+            self.sampler.set_epoch(self.epoch, self.start_step)
+            return self.loader
+        first_pass = self.start_step * self.splits[0][1]
+        if isinstance(self.samples, ShardSamples):
+            self.samples.set_epoch(self.epoch, first_pass)
+            return self.loader
+        self.samples.set_epoch(self.epoch)
+        self.generator.manual_seed(derive_seed(self.seed, self.epoch))  # timm's readers draw their order from it
+        return islice(self.loader, first_pass, None)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Before the interpreter ends them by SIGTERM, which they outlive for a while."""
+    if os.name == 'posix':
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+def build_train_loader(
+        dataset: Dataset, config: TrainConfig, eval_config: Dict[str, Any], splits: Sequence[Tuple[int, int]],
+        processes: Processes = Processes(), device: torch.device = torch.device('cpu'),  # noqa: B008 (immutable)
+) -> TrainLoader:
+    """The training loader of a data set.
+
+    Args:
+        splits: For each of the training sizes (`config.list_sizes()`), images per pass and process, and passes.
+    Raises:
+        DataError: The data set is smaller than a batch, or streams and is to be seen at several sizes.
+    """
+    transforms = [
+        CropTransform(create_transform(
+            (eval_config['input_size'][0], size, size), is_training=True, use_prefetcher=True,
+            interpolation=config.interpolation, mean=tuple(eval_config['mean']), std=tuple(eval_config['std']),
+            scale=tuple(config.scale), ratio=tuple(config.ratio), hflip=config.hflip,
+            color_jitter=config.color_jitter, auto_augment=config.auto_augment or None))
+        for size in config.list_sizes()]
+    if len(dataset) < config.batch_size:
+        raise DataError(
+            f'The {len(dataset)} training images do not fill a batch of {config.batch_size}: take a smaller one.')
+    if isinstance(dataset, IterableDataset) and len(transforms) > 1:
+        raise DataError('train_img_sizes needs images by index: shards are read in order, so give one img_size.')
+    samples = _make_samples(dataset, transforms, config, splits, processes)
+    loader = TrainLoader(samples, config, eval_config, splits, processes, device)
+    loader.num_classes = getattr(dataset, 'expected_classes', None)
+    return loader
+
+
+def _make_samples(
+        dataset: Dataset, transforms: Sequence[Any], config: TrainConfig, splits: Sequence[Tuple[int, int]],
+        processes: Processes,
+) -> Dataset:
+    if not isinstance(dataset, IterableDataset):
+        return Samples(dataset, transforms, replace=True)
+    if not isinstance(dataset.reader, ShardReader):
+        dataset.set_loader_cfg(num_workers=config.workers)
+        return StreamedSamples(dataset, transforms[0], config.seed, processes.rank)
+    readers = processes.world_size * max(config.workers, 1)
+    if len(dataset) < readers:
+        raise DataError(f'The {len(dataset)} images of the shards are fewer than the {readers} workers: use fewer.')
+    images, passes = splits[0]
+    return ShardSamples(
+        dataset.reader, transforms[0], config.seed, processes.rank, processes.world_size, images,
+        len(dataset) // config.batch_size * passes)
+
+
+# Evaluation -----------------------------------------------------------------------------------------------------------
+
+class EvalLoader(_DeviceLoader):
+    """(images, targets) of this process's share of a data set, each image once, in order.
+
+    Whole batches are shared out, the same ones whatever the number of processes: the last bits of an image's logits
+    depend on its place in the batch and on the size of that.
+
+    Attributes:
+        share: The numbers of this process's images in the order they come, None for a stream.
+    """
+
+    def __init__(
+            self, samples: Dataset, eval_config: Dict[str, Any], batch_size: int, workers: int, processes: Processes,
+            device: torch.device,
+    ) -> None:
+        super().__init__(eval_config, device)
+        self.share: Optional[List[int]] = None
+        options: Dict[str, Any] = dict(
+            num_workers=workers, collate_fn=collate, pin_memory=device.type == 'cuda', worker_init_fn=start_worker)
+        if isinstance(samples, ShardSamples):
+            self.loader: Any = DataLoader(samples, batch_size, **options)
+        elif isinstance(samples, IterableDataset):  # timm's do not share it out evenly: one process reads it all
+            self.loader = DataLoader(samples, batch_size, **options) if processes.is_primary else ()
+        else:
+            numbers = range(len(samples))
+            batches = [numbers[first:first + batch_size] for first in range(0, len(samples), batch_size)]
+            batches = batches[processes.rank::processes.world_size]
+            self.share = [index for batch in batches for index in batch]
+            self.loader = DataLoader(
+                samples, batch_sampler=[[Sample(index) for index in batch] for batch in batches], **options)
+
+    def _batches(self) -> Iterable[Batch]:
+        return self.loader
+
+    def run(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        """The batches, on the device."""
+        return iter(self.prefetcher)
+
+
+def build_eval_loader(
+        dataset: Dataset, eval_config: Dict[str, Any], batch_size: int, workers: int,
+        processes: Processes = Processes(), device: torch.device = torch.device('cpu'),  # noqa: B008 (immutable)
+) -> EvalLoader:
+    """Images resized and cropped as `eval_config` says, this process's share of them."""
+    transform = EvalTransform(build_eval_transform(eval_config, as_uint8=True))
+    if isinstance(getattr(dataset, 'reader', None), ShardReader):
+        samples: Dataset = ShardSamples(dataset.reader, transform, 0, processes.rank, processes.world_size)
+    elif isinstance(dataset, IterableDataset):
+        for name, alone in (('dist_rank', 0), ('dist_num_replicas', 1)):  # timm's readers take a part by themselves
+            if hasattr(dataset.reader, name):
+                setattr(dataset.reader, name, alone)
+        dataset.set_loader_cfg(num_workers=workers)
+        samples = StreamedSamples(dataset, transform, 0, 0)
+    else:
+        samples = Samples(dataset, [transform], replace=False)
+    loader = EvalLoader(samples, eval_config, batch_size, workers, processes, device)
+    loader.num_classes = getattr(dataset, 'expected_classes', None)
+    return loader

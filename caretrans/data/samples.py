@@ -1,0 +1,228 @@
+"""What runs in the workers of a loader: images read, decoded, augmented, and those that cannot be."""
+import os
+import re
+import signal
+from collections import deque
+from itertools import islice
+from typing import Any, Callable, Deque, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+
+import torch
+from PIL import Image
+from timm.data.dataset import ImageDataset
+from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
+
+from ..errors import DataError
+from ..seeds import derive_seed, seed_sample
+from .datasets import name_image
+from .decode import UNREADABLE, open_image
+
+__all__ = [
+    'Batch', 'EvalTransform', 'Item', 'Sample', 'Samples', 'ShardSamples', 'StreamedSamples', 'collate',
+    'forget_open_tars', 'start_worker']
+
+MAX_TRIES = 50  # images in a row that cannot be read
+GRACE = 20.  # seconds that a worker stays after SIGTERM, for the last step and its checkpoint
+
+
+class Sample(NamedTuple):
+    """What a worker is asked for: an image, the seed of its augmentation, and which of the sizes it gets."""
+    index: int
+    seed: int = 0
+    size: int = 0
+
+
+class Batch(NamedTuple):
+    """images (B, 3, H, W) uint8, targets (B,) int64, and (name, reason) of images that could not be read."""
+    images: torch.Tensor
+    targets: torch.Tensor
+    unreadable: List[Tuple[str, str]]
+
+
+Item = Tuple[Optional[torch.Tensor], int, List[Tuple[str, str]]]
+
+
+def collate(items: Sequence[Item]) -> Batch:
+    """Put items together; those without an image only report why."""
+    unreadable = [entry for item in items for entry in item[2]]
+    items = [item for item in items if item[0] is not None]
+    if not items:
+        return Batch(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), unreadable)
+    return Batch(  # in a worker, straight into shared memory
+        default_collate([item[0] for item in items]), torch.tensor([item[1] for item in items]), unreadable)
+
+
+def describe_error(error: Exception) -> str:
+    """Its type and text, without the addresses of objects."""
+    return f'{type(error).__name__}: {re.sub(" ?<_io[.][^>]*>", "", str(error))}'
+
+
+class EvalTransform:
+    """timm's evaluation transform for what `read_image` gives: every image through Pillow, as published."""
+
+    def __init__(self, transform: Callable[[Image.Image], torch.Tensor]) -> None:
+        self.transform = transform
+
+    def __call__(self, source: Union[bytes, Image.Image]) -> torch.Tensor:
+        return self.transform(open_image(source))
+
+
+def read_image(dataset: Dataset, index: int) -> Tuple[Union[bytes, Image.Image], int]:
+    """Image `index` of a data set of timm's factory, as the bytes of its file where there is one, and its label.
+
+    Raises:
+        OSError, SyntaxError, EOFError, Image.DecompressionBombError: It cannot be read.
+    """
+    if not isinstance(dataset, ImageDataset):  # torchvision's open the image themselves
+        return dataset[index][:2]
+    try:
+        file, target = dataset.reader[index][:2]
+    except (AssertionError, TypeError) as error:  # of timm's reader of Hugging Face data, for an entry without image
+        raise OSError(f'no image: {error}') from None
+    with file:
+        return file.read(), target
+
+
+class Samples(Dataset):
+    """Images by index, transformed; asked with a `Sample`.
+
+    Args:
+        dataset: Of timm's factory; its own transform is not used.
+        transforms: One for each size, of what `read_image` gives.
+        replace: Take the next readable image for one that is not readable, else leave a gap.
+    """
+
+    def __init__(self, dataset: Dataset, transforms: Sequence[Callable], replace: bool) -> None:
+        dataset.transform = None
+        self.dataset, self.transforms, self.replace = dataset, list(transforms), replace
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, sample: Sample) -> Item:
+        unreadable: List[Tuple[str, str]] = []
+        index = sample.index
+        for _ in range(MAX_TRIES):
+            try:
+                source, target = read_image(self.dataset, index)
+                seed_sample(sample.seed)
+                return self.transforms[sample.size](source), int(target), unreadable
+            except UNREADABLE as error:
+                unreadable.append((name_image(self.dataset, index), describe_error(error)))
+            if not self.replace:
+                return None, -1, unreadable
+            index = (index + 1) % len(self)
+        raise DataError(f'{MAX_TRIES} images in a row cannot be read, the first is {": ".join(unreadable[0])}.')
+
+
+class StreamedSamples(IterableDataset):
+    """Transformed images of a reader of timm's that streams (iterable Hugging Face data), in its order."""
+
+    def __init__(self, dataset: IterableDataset, transform: Callable, seed: int, rank: int) -> None:
+        dataset.transform = None
+        self.dataset, self.transform, self.seed, self.rank = dataset, transform, seed, rank
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Item]:
+        worker = get_worker_info()
+        place = (self.seed, self.epoch, self.rank, worker.id if worker else 0)
+        for number, (image, target) in enumerate(self.dataset):
+            seed_sample(derive_seed(*place, number))
+            yield self.transform(image), int(target), []
+
+
+class ShardSamples(IterableDataset):
+    """Transformed images of shards, this process's part of them.
+
+    In evaluation each once. In training as many as `passes` take, whole batches by turns of the workers, so that an
+    epoch can begin in its middle; with other workers or processes it has another order. A reader that has given all its
+    images begins again, so that some come twice in an epoch and as many of other readers not at all.
+
+    Args:
+        reader: A `ShardReader`.
+        images: Per pass, 0 in evaluation.
+        passes: Of an epoch.
+    """
+
+    def __init__(
+            self, reader: Any, transform: Callable, seed: int, rank: int, world_size: int, images: int = 0,
+            passes: int = 0,
+    ) -> None:
+        self.reader, self.transform, self.seed = reader, transform, seed
+        self.rank, self.world_size, self.images, self.passes = rank, world_size, images, passes
+        self.place = torch.zeros(2, dtype=torch.int64).share_memory_()  # epoch and first pass, for workers that stay
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def set_epoch(self, epoch: int, first_pass: int = 0) -> None:
+        self.place.copy_(torch.tensor([epoch, first_pass]))
+
+    def __iter__(self) -> Iterator[Item]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        return self._train(worker, workers) if self.images else self._evaluate(worker, workers)
+
+    def _evaluate(self, worker: int, workers: int) -> Iterator[Item]:
+        for record in self.reader.read(self.rank * workers + worker, self.world_size * workers):
+            yield self._transform(record, 0)
+
+    def _train(self, worker: int, workers: int) -> Iterator[Item]:
+        epoch, first = self.place.tolist()
+        first += worker  # of this worker; in the whole epoch it would be the turn of
+        turn = first % workers
+        records = self.reader.read_mixed(
+            self.rank * workers + turn, self.world_size * workers, derive_seed(self.seed, 1), epoch)
+        records = islice(records, first // workers * self.images, None)
+        ahead: Deque[Any] = deque()
+        for number in range(first, self.passes, workers):
+            for i in range(self.images):
+                yield self._next(records, ahead, derive_seed(self.seed, epoch, self.rank, number, i))
+
+    def _next(self, records: Iterator[Any], ahead: Deque[Any], seed: int) -> Item:
+        """The next record, or the first readable one after it, which comes in its own place too."""
+        unreadable: List[Tuple[str, str]] = []
+        for i in range(MAX_TRIES):
+            if i == len(ahead):
+                ahead.append(next(records))
+            image, target, problem = self._transform(ahead[i], seed)
+            unreadable = unreadable or problem  # those after it are reported in their own place
+            if image is not None:
+                ahead.popleft()
+                return image, target, unreadable
+        raise DataError(f'{MAX_TRIES} images in a row cannot be read, the first is {": ".join(unreadable[0])}.')
+
+    def _transform(self, record: Any, seed: int) -> Item:
+        if record.data is None:
+            return None, -1, [(record.name, record.reason)]
+        seed_sample(seed)
+        try:
+            return self.transform(record.data), record.label, []
+        except UNREADABLE as error:
+            return None, -1, [(record.name, describe_error(error))]
+
+
+def start_worker(worker_id: int) -> None:
+    """Outlive a SIGTERM to all processes of the run by some seconds: the main process has a step to finish."""
+    def stay(*_: Any) -> None:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, GRACE)
+    if os.name == 'posix':
+        signal.signal(signal.SIGTERM, stay)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    forget_open_tars(getattr(get_worker_info().dataset, 'dataset', None))
+
+
+def forget_open_tars(dataset: Any) -> None:
+    """Open the tars anew: workers that got them open from the main process would move each other's place in them."""
+    state = getattr(getattr(dataset, 'reader', None), 'tar_state', {})
+    for tar in state.values() if isinstance(state, dict) else [state]:
+        tar.reset()
+        for child in tar.children.values():
+            child.reset()

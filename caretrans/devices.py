@@ -1,0 +1,87 @@
+"""What a measured figure needs beside it: the processor or the GPU, and the versions of what computed it."""
+import os
+import platform
+from contextlib import contextmanager, nullcontext
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import ContextManager, Dict, Iterator, Sequence
+
+import torch
+
+from .errors import ConfigError
+
+__all__ = [
+    'autocast', 'count_cores', 'describe_device', 'describe_processor', 'list_versions', 'resolve_device',
+    'use_threads']
+
+PACKAGES = ('torch', 'timm', 'numpy', 'triton', 'onnx', 'onnxruntime', 'onnxruntime-gpu', 'openvino', 'nncf')
+AMP_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
+
+
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of that name; 'auto' is cuda, else mps, else cpu. Process `local_rank` of a machine gets its own GPU.
+
+    Raises:
+        ConfigError: There is no such device here.
+    """
+    available = [kind for kind, module in (('cuda', torch.cuda), ('mps', torch.backends.mps)) if module.is_available()]
+    kind = (available + ['cpu'])[0] if name == 'auto' else name
+    if kind.split(':')[0] not in available + ['cpu']:
+        raise ConfigError(f'device={name}, but there is only {", ".join(available + ["cpu"])} here.')
+    if kind != 'cuda' and local_rank and kind.startswith('cuda'):
+        raise ConfigError(f'device={name}, but each process takes a GPU of its own: give device=cuda.')
+    if kind != 'cuda':
+        return torch.device(kind)
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f'Process {local_rank} of this machine has no GPU of its own, there are {torch.cuda.device_count()}: '
+            f'start as many processes as GPUs.')
+    torch.cuda.set_device(local_rank)
+    return torch.device('cuda', local_rank)
+
+
+def autocast(device: torch.device, amp: str) -> ContextManager:
+    """Autocast in 'bf16' or 'fp16'; nothing for 'off'."""
+    return nullcontext() if amp == 'off' else torch.autocast(device.type, AMP_DTYPES[amp])
+
+
+def describe_processor() -> str:
+    """The name of the processor, as the system gives it."""
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        return next(line.split(':')[1].strip() for line in lines if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def count_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def describe_device(device: torch.device) -> str:
+    """The kind of a device and its name, e.g. 'cuda: NVIDIA H200'."""
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else describe_processor()
+    return f'{device.type}: {name}'
+
+
+def list_versions(packages: Sequence[str] = PACKAGES) -> Dict[str, str]:
+    """The versions of Python and of those packages that are installed."""
+    found = dict(python=platform.python_version())
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@contextmanager
+def use_threads(number: int) -> Iterator[None]:
+    """Let PyTorch take so many threads of the processor, inside of the context."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

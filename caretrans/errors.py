@@ -1,0 +1,88 @@
+"""Errors that a user can act on, and the one place that prints them.
+
+Every message is one line: what is wrong, where, and the remedy. `run_command` prints it and returns exit code 2; any
+other exception is a bug and keeps its traceback.
+"""
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+__all__ = [
+    'CaretransError', 'CheckpointError', 'ConfigError', 'DataError', 'ExportError', 'PlotError', 'Preempted',
+    'ResultsError', 'TrainingError', 'list_names', 'run_command']
+
+
+class CaretransError(Exception):
+    """Base of all errors that a user can act on.
+
+    Attributes:
+        is_shared: Whether every process of the run raises it, so that the primary one alone prints it.
+    """
+
+    is_shared = False
+
+
+class CheckpointError(CaretransError, ValueError):
+    """A checkpoint that cannot be read, loaded or written."""
+
+
+class ConfigError(CaretransError, ValueError):
+    """Settings that cannot work."""
+
+
+class DataError(CaretransError, ValueError):
+    """Data that cannot be trained on or evaluated."""
+
+
+class ExportError(CaretransError, RuntimeError):
+    """A program that cannot be exported, read or run."""
+
+
+class PlotError(CaretransError, ValueError):
+    """Results that cannot be plotted."""
+
+
+class ResultsError(CaretransError, ValueError):
+    """Rows of measured results that cannot be used."""
+
+
+class TrainingError(CaretransError, RuntimeError):
+    """Training cannot continue; the message says where it stopped."""
+
+    def __init__(self, message: str, is_shared: bool = False) -> None:
+        super().__init__(message)
+        self.is_shared = is_shared
+
+
+class Preempted(Exception):
+    """The run was asked to stop and wrote a checkpoint, from which it can resume. Not an error."""
+
+
+def list_names(names: Iterable[Any], most: int = 10) -> str:
+    """The first `most` names, and how many more there are."""
+    names = [str(name) for name in names]
+    return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
+
+
+def run_command(name: str, main: Callable[[], int], is_primary: bool = True) -> int:
+    """Run the body of a command and return its exit code.
+
+    Args:
+        name: What the command is called in messages, e.g. 'train.py'.
+        main: Returns the exit code.
+        is_primary: Whether this process prints errors that all processes share.
+    Returns:
+        2 after a `CaretransError`, 130 after Ctrl-C, else what `main` returns.
+    """
+    try:
+        return main()
+    except CaretransError as error:
+        if is_primary or not error.is_shared:
+            print(f'{name}: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of stdout, such as `head`, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

@@ -1,0 +1,195 @@
+"""How good a model's answers are: loss, top-1 and top-5, for all images and per class, the same on any processes.
+
+Every image is counted once, in whole numbers. Between the first batch and the last nothing waits for the device.
+"""
+import csv
+import time
+from itertools import chain, islice
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+from ..devices import autocast
+from ..distributed import Processes
+from ..errors import DataError, list_names
+
+__all__ = ['Details', 'evaluate', 'evaluate_in_detail', 'list_worst', 'tabulate_classes', 'write_classes']
+
+ALONE = Processes()
+
+
+class Details(NamedTuple):
+    """What lies under the figures of an evaluation.
+
+    Attributes:
+        confusion: (C, C) images of all processes; rows are the classes by label, columns the model's answers.
+        top5_correct: (C,) images per class that are right within the first five answers.
+        answers: (n, k) classes for the images of this process in the order of its loader, the likeliest first.
+    """
+    confusion: torch.Tensor
+    top5_correct: torch.Tensor
+    answers: torch.Tensor
+
+
+class Answers:
+    """Counts on the device what a model answers.
+
+    Attributes:
+        top_k: 5, or the number of classes where it is smaller.
+        losses, labels, answers: Of the images so far, batch by batch; (n,), (n,) and the likeliest classes (n, top_k).
+    """
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self.num_classes, self.top_k = num_classes, min(5, num_classes)
+        options: Dict[str, Any] = dict(num_classes=num_classes, validate_args=False)  # validation waits for the device
+        self.top1 = MulticlassAccuracy(average='micro', **options).to(device)
+        self.top5 = MulticlassAccuracy(average='none', top_k=self.top_k, **options).to(device)
+        self.losses: List[torch.Tensor] = []
+        self.labels: List[torch.Tensor] = []
+        self.answers: List[torch.Tensor] = []
+
+    def update(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Count a batch: logits (B, C) of any floating dtype, labels (B,), which `check_labels` looks at later."""
+        logits, targets = logits.float(), labels.clamp(0, self.num_classes - 1)
+        answers = logits.topk(self.top_k).indices
+        self.top1.update(answers[:, 0], targets)
+        self.top5.update(logits, targets)
+        self.losses.append(F.cross_entropy(logits, targets, reduction='none'))
+        self.labels.append(labels)
+        self.answers.append(answers)
+
+    def summarise(self, processes: Processes) -> Dict[str, float]:
+        """Mean loss, top1 and top5 in percent, and images, over all processes.
+
+        Raises:
+            DataError: No process has an image.
+        """
+        losses = _join(self.losses).double()
+        counts = [self.top1.tp.sum().item(), self.top5.tp.sum().item(), len(losses)]
+        loss, top1, top5, images = processes.total([losses.sum().item(), *counts])
+        if not images:
+            raise DataError('No image could be read, so there is nothing to evaluate.')
+        return dict(loss=loss / images, top1=100 * top1 / images, top5=100 * top5 / images, images=int(images))
+
+    def detail(self, processes: Processes) -> Details:
+        """Classes and confusions over all processes, answers of this one."""
+        answers, labels = _join(self.answers, (self.top_k,)).long(), _join(self.labels).long()
+        metric = MulticlassConfusionMatrix(num_classes=self.num_classes, validate_args=False)
+        for one_answers, one_labels in processes.gather((answers[:, 0].clone(), labels)):
+            metric.update(one_answers, one_labels)
+        top5_correct = torch.tensor(processes.total(self.top5.tp.tolist())).long()
+        return Details(metric.confmat, top5_correct, answers)
+
+
+def _join(parts: Sequence[torch.Tensor], shape: Tuple[int, ...] = ()) -> torch.Tensor:
+    """The batches in one piece on the CPU; (0, *shape) where there are none."""
+    return torch.cat(list(parts)).cpu() if parts else torch.zeros(0, *shape)
+
+
+def check_labels(labels: Sequence[torch.Tensor], num_classes: int, processes: Processes) -> None:
+    """Refuse labels that no class has, on all processes if one of them has some.
+
+    Raises:
+        DataError: Labels below 0 or from `num_classes` on; it names them.
+    """
+    joined = _join(labels)
+    here = set(joined[(joined < 0) | (joined >= num_classes)].long().tolist())
+    wrong = sorted(set().union(*processes.gather(here)))
+    if wrong:
+        raise DataError(
+            f'The data have the labels {list_names(wrong)}, the model has the classes 0 to {num_classes - 1}: take a '
+            'split with labels, and data of the classes that the model was trained for.')
+
+
+def evaluate(*arguments: Any, **options: Any) -> Dict[str, Any]:
+    """The figures of `evaluate_in_detail`, without the details."""
+    return evaluate_in_detail(*arguments, **options)[0]
+
+
+@torch.inference_mode()
+def evaluate_in_detail(
+        model: nn.Module,
+        loader: Any,
+        device: torch.device,
+        amp: str = 'off',
+        report: Callable[..., None] = lambda images, **figures: None,
+        processes: Processes = ALONE,
+        num_classes: Optional[int] = None,
+) -> Tuple[Dict[str, Any], Details]:
+    """Mean cross entropy and accuracy over the images of all processes, each of which calls this with its share.
+
+    Args:
+        loader: An `EvalLoader`, or anything whose `run()` gives batches (images, labels) on the device; a process may
+            have fewer batches than another, or none.
+        report: Called after every batch with the number of this process's images so far.
+        num_classes: Of the model; `model.num_classes` if not given.
+    Returns:
+        The same on every process: loss, top1 and top5 in percent (top5 of at most as many classes as there are),
+        images, unreadable (names and reasons of the images left out), seconds, images_per_s; and the details of it.
+    Raises:
+        DataError: No image could be read, or a label is no class of the model.
+    """
+    model.eval()
+    answers = Answers(num_classes or model.num_classes, device)
+    start, seen = time.perf_counter(), 0
+    batches = iter(loader.run())
+    first = list(islice(batches, 1))
+    check_labels([labels for _, labels in first], answers.num_classes, processes)  # before hours of work
+    for images, labels in chain(first, batches):
+        with autocast(device, amp):
+            logits = model(images)
+        if logits.shape != (len(images), answers.num_classes):
+            raise ValueError(f'{answers.num_classes} classes, but the logits are of shape {tuple(logits.shape)}.')
+        answers.update(logits, labels)
+        seen += len(images)
+        report(seen)
+    check_labels(answers.labels, answers.num_classes, processes)
+    result = answers.summarise(processes)
+    seconds, = processes.largest([time.perf_counter() - start])
+    unreadable = sorted(chain(*processes.gather(list(getattr(loader, 'unreadable', ())))))
+    result.update(unreadable=unreadable, seconds=seconds, images_per_s=result['images'] / seconds)
+    return result, answers.detail(processes)
+
+
+# Classes --------------------------------------------------------------------------------------------------------------
+
+def tabulate_classes(details: Details, names: Sequence[str]) -> List[Dict[str, Any]]:
+    """For each class: label, name, images, top1 and top5 in percent (None without images), and what it is taken for.
+
+    `taken_for` lists the wrong answers as {label, name, images}, the commonest first.
+    """
+    rows = []
+    for label, answers in enumerate(details.confusion.tolist()):
+        images, top5 = sum(answers), details.top5_correct[label].item()
+        wrong = sorted((-count, other) for other, count in enumerate(answers) if count and other != label)
+        rows.append(dict(
+            label=label, name=names[label], images=images,
+            top1=100 * answers[label] / images if images else None, top5=100 * top5 / images if images else None,
+            taken_for=[dict(label=other, name=names[other], images=-count) for count, other in wrong]))
+    return rows
+
+
+def list_worst(rows: Sequence[Dict[str, Any]], count: int) -> List[Dict[str, Any]]:
+    """The `count` classes of `tabulate_classes` with the lowest top-1, the lowest first; equal ones by label."""
+    return sorted((row for row in rows if row['images']), key=lambda row: row['top1'])[:count]
+
+
+def write_classes(path: str, rows: Sequence[Dict[str, Any]]) -> None:
+    """Write the rows of `tabulate_classes` as CSV, with the commonest wrong answer of each class.
+
+    Raises:
+        DataError: The file cannot be written.
+    """
+    try:
+        with open(path, 'w', newline='', encoding='utf-8') as file:
+            writer = csv.writer(file)
+            writer.writerow(['class', 'name', 'images', 'top1', 'top5', 'taken_for', 'taken_for_images'])
+            for row in rows:
+                wrong = row['taken_for'][0] if row['taken_for'] else dict(name='', images=0)
+                scores = ['' if row[key] is None else f'{row[key]:.3f}' for key in ('top1', 'top5')]
+                writer.writerow([row['label'], row['name'], row['images'], *scores, wrong['name'], wrong['images']])
+    except OSError as error:
+        raise DataError(f'{path} cannot be written: {error.strerror}.') from error

@@ -1,0 +1,87 @@
+"""ImageNet-ReaL: several or no labels for each validation image of ImageNet, packed with timm.
+
+Source: Beyer et al. 2020, Are we done with ImageNet?, arXiv:2006.07159.
+"""
+import json
+import os
+from typing import Any, Dict, Sequence
+
+import torch
+from timm.data import ImageNetInfo, RealLabelsImagenet
+from torch.utils.data import Dataset
+
+from ..data.datasets import list_classes, name_image
+from ..distributed import Processes
+from ..errors import DataError
+
+__all__ = ['RealLabels']
+
+CHUNK = 256  # images at a time, so that their scores take little memory
+
+
+class RealLabels:
+    """The real labels of a data set, checked before any work.
+
+    Args:
+        dataset: ImageNet's validation images under their names, one class folder each.
+        num_classes: Of the model.
+        file: Labels in the layout of the authors' real.json, a list for each image; those packed with timm if ''.
+    Raises:
+        DataError: The data are not ImageNet's validation images, or the file holds no such labels.
+    """
+
+    def __init__(self, dataset: Dataset, num_classes: int, file: str = '') -> None:
+        self.num_classes, self.file = num_classes, file or None
+        classes, known = list_classes(dataset), ImageNetInfo().label_names()
+        if classes is None or classes != known[:num_classes]:
+            found = f'has {len(classes)} from {classes[0]!r} on' if classes else 'does not name its classes'
+            raise DataError(f"--real-labels is for ImageNet's classes, from {known[0]!r} on: this data set {found}.")
+        self.names = [name_image(dataset, index) for index in range(len(dataset))]
+        labels = self._open(self.names).real_labels
+        unknown = [name for name in self.names if os.path.basename(name) not in labels]
+        if unknown:
+            raise DataError(
+                f"--real-labels goes by the names of ImageNet's validation images, such as {next(iter(labels))}: "
+                f'{unknown[0]} has none of them.')
+
+    def _open(self, names: Sequence[str], top_k: int = 1) -> RealLabelsImagenet:
+        try:
+            real = RealLabelsImagenet(list(names), self.file, topk=(1, top_k))
+        except AssertionError:
+            raise DataError(
+                f"--real-labels is for all of ImageNet's validation images: this data set has {len(names)} images, "
+                'another number than there are real labels.') from None
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise DataError(f'{self.file} cannot be read as real labels: {error}.') from None
+        if not all(isinstance(labels, list) for labels in real.real_labels.values()):
+            raise DataError(f'{self.file} holds no real labels: a list of labels for each image is expected.')
+        return real
+
+    def score(
+            self, answers: torch.Tensor, share: Sequence[int], unreadable: Sequence[str], processes: Processes,
+    ) -> Dict[str, Any]:
+        """How many images have one of their real labels first, or within the first five answers.
+
+        Args:
+            answers: (n, k) classes for the images of this process, the likeliest first.
+            share: The numbers of this process's images in that order, unreadable ones among them.
+            unreadable: Names of the images that got no answer.
+        Returns:
+            top1 and top5 in percent, images (those that have a real label), over all processes.
+        Raises:
+            DataError: No image has a real label.
+        """
+        left_out, top_k = set(unreadable), answers.shape[1]
+        answered = [self.names[index] for index in share if self.names[index] not in left_out]
+        if len(answered) != len(answers):
+            raise ValueError(f'{len(answers)} answers for {len(answered)} images.')
+        others = self.names[:len(self.names) - len(answered)]  # timm's class wants as many names as there are labels
+        real = self._open(answered + others, top_k)
+        for chunk in answers.split(CHUNK):
+            scores = torch.zeros(len(chunk), self.num_classes)
+            real.add_result(scores.scatter_(1, chunk, torch.arange(top_k, 0., -1).expand(len(chunk), -1)))
+        correct = real.is_correct
+        images, top1, top5 = processes.total([len(correct[1]), sum(correct[1]), sum(correct[top_k])])
+        if not images:
+            raise DataError('No image of the data set has a real label.')
+        return dict(top1=100 * top1 / images, top5=100 * top5 / images, images=int(images))

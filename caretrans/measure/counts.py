@@ -1,0 +1,161 @@
+"""Count what does not hang on the machine: parameters, multiply-adds and activations of any model of timm.
+
+    counts = count_operations(make_empty('care_s1'), (224, 224))
+    counts.gmacs, counts.sum_by_stage()['stages.2'], counts.sum_by_kind()['conv 1x1'], counts.activations
+
+Models are made on the meta device where they allow it, so that counting costs no memory and no arithmetic.
+"""
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import timm
+import torch
+import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.module_tracker import ModuleTracker
+
+from .. import models  # noqa: F401 (registers the models)
+
+__all__ = ['KINDS', 'Operations', 'count_operations', 'count_parameters', 'list_parts', 'make_empty']
+
+KINDS = ('conv 1x1', 'conv depth-wise', 'conv other', 'linear', 'attention')
+OUTSIDE = 'outside of the parts'  # operations of the forward function of the network itself
+
+
+def make_empty(name: str, **kwargs: Any) -> nn.Module:
+    """A model of timm in evaluation mode without values, on the meta device; on the CPU if it cannot be made there."""
+    try:
+        with torch.device('meta'):
+            return timm.create_model(name, **kwargs).eval()
+    except (NotImplementedError, RuntimeError):  # a constructor that reads values of its tensors
+        return timm.create_model(name, **kwargs).eval()
+
+
+# Parameters -----------------------------------------------------------------------------------------------------------
+
+def _count(model: Optional[nn.Module]) -> int:
+    return sum(parameter.numel() for parameter in model.parameters()) if model is not None else 0
+
+
+def count_parameters(model: nn.Module, fused: Optional[nn.Module] = None) -> Dict[str, int]:
+    """Numbers of parameters.
+
+    Args:
+        model: As it is trained.
+        fused: The same network rewritten for inference.
+    Returns:
+        `parameters` of the whole, `parameters_one_head` without the head of distillation (`head_dist`), and with
+        `fused` also `parameters_fused`.
+    """
+    both = _count(model)
+    counts = dict(parameters=both, parameters_one_head=both - _count(getattr(model, 'head_dist', None)))
+    return dict(counts, parameters_fused=_count(fused)) if fused is not None else counts
+
+
+# Operations -----------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Operations:
+    """Multiply-adds and outputs of the convolutions, linear layers and matrix products of one forward pass.
+
+    Attributes:
+        macs: {(part of the network, kind of operation): multiply-adds}, kinds of `KINDS`.
+        activations: Elements of the outputs of these operations.
+    """
+    macs: Dict[Tuple[str, str], int]
+    activations: int
+
+    @property
+    def gmacs(self) -> float:
+        """Billions of multiply-adds."""
+        return sum(self.macs.values()) / 1e9
+
+    def sum_by_stage(self) -> Dict[str, float]:
+        """Billions of multiply-adds of each part, in the order of the network."""
+        return self._sum(0)
+
+    def sum_by_kind(self) -> Dict[str, float]:
+        """Billions of multiply-adds of each kind."""
+        return {kind: self._sum(1).get(kind, 0.) for kind in KINDS}
+
+    def _sum(self, place: int) -> Dict[str, float]:
+        sums: Counter = Counter()
+        for key, macs in self.macs.items():
+            sums[key[place]] += macs
+        return {name: macs / 1e9 for name, macs in sums.items()}
+
+
+def list_parts(model: nn.Module) -> List[str]:
+    """The names of the parts of a network: its children, or of containers the parts in them."""
+    parts = []
+    for name, child in model.named_children():
+        is_container = isinstance(child, (nn.Sequential, nn.ModuleList)) and len(child)
+        parts += [f'{name}.{inner}' for inner, _ in child.named_children()] if is_container else [name]
+    return parts
+
+
+def _name_kind(name: str, args: Sequence[Any], weights: set) -> str:
+    """The kind of an operation, by the shape of its weight; a product without a weight belongs to attention."""
+    if name == 'convolution':
+        weight, groups = args[1], args[8]
+        if groups > 1 and groups == args[0].shape[1]:
+            return 'conv depth-wise'
+        return 'conv 1x1' if all(side == 1 for side in weight.shape[2:]) else 'conv other'
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    return 'linear' if any(t.untyped_storage()._cdata in weights for t in tensors) else 'attention'
+
+
+class _KindCounter(TorchDispatchMode):
+    """Sorts multiply-adds by part of the network and kind of operation, with PyTorch's formulas."""
+
+    def __init__(self, model: nn.Module, tracker: ModuleTracker) -> None:
+        super().__init__()
+        self.tracker = tracker
+        root = type(model).__name__
+        self.parts = {f'{root}.{part}': part for part in list_parts(model)}
+        self.weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        self.macs: Counter = Counter()
+        self.activations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            part = next((self.parts[name] for name in self.tracker.parents if name in self.parts), OUTSIDE)
+            kind = _name_kind(func._overloadpacket.__name__, args, self.weights)
+            self.macs[part, kind] += formula(*args, **(kwargs or {}), out_val=out) // 2
+            self.activations += (out[0] if isinstance(out, tuple) else out).numel()
+        return out
+
+
+def count_operations(model: nn.Module, size: Tuple[int, int], batch: int = 1) -> Operations:
+    """Count the multiply-adds of a forward pass.
+
+    Args:
+        model: In evaluation mode, on any device.
+        size: Height and width of the images.
+        batch: Number of images.
+    Raises:
+        RuntimeError: The sums by part or by kind are not what PyTorch's own counter finds.
+    """
+    device = next(model.parameters()).device
+    image = torch.zeros(batch, getattr(model, 'in_chans', 3), *size, device=device)
+    total = FlopCounterMode(display=False)
+    with torch.no_grad(), ModuleTracker() as tracker, _KindCounter(model, tracker) as kinds, total:
+        model(image)
+    counts = Operations(dict(kinds.macs), kinds.activations)
+    _check_sums(counts, total, type(model).__name__)
+    return counts
+
+
+def _check_sums(counts: Operations, total: FlopCounterMode, root: str) -> None:
+    by_module = {name: sum(flops.values()) / 2e9 for name, flops in total.get_flop_counts().items()}
+    expected = {part: by_module.get(f'{root}.{part}', 0.) for part in counts.sum_by_stage() if part != OUTSIDE}
+    wrong = [part for part, gmacs in expected.items() if abs(counts.sum_by_stage()[part] - gmacs) > 1e-9]
+    everything = total.get_total_flops() / 2e9
+    if wrong or abs(sum(counts.sum_by_kind().values()) - everything) > 1e-9:
+        raise RuntimeError(
+            f'Multiply-adds by kind sum up to {counts.gmacs:.6f} G, PyTorch counts {everything:.6f} G; '
+            f'parts that differ: {wrong or "none"}.')

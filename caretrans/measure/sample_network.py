@@ -1,0 +1,94 @@
+"""Weights and images with which every part of a network counts, where no checkpoint is given.
+
+Freshly made networks hide what they compute: a layer scale of 1e-6 takes the blocks out, BatchNorm does nothing yet. A
+wrong rewrite would pass unseen. So layers get random weights that keep the size of what goes through them, layer scales
+of 0.1 to 0.4, and the BatchNorm statistics of the images; position codes, and mixers that multiply features with
+features, stay small beside what they are added to. Time and memory do not depend on it.
+"""
+from pathlib import Path
+from typing import Any, Optional, Tuple
+
+import torch
+import torch.nn as nn
+
+from ..checkpoint.preparation import resolve_eval_config
+from ..data.datasets import build_eval_transform, open_dataset
+from ..models.casvit import AdditiveMixer
+from ..models.folding import ResidualConv
+
+__all__ = ['PHOTOGRAPHS', 'enliven', 'load_photographs']
+
+PHOTOGRAPHS = Path(__file__).parents[2] / 'data' / 'fruit14'
+POSITION_STD = 0.05  # of the weights of a position code, 3x3
+# Times the last weights of mixers whose output grows with the square of their input: block after block, an image a
+# little brighter than those of the statistics would end at 1e30.
+PRODUCT_SCALE = 0.2
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+
+
+def _fill(tensor: Optional[torch.Tensor], mean: float, std: float, generator: torch.Generator) -> None:
+    if tensor is not None:
+        tensor.copy_(mean + std * torch.randn(tensor.shape, generator=generator))
+
+
+def _fill_module(module: nn.Module, generator: torch.Generator) -> None:
+    if isinstance(module, ResidualConv):  # each would double what goes through it, and hide the branches beside it
+        _fill(module.weight, 0., POSITION_STD, generator)
+        _fill(module.bias, 0., 0.1, generator)
+    elif isinstance(module, (nn.Conv2d, nn.Linear)):
+        _fill(module.weight, 0., module.weight[0].numel() ** -0.5, generator)
+        _fill(module.bias, 0., 0.1, generator)
+    elif isinstance(module, NORMS):
+        _fill(module.weight, 1., 0.2, generator)
+        _fill(module.bias, 0.5, 0.1, generator)  # around 0, deep networks of ReLU multiply rounding errors by hundreds
+    elif type(module).__name__.startswith('LayerScale'):
+        for scale in module.parameters(recurse=False):
+            scale.copy_(0.1 + 0.3 * torch.rand(scale.shape, generator=generator))
+
+
+@torch.no_grad()
+def enliven(model: nn.Module, images: torch.Tensor, seed: int = 0) -> nn.Module:
+    """Give a network in evaluation mode random weights under which all its parts count; the same for the same seed.
+
+    Args:
+        images: (B, C, H, W), from which its BatchNorm layers take their statistics.
+    Returns:
+        The model itself.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        _fill_module(module, generator)
+    for mixer in (module for module in model.modules() if isinstance(module, AdditiveMixer)):
+        mixer.project.weight.mul_(PRODUCT_SCALE)
+    norms = [(m, m.momentum) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm, _ in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean
+        norm.train()
+    model(images)
+    for norm, momentum in norms:
+        norm.momentum = momentum
+        norm.eval()
+    return model
+
+
+def load_photographs(
+        model: nn.Module, size: Tuple[int, int], count: int, folder: Path = PHOTOGRAPHS, **settings: Any,
+) -> Optional[torch.Tensor]:
+    """Bundled photographs made ready for a model as in evaluation; None where they are not installed.
+
+    Args:
+        size: Height and width.
+        settings: Of `resolve_eval_config`, over those of the model.
+        count: How many, evenly spaced over the classes; repeated if there are fewer.
+    Returns:
+        (count, C, height, width) float32.
+    """
+    if not folder.is_dir():
+        return None
+    config = resolve_eval_config(model, input_size=(getattr(model, 'in_chans', 3), *size), **settings)
+    dataset = open_dataset(str(folder), 'train')
+    dataset.transform = build_eval_transform(config)
+    chosen = [i * len(dataset) // count for i in range(count)]
+    images = {index: dataset[index][0] for index in set(chosen)}
+    return torch.stack([images[index] for index in chosen])

@@ -1,0 +1,1 @@
+"""Forms of the networks for inference: fused, for phones, for batched matmuls."""

@@ -1,0 +1,206 @@
+"""MLLA for phones: the fused network with fewer and safer operations still.
+
+Its maps stay channels first, so that nothing is transposed: linear layers are 1x1 convolutions, LayerNorms look along
+the channels, in the words that Core ML's converter knows as one operation, and their scales and shifts are in the
+convolutions behind them. Both projections of a block are one convolution.
+
+The linear attention is written for float16, as that of `care_phone.py` is: features by their logarithms, queries by a
+softmax over channels, keys as parts of their mean, so that no sum overflows and no denominator is small. Its rotary
+code is two products with constant tables and one with a small matrix; nothing is cut into pairs.
+
+The residual stream holds an eighth of what it holds in the network as trained. LayerNorm does not see that, ReLU hands
+it on, and squares, which some programs take one by one, reach as far as values of 2,000 instead of 255 before float16
+ends.
+
+All is exact algebra but for the eps of 1e-6 in the denominator, which is left out: `care_phone.watch_least_mass` says
+what the denominators are.
+"""
+import copy
+import math
+from typing import List
+
+import torch
+import torch.nn as nn
+
+from ..folding import InferenceModule, fold_norm_into_head, make_pointwise, scale_outputs
+from ..mlla import MllaBlock, MllaStage, RotaryLinearAttention, rotary_code
+from .care_phone import MeanPool, log_feature
+
+__all__ = ['ChannelNorm', 'PhoneMllaBlock', 'PhoneRotaryAttention', 'make_rotary_tables', 'rewrite_mlla_for_phone']
+
+STREAM = 1 / 8  # what the residual stream is multiplied with
+
+
+def make_rotary_tables(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Cosines over sines of the rotary code of a map (B, C, H, W), by head: (1, h, 2d, H * W) in its dtype.
+
+    The channels of a head are the first ones of all pairs, then the second ones: both have the angle of their pair.
+    """
+    chs, height, width = x.shape[1], x.shape[2], x.shape[3]
+    cos, sin = rotary_code(x).reshape(2, num_heads, chs // num_heads // 2, height * width).to(x.dtype).unbind(0)
+    return torch.cat([cos, cos, sin, sin], dim=1).unsqueeze(0)
+
+
+def _turn_halves(size: int) -> torch.Tensor:
+    """The matrix J of (second, first) -> (-first, second) for channels ordered as above: (size, size)."""
+    eye = torch.eye(size // 2)
+    zero = torch.zeros_like(eye)
+    return torch.cat([torch.cat([zero, -eye], dim=1), torch.cat([eye, zero], dim=1)])
+
+
+class PhoneRotaryAttention(InferenceModule):
+    """RotaryLinearAttention for float16: a map (B, C, H, W) and its tables to the same shape as the map.
+
+    With u = phi(q) / sum_b phi(q_b), a softmax of log phi(q) over the d channels, and k' = phi(k) / m, where m is
+    sqrt(N) times the mean of phi(k) over channels and positions,
+
+        out_i = R_i u_i . (sum_j R_j k'_j v_j) / (u_i . sum_j k'_j)
+
+    k' is about N^-1/2 and both sums about N^1/2, whatever the keys are. R x = cos x + J (sin x) with a matrix J of 1
+    and -1, so that the products are taken with (cos u, sin u) and (cos k', sin k'), and J is applied to the sums.
+
+    Departure: no eps in the denominator; see above.
+    """
+
+    def __init__(self, attention: RotaryLinearAttention) -> None:
+        super().__init__()
+        linear = attention.qk
+        chs, heads, size = linear.in_features, attention.num_heads, attention.head_chs
+        self.num_heads, self.head_chs = heads, size
+        order = torch.arange(size).reshape(-1, 2).t().flatten()  # the first of all pairs, then the second
+        weights = [part.reshape(heads, size, chs)[:, order] for part in linear.weight.detach().double().chunk(2)]
+        shifts = [part.reshape(heads, size)[:, order] + 1 for part in linear.bias.detach().double().chunk(2)]
+        identity = torch.eye(chs).to(weights[0]).view(heads, size, chs)
+        self.qkv = make_pointwise(
+            torch.cat([*weights, identity], dim=1).view(3 * chs, chs),
+            torch.cat([*shifts, torch.zeros_like(shifts[0])], dim=1).flatten(), like=linear.weight)
+        eye, turn = torch.eye(size), _turn_halves(size)
+        mix = torch.cat([torch.cat([eye, turn], dim=1), torch.cat([turn.t(), eye], dim=1)])
+        self.register_buffer('mix', mix.t().contiguous().to(linear.weight))
+        self.lepe = attention.lepe
+        self.requires_grad_(False).eval()
+
+    def forward(self, x: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+        B, C, H, W = x.shape
+        size = self.head_chs
+        shifted, v = self.qkv(x).reshape(B, self.num_heads, 3 * size, H * W).split([2 * size, size], dim=2)
+        q, k = log_feature(shifted).split(size, dim=2)
+        q = q.softmax(dim=2)
+        mass = k.logsumexp(dim=(2, 3), keepdim=True) - math.log(size * math.sqrt(H * W))
+        k = (k - mass).exp()
+        weight = k.sum(dim=3).unsqueeze(2) @ q  # (B, h, 1, N)
+        context = v @ (torch.cat([k, k], dim=2) * tables).transpose(-2, -1)  # (B, h, d, 2d)
+        out = (context @ self.mix) @ (torch.cat([q, q], dim=2) * tables)
+        return (out / weight).reshape(B, C, H, W) + self.lepe(x)
+
+
+class ChannelNorm(InferenceModule):
+    """A LayerNorm along the channels of the stream (B, C, H, W), without scale and shift.
+
+    Core ML's converter makes one operation of it.
+    """
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.eps = norm.eps * STREAM ** 2
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        centred = x - x.mean(dim=1, keepdim=True)
+        return centred * ((centred * centred).mean(dim=1, keepdim=True) + self.eps).rsqrt()
+
+
+class ScaledNorm(ChannelNorm):
+    """The same with the scale and the shift."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__(norm)
+        self.register_buffer('scale', norm.weight.detach()[:, None, None].clone())
+        self.register_buffer('shift', norm.bias.detach()[:, None, None].clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.scale + self.shift
+
+
+def _fold(norm: nn.LayerNorm, linears: List[nn.Linear]) -> nn.Conv2d:
+    """Linear layers side by side behind a LayerNorm as one 1x1 convolution behind a `ChannelNorm`."""
+    weight = torch.cat([linear.weight.double() for linear in linears])
+    bias = torch.cat([linear.bias.double() for linear in linears])
+    return make_pointwise(weight * norm.weight.double(), bias + weight @ norm.bias.double(), like=linears[0].weight)
+
+
+def _write(linear: nn.Linear) -> nn.Conv2d:
+    """A linear layer as a 1x1 convolution that adds to the stream."""
+    return make_pointwise(linear.weight.double() * STREAM, linear.bias.double() * STREAM, like=linear.weight)
+
+
+def _keep(conv: nn.Conv2d) -> nn.Conv2d:
+    """A convolution of a part of the stream that gives the same part of what it gave."""
+    conv = copy.deepcopy(conv).requires_grad_(False)
+    conv.bias.mul_(STREAM)
+    return conv
+
+
+class PhoneMllaBlock(InferenceModule):
+    """MllaBlock, channels first: a map (B, C, H, W) and the tables of its rotary code to the same shape as the map."""
+
+    def __init__(self, block: MllaBlock) -> None:
+        super().__init__()
+        self.cpe1, self.cpe2 = _keep(block.cpe1), _keep(block.cpe2)
+        self.norm1, self.norm2 = ChannelNorm(block.norm1), ChannelNorm(block.norm2)
+        self.in_and_gate = _fold(block.norm1, [block.in_proj, block.act_proj])
+        self.dwconv, self.act = block.dwconv, block.act
+        self.attn = PhoneRotaryAttention(block.attn)
+        self.project = _write(block.out_proj)
+        self.expand = _fold(block.norm2, [block.mlp.fc1])
+        self.mlp_act = block.mlp.act
+        self.reduce = _write(block.mlp.fc2)
+        self.eval()
+
+    def forward(self, x: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+        x = self.cpe1(x)
+        y, gate = self.in_and_gate(self.norm1(x)).chunk(2, dim=1)
+        x = x + self.project(self.attn(self.act(self.dwconv(y)), tables) * self.act(gate))
+        x = self.cpe2(x)
+        return x + self.reduce(self.mlp_act(self.expand(self.norm2(x))))
+
+
+class PhoneMllaStage(InferenceModule):
+    """MllaStage of such blocks, with one pair of tables: maps (B, in_chs, H, W) to (B, C, H', W')."""
+
+    def __init__(self, stage: MllaStage) -> None:
+        super().__init__()
+        self.downsample = copy.deepcopy(stage.downsample)
+        for name, conv in list(self.downsample.named_children()):
+            if isinstance(conv, nn.Conv2d):
+                setattr(self.downsample, name, _keep(conv))
+        self.num_heads = stage.blocks[0].attn.num_heads
+        self.blocks = nn.ModuleList(PhoneMllaBlock(block) for block in stage.blocks)
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.downsample(x)
+        tables = make_rotary_tables(x, self.num_heads)
+        for block in self.blocks:
+            x = block(x, tables)
+        return x
+
+
+def rewrite_mlla_for_phone(model: nn.Module) -> nn.Module:
+    """A copy of a fused MLLA with the operations of phones; the network itself stays.
+
+    Args:
+        model: What `caretrans.fuse.fuse` returned.
+    """
+    model = copy.deepcopy(model)
+    last = model.stem.conv3[1]
+    model.stem.conv3[1] = scale_outputs(last, torch.full_like(last.bias, STREAM))
+    model.stages = nn.Sequential(*[PhoneMllaStage(stage) for stage in model.stages])
+    norm = model.norm
+    model.norm = ScaledNorm(norm)
+    if getattr(model.global_pool, 'pool_type', '') == 'avg':
+        model.global_pool = MeanPool()
+        if isinstance(model.head, nn.Linear):
+            model.head = fold_norm_into_head(norm, model.head)
+            model.norm = ChannelNorm(norm)
+    return model

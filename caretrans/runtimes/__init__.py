@@ -1,0 +1,1 @@
+"""Runtimes that both benchmarks and exports use: torch.export, ONNX Runtime, OpenVINO."""

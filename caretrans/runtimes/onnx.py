@@ -1,0 +1,86 @@
+"""ONNX programs and ONNX Runtime: convert, quantize to int8, run. ONNX Runtime's telemetry is switched off."""
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from .quiet import silence
+from .tracing import trace_network
+
+__all__ = [
+    'INPUT', 'OPSET', 'convert', 'export_onnx', 'import_onnxruntime', 'make_session', 'quantize', 'split_batches']
+
+OPSET = 20  # the first with its own Gelu
+INPUT = 'input_1'
+
+
+def convert(program: torch.export.ExportedProgram, output: str = 'logits') -> Any:
+    """A program of torch.export as an ONNX model with its weights, in opset `OPSET`.
+
+    Args:
+        output: Name of what comes out; what goes in is `INPUT`.
+    """
+    with torch.no_grad(), silence(''):
+        converted = torch.onnx.export(
+            program, dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[output], verbose=False)
+    return converted.model_proto
+
+
+def export_onnx(model: nn.Module, images: torch.Tensor) -> bytes:
+    """A network as an ONNX program with its weights, for images of this shape."""
+    return convert(trace_network(model, images)).SerializeToString()
+
+
+def split_batches(images: torch.Tensor, batch: int) -> List[np.ndarray]:
+    """Images in batches of one size, at least one batch: a program may be made for that size alone."""
+    repeats = -(-batch // len(images))
+    whole = images.repeat(repeats, 1, 1, 1)
+    return [part.numpy() for part in whole.split(batch) if len(part) == batch]
+
+
+def quantize(program: bytes, batches: Sequence[np.ndarray]) -> bytes:
+    """Weights and activations as 8-bit integers, weights per channel, ranges of activations from photographs.
+
+    Args:
+        program: In float32.
+        batches: Images as the program takes them.
+    """
+    import_onnxruntime()
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches: Iterator[np.ndarray] = iter(batches)
+
+        def get_next(self) -> Optional[Dict[str, np.ndarray]]:
+            batch = next(self.batches, None)
+            return None if batch is None else {INPUT: batch}
+
+    with tempfile.TemporaryDirectory() as folder, silence(''):
+        source, shaped, target = (Path(folder) / f'{name}.onnx' for name in ('source', 'shaped', 'target'))
+        source.write_bytes(program)
+        quant_pre_process(str(source), str(shaped), skip_symbolic_shape=True)
+        quantize_static(
+            str(shaped), str(target), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
+        return target.read_bytes()
+
+
+def import_onnxruntime() -> Any:
+    os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')  # before it is loaded
+    import onnxruntime
+    return onnxruntime
+
+
+def make_session(program: bytes, threads: int, providers: Sequence[Any] = ('CPUExecutionProvider',)) -> Any:
+    """A session of ONNX Runtime for a program in memory."""
+    onnxruntime = import_onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(program, options, providers=list(providers))

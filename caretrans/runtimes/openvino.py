@@ -1,0 +1,59 @@
+"""OpenVINO: read ONNX programs, quantize to int8 with NNCF, compile for the CPU.
+
+OpenVINO's converter of PyTorch models sends telemetry, its ONNX reader does not. NNCF's telemetry is switched off.
+"""
+import os
+from functools import lru_cache
+from typing import Any, Sequence
+
+import numpy as np
+
+__all__ = ['compile_model', 'get_core', 'make_model', 'quantize']
+
+
+@lru_cache(maxsize=None)
+def get_core() -> Any:
+    """OpenVINO's entry point, one for the life of the process.
+
+    It gives the process a stack of its own for signals and, when it goes, leaves that unmapped behind: the next signal
+    that Python handles there, such as the end of a child process, would then kill this one.
+    """
+    import openvino
+    return openvino.Core()
+
+
+def make_model(program: bytes) -> Any:
+    """An ONNX program as a model of OpenVINO."""
+    from openvino.passes import ConstantFolding, Manager
+    model = get_core().read_model(program)
+    manager = Manager()
+    manager.register_pass(ConstantFolding())  # the reader looks up shapes that are known
+    manager.run_passes(model)
+    return model
+
+
+def quantize(model: Any, batches: Sequence[np.ndarray]) -> Any:
+    """An OpenVINO model with weights and activations as 8-bit integers, ranges of activations from photographs."""
+    os.environ.setdefault('NNCF_CI', '1')  # its switch against telemetry; before it is loaded
+    import nncf
+
+    return nncf.quantize(
+        model, nncf.Dataset(list(batches)), preset=nncf.QuantizationPreset.MIXED, subset_size=len(batches))
+
+
+def compile_model(model: Any, threads: int, hint: str = 'f32') -> Any:
+    """A model for the processor, for latency: one stream, the format of numbers as asked for.
+
+    Args:
+        model: Of OpenVINO.
+        hint: 'f32', 'f16' or 'bf16', in OpenVINO's words; without one it takes bfloat16 where the processor has it.
+    Raises:
+        RuntimeError: It would compute in another format.
+    """
+    compiled = get_core().compile_model(model, 'CPU', {
+        'PERFORMANCE_HINT': 'LATENCY', 'NUM_STREAMS': '1', 'INFERENCE_NUM_THREADS': str(threads),
+        'INFERENCE_PRECISION_HINT': hint})
+    taken = compiled.get_property('INFERENCE_PRECISION_HINT').to_string()
+    if taken != hint:
+        raise RuntimeError(f'OpenVINO computes in {taken} where {hint} was asked for')
+    return compiled

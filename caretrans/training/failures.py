@@ -1,0 +1,63 @@
+"""What goes wrong in the middle of a run, said in one line with what to do."""
+import re
+from contextlib import contextmanager
+from typing import Iterator, Optional
+
+import torch
+
+from ..errors import CheckpointError, TrainingError, list_names
+from .folder import RunFolder
+from .steps import NonFiniteError
+from .trainer import Trainer
+
+__all__ = ['explain_failures']
+
+LOST_CONNECTION = ('gloo', 'NCCL', 'Connection closed by peer', 'Connection reset by peer')
+DIED = re.compile(r'DataLoader worker.*(killed by signal|exited unexpectedly)', re.DOTALL)
+IN_WORKER = re.compile(r'Caught \w+ in DataLoader worker')
+
+
+@contextmanager
+def explain_failures(trainer: Trainer, folder: Optional[RunFolder]) -> Iterator[None]:
+    """Turn whatever ends a run into a `TrainingError`; errors that explain themselves pass.
+
+    Args:
+        folder: Of the run, on the primary process alone.
+    """
+    try:
+        yield
+    except NonFiniteError as error:
+        raise _explain_non_finite(error, trainer, folder) from error
+    except (TrainingError, CheckpointError):
+        raise
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f'Out of memory with {trainer.device_batch} images at a time on {trainer.device}: '
+            f'take --device-batch {max(trainer.device_batch // 2, 1)}.') from error
+    except OSError as error:
+        raise TrainingError(f'{error.filename or "A file"}: {error.strerror or error}.') from error
+    except Exception as error:
+        text = str(error)
+        if any(sign in text for sign in LOST_CONNECTION):
+            raise TrainingError(
+                f'Process {trainer.processes.rank} lost its connection to another one, which ended or cannot be '
+                f'reached: see what that one says.') from error
+        if DIED.search(text):
+            raise TrainingError(
+                f'A process that loads images died ({" ".join(text.split())[:200]}). Killed means most often that '
+                f'memory ran out: take fewer --workers; a bus error, that /dev/shm is too small.') from error
+        if IN_WORKER.search(text):  # with the traceback of the worker; its last line is the error
+            raise TrainingError(text.strip().splitlines()[-1]) from error
+        raise
+
+
+def _explain_non_finite(error: NonFiniteError, trainer: Trainer, folder: Optional[RunFolder]) -> TrainingError:
+    """With the figures and the images of the processes whose loss it is; all of them come here."""
+    names = trainer.train_loader.name_images(error.step) if error.is_local else []
+    found = trainer.processes.gather((str(error), error.is_local, names))
+    message = next((text for text, is_local, _ in found if is_local), str(error))
+    names = [name for _, _, some in found for name in some]
+    if names and folder is not None:
+        file = folder.list_images([(name, '') for name in names], 'nonfinite-images.txt')
+        message += f' Its {len(names)} images are listed in {file}: {list_names(names, 3)}.'
+    return TrainingError(message, is_shared=True)

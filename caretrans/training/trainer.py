@@ -1,0 +1,253 @@
+"""Everything a training run needs, built from its config and checked before the first step."""
+import inspect
+import os
+from dataclasses import replace
+from typing import Any, Dict, Optional
+
+import timm
+import torch
+import torch.nn as nn
+from timm.data import Mixup
+from timm.layers import convert_sync_batchnorm
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch.nn.parallel import DistributedDataParallel
+
+from ..checkpoint.load import load_checkpoint
+from ..checkpoint.preparation import resolve_eval_config
+from ..config import TrainConfig
+from ..data.datasets import check_labels, list_classes, open_dataset
+from ..data.loaders import build_eval_loader, build_train_loader
+from ..distributed import Processes
+from ..errors import CheckpointError, ConfigError, DataError
+from ..kernels import describe_placements, use_kernels, why_unavailable
+from ..seeds import seed_everything
+from .losses import SelfDistillationTask, build_task
+from .steps import Stepper
+
+__all__ = ['Trainer', 'build_mixup', 'build_model', 'build_schedule', 'check_kernels', 'put_kernels']
+
+
+def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
+    """The model of a run, with the weights of `config.checkpoint` if there is one."""
+    if not timm.is_model(config.model):
+        near = ', '.join(timm.list_models(f'*{config.model.split("_")[0]}*')[:8]) or 'none'
+        raise ConfigError(f'No model {config.model!r}; near: {near}.')
+    rates = {key: value for key, value in (('drop_rate', config.drop), ('drop_path_rate', config.drop_path)) if value}
+    try:
+        model = timm.create_model(config.model, num_classes=num_classes, **{**rates, **config.model_args})
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f'{config.model}: {error}') from None
+    if config.checkpoint:
+        load_checkpoint(model, config.checkpoint, new_heads=config.new_heads)
+    if getattr(model, 'in_chans', 3) != 3:
+        raise ConfigError(f'The model takes {model.in_chans} channels, the images have 3: leave in_chans out.')
+    if config.grad_checkpointing:
+        if not hasattr(model, 'set_grad_checkpointing'):
+            raise ConfigError(f'{config.model} has no gradient checkpointing: leave --grad-checkpointing out.')
+        model.set_grad_checkpointing(True)
+    return model
+
+
+def check_kernels(config: TrainConfig, device: torch.device) -> None:
+    """Refuse kernels that cannot run, before any data are read.
+
+    Raises:
+        ConfigError: Not on this device, or the model has no parts for them.
+    """
+    if not config.kernels:
+        return
+    reason = why_unavailable(device)
+    if reason:
+        raise ConfigError(f'kernels with device={device}: {reason}: leave --kernels out.')
+    if not use_kernels(build_model(replace(config, checkpoint=''), num_classes=1), parts=()):
+        raise ConfigError(f'kernels: {config.model} has no parts for them: leave --kernels out.')
+
+
+def put_kernels(model: nn.Module, config: TrainConfig) -> str:
+    """Let Triton kernels run in a model that is on its device, if the config says so; its state dict stays.
+
+    Returns:
+        Which kernels run, and where.
+    Raises:
+        ConfigError: Not one runs.
+    """
+    if not config.kernels:
+        return 'torch'
+    placements = use_kernels(model)
+    lines = describe_placements(placements)
+    if not any(placement.runs == 'triton' for placement in placements):
+        raise ConfigError(f'kernels: none runs in {config.model} ({"; ".join(lines) or "it has no parts for them"}): '
+                          f'leave --kernels out.')
+    import triton  # not everywhere
+    return f'triton {triton.__version__} ({"; ".join(lines)})'
+
+
+def build_mixup(config: TrainConfig, num_classes: int) -> Optional[Mixup]:
+    """Mixup and CutMix of whole batches, or None when both are off."""
+    if not config.mixup and not config.cutmix:
+        return None
+    return Mixup(
+        mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, label_smoothing=config.smoothing,
+        num_classes=num_classes)
+
+
+def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int):
+    """The learning rate over the run: (schedule, epochs in all, cool-down included)."""
+    return create_scheduler_v2(
+        optimizer, sched='cosine', num_epochs=config.epochs, cooldown_epochs=config.cooldown_epochs,
+        min_lr=config.min_lr, warmup_lr=config.warmup_lr, warmup_epochs=config.warmup_epochs,
+        step_on_epochs=not config.step_schedule, updates_per_epoch=steps_per_epoch)
+
+
+class Trainer:
+    """Data, model, loss, optimizer and schedule of a run.
+
+    Attributes:
+        model: The weights that are trained, without wrappers.
+        ema: Their average over the steps, or None.
+        kernels: Which kernels run.
+        task: Forward pass and loss; compiled as asked, and distributed after `distribute`.
+    Raises:
+        ConfigError, DataError, CheckpointError: The settings, the data or the checkpoint cannot work.
+    """
+
+    def __init__(self, config: TrainConfig, processes: Processes, device: torch.device) -> None:
+        self.config, self.processes, self.device = config, processes, device
+        seed_everything(config.seed)
+        self.splits = config.split_steps(processes.world_size)
+        self.device_batch, self.accumulation = self.splits[0]
+        self._open_data()
+        try:
+            self._build_model()
+            self._build_loaders()
+            self._build_task()
+            self._build_optimizer()
+        except (CheckpointError, ConfigError, DataError):
+            raise
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(f'The model does not fit into the memory of {self.device}: {error}') from error
+        except (AssertionError, KeyError, TypeError, ValueError, RuntimeError) as error:  # how timm refuses a setting
+            raise ConfigError(f'These settings do not work: {" ".join(str(error).split())}') from error
+
+    def _open_data(self) -> None:
+        config = self.config
+        options = dict(
+            name=config.dataset, download=config.dataset_download, batch_size=self.device_batch, seed=config.seed)
+        self.train_set = open_dataset(config.data, config.train_split, is_training=True, **options)
+        self.classes = list_classes(self.train_set)
+        self.val_set = open_dataset(config.data, config.val_split, classes=self.classes, **options)
+        if self.classes is None and config.num_classes is None:
+            raise ConfigError(f'{config.dataset} does not name its classes: give their number with --num-classes.')
+        self.num_classes = config.num_classes or len(self.classes)
+        if self.classes and len(self.classes) != self.num_classes:
+            raise ConfigError(f'num_classes={self.num_classes}, but the data have {len(self.classes)}: leave it out.')
+        for dataset in (self.train_set, self.val_set):
+            check_labels(dataset, self.num_classes)
+
+    def _build_model(self) -> None:
+        config = self.config
+        if config.sync_bn and self.device.type == 'cpu' and not self.processes.is_alone:
+            raise ConfigError("sync_bn needs GPUs, PyTorch's SyncBatchNorm does not run on cpu: leave --sync-bn out.")
+        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        model = build_model(config, self.num_classes)
+        if config.sync_bn:
+            model = convert_sync_batchnorm(model)
+        self.model = model.to(self.device, memory_format=self.memory_format)
+        self.kernels = put_kernels(self.model, config)  # before its average, compiled and distributed forms are made
+
+    def _build_loaders(self) -> None:
+        config = self.config
+        self.eval_config = resolve_eval_config(
+            self.model, img_size=config.val_img_size or config.img_size, crop_pct=config.crop_pct,
+            crop_mode=config.crop_mode)
+        self.train_loader = build_train_loader(
+            self.train_set, config, self.eval_config, self.splits, self.processes, self.device)
+        if not self.train_loader.steps:
+            raise DataError(f'The {len(self.train_set)} training images do not fill a batch of {config.batch_size}.')
+        self.val_loader = build_eval_loader(
+            self.val_set, self.eval_config, self.device_batch, config.workers, self.processes, self.device)
+
+    def _build_task(self) -> None:
+        config = self.config
+        self.task = build_task(config, self.model, self.device, self.memory_format)
+        self.mixup = build_mixup(config, self.num_classes)
+        self.ema: Optional[nn.Module] = None
+        if config.ema:
+            self.ema = self.task.setup_ema(config.ema_decay, use_warmup=config.ema_warmup).module
+        if config.compile:
+            self.task.compile()
+            self.task.compile_ema()
+        self.eval_model = self.task.get_eval_model(ema=config.ema)
+
+    def _build_optimizer(self) -> None:
+        config = self.config
+        optimizer = create_optimizer_v2(self.model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay)
+        self.schedule, self.epochs = build_schedule(config, optimizer, self.train_loader.steps)
+        self.stepper = Stepper(
+            optimizer, self.schedule, torch.amp.GradScaler(self.device.type) if config.amp == 'fp16' else None,
+            clip=config.clip_grad, clip_mode=config.clip_mode,
+            max_skips=config.max_skips if config.on_nan == 'skip' else 0)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Set what depends on the epoch: the rate, unless steps change it, and whether the average teaches."""
+        if not self.config.step_schedule:
+            self.schedule.step(epoch)
+        if isinstance(self.task, SelfDistillationTask):
+            self.task.set_epoch(epoch)
+
+    def distribute(self) -> None:
+        """Connect the gradients of the processes, which keep BatchNorm's statistics each to itself in an epoch."""
+        if not self.processes.is_alone:
+            options = inspect.signature(DistributedDataParallel.__init__).parameters
+            leave_buffers = 'forward_sync_buffers' if 'forward_sync_buffers' in options else 'broadcast_buffers'
+            is_cuda = self.device.type == 'cuda'
+            # Looking for unused parameters keeps the order of the first sums, which otherwise changes after a step and
+            # would make a run that goes on differ in its last bits. On GPUs it would cost time and save nothing.
+            self.task.prepare_distributed(
+                device_ids=[self.device.index] if is_cuda else None, find_unused_parameters=not is_cuda,
+                **{leave_buffers: False})
+
+    @property
+    def modules(self) -> Dict[str, nn.Module]:
+        """The model, and its average if there is one."""
+        return dict(model=self.model, **({'ema': self.ema} if self.ema is not None else {}))
+
+    def describe(self) -> Dict[str, Any]:
+        """What was derived from the settings."""
+        config = self.config
+        sizes = dict(zip(config.list_sizes(), self.splits, strict=True)) if config.train_img_sizes else None
+        return dict(
+            model=config.model, parameters=sum(p.numel() for p in self.model.parameters()),
+            train_images=len(self.train_set), val_images=len(self.val_set), num_classes=self.num_classes,
+            device=str(self.device), kernels=self.kernels, world_size=self.processes.world_size,
+            batch_size=config.batch_size, device_batch=self.device_batch, accumulation=self.accumulation,
+            size_batches=sizes, epochs=self.epochs, steps_per_epoch=self.train_loader.steps, lr=config.lr,
+            streams=self.train_loader.sampler is None, workers=config.workers, eval_config=self.eval_config)
+
+    def checkpoint_meta(self) -> Dict[str, Any]:
+        """What a checkpoint says beside the weights."""
+        config = self.config
+        settings = dict(config.to_dict(), data=os.path.abspath(config.data) if config.data else '')
+        return dict(
+            arch=config.model, model_args=config.model_args, class_names=self.classes, eval_config=self.eval_config,
+            config=settings, ema=self.ema)
+
+    def resume_state(self) -> Dict[str, Any]:
+        """What going on from this point needs beside the weights."""
+        scaler = self.stepper.scaler
+        return dict(
+            optimizer=self.stepper.optimizer.state_dict(), steps=self.stepper.steps, skipped=self.stepper.skipped,
+            scaler=scaler.state_dict() if scaler is not None else None)
+
+    def load_state(self, weights: Dict[str, Any], averaged: Optional[Dict[str, Any]], meta: Dict[str, Any]) -> None:
+        """Take up the weights and the state of a checkpoint of the same run."""
+        self.model.load_state_dict(weights)
+        if self.ema is not None:
+            self.ema.load_state_dict(averaged)
+        self.stepper.optimizer.load_state_dict(meta['optimizer'])
+        self.stepper.steps, self.stepper.skipped = meta['steps'], meta['skipped']
+        if self.stepper.scaler is not None:
+            self.stepper.scaler.load_state_dict(meta['scaler'])
+        if self.config.step_schedule:
+            self.schedule.step_update(self.stepper.steps)

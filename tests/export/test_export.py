@@ -1,0 +1,270 @@
+"""coreml/export.py as users call it."""
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from exports import make_job, make_source
+from launch import ENVIRONMENT, ROOT, kill, start, wait_for
+from reference import filled_model
+
+from caretrans.checkpoint import save_checkpoint
+from caretrans.data import list_classes, open_dataset
+from caretrans.errors import ConfigError
+from caretrans.evaluation import evaluate_checkpoint
+from caretrans.export import torch_program
+from caretrans.export.config import ExportConfig
+from caretrans.export.run import Export, _replace, export, name_program
+from caretrans.export.verify import Verification
+
+sys.path.insert(0, str(ROOT / 'coreml'))
+FRUIT = ROOT / 'data' / 'fruit14'
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The exit code, stdout and stderr of the command."""
+    import export as command
+
+    def call(*flags):
+        monkeypatch.setattr('sys.argv', ['export.py', *map(str, flags)])
+        code = command.main()
+        return code, *capsys.readouterr()
+    return call
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """care_s0 with 14 classes of the bundled photographs."""
+    model = filled_model('care_s0', num_classes=14)
+    path = tmp_path / 'fruit.pth.tar'
+    save_checkpoint(path, model, arch='care_s0', class_names=list_classes(open_dataset(str(FRUIT), 'val')))
+    return path
+
+
+FAST = ['--format', 'torch', '--img-size', '64', '--images', '14', '--no-latency']
+
+
+def list_left(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_checkpoint_is_exported_proven_and_reported(run, checkpoint, tmp_path):
+    out = tmp_path / 'out'
+    code, text, _ = run('--checkpoint', checkpoint, '--output-dir', out, *FAST)
+    assert code == 0
+    assert list_left(out) == ['care_s0-64x64.pt2', 'care_s0-64x64.pt2.json']
+    report = json.loads((out / 'care_s0-64x64.pt2.json').read_text())
+    assert report['verification']['top1_agreement'] == 100 and report['verification']['images'] == 14
+    assert report['verification']['top1'] == report['verification']['top1_expected'] is not None
+    assert report['sha256'] in text and len(report['sha256']) == 64
+    assert 'torch fp32' in text and 'same first answer %' in text
+
+
+def test_json_is_one_object(run, tmp_path):
+    code, text, progress = run('--model', 'care_s0', '--random-weights', '--output-dir', tmp_path, '--json', *FAST)
+    assert code == 0
+    result = json.loads(text)
+    assert result['weights'] == 'random' and result['programs'][0]['failure'] == ''
+    assert result['programs'][0]['verification']['max_error'] < 1e-4
+
+
+def test_latency_is_beside_eager(tmp_path):
+    _, (done,) = export(ExportConfig(
+        model='care_s0', random_weights=True, format=['torch'], img_size='64', images=4, output_dir=str(tmp_path)))
+    assert done.latency['median_ms'] > 0 and done.latency['ratio'] > 0 and done.latency['eager_ms'] > 0
+
+
+def test_program_that_is_not_proven_is_not_kept(run, checkpoint, tmp_path, monkeypatch):
+    out = tmp_path / 'out'
+    write = torch_program.write
+
+    def write_another(source, job, path):
+        other = type(source)(**{**vars(source), 'model': filled_model('care_s0', gain=0.7, num_classes=14)})
+        return write(other, job, path)
+    monkeypatch.setattr(torch_program, 'write', write_another)
+    code, _, error = run('--checkpoint', checkpoint, '--output-dir', out, *FAST)
+    assert code == 1 and list_left(out) == []
+    assert 'failed: care_s0-64x64.pt2:' in error and 'Nothing was kept' in error
+
+
+def test_what_was_there_stays_when_an_export_fails(run, checkpoint, tmp_path, monkeypatch):
+    out = tmp_path / 'out'
+    assert run('--checkpoint', checkpoint, '--output-dir', out, *FAST)[0] == 0
+    before = (out / 'care_s0-64x64.pt2').read_bytes()
+
+    def fail(source, job, path):
+        path.write_bytes(b'half')
+        raise OSError('disk full')
+    monkeypatch.setattr(torch_program, 'write', fail)
+    code, _, error = run('--checkpoint', checkpoint, '--output-dir', out, *FAST)
+    assert code == 1 and 'torch fp32 could not be made: OSError: disk full' in error
+    assert (out / 'care_s0-64x64.pt2').read_bytes() == before and len(list_left(out)) == 2
+
+
+@pytest.mark.parametrize('make', [
+    lambda target: target.write_text('mine'), lambda target: target.mkdir(), lambda target: target.symlink_to('/tmp')])
+def test_what_was_not_exported_is_not_replaced(run, tmp_path, make):
+    target = tmp_path / 'care_s0-64x64.pt2'
+    make(target)
+    code, _, error = run('--model', 'care_s0', '--random-weights', '--output-dir', tmp_path, *FAST)
+    assert code == 2 and 'care_s0-64x64.pt2 is there and was not exported: move it away' in error
+    assert list_left(tmp_path) == [target.name]
+
+
+def test_folder_that_was_exported_is_replaced_and_kept_if_that_fails(tmp_path):
+    new, target = tmp_path / 'unfinished' / 'a.openvino', tmp_path / 'a.openvino'
+    for folder, text in [(new, 'new'), (target, 'old')]:
+        folder.mkdir(parents=True)
+        (folder / 'model.xml').write_text(text)
+    _replace(new, target)
+    assert (target / 'model.xml').read_text() == 'new' and not new.exists()
+    with pytest.raises(FileNotFoundError):
+        _replace(tmp_path / 'other.openvino', target)
+    assert (target / 'model.xml').read_text() == 'new'
+
+
+def test_programs_that_differ_have_different_names():
+    source = make_source()
+    jobs = [
+        make_job(format='mlpackage', precision='fp16', input='image', output='classes', size=source.size),
+        make_job(format='mlpackage', precision='fp16', input='tensor', output='logits', size=source.size),
+        make_job(format='mlpackage', precision='fp16', input='image', output='classes', target='iOS18', batch=2),
+        make_job(format='mlmodel', precision='fp32', input='image', output='classes', unfused=True, compress='int8')]
+    assert [name_program(source, job) for job in jobs] == [
+        'care_s0.mlpackage', 'care_s0-tensor-logits.mlpackage', 'care_s0-64x64-b2-iOS18.mlpackage',
+        'care_s0-64x64-fp32-int8-unfused.mlmodel']
+
+
+def test_terminated_export_leaves_nothing(tmp_path):
+    process = start(
+        'coreml/export.py', '--model', 'care_s0', '--random-weights', '--output-dir', tmp_path / 'out', '--format',
+        'mlpackage', '--img-size', '64', '--images', '4', log=tmp_path / 'log')
+    assert wait_for(lambda: list((tmp_path / 'out').glob('.unfinished-*/*')), process)
+    assert kill(process, signal.SIGTERM) == 143
+    assert list_left(tmp_path / 'out') == []
+
+
+def test_sizes_that_a_model_does_not_take_are_named(run, tmp_path):
+    code, _, error = run(
+        '--model', 'vit_tiny_patch16_224', '--random-weights', '--output-dir', tmp_path, '--format', 'torch',
+        '--img-size', '64', '--images', '2')
+    assert code == 2 and '--img-size 64x64: vit_tiny_patch16_224 does not take such images' in error
+
+
+def test_images_of_other_than_three_channels_are_refused(run, tmp_path):
+    path = tmp_path / 'grey.pth.tar'
+    save_checkpoint(path, filled_model('care_s0', in_chans=1), arch='care_s0')
+    code, _, error = run('--checkpoint', path, '--output-dir', tmp_path / 'out')
+    assert code == 2 and '--input image: care_s0 takes 1 channels, an RGB image has 3' in error
+
+
+def test_figures_that_are_not_finite_are_null_in_json():
+    item = Export(make_job(), Path('x'), verification=Verification(1, 'data', float('nan'), 1., 2., 3., 4., 5.))
+    plain = json.loads(json.dumps(item.to_dict(), allow_nan=False))
+    assert plain['verification']['max_error'] is None and plain['verification']['mean_error'] == 1.
+
+
+def test_truncated_program_is_named(run, checkpoint, tmp_path, monkeypatch):
+    write = torch_program.write
+
+    def cut(source, job, path):
+        notes = write(source, job, path)
+        path.write_bytes(path.read_bytes()[:1000])
+        return notes
+    monkeypatch.setattr(torch_program, 'write', cut)
+    code, _, error = run('--checkpoint', checkpoint, '--output-dir', tmp_path / 'out', *FAST)
+    assert code == 1 and 'care_s0-64x64.pt2 cannot be read' in error and list_left(tmp_path / 'out') == []
+
+
+@pytest.mark.parametrize('flags, said', [
+    ([], 'No weights: give a file with --checkpoint, or ask for --random-weights'),
+    (['--model', 'care_s0'], 'No weights'),
+    (['--random-weights'], '--random-weights needs --model'),
+    (['--model', 'care_s9', '--random-weights'], '--model care_s9: no such model, the nearest are'),
+    (['--model', 'care_*', '--random-weights'], 'export one model at a time'),
+    (['--checkpoint', 'nowhere.pth'], 'nowhere.pth'),
+    (['--checkpoint', 'nowhere.pth', '--random-weights'], 'choose one'),
+    (['--model', 'care_s0', '--random-weights', '--img-size', '16'], "img_size is '16'"),
+    (['--model', 'care_s0', '--random-weights', '--img-size', '224x'], "img_size is '224x'"),
+    (['--model', 'care_s0', '--random-weights', '--format', 'tflite'], 'invalid choice'),
+    (['--model', 'care_s0', '--random-weights', '--format', 'torch', 'torch'], 'name each once'),
+    (['--model', 'care_s0', '--random-weights', '--format', 'torch', '--precision', 'fp16'],
+     '--precision fp16 with --format torch: it has fp32'),
+    (['--model', 'care_s0', '--random-weights', '--format', 'torch', '--output', 'classes'],
+     '--output classes with --format torch: it has logits, probabilities'),
+    (['--model', 'care_s0', '--random-weights', '--format', 'torch', '--compress', 'int8'], '--compress int8 is for'),
+    (['--model', 'care_s0', '--random-weights', '--target', 'iOS12'], 'invalid choice'),
+    (['--model', 'care_s0', '--random-weights', '--format', 'torch', '--data', 'nowhere'], 'No photographs at nowhere'),
+    (['--model', 'care_s0', '--random-weights', '--format', 'torch', '--labels', 'nowhere.txt'],
+     '--labels nowhere.txt cannot be read'),
+    (['--model', 'care_s0', '--random-weights', '--format', 'onnx', '--target', 'iOS18'], '--target iOS18 is for'),
+    (['--quick'], 'unrecognized arguments: --quick'),
+])
+def test_bad_input_is_one_line_and_exit_code_2(run, flags, said, tmp_path):
+    code, text, error = run(*flags, '--output-dir', tmp_path / 'out')
+    assert code == 2 and text == ''
+    assert error.startswith('export.py: ') and error.count('\n') == 1 and said in error
+    assert not (tmp_path / 'out').exists() or list_left(tmp_path / 'out') == []
+
+
+def test_target_that_cannot_be_written_is_named_before_any_work(run, tmp_path):
+    (tmp_path / 'file').write_text('')
+    code, _, error = run(
+        '--model', 'care_s0', '--random-weights', *FAST, '--output-dir', tmp_path / 'file' / 'out')
+    assert code == 2 and 'cannot be written: Not a directory; name another' in error
+
+
+def test_checkpoint_of_another_variant_is_refused(run, checkpoint, tmp_path):
+    code, _, error = run('--checkpoint', checkpoint, '--model', 'care_s1', '--output-dir', tmp_path / 'out', *FAST)
+    assert code == 2 and 'care_s0' in error and 'care_s1' in error
+
+
+def test_labels_of_another_number_of_classes_are_refused(run, checkpoint, tmp_path):
+    labels = tmp_path / 'labels.txt'
+    labels.write_text('apple\npear\n')
+    code, _, error = run('--checkpoint', checkpoint, '--labels', labels, '--output-dir', tmp_path / 'out', *FAST)
+    assert code == 2 and 'names 2 classes, the network has 14' in error
+
+
+def test_package_that_is_not_installed_is_named_with_its_install_line(monkeypatch):
+    find = __import__('importlib.util').util.find_spec
+    monkeypatch.setattr(
+        'importlib.util.find_spec', lambda name, *args: None if name == 'coremltools' else find(name, *args))
+    with pytest.raises(ConfigError, match=r'--format mlpackage: it is not installed: pip install coremltools==9.0'):
+        ExportConfig(model='care_s0', random_weights=True).list_jobs((224, 224))
+
+
+@pytest.mark.parametrize('form', ['fused', 'phone'])
+def test_exported_form_can_be_evaluated(checkpoint, form):
+    settings = dict(data=str(FRUIT), img_size=64, workers=0)
+    base = evaluate_checkpoint(str(checkpoint), **settings)
+    result = evaluate_checkpoint(str(checkpoint), form=form, **settings)
+    assert (result['form'], result['top1'], result['top5']) == (form, base['top1'], base['top5'])
+    assert result['loss'] == pytest.approx(base['loss'], rel=1e-5)
+
+
+def test_other_models_of_timm_are_exported_too(tmp_path):
+    _, (done,) = export(ExportConfig(
+        model='mobileone_s0', random_weights=True, format=['torch'], img_size='64', images=4, input='image',
+        latency=False, output_dir=str(tmp_path)))
+    assert done.verification.top1_agreement == 100
+    assert timm.is_model('mobileone_s0')
+
+
+def test_script_passes_flags_on(tmp_path):
+    done = subprocess.run(
+        ['bash', 'cmd/export.sh', '--model', 'care_s0'], cwd=ROOT, capture_output=True, text=True,
+        env=dict(ENVIRONMENT, PATH=f'{sys.prefix}/bin:{ENVIRONMENT["PATH"]}'), timeout=300)
+    assert done.returncode == 2 and 'No weights' in done.stderr
+
+
+def test_random_weights_are_the_same_each_time():
+    from caretrans.export.source import load_source
+    config = ExportConfig(model='care_s0', random_weights=True)
+    first, second = (load_source(config).model.state_dict() for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
