@@ -3,7 +3,8 @@ import argparse
 import json
 import os
 import sys
-from typing import Any, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from .checkpoint.load import LAYOUTS, convert_checkpoint
 from .config import CROP_MODES, number
@@ -12,7 +13,7 @@ from .errors import CheckpointError, ConfigError, DataError
 from .progress import show_messages
 
 
-def _parse_flags(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+def _parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog='python -m caretrans', description=__doc__)
     commands = parser.add_subparsers(dest='command', required=True)
 
@@ -123,7 +124,7 @@ def _compare(argv: Sequence[str]) -> int:
     return compare(argv)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     command = argv[0] if argv[:1] == ['compare'] else ''  # its flags are those of train.py, and more
     options = {} if command else vars(_parse_flags(argv))

@@ -4,10 +4,12 @@ import dataclasses
 import difflib
 import logging
 import os
+import types
 import typing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any
 
 import yaml
 
@@ -47,29 +49,29 @@ class TrainConfig:
     train_split: str = setting('train', 'split to train on')
     val_split: str = setting('val', 'split to evaluate on')
     dataset_download: bool = setting(False, 'fetch the data set if it is not there and can be fetched')
-    num_classes: Optional[int] = setting(None, 'classes, where the data set does not name them', bounds=(1, None))
-    workers: Optional[int] = setting(
+    num_classes: int | None = setting(None, 'classes, where the data set does not name them', bounds=(1, None))
+    workers: int | None = setting(
         None, 'processes per device that load images; by default one per core', bounds=(0, None))
 
     model: str = setting('care_s0', 'any model of timm or caretrans')
-    model_args: Dict[str, Any] = setting({}, 'further arguments of the model, e.g. ls_init_value=0.1')
+    model_args: dict[str, Any] = setting({}, 'further arguments of the model, e.g. ls_init_value=0.1')
     checkpoint: str = setting('', 'start from the weights of this file')
     new_heads: bool = setting(False, 'leave the heads fresh when the file has other classes')
     drop: float = setting(0., 'dropout rate', bounds=(0, 0.99))
     drop_path: float = setting(0.1, 'stochastic depth, rate at the last block', bounds=(0, 0.99))
 
     img_size: int = setting(224, 'side of the training images, pixels', bounds=(32, None))
-    train_img_sizes: List[int] = setting([], 'a size for each step, drawn from these', bounds=(32, None))
+    train_img_sizes: list[int] = setting([], 'a size for each step, drawn from these', bounds=(32, None))
     size_schedule: str = setting(
         'constant', 'of train_img_sizes: all as likely, or from first to last', choices=['constant', 'progressive'])
-    val_img_size: Optional[int] = setting(None, 'side of evaluated images; img_size if not given', bounds=(32, None))
-    crop_pct: Optional[float] = setting(
+    val_img_size: int | None = setting(None, 'side of evaluated images; img_size if not given', bounds=(32, None))
+    crop_pct: float | None = setting(
         None, 'evaluated share of the image; by default of the model, 1 with squash', bounds=(0.01, 1))
-    crop_mode: Optional[str] = setting(
+    crop_mode: str | None = setting(
         None, 'evaluated images: crop the centre, squash to a square, or border; by default of the model',
         choices=CROP_MODES)
-    scale: List[float] = setting([0.08, 1.0], 'area of random crops, least and most', size=2)
-    ratio: List[float] = setting([3 / 4, 4 / 3], 'aspect of random crops, least and most', size=2)
+    scale: list[float] = setting([0.08, 1.0], 'area of random crops, least and most', size=2)
+    ratio: list[float] = setting([3 / 4, 4 / 3], 'aspect of random crops, least and most', size=2)
     interpolation: str = setting('random', 'of random crops', choices=['random', 'bilinear', 'bicubic'])
     hflip: float = setting(0.5, 'probability of a horizontal flip', bounds=(0, 1))
     color_jitter: float = setting(0., 'strength of colour jitter; unused with auto_augment', bounds=(0, None))
@@ -84,11 +86,11 @@ class TrainConfig:
     teacher_checkpoint: str = setting('', 'weights of the teacher, instead of those from the hub')
     task_weight: float = setting(0.5, 'of the loss on labels; the rest is for the teacher', bounds=(0, 1))
     mesa: float = setting(0., 'weight of self-distillation from the average of ema, 0 for none', bounds=(0, None))
-    mesa_start: Optional[float] = setting(
+    mesa_start: float | None = setting(
         None, f'share of the epochs before mesa begins, {MESA_START} if not given', bounds=(0, 1))
 
     batch_size: int = setting(64, 'images per optimizer step, over all devices', bounds=(1, None))
-    device_batch: Optional[int] = setting(None, 'most images at a time per device, others accumulate', bounds=(1, None))
+    device_batch: int | None = setting(None, 'most images at a time per device, others accumulate', bounds=(1, None))
     opt: str = setting('adamw', "optimizer of timm's factory")
     lr: float = setting(1e-3, 'peak learning rate')
     min_lr: float = setting(1e-5, 'last learning rate', bounds=(0, None))
@@ -99,7 +101,7 @@ class TrainConfig:
     cooldown_epochs: int = setting(0, 'epochs at min_lr after the schedule', bounds=(0, None))
     step_schedule: bool = setting(False, 'change the learning rate every step instead of every epoch')
     val_interval: int = setting(1, 'evaluate every so many epochs, and after the last', bounds=(1, None))
-    clip_grad: Optional[float] = setting(None, 'clip gradients at this value', bounds=(0, None))
+    clip_grad: float | None = setting(None, 'clip gradients at this value', bounds=(0, None))
     clip_mode: str = setting('norm', 'what clip_grad bounds', choices=['norm', 'value', 'agc'])
     ema: bool = setting(False, 'average the weights over the steps; evaluate and keep the average too')
     ema_decay: float = setting(0.9998, 'weight of the average so far at each step', bounds=(0, 1))
@@ -159,11 +161,11 @@ class TrainConfig:
         """The first epoch, from 0 on, that distills from the average of the weights."""
         return round((MESA_START if self.mesa_start is None else self.mesa_start) * self.epochs)
 
-    def list_sizes(self) -> List[int]:
+    def list_sizes(self) -> list[int]:
         """The sides of training images, pixels."""
         return self.train_img_sizes or [self.img_size]
 
-    def split_steps(self, world_size: int) -> List[tuple[int, int]]:
+    def split_steps(self, world_size: int) -> list[tuple[int, int]]:
         """For each of the sizes, images per pass and device, and passes per step: no more pixels than at `img_size`."""
         even = bool(self.mixup or self.cutmix)
         at_base = derive_batches(self.batch_size, world_size, self.device_batch, even)
@@ -173,7 +175,7 @@ class TrainConfig:
         areas = [(self.img_size / size) ** 2 for size in self.train_img_sizes]
         return [derive_batches(self.batch_size, world_size, max(int(most * area), 1), even) for area in areas]
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, for YAML and checkpoints."""
         return dataclasses.asdict(self)
 
@@ -189,7 +191,7 @@ def _plain_type(item: dataclasses.Field) -> Any:
     origin, args = typing.get_origin(item.type), typing.get_args(item.type)
     if origin is dict:
         return dict
-    return args[0] if origin in (list, typing.Union) else item.type
+    return args[0] if origin in (list, types.UnionType) else item.type
 
 
 def _checked(item: dataclasses.Field, value: Any) -> Any:
@@ -224,7 +226,7 @@ def _checked_value(item: dataclasses.Field, wanted: Any, value: Any) -> Any:
     return converted
 
 
-def read_recipe(name_or_file: str, seen: Sequence[str] = ()) -> Dict[str, Any]:
+def read_recipe(name_or_file: str, seen: Sequence[str] = ()) -> dict[str, Any]:
     """The settings in a YAML file, or in the bundled recipe of that name, over those of the recipe it calls `base`."""
     path = Path(name_or_file)
     if not path.is_file():
@@ -260,7 +262,7 @@ def number(kind: type, least: float, most: float = float('inf')) -> Callable[[st
     return convert
 
 
-def _parse_model_arg(text: str) -> Dict[str, Any]:
+def _parse_model_arg(text: str) -> dict[str, Any]:
     name, separator, value = text.partition('=')
     if not separator:
         raise argparse.ArgumentTypeError(f'{text!r} is not NAME=VALUE')
@@ -285,7 +287,7 @@ def add_flags(parser: argparse.ArgumentParser, config_type: type) -> None:
     """Give a parser a flag for each field of a config made with `setting`."""
     for item in dataclasses.fields(config_type):
         flag, wanted = '--' + item.name.replace('_', '-'), _plain_type(item)
-        options: Dict[str, Any] = dict(dest=item.name, help=_describe(item))
+        options: dict[str, Any] = dict(dest=item.name, help=_describe(item))
         if wanted is bool:
             options.update(action=argparse.BooleanOptionalAction)
         elif wanted is dict:
@@ -297,7 +299,7 @@ def add_flags(parser: argparse.ArgumentParser, config_type: type) -> None:
         parser.add_argument(flag, **options)
 
 
-def parse_flags(config_type: type, argv: Optional[Sequence[str]] = None, description: str = '') -> Any:
+def parse_flags(config_type: type, argv: Sequence[str] | None = None, description: str = '') -> Any:
     """A config, made with `setting`, from a command line with a flag for each of its fields.
 
     Raises:
@@ -317,7 +319,7 @@ def _flag_parser(**kwargs: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def choose_model_args(args: Dict[str, Any], recipe: Dict[str, Any], model: str) -> Dict[str, Any]:
+def choose_model_args(args: dict[str, Any], recipe: dict[str, Any], model: str) -> dict[str, Any]:
     """`args` without those that a recipe has for a model of another family than that of `model`."""
     own = recipe.get('model_args') or {}
     if 'model' not in recipe or find_family(model) == find_family(recipe['model']):
@@ -325,7 +327,7 @@ def choose_model_args(args: Dict[str, Any], recipe: Dict[str, Any], model: str) 
     return {name: value for name, value in args.items() if name not in own or own[name] != value}
 
 
-def _fit_recipe(settings: Dict[str, Any], recipe: str, model: str) -> Dict[str, Any]:
+def _fit_recipe(settings: dict[str, Any], recipe: str, model: str) -> dict[str, Any]:
     """The settings of a recipe for a model; what is left out is said."""
     own = settings.get('model_args') or {}
     chosen = choose_model_args(own, settings, model)
@@ -336,7 +338,7 @@ def _fit_recipe(settings: Dict[str, Any], recipe: str, model: str) -> Dict[str, 
     return {**settings, 'model_args': chosen}
 
 
-def parse_train_config(argv: Optional[Sequence[str]] = None, description: str = '') -> TrainConfig:
+def parse_train_config(argv: Sequence[str] | None = None, description: str = '') -> TrainConfig:
     """The config of a command line: defaults, then the recipe, then flags.
 
     The `model_args` of a recipe are for the family of its model; others do not get them.
@@ -363,7 +365,7 @@ def parse_train_config(argv: Optional[Sequence[str]] = None, description: str = 
     return TrainConfig(**{**settings, **flags})
 
 
-def _split_batch(batch_size: int, world_size: int, most: Optional[int], even: bool) -> Optional[tuple[int, int]]:
+def _split_batch(batch_size: int, world_size: int, most: int | None, even: bool) -> tuple[int, int] | None:
     """Equal passes of at most `most` images, and not less than half of it; None where there are none."""
     images, rest = divmod(batch_size, world_size)
     most = most or images
@@ -378,7 +380,7 @@ def _split_batch(batch_size: int, world_size: int, most: Optional[int], even: bo
 
 
 def derive_batches(
-        batch_size: int, world_size: int, device_batch: Optional[int], even: bool = False) -> tuple[int, int]:
+        batch_size: int, world_size: int, device_batch: int | None, even: bool = False) -> tuple[int, int]:
     """Split the images of an optimizer step over devices and time.
 
     Args:

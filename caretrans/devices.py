@@ -1,17 +1,17 @@
 """What a measured figure needs beside it: the processor or the GPU, and the versions of what computed it."""
 import os
 import platform
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import ContextManager, Dict, Iterator, Sequence
 
 import torch
 
 from .errors import ConfigError
 
 __all__ = [
-    'autocast', 'count_cores', 'describe_device', 'describe_processor', 'list_versions', 'resolve_device',
+    'autocast', 'count_cores', 'describe_device', 'describe_cpu', 'list_versions', 'resolve_device',
     'use_threads']
 
 PACKAGES = ('torch', 'timm', 'numpy', 'triton', 'onnx', 'onnxruntime', 'onnxruntime-gpu', 'openvino', 'nncf')
@@ -40,12 +40,12 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device('cuda', local_rank)
 
 
-def autocast(device: torch.device, amp: str) -> ContextManager:
+def autocast(device: torch.device, amp: str) -> AbstractContextManager:
     """Autocast in 'bf16' or 'fp16'; nothing for 'off'."""
     return nullcontext() if amp == 'off' else torch.autocast(device.type, AMP_DTYPES[amp])
 
 
-def describe_processor() -> str:
+def describe_cpu() -> str:
     """The name of the processor, as the system gives it."""
     try:
         lines = Path('/proc/cpuinfo').read_text().splitlines()
@@ -61,11 +61,11 @@ def count_cores() -> int:
 
 def describe_device(device: torch.device) -> str:
     """The kind of a device and its name, e.g. 'cuda: NVIDIA H200'."""
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else describe_processor()
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else describe_cpu()
     return f'{device.type}: {name}'
 
 
-def list_versions(packages: Sequence[str] = PACKAGES) -> Dict[str, str]:
+def list_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     """The versions of Python and of those packages that are installed."""
     found = dict(python=platform.python_version())
     for name in packages:

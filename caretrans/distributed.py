@@ -5,9 +5,10 @@ travel over gloo on the CPU, gradients over NCCL where the device is a GPU.
 """
 import os
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,22 +36,22 @@ class Processes:
     def is_alone(self) -> bool:
         return self.world_size == 1
 
-    def largest(self, values: Sequence[float]) -> List[float]:
+    def largest(self, values: Sequence[float]) -> list[float]:
         """Each value's maximum over the processes."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
-    def total(self, values: Sequence[float]) -> List[float]:
+    def total(self, values: Sequence[float]) -> list[float]:
         """Each value's sum over the processes, in float64."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
-    def _reduce(self, values: Sequence[float], operation: Any) -> List[float]:
+    def _reduce(self, values: Sequence[float], operation: Any) -> list[float]:
         if self.is_alone:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, operation)
         return tensor.tolist()
 
-    def gather(self, value: Any) -> List[Any]:
+    def gather(self, value: Any) -> list[Any]:
         """The value of every process, in the order of their ranks, everywhere."""
         if self.is_alone:
             return [value]
@@ -82,14 +83,14 @@ class Processes:
         return _give(value, next((found for found in self.gather(error) if found is not None), None))
 
 
-def _try(function: Callable[[], Any]) -> Tuple[Any, Optional[Exception]]:
+def _try(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
     try:
         return function(), None
     except Exception as error:  # on its way to the other processes, then raised
         return None, error
 
 
-def _give(value: Any, error: Optional[Exception]) -> Any:
+def _give(value: Any, error: Exception | None) -> Any:
     if error is not None:
         error.is_shared = True  # by all processes: one of them says it
         raise error

@@ -1,6 +1,6 @@
 """Fuse a network for inference: the same function with fewer operations and parameters."""
 import copy
-from typing import Callable, Dict, Optional, Type
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -16,10 +16,10 @@ from .models.inference.casvit_phone import rewrite_casvit_for_phone
 from .models.inference.mlla_phone import rewrite_mlla_for_phone
 from .models.mlla import Mlla
 
-__all__ = ['FORMS', 'fuse', 'is_fused', 'measure_fusion_error', 'rewrite']
+__all__ = ['FORMS', 'fuse', 'is_fused', 'measure_fusion_error', 'to_form']
 
-FORMS = ('trained', 'fused', 'phone', 'bmm')  # of a network for inference; see `rewrite`
-REWRITES: Dict[Type[nn.Module], Dict[str, Callable[[nn.Module], nn.Module]]] = {  # of fused networks
+FORMS = ('trained', 'fused', 'phone', 'bmm')  # of a network for inference; see `to_form`
+REWRITES: dict[type[nn.Module], dict[str, Callable[[nn.Module], nn.Module]]] = {  # of fused networks
     CareTransformer: dict(phone=rewrite_for_phone, bmm=rewrite_for_bmm),
     CasVit: dict(phone=rewrite_casvit_for_phone),
     Mlla: dict(phone=rewrite_mlla_for_phone),
@@ -65,7 +65,7 @@ def fuse(model: nn.Module) -> nn.Module:
     return reparameterize_model(model).eval().requires_grad_(False)
 
 
-def rewrite(model: nn.Module, form: str = 'fused') -> nn.Module:
+def to_form(model: nn.Module, form: str = 'fused') -> nn.Module:
     """A copy of any network for inference that computes the same.
 
     Args:
@@ -85,7 +85,7 @@ def rewrite(model: nn.Module, form: str = 'fused') -> nn.Module:
 
 
 @torch.no_grad()
-def measure_fusion_error(model: nn.Module, fused: nn.Module, images: Optional[torch.Tensor] = None) -> float:
+def measure_fusion_error(model: nn.Module, fused: nn.Module, images: torch.Tensor | None = None) -> float:
     """Largest difference between the outputs of `fused` and those of `model` in float64, relative to the largest.
 
     Args:

@@ -2,7 +2,7 @@
 import logging
 import sys
 import time
-from typing import Any, Optional, TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -34,7 +34,7 @@ class Progress:
     """
 
     def __init__(
-            self, total: int, unit: str = 'images', interval: float = 10., stream: Optional[TextIO] = None) -> None:
+            self, total: int, unit: str = 'images', interval: float = 10., stream: TextIO | None = None) -> None:
         self.total, self.unit, self.interval = total, unit, interval
         self.stream = stream or sys.stdout
         self.count, self.skipped, self.label = 0, 0, ''

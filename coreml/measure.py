@@ -11,7 +11,6 @@ import sys
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Dict, List
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -40,7 +39,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(args: argparse.Namespace, facts: Dict[str, str]) -> List[str]:
+def measure(args: argparse.Namespace, facts: dict[str, str]) -> list[str]:
     """Lines: where operations run (on this Mac), the latency, the row."""
     height, width = (int(side) for side in facts['size'].split('x'))
     job = Job(facts['format'], facts['precision'], facts['input'], facts['output'], (height, width),

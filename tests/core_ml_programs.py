@@ -2,8 +2,9 @@
 import contextlib
 import gc
 import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any
 
 import coremltools as ct
 import numpy as np
@@ -19,7 +20,7 @@ from caretrans.export.source import Source, build_network
 logging.getLogger('coremltools').setLevel(logging.ERROR)
 
 SHAPE = (1, 6, 5, 7)
-Case = Tuple[Callable, Callable]
+Case = tuple[Callable, Callable]
 
 
 def values(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -82,7 +83,7 @@ def edit(path: Path, change: Callable) -> None:
         (path / 'Data' / 'com.apple.CoreML' / 'model.mlmodel').write_bytes(spec.SerializeToString())
 
 
-def _conv(weight_shape: Tuple[int, ...], torch_padding: List[int], bias: bool = True, **parameters: Any) -> Case:
+def _conv(weight_shape: tuple[int, ...], torch_padding: list[int], bias: bool = True, **parameters: Any) -> Case:
     """`torch_padding` as F.pad takes it."""
     weight, shift = values(*weight_shape, seed=1), values(weight_shape[0], seed=2) if bias else None
     known = dict(parameters, weight=weight.numpy(), **({'bias': shift.numpy()} if bias else {}))
@@ -94,7 +95,7 @@ def _conv(weight_shape: Tuple[int, ...], torch_padding: List[int], bias: bool = 
     return lambda x: mb.conv(x=x, **known), in_torch
 
 
-def _norm_weights(count: int) -> Dict[str, torch.Tensor]:
+def _norm_weights(count: int) -> dict[str, torch.Tensor]:
     return dict(mean=values(count, seed=1), variance=values(count, seed=2).square() + .1,
                 gamma=values(count, seed=3), beta=values(count, seed=4))
 
@@ -104,7 +105,7 @@ _ROW = values(7, seed=5)
 _MATRIX = values(1, 6, 7, 4, seed=6)
 
 # {name: (the operation, the same in PyTorch)}; both formats have them.
-CASES: Dict[str, Case] = {
+CASES: dict[str, Case] = {
     'conv 3x3, custom padding of four sizes': _conv(
         (4, 6, 3, 3), [3, 0, 1, 2], pad_type='custom', pad=[1, 2, 3, 0]),
     'conv with strides and groups': _conv((6, 2, 2, 3), [0, 0, 0, 0], strides=[2, 1], groups=3, pad_type='valid'),
@@ -195,7 +196,7 @@ CASES: Dict[str, Case] = {
 }
 
 # Of ML Programs alone.
-PROGRAM_CASES: Dict[str, Case] = {
+PROGRAM_CASES: dict[str, Case] = {
     'batch_norm without weights': (
         lambda x: mb.batch_norm(x=x, mean=_NORM['mean'].numpy(), variance=_NORM['variance'].numpy()),
         lambda x: F.batch_norm(x, _NORM['mean'], _NORM['variance'], eps=1e-5)),
@@ -243,7 +244,7 @@ def save_network(source: Source, job: Job, path: Path) -> Path:
     example = source.make_example(job)
     program = torch.export.export(network, (example,)).run_decompositions({})
     take = ct.ImageType if job.input == 'image' else ct.TensorType
-    settings: Dict[str, Any] = dict(inputs=[take(name='input_1', shape=example.shape)])
+    settings: dict[str, Any] = dict(inputs=[take(name='input_1', shape=example.shape)])
     if job.output == 'classes':
         settings['classifier_config'] = ct.ClassifierConfig(source.class_names)
     if job.format == 'mlmodel':

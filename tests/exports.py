@@ -3,7 +3,7 @@ import copy
 import dataclasses
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Optional, Tuple
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def prove(job: Job, program: Program, path: Any = 'program', name: str = 'care_s
     return verify(make_source(name), job, program, make_cases(name, job.size), path)
 
 
-def write_and_read(job: Job, path: Any, source: Optional[Source] = None) -> Program:
+def write_and_read(job: Job, path: Any, source: Source | None = None) -> Program:
     """The program as it comes back from its file."""
     source = source or make_source()
     module = job.kind.load_module()
@@ -89,7 +89,7 @@ def assert_truncation_is_named(job: Job, path: Any) -> None:
     assert str(path) in str(error.value) and '\n' not in str(error.value)
 
 
-def save(form: str, name: str, tmp_path_factory: Any) -> Tuple[Job, Path, Program]:
+def save(form: str, name: str, tmp_path_factory: Any) -> tuple[Job, Path, Program]:
     """A job of a format, its file of this name and the program read from it; do not change the file."""
     job, path = make_job(form), tmp_path_factory.mktemp(form) / name
     return job, path, write_and_read(job, path)

@@ -1,7 +1,7 @@
 """The kernels of caretrans.kernels against slow and obvious versions in float64, on any device they run on."""
 import copy
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Callable, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -39,7 +39,7 @@ def error_of(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -
     return max(errors) if all(error == error for error in errors) else float('nan')
 
 
-def run(function: Callable, inputs: Sequence[torch.Tensor]) -> List[torch.Tensor]:
+def run(function: Callable, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The output of the function and the gradients of its inputs, for a fixed gradient of the output."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     output = function(*inputs)
@@ -48,14 +48,14 @@ def run(function: Callable, inputs: Sequence[torch.Tensor]) -> List[torch.Tensor
 
 
 def rotation_of(
-        shape: Tuple[int, ...], dtype: torch.dtype, channels_last: bool = False, device: str = 'cpu') -> torch.Tensor:
+        shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False, device: str = 'cpu') -> torch.Tensor:
     """A random rotation for heads of this shape, positions or channels next to each other, at least float32."""
     _, h, d, _, N = shape
     rotate = random_rotation(h, d, N).to(device, torch.promote_types(dtype, torch.float32))
     return rotate.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0) if channels_last else rotate
 
 
-def run_with_parameters(module: nn.Module, x: torch.Tensor) -> List[torch.Tensor]:
+def run_with_parameters(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     """The output of the module and the gradients of its input and of all its parameters, as `run` has them."""
     names = [name for name, _ in module.named_parameters()]
 
@@ -66,7 +66,7 @@ def run_with_parameters(module: nn.Module, x: torch.Tensor) -> List[torch.Tensor
 
 
 def check_attention(
-        attend: Callable, shape: Tuple[int, ...], dtype: torch.dtype, channels_last: bool = False, scale: float = 1.,
+        attend: Callable, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False, scale: float = 1.,
         device: str = 'cpu', rotated: bool = False) -> None:
     """`attend` (q, k, v, rotate=) with strided inputs, forward and backward, in the layout and dtype of the values.
 
@@ -76,7 +76,7 @@ def check_attention(
     qk = slice_of(2 * h * d, 2, (B, 1, N), channels_last, dtype, device) * scale
     q, k = (x.reshape(B, h, d, N) for x in qk.chunk(2, dim=1))
     v = slice_of(h * e, 8, (B, 1, N), channels_last, dtype, device).reshape(B, h, e, N)
-    rotate: Optional[torch.Tensor] = rotation_of(shape, dtype, channels_last, device) if rotated else None
+    rotate: torch.Tensor | None = rotation_of(shape, dtype, channels_last, device) if rotated else None
     actual = run(partial(attend, rotate=rotate), (q, k, v))
     assert actual[0].dtype == v.dtype
     assert N == 1 or actual[0].stride(3) == (h * e if channels_last else 1)
@@ -84,7 +84,7 @@ def check_attention(
     assert error <= TOLERANCES[dtype], f'off by {error:.1e}'
 
 
-def make_mixer(widths: Tuple[int, int], num_heads: int, dtype: torch.dtype, device: str) -> DecoupledMixer:
+def make_mixer(widths: tuple[int, int], num_heads: int, dtype: torch.dtype, device: str) -> DecoupledMixer:
     mixer = DecoupledMixer(*widths, num_heads).to(device, dtype)
     for parameter in mixer.parameters():
         nn.init.normal_(parameter, std=0.5)
@@ -92,7 +92,7 @@ def make_mixer(widths: Tuple[int, int], num_heads: int, dtype: torch.dtype, devi
 
 
 def check_mixer(
-        shape: Tuple, dtype: torch.dtype, channels_last: bool = False, device: str = 'cpu',
+        shape: tuple, dtype: torch.dtype, channels_last: bool = False, device: str = 'cpu',
         spoil: Callable = lambda mixer: None) -> None:
     """A mixer with kernels inside and a strided input: output, gradients of the input and of all parameters.
 
@@ -111,7 +111,7 @@ def check_mixer(
     assert error <= TOLERANCES[dtype], f'off by {error:.1e}'
 
 
-def expansion_inputs(shape: Tuple[int, ...], dtype: torch.dtype, channels_last: bool, device: str):
+def expansion_inputs(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, device: str):
     """The input, a slice, and the parameters of both convolutions."""
     B, C, R, H, W = shape
     shapes = (R, C, 1, 1), (R,), (R, 1, 3, 3), (R,)
@@ -120,7 +120,7 @@ def expansion_inputs(shape: Tuple[int, ...], dtype: torch.dtype, channels_last: 
 
 
 def check_expansion(
-        shape: Tuple[int, ...], dtype: torch.dtype, channels_last: bool = False, device: str = 'cpu') -> None:
+        shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False, device: str = 'cpu') -> None:
     from caretrans.kernels.expansion import expand, expand_in_torch
     x, parameters = expansion_inputs(shape, dtype, channels_last, device)
     actual = expand(x, *parameters, dtype)

@@ -4,8 +4,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any
 
 import torch
 
@@ -14,13 +15,13 @@ ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS='1', GOMP_SPINCOUNT='10000')
 TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node']
 
 
-def command(script: str, *flags: Any, processes: int = 1) -> List[str]:
+def command(script: str, *flags: Any, processes: int = 1) -> list[str]:
     """The command line of a script of the repository, under torchrun for several processes."""
     launcher = [*TORCHRUN, str(processes)] if processes > 1 else []
     return [sys.executable, *launcher, script, *map(str, flags)]
 
 
-def run(script: str, *flags: Any, processes: int = 1, code: int = 0, **variables: str) -> Tuple[str, str]:
+def run(script: str, *flags: Any, processes: int = 1, code: int = 0, **variables: str) -> tuple[str, str]:
     """Run it to its end, which must be `code`: (stdout, stderr)."""
     done = subprocess.run(
         command(script, *flags, processes=processes), cwd=ROOT, capture_output=True, text=True, timeout=600,
@@ -53,12 +54,12 @@ def kill(process: subprocess.Popen, number: int = signal.SIGKILL) -> int:
     return process.wait(timeout=120)
 
 
-def read_tensors(path: Path, entry: Optional[str] = None) -> Dict[str, torch.Tensor]:
+def read_tensors(path: Path, entry: str | None = None) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint, or with `entry` those of another entry of it."""
     return torch.load(path, weights_only=True)[entry or 'state_dict']
 
 
-def list_differences(a: Dict[str, torch.Tensor], b: Dict[str, torch.Tensor]) -> Dict[str, float]:
+def list_differences(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[str, float]:
     """The largest difference of each tensor that is not the same bit for bit."""
     assert a.keys() == b.keys()
     return {key: (a[key].double() - b[key].double()).abs().max().item() for key in a if not torch.equal(a[key], b[key])}

@@ -5,7 +5,7 @@ import json
 import tarfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Dict, List, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import scipy.io
@@ -24,10 +24,10 @@ class Miniature(NamedTuple):
     folder: Path
     edition: Edition
     json: Path
-    files: Dict[str, bytes]
+    files: dict[str, bytes]
 
 
-def pack(files: Dict[str, bytes], mode: str = 'w') -> bytes:
+def pack(files: dict[str, bytes], mode: str = 'w') -> bytes:
     """A tar of files by name."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode=mode, format=tarfile.GNU_FORMAT) as tar:
@@ -38,7 +38,7 @@ def pack(files: Dict[str, bytes], mode: str = 'w') -> bytes:
     return buffer.getvalue()
 
 
-def pack_devkit(val_ids: List[int] = VAL_IDS) -> bytes:
+def pack_devkit(val_ids: list[int] = VAL_IDS) -> bytes:
     """The development kit in its real layout; one synset is no class but a parent of the classes."""
     rows = [(number, wnid, f'{wnid}, a fruit', 'round', 0, np.zeros(0), 0, TRAIN_IMAGES[wnid])
             for number, wnid in WNIDS.items()]
@@ -51,18 +51,18 @@ def pack_devkit(val_ids: List[int] = VAL_IDS) -> bytes:
     return pack({f'{data}/meta.mat': meta.getvalue(), f'{data}/ILSVRC2012_validation_ground_truth.txt': truth}, 'w:gz')
 
 
-def photographs(split: str) -> List[bytes]:
+def photographs(split: str) -> list[bytes]:
     return [path.read_bytes() for path in sorted((FRUIT / split).glob('*/*.jpg'))[::40]]
 
 
-def train_tars() -> Dict[str, bytes]:
+def train_tars() -> dict[str, bytes]:
     photos, tars = iter(photographs('train')), {}
     for wnid, count in TRAIN_IMAGES.items():
         tars[f'{wnid}.tar'] = pack({f'{wnid}_{i}.JPEG': next(photos) for i in range(10, 10 + count)})
     return tars
 
 
-def val_images() -> Dict[str, bytes]:
+def val_images() -> dict[str, bytes]:
     return {f'ILSVRC2012_val_{i:08d}.JPEG': photo for i, photo in enumerate(photographs('val')[:len(VAL_IDS)], 1)}
 
 

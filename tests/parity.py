@@ -1,5 +1,4 @@
 """Compare a network with the reference, array by array: what the parity tests check and the mutation tests break."""
-from typing import Dict, Tuple
 
 import numpy as np
 import torch
@@ -10,7 +9,7 @@ from reference import filled_input, golden
 from caretrans.models.care import PUBLISHED_KEYS
 from caretrans.models.published_keys import rename_keys
 
-Arrays = Dict[str, np.ndarray]
+Arrays = dict[str, np.ndarray]
 
 NOT_OUTPUTS = {'float32_max_abs_err'}  # what float32 cost the published network
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -76,7 +75,7 @@ def _in_order_of(expected: Arrays, found: Arrays) -> Arrays:
     return found
 
 
-def assert_parity(expected: Arrays, found: Arrays, tolerance: float) -> Dict[str, float]:
+def assert_parity(expected: Arrays, found: Arrays, tolerance: float) -> dict[str, float]:
     """Check every array against the reference and return the errors by name.
 
     Raises:
@@ -98,16 +97,16 @@ def assert_parity(expected: Arrays, found: Arrays, tolerance: float) -> Dict[str
     return errors
 
 
-def assert_evaluation_parity(model: nn.Module, name: str) -> Dict[str, float]:
+def assert_evaluation_parity(model: nn.Module, name: str) -> dict[str, float]:
     """Check the published outputs of the model `name`, to the tolerance of the dtype of its parameters."""
     return assert_parity(golden(name), evaluation_arrays(model), TOLERANCE[next(model.parameters()).dtype])
 
 
-def assert_training_parity(model: nn.Module, name: str) -> Dict[str, float]:
+def assert_training_parity(model: nn.Module, name: str) -> dict[str, float]:
     """Check the published training step of the model `name`; it is left in training mode, with gradients."""
     return assert_parity(golden(f'{name}_train'), training_arrays(model), TOLERANCE[next(model.parameters()).dtype])
 
 
-def largest(errors: Dict[str, float]) -> Tuple[str, float]:
+def largest(errors: dict[str, float]) -> tuple[str, float]:
     """The array with the largest error, and the error."""
     return max(errors.items(), key=lambda item: item[1])

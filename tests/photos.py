@@ -5,7 +5,7 @@ from pathlib import Path
 FRUIT = Path(__file__).parent.parent / 'data' / 'fruit14'
 
 
-def copy_photographs(root: Path, per_class: int) -> Path:
+def copy_images(root: Path, per_class: int) -> Path:
     """Two classes of `per_class` images each, for training and for validation, in the layout of ImageNet."""
     for split in ('train', 'val'):
         for name in ('kaiser', 'orange'):

@@ -10,9 +10,10 @@ that the same weights can be rebuilt anywhere without shipping them. tests/data 
 """
 import json
 import zlib
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Dict, Sequence, Tuple
+from typing import Any
 
 import numpy as np
 import timm
@@ -29,7 +30,7 @@ def _normal(name: str, shape: Sequence[int]) -> np.ndarray:
 
 
 @lru_cache(maxsize=None)
-def fill_tensor(name: str, shape: Tuple[int, ...], gain: float = 1.) -> torch.Tensor:
+def fill_tensor(name: str, shape: tuple[int, ...], gain: float = 1.) -> torch.Tensor:
     """Values for the checkpoint entry `name`; `gain` scales the weights of convolutions and linear layers. Shared."""
     if name.endswith('num_batches_tracked'):
         return torch.tensor(100)
@@ -53,17 +54,17 @@ def filled_input(shape: Sequence[int], name: str = 'input') -> torch.Tensor:
     return torch.from_numpy(_normal(name, shape).astype(np.float32))
 
 
-def golden(name: str) -> Dict[str, np.ndarray]:
+def golden(name: str) -> dict[str, np.ndarray]:
     """The arrays of tests/data/{name}_golden.npz."""
     with np.load(DATA / f'{name}_golden.npz') as arrays:
         return dict(arrays)
 
 
-def published_layout(name: str) -> Dict[str, Sequence[int]]:
+def published_layout(name: str) -> dict[str, Sequence[int]]:
     return json.loads((DATA / f'{name}_official_layout.json').read_text())
 
 
-def published_state_dict(name: str) -> Dict[str, torch.Tensor]:
+def published_state_dict(name: str) -> dict[str, torch.Tensor]:
     """A checkpoint of `name` with filled weights under published keys; its tensors are shared, do not change them.
 
     Networks whose blocks multiply features stay finite with weights that are smaller.

@@ -1,6 +1,7 @@
 """The models the tests are about, all that this package registers with timm, and what the tests ask of any of them."""
 import sys
-from typing import Any, Dict, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import timm
@@ -17,7 +18,7 @@ MODELS = [  # without aliases
 CARE = [name for name in MODELS if name.startswith('care_')]
 
 
-def one_of_each_file() -> Tuple[str, ...]:
+def one_of_each_file() -> tuple[str, ...]:
     """The first model of every model file, as the file lists them, for tests that take long."""
     files = dict.fromkeys(model_entrypoint(name).__module__ for name in MODELS)
     return tuple(next(iter(sys.modules[file].default_cfgs)) for file in files)
@@ -46,7 +47,7 @@ def assert_same(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def gmacs(model: nn.Module, size: int = 224) -> Dict[str, float]:
+def gmacs(model: nn.Module, size: int = 224) -> dict[str, float]:
     """Billions of multiply-adds for one image, by kind of operation and in `total`; a model on `meta` costs nothing."""
     device = next(model.parameters()).device
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 from launch import read_tensors, run
-from photos import copy_photographs
+from photos import copy_images
 
 from caretrans.kernels import why_unavailable
 
@@ -17,7 +17,7 @@ FLAGS = [
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    return copy_photographs(tmp_path_factory.mktemp('data'), per_class=48)
+    return copy_images(tmp_path_factory.mktemp('data'), per_class=48)
 
 
 def skip_without_kernels(flags):

@@ -4,8 +4,9 @@ For backends and number formats that do not compute in float32: bfloat16, float1
 images with labels say whether that matters.
 """
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
-from typing import Any, Dict, List, Optional, Sequence, TextIO, Tuple
+from typing import Any, TextIO
 
 import torch
 import torch.nn as nn
@@ -15,7 +16,7 @@ from ..data.loaders import build_eval_loader
 from ..devices import describe_device, list_versions
 from ..evaluation.evaluate import load_for_evaluation, open_data
 from ..evaluation.metrics import evaluate_in_detail
-from ..measure.sample_network import load_photographs
+from ..measure.sample_network import load_sample_images
 from ..measure.tables import format_table
 from ..progress import Progress
 from .backends import Network, Runner, Setup, prepare
@@ -39,8 +40,8 @@ class RunnerModule(nn.Module):
 
 
 def _score(
-        model: nn.Module, images: Dataset, eval_config: Dict[str, Any], num_classes: int, device: torch.device,
-        progress: Progress) -> Tuple[Dict[str, Any], torch.Tensor]:
+        model: nn.Module, images: Dataset, eval_config: dict[str, Any], num_classes: int, device: torch.device,
+        progress: Progress) -> tuple[dict[str, Any], torch.Tensor]:
     """The figures of an evaluation, and the class that each image is taken for."""
     loader = build_eval_loader(images, eval_config, BATCH, 0, device=device)
     before = progress.count
@@ -51,9 +52,9 @@ def _score(
 
 
 def measure_accuracy(
-        checkpoint: str, setups: Sequence[Setup], data: str = '', model_name: Optional[str] = None,
-        img_size: Optional[int] = None, stream: Optional[TextIO] = None, failures: Optional[List[str]] = None,
-) -> List[Dict[str, Any]]:
+        checkpoint: str, setups: Sequence[Setup], data: str = '', model_name: str | None = None,
+        img_size: int | None = None, stream: TextIO | None = None, failures: list[str] | None = None,
+) -> list[dict[str, Any]]:
     """Evaluate a checkpoint as it is trained, in float32, and then in each way of running it.
 
     Args:
@@ -71,13 +72,13 @@ def measure_accuracy(
     model, loaded, eval_config = load_for_evaluation(checkpoint, model_name, img_size=img_size)
     images, name = open_data(loaded, data, '', '', model.num_classes)
     prepared = {key: value for key, value in eval_config.items() if key != 'input_size'}
-    photographs = load_photographs(model, tuple(eval_config['input_size'][1:]), CALIBRATION, **prepared)
+    photographs = load_sample_images(model, tuple(eval_config['input_size'][1:]), CALIBRATION, **prepared)
     network = Network(model, torch.zeros(BATCH, *eval_config['input_size']), photographs=photographs)
     facts = dict(
         model=model.pretrained_cfg['architecture'], bench='accuracy', checkpoint=checkpoint, data=name,
         device=describe_device(device), height=eval_config['input_size'][1], width=eval_config['input_size'][2],
         versions=list_versions())
-    records: List[Dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     with Progress((len(setups) + 1) * len(images), 'images', stream=stream) as progress:
         progress.describe('as trained')
         base, answers = _score(model, images, eval_config, model.num_classes, torch.device('cpu'), progress)
@@ -101,7 +102,7 @@ def measure_accuracy(
     return records
 
 
-def describe_accuracy(records: Sequence[Dict[str, Any]], markdown: bool = False) -> List[str]:
+def describe_accuracy(records: Sequence[dict[str, Any]], markdown: bool = False) -> list[str]:
     """A line for each way of running the network."""
     first = records[0]
     header = ['backend', 'format', 'layout', 'kernels', 'top-1 %', 'change', 'same answer as float32 eager, %', 'loss']

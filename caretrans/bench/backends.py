@@ -5,7 +5,7 @@
     check_output(network, runner, 'float32')             # against float64, before anything is timed
     runner.run()
 
-`eager` is the network as it is trained and published. All others run what `rewrite` makes of it: the network with
+`eager` is the network as it is trained and published. All others run what `to_form` makes of it: the network with
 everything folded that can be folded, which computes the same.
 """
 import copy
@@ -13,16 +13,17 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any
 
 import torch
 import torch.nn as nn
 
 from ..errors import ConfigError
-from ..measure.sample_network import PHOTOGRAPHS
+from ..measure.sample_network import SAMPLE_IMAGES
 from .device_rates import allow_tf32
 from .kernel_choice import check_kernels, fit_kernels, place_kernels
 from .runtimes import list_openvino_dtypes, prepare_onnxruntime, prepare_openvino
@@ -61,7 +62,7 @@ PACKAGES = {  # what to import: what to install
 
 # What goes together ---------------------------------------------------------------------------------------------------
 
-def _list_missing(packages: Dict[str, str]) -> List[str]:
+def _list_missing(packages: dict[str, str]) -> list[str]:
     return [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
 
 
@@ -90,7 +91,7 @@ def find_obstacle(backend: str, device: torch.device) -> str:
     return ''
 
 
-def list_dtypes(backend: str, device: torch.device) -> Tuple[str, ...]:
+def list_dtypes(backend: str, device: torch.device) -> tuple[str, ...]:
     """The number formats that a backend computes in on a device."""
     if backend == 'openvino':
         return list_openvino_dtypes()
@@ -118,13 +119,13 @@ def check_setup(setup: Setup) -> None:
             f'{", ".join(dtypes)} there.')
     if setup.dtype == 'int8' and setup.backend == 'openvino' and _list_missing({'nncf': 'nncf'}):
         raise ConfigError('--dtype int8 with --backend openvino: it is not installed: pip install nncf.')
-    if setup.dtype == 'int8' and not PHOTOGRAPHS.is_dir():
-        raise ConfigError(f'--dtype int8 is calibrated on photographs: {PHOTOGRAPHS} is not there.')
+    if setup.dtype == 'int8' and not SAMPLE_IMAGES.is_dir():
+        raise ConfigError(f'--dtype int8 is calibrated on photographs: {SAMPLE_IMAGES} is not there.')
 
 
 # Networks -------------------------------------------------------------------------------------------------------------
 
-def fit_setups(setups: Sequence[Setup], model: nn.Module) -> List[Setup]:
+def fit_setups(setups: Sequence[Setup], model: nn.Module) -> list[Setup]:
     """The setups for a rewritten model, each once: without kernels for parts that it has not."""
     return list(dict.fromkeys(replace(setup, kernels=fit_kernels(model, setup.kernels)) for setup in setups))
 
@@ -188,7 +189,7 @@ def _compile_ahead(model: nn.Module, images: torch.Tensor) -> Callable[[torch.Te
         return torch._inductor.aoti_load_package(package)
 
 
-def _compile(model: nn.Module, images: torch.Tensor, setup: Setup) -> Tuple[Callable[[], Any], Optional[int]]:
+def _compile(model: nn.Module, images: torch.Tensor, setup: Setup) -> tuple[Callable[[], Any], int | None]:
     """Inductor: ahead of time on a processor, with its search for the best kernels and CUDA graphs on a GPU."""
     import torch._dynamo.config as dynamo
 
@@ -202,7 +203,7 @@ def _compile(model: nn.Module, images: torch.Tensor, setup: Setup) -> Tuple[Call
     return run, _trace_cuda_peak(lambda: [run() for _ in range(3)], setup.device)  # records graphs
 
 
-def _capture(model: nn.Module, images: torch.Tensor, setup: Setup) -> Tuple[Callable[[], Any], int]:
+def _capture(model: nn.Module, images: torch.Tensor, setup: Setup) -> tuple[Callable[[], Any], int]:
     """A CUDA graph of one forward pass."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -17,8 +17,9 @@ Multiply-adds count as two operations; element-wise arithmetic is not counted. D
 the float32 rate of the vector units, everything else against the rate of matrix products.
 """
 import copy
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -37,7 +38,7 @@ __all__ = [
 
 FUSIONS = ('none', 'element-wise', 'on chip')
 HEAVY = (*CONVOLUTIONS, LINEAR, ATTENTION)
-Span = Tuple[int, int, int]  # of a storage: its identity, the first element, the number of elements
+Span = tuple[int, int, int]  # of a storage: its identity, the first element, the number of elements
 
 
 @dataclass
@@ -55,10 +56,10 @@ class Operation:
     part: str
     kind: str
     name: str
-    reads: Dict[Span, int]
-    writes: Dict[Span, int]
+    reads: dict[Span, int]
+    writes: dict[Span, int]
     flops: int
-    group: Optional[str] = None
+    group: str | None = None
     is_output: bool = False
 
 
@@ -83,7 +84,7 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
-def _spans(values: Any) -> Dict[Span, int]:
+def _spans(values: Any) -> dict[Span, int]:
     return {(t.untyped_storage()._cdata, t.storage_offset(), t.numel()): t.numel() * t.element_size()
             for t in _tensors(values) if t.numel()}
 
@@ -97,8 +98,8 @@ class _Tracer(TorchDispatchMode):
         attention = set(map(id, find_attention(model)))
         self.parts = {f'{root}.{part}': part for part in list_parts(model)}
         self.attention = [f'{root}.{name}' for name, module in model.named_modules() if id(module) in attention]
-        self.operations: List[Operation] = []
-        self.alive: List[Any] = []  # so that no storage takes the identity of another
+        self.operations: list[Operation] = []
+        self.alive: list[Any] = []  # so that no storage takes the identity of another
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -109,7 +110,7 @@ class _Tracer(TorchDispatchMode):
             self._note(func, args, kwargs or {}, out, reads, writes)
         return out
 
-    def _note(self, func, args, kwargs, out, reads: Dict[Span, int], writes: Dict[Span, int]) -> None:
+    def _note(self, func, args, kwargs, out, reads: dict[Span, int], writes: dict[Span, int]) -> None:
         name = func._schema.name
         kind = classify_operation(name, [tuple(t.shape) for t in _tensors(args)]) or REST
         group = next((name for name in self.attention if name in self.tracker.parents), None)
@@ -124,7 +125,7 @@ class _Tracer(TorchDispatchMode):
 
 
 def trace_operations(
-        model: nn.Module, size: Tuple[int, int], batch: int = 1, dtype: torch.dtype = torch.float32) -> List[Operation]:
+        model: nn.Module, size: tuple[int, int], batch: int = 1, dtype: torch.dtype = torch.float32) -> list[Operation]:
     """The operations of a forward pass in evaluation mode, in order, without running it.
 
     Args:
@@ -149,15 +150,15 @@ class _Graph:
 
     def __init__(self, operations: Sequence[Operation]) -> None:
         self.operations = operations
-        self.producer: Dict[int, int] = {}
-        self.readers: Dict[int, Set[int]] = {}
+        self.producer: dict[int, int] = {}
+        self.readers: dict[int, set[int]] = {}
         for number, operation in enumerate(operations):
             for storage, *_ in operation.reads:
                 self.readers.setdefault(storage, set()).add(number)
             for storage, *_ in operation.writes:
                 self.producer.setdefault(storage, number)
 
-    def inputs(self, number: int) -> List[int]:
+    def inputs(self, number: int) -> list[int]:
         """The storages that an operation reads and another one gives: no weights, no images."""
         reads = self.operations[number].reads
         return [storage for storage in dict.fromkeys(span[0] for span in reads) if storage in self.producer]
@@ -177,7 +178,7 @@ class _Graph:
 
     # What is fused
 
-    def find_expansion(self, number: int) -> Optional[List[int]]:
+    def find_expansion(self, number: int) -> list[int] | None:
         """The expansion, and what is between, of a depth-wise convolution that alone reads it."""
         chain, inputs = [number], self.inputs(number)
         while len(inputs) == 1 and self.readers[inputs[0]] == {chain[0]}:
@@ -192,7 +193,7 @@ class _Graph:
             inputs = self.inputs(chain[0])
         return None
 
-    def add_sums(self, group: List[int]) -> List[int]:
+    def add_sums(self, group: list[int]) -> list[int]:
         """With the element-wise operations all of whose maps come from the group."""
         for number, operation in enumerate(self.operations):
             inputs = self.inputs(number)
@@ -201,15 +202,15 @@ class _Graph:
         return group
 
 
-def _find_attention_groups(operations: Sequence[Operation]) -> Dict[str, List[int]]:
-    groups: Dict[str, List[int]] = {}
+def _find_attention_groups(operations: Sequence[Operation]) -> dict[str, list[int]]:
+    groups: dict[str, list[int]] = {}
     for number, operation in enumerate(operations):
         if operation.group is not None:
             groups.setdefault(operation.group, []).append(number)
     return groups
 
 
-def _find_chip_groups(graph: _Graph) -> List[List[int]]:
+def _find_chip_groups(graph: _Graph) -> list[list[int]]:
     groups, parallel = [], {}
     for number, operation in enumerate(graph.operations):
         if operation.kind != DEPTHWISE:
@@ -222,7 +223,7 @@ def _find_chip_groups(graph: _Graph) -> List[List[int]]:
     return groups + [graph.add_sums(group) for group in parallel.values()]
 
 
-def list_layers(operations: Sequence[Operation], fusion: str = 'none') -> List[Layer]:
+def list_layers(operations: Sequence[Operation], fusion: str = 'none') -> list[Layer]:
     """The layers of a network when operations are fused as one of `FUSIONS` says, in order.
 
     Raises:
@@ -242,7 +243,7 @@ def list_layers(operations: Sequence[Operation], fusion: str = 'none') -> List[L
 
 # Time -----------------------------------------------------------------------------------------------------------------
 
-def bound_layer(layer: Layer, rates: DeviceRates, bandwidth: Optional[float] = None) -> Tuple[float, str]:
+def bound_layer(layer: Layer, rates: DeviceRates, bandwidth: float | None = None) -> tuple[float, str]:
     """The least seconds of a layer, and what bounds it, 'bytes' or 'operations'.
 
     Args:
@@ -253,7 +254,7 @@ def bound_layer(layer: Layer, rates: DeviceRates, bandwidth: Optional[float] = N
     return max((moving, 'bytes'), (working, 'operations'))
 
 
-def bound_time(layers: Iterable[Layer], rates: DeviceRates, bandwidth: Optional[float] = None) -> float:
+def bound_time(layers: Iterable[Layer], rates: DeviceRates, bandwidth: float | None = None) -> float:
     """The least seconds of layers that run one after the other; `bandwidth` instead of that of `rates`."""
     return sum(bound_layer(layer, rates, bandwidth)[0] for layer in layers)
 
@@ -261,8 +262,8 @@ def bound_time(layers: Iterable[Layer], rates: DeviceRates, bandwidth: Optional[
 # For people and for files ---------------------------------------------------------------------------------------------
 
 def list_bounds(
-        layers: Sequence[Layer], rates: DeviceRates, profile: Optional[Profile] = None, **facts: Any,
-) -> List[Dict[str, Any]]:
+        layers: Sequence[Layer], rates: DeviceRates, profile: Profile | None = None, **facts: Any,
+) -> list[dict[str, Any]]:
     """A flat record for each part and kind: bytes, operations, the bound in ms, its share, and what was measured.
 
     Args:
@@ -270,7 +271,7 @@ def list_bounds(
         facts: Put into each record.
     """
     total = bound_time(layers, rates)
-    groups: Dict[Tuple[str, str], List[Layer]] = {}
+    groups: dict[tuple[str, str], list[Layer]] = {}
     for layer in layers:
         groups.setdefault((layer.part, layer.kind), []).append(layer)
     records = []
@@ -286,7 +287,7 @@ def list_bounds(
     return records
 
 
-def _describe_record(record: Dict[str, Any]) -> str:
+def _describe_record(record: dict[str, Any]) -> str:
     measured = record['measured_ms']
     beside = '' if measured is None else f'{measured:12.4f}  {measured / record["bound_ms"]:8.1f}'
     return (f'{record["part"]:22} {record["kind"]:16} {record["layers"]:6} {record["mbytes"]:9.2f} '
@@ -295,8 +296,8 @@ def _describe_record(record: Dict[str, Any]) -> str:
 
 
 def describe_bounds(
-        operations: Sequence[Operation], rates: DeviceRates, profile: Optional[Profile] = None,
-        measured_ms: Optional[float] = None) -> str:
+        operations: Sequence[Operation], rates: DeviceRates, profile: Profile | None = None,
+        measured_ms: float | None = None) -> str:
     """The bound for people: the rates, a table of the network with fused element-wise operations, the sums, the rest.
 
     Args:
@@ -323,7 +324,7 @@ MEANINGS = {
 
 
 def _describe_sums(
-        operations: Sequence[Operation], rates: DeviceRates, measured_ms: Optional[float]) -> Iterator[str]:
+        operations: Sequence[Operation], rates: DeviceRates, measured_ms: float | None) -> Iterator[str]:
     for fusion in FUSIONS:
         layers = list_layers(operations, fusion)
         bound, cached = 1e3 * bound_time(layers, rates), 1e3 * bound_time(layers, rates, rates.cached)
@@ -333,7 +334,7 @@ def _describe_sums(
                f'{sum(layer.bytes for layer in layers) / 1e6:.1f} MB ({cached:.4f} ms were all in cache){measured}')
 
 
-def _describe_rest(operations: Sequence[Operation], rates: DeviceRates, profile: Optional[Profile]) -> Iterator[str]:
+def _describe_rest(operations: Sequence[Operation], rates: DeviceRates, profile: Profile | None) -> Iterator[str]:
     """What a bound does not hold, so far as it was measured."""
     layers = list_layers(operations, 'element-wise')
     small = sum(bound_layer(layer, rates)[0] < rates.launch for layer in layers)

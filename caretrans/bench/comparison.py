@@ -13,9 +13,10 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any
 
 import torch
 import yaml
@@ -24,7 +25,7 @@ from ..config import FlagParser, TrainConfig, add_flags, choose_model_args, numb
 from ..devices import describe_device, list_versions, resolve_device, use_threads
 from ..distributed import Processes, find_processes
 from ..errors import ConfigError, Preempted, TrainingError
-from ..measure.sample_network import PHOTOGRAPHS
+from ..measure.sample_network import SAMPLE_IMAGES
 from ..models.backbone import find_family, resolve_alias
 from ..progress import Progress
 from ..training.folder import FREE, describe_environment, find_run
@@ -62,25 +63,25 @@ class Plan:
         update: A file with the markers of `readme`, into which the table is written as well.
     """
     folder: Path
-    configs: Dict[Tuple[str, int], TrainConfig]
-    left_out: Dict[str, Dict[str, Any]] = field(default_factory=dict)
+    configs: dict[tuple[str, int], TrainConfig]
+    left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
     recipe: str = ''
-    runs: Optional[int] = None
+    runs: int | None = None
     update: str = ''
 
     @property
-    def models(self) -> List[str]:
+    def models(self) -> list[str]:
         return list(dict.fromkeys(model for model, _ in self.configs))
 
     @property
-    def seeds(self) -> List[int]:
+    def seeds(self) -> list[int]:
         return list(dict.fromkeys(seed for _, seed in self.configs))
 
-    def list_unfinished(self) -> Dict[Tuple[str, int], TrainConfig]:
+    def list_unfinished(self) -> dict[tuple[str, int], TrainConfig]:
         return {key: config for key, config in self.configs.items()
                 if not (Path(config.output) / 'result.json').exists()}
 
-    def list_settings(self) -> Dict[str, Any]:
+    def list_settings(self) -> dict[str, Any]:
         """The settings that all runs share."""
         config = next(iter(self.configs.values()))
         return {key: value for key, value in config.to_dict().items() if key not in OF_A_RUN}
@@ -115,7 +116,7 @@ def _names_data(argv: Sequence[str]) -> bool:
     return any(getattr(given, name, None) for name in ('data_folder', 'data', 'dataset'))
 
 
-def _locate(settings: Dict[str, Any]) -> Dict[str, Any]:
+def _locate(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings in which the folder of the data is written in one way."""
     return {**settings, 'data': os.path.abspath(settings['data'])} if settings.get('data') else settings
 
@@ -128,7 +129,7 @@ def _name_folder(config: TrainConfig, models: Sequence[str], seeds: Sequence[int
     return Path('runs') / f'compare-{Path(config.data or config.dataset).name}-{digest[:8]}'
 
 
-def parse_plan(argv: Optional[Sequence[str]] = None) -> Plan:
+def parse_plan(argv: Sequence[str] | None = None) -> Plan:
     """The plan of a command line.
 
     Raises:
@@ -140,7 +141,7 @@ def parse_plan(argv: Optional[Sequence[str]] = None) -> Plan:
     if flags.seeds and any(argument.split('=')[0] == '--seed' for argument in rest):
         raise ConfigError('--seed and --seeds: give one of them.')
     if not flags.recipe and not _names_data(rest):
-        flags.recipe, rest = RECIPE, [str(PHOTOGRAPHS), *rest]
+        flags.recipe, rest = RECIPE, [str(SAMPLE_IMAGES), *rest]
     config = parse_train_config([*(['--recipe', flags.recipe] if flags.recipe else []), *rest])
     seeds = flags.seeds or [config.seed]
     if len(set(seeds)) != len(seeds):
@@ -211,7 +212,7 @@ def _check_heads(config: TrainConfig) -> None:
             f'--teacher out, or name models with two.')
 
 
-def _check_runs(plan: Plan, device: torch.device) -> Dict[str, Dict[str, Any]]:
+def _check_runs(plan: Plan, device: torch.device) -> dict[str, dict[str, Any]]:
     """Build everything that a run of each model needs, once.
 
     Returns:
@@ -241,7 +242,7 @@ def _check_runs(plan: Plan, device: torch.device) -> Dict[str, Dict[str, Any]]:
 
 # The runs -------------------------------------------------------------------------------------------------------------
 
-def _train_all(plan: Plan, failures: List[str]) -> None:
+def _train_all(plan: Plan, failures: list[str]) -> None:
     todo = plan.list_unfinished()
     for place, ((model, seed), config) in enumerate(todo.items(), 1):
         print(f'run {place} of {len(todo)}: {model}, seed {seed}', flush=True)
@@ -254,7 +255,7 @@ def _train_all(plan: Plan, failures: List[str]) -> None:
             torch.cuda.empty_cache()
 
 
-def _read_run(folder: Path) -> Dict[str, Any]:
+def _read_run(folder: Path) -> dict[str, Any]:
     """The figures of a finished run."""
     result = json.loads((folder / 'result.json').read_text())
     environment = json.loads((folder / 'environment.json').read_text())
@@ -269,8 +270,8 @@ def _read_run(folder: Path) -> Dict[str, Any]:
 
 
 def _time_all(
-        plan: Plan, models: Sequence[str], device: torch.device, failures: List[str],
-) -> Tuple[List[Dict[str, Any]], List[Dict[str, Any]]]:
+        plan: Plan, models: Sequence[str], device: torch.device, failures: list[str],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Counts of the trained networks, and their latencies as trained and fused, interleaved."""
     bench = BenchConfig(backend=['eager', 'fused'], kernels=['torch'], runs=plan.runs, device=str(device))
     setups, _ = list_setups(bench, device)
@@ -305,7 +306,7 @@ def compare(plan: Plan) -> Comparison:
     _check_claim(plan)
     facts = _check_runs(plan, device)
     _claim(plan)
-    failures: List[str] = []
+    failures: list[str] = []
     _train_all(plan, failures)
     runs = [dict(model=model, seed=seed, **_read_run(Path(config.output)))
             for (model, seed), config in plan.configs.items() if (Path(config.output) / 'result.json').exists()]
@@ -325,7 +326,7 @@ def compare(plan: Plan) -> Comparison:
     return comparison
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The command: 1 if a run or a timing failed.
 
     Raises:

@@ -3,9 +3,10 @@ import csv
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any
 
 import numpy as np
 
@@ -29,28 +30,28 @@ class Comparison:
         settings: That all runs share.
         model_args, left_out: Of the models; what the recipe gives to its own family alone.
     """
-    models: List[Dict[str, Any]]
-    runs: List[Dict[str, Any]]
-    latencies: List[Dict[str, Any]]
-    facts: Dict[str, Dict[str, Any]]
-    settings: Dict[str, Any]
+    models: list[dict[str, Any]]
+    runs: list[dict[str, Any]]
+    latencies: list[dict[str, Any]]
+    facts: dict[str, dict[str, Any]]
+    settings: dict[str, Any]
     recipe: str
-    left_out: Dict[str, Dict[str, Any]]
-    model_args: Dict[str, Dict[str, Any]]
+    left_out: dict[str, dict[str, Any]]
+    model_args: dict[str, dict[str, Any]]
     device: str
-    versions: Dict[str, str]
-    commit: Optional[str]
-    failures: List[str]
+    versions: dict[str, str]
+    commit: str | None
+    failures: list[str]
 
 
-def _spread(values: Sequence[float]) -> Optional[float]:
+def _spread(values: Sequence[float]) -> float | None:
     """The standard deviation of several values; None of one."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def summarise_models(
-        runs: Sequence[Dict[str, Any]], counts: Sequence[Dict[str, Any]], records: Sequence[Dict[str, Any]],
-        families: Dict[str, str]) -> List[Dict[str, Any]]:
+        runs: Sequence[dict[str, Any]], counts: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]],
+        families: dict[str, str]) -> list[dict[str, Any]]:
     """One flat record for each model: means over the seeds, counts, latencies.
 
     Args:
@@ -81,18 +82,18 @@ def summarise_models(
 
 # Text -----------------------------------------------------------------------------------------------------------------
 
-def _show_accuracy(record: Dict[str, Any]) -> str:
+def _show_accuracy(record: dict[str, Any]) -> str:
     spread = record['top1_std']
     return f'{record["top1"]:.1f}' + (f' ± {spread:.1f}' if spread is not None else '')
 
 
-def _show_latency(record: Dict[str, Any], backend: str) -> Optional[str]:
+def _show_latency(record: dict[str, Any], backend: str) -> str | None:
     if f'{backend}_median_ms' not in record:
         return None
     return format_value(record[f'{backend}_median_ms']) + (' (noisy)' if record[f'{backend}_noisy'] else '')
 
 
-def _list_equal(comparison: Comparison) -> List[str]:
+def _list_equal(comparison: Comparison) -> list[str]:
     facts, settings = next(iter(comparison.facts.values())), comparison.settings
     images = facts['epochs'] * facts['steps_per_epoch'] * facts['batch_size']
     chance = 100 / facts['num_classes']
@@ -110,10 +111,10 @@ def _list_equal(comparison: Comparison) -> List[str]:
         'happened to be best among those evaluated']
 
 
-def _list_differences(comparison: Comparison) -> List[str]:
+def _list_differences(comparison: Comparison) -> list[str]:
     """What is not the same for all models."""
     lines = []
-    without: Dict[str, List[str]] = {}
+    without: dict[str, list[str]] = {}
     for model, args in comparison.left_out.items():
         without.setdefault(', '.join(f'{name}={value}' for name, value in args.items()), []).append(model)
     for named, models in without.items():
@@ -134,7 +135,7 @@ def _list_differences(comparison: Comparison) -> List[str]:
     return lines
 
 
-def _list_noise(comparison: Comparison) -> List[str]:
+def _list_noise(comparison: Comparison) -> list[str]:
     images = next(iter(comparison.facts.values()))['val_images']
     share = max((record['top1'] for record in comparison.models), key=lambda top1: -abs(top1 - 50)) / 100
     error = 100 * math.sqrt(share * (1 - share) / images)
@@ -144,7 +145,7 @@ def _list_noise(comparison: Comparison) -> List[str]:
     return [f'{trained}; the number of validation images alone leaves a standard error of {error:.1f} points']
 
 
-def _list_conditions(comparison: Comparison) -> List[str]:
+def _list_conditions(comparison: Comparison) -> list[str]:
     versions = ', '.join(f'{name} {value}' for name, value in comparison.versions.items())
     lines = []
     if comparison.latencies:
@@ -155,7 +156,7 @@ def _list_conditions(comparison: Comparison) -> List[str]:
     return [*lines, f'{versions}' + (f', commit {comparison.commit}' if comparison.commit else '')]
 
 
-def describe_comparison(comparison: Comparison, markdown: bool = False) -> List[str]:
+def describe_comparison(comparison: Comparison, markdown: bool = False) -> list[str]:
     """The table, and what a reader must know, a line each."""
     classes = next(iter(comparison.facts.values()))['num_classes']
     side = comparison.models[0]['height']
@@ -173,7 +174,7 @@ def describe_comparison(comparison: Comparison, markdown: bool = False) -> List[
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
-def _place(record: Dict[str, Any], backend: str) -> Optional[Tuple[float, float]]:
+def _place(record: dict[str, Any], backend: str) -> tuple[float, float] | None:
     latency = record.get(f'{backend}_median_ms')
     return None if latency is None else (latency, record['top1'])
 

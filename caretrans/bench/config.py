@@ -1,9 +1,9 @@
 """The settings of `benchmark.py`: what is measured, and which ways of running a network are candidates."""
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Optional, Sequence, Tuple
 
 import torch
 
@@ -32,7 +32,7 @@ CHANNELS_LAST = ('fused', 'compile', 'cudagraph')  # in torch they are faster so
 class BenchConfig:
     """Everything that decides what `benchmark.py` measures. A flag exists for each field."""
 
-    model: List[str] = setting(
+    model: list[str] = setting(
         ['care_s1'], "models of timm and caretrans, also with wildcards (care_*); 'paper' for those of the CARE "
         "paper's table that are here: timm's, mlla_t, care_s0, care_s1 and care_s2")
     checkpoint: str = setting('', 'weights of the one model; by default random ones under which all parts count')
@@ -43,25 +43,25 @@ class BenchConfig:
         '', 'folder with train/ and val/ for accuracy and curves; by default of the checkpoint, or the bundled one')
     steps: int = setting(500, 'training steps of each curve', bounds=(2, None))
     device: str = setting('auto', 'cpu, cuda, mps or auto')
-    backend: List[str] = setting(['all'], 'ways to run a network; all that work here', choices=[*BACKENDS, 'all'])
-    dtype: List[str] = setting(['float32'], 'number formats; tf32 is for GPUs', choices=list(DTYPES))
-    channels_last: Optional[bool] = setting(
+    backend: list[str] = setting(['all'], 'ways to run a network; all that work here', choices=[*BACKENDS, 'all'])
+    dtype: list[str] = setting(['float32'], 'number formats; tf32 is for GPUs', choices=list(DTYPES))
+    channels_last: bool | None = setting(
         None, 'order of images and weights in torch; by default not for eager, which is as published, else yes')
-    kernels: List[str] = setting(
+    kernels: list[str] = setting(
         [], 'of the rewritten network in torch: its own, ours in Triton, ours of the expansions too; by default all '
         'that run here', choices=list(KERNELS))
-    batch_size: List[int] = setting(
+    batch_size: list[int] = setting(
         [], 'images at a time; by default 1, and 128 per training step (16 on a processor)', bounds=(1, None))
-    img_size: List[str] = setting(['224'], 'pixels: a side, or HEIGHTxWIDTH')
+    img_size: list[str] = setting(['224'], 'pixels: a side, or HEIGHTxWIDTH')
     threads: int = setting(1, 'threads of the processor', bounds=(1, None))
     published: bool = setting(
         False, 'as the RTX 4090 column was made: eager, float32 with TF32 matrix products, batch 64, mean of 40 runs '
         'after 10')
     warmup: int = setting(5, 'runs before those that are timed', bounds=(0, None))
-    runs: Optional[int] = setting(
+    runs: int | None = setting(
         None, 'timed runs of each candidate; by default 50, or fewer where they take long', bounds=(1, None))
-    teacher: List[str] = setting(['none'], 'of training steps: none, a model of timm with random weights, or both')
-    ways: List[str] = setting([], 'ways of training, e.g. channels_last+bf16+compile; by default all that work here')
+    teacher: list[str] = setting(['none'], 'of training steps: none, a model of timm with random weights, or both')
+    ways: list[str] = setting([], 'ways of training, e.g. channels_last+bf16+compile; by default all that work here')
     output: str = setting('', 'folder of results.json and results.csv; one under runs/benchmark if not given')
     plots: str = setting('', 'folder to draw plots into; measures profiles and growth with resolution for them')
     json: bool = setting(False, 'print one JSON object instead of text')
@@ -85,7 +85,7 @@ class BenchConfig:
             if len(set(values)) != len(values):
                 raise ConfigError(f'{name} is {values}: name each once.')
 
-    def list_models(self) -> List[str]:
+    def list_models(self) -> list[str]:
         """The models that are measured.
 
         Raises:
@@ -96,15 +96,15 @@ class BenchConfig:
             raise ConfigError(f'--checkpoint {self.checkpoint} with {len(names)} models: name the one that it is of.')
         return names
 
-    def list_batches(self) -> List[int]:
+    def list_batches(self) -> list[int]:
         """The batches of inference."""
         return self.batch_size or [1]
 
-    def list_training_batches(self) -> List[int]:
+    def list_training_batches(self) -> list[int]:
         """The batches of training steps that were given: of all benches those that mixup can pair."""
         return [batch for batch in self.batch_size if self.bench != 'all' or batch % 2 == 0]
 
-    def list_benches(self) -> List[str]:
+    def list_benches(self) -> list[str]:
         """What is measured, in order; plots want profiles."""
         wanted = set(BENCHES if self.bench == 'all' else [self.bench]) | ({'profile'} if self.plots else set())
         return [bench for bench in (*BENCHES, *ALONE) if bench in wanted]
@@ -137,7 +137,7 @@ def _choose_layout(config: BenchConfig, backend: str) -> str:
     return 'channels_last' if chosen and backend in IN_TORCH else 'nchw'
 
 
-def list_setups(config: BenchConfig, device: torch.device) -> Tuple[List[Setup], List[str]]:
+def list_setups(config: BenchConfig, device: torch.device) -> tuple[list[Setup], list[str]]:
     """The ways to run each model, and lines that say what the defaults leave out and why.
 
     Raises:
@@ -151,7 +151,7 @@ def list_setups(config: BenchConfig, device: torch.device) -> Tuple[List[Setup],
     if named and config.channels_last is not None and not set(config.backend) & set(IN_TORCH):
         raise ConfigError(
             f'--channels-last with --backend {" ".join(config.backend)}: it chooses its own order; leave it out.')
-    setups: List[Setup] = []
+    setups: list[Setup] = []
     backends = config.backend if named else BACKENDS
     kinds, left_out = choose_kernels(config.kernels, backends, device)
     for backend, dtype in itertools.product(backends, dtypes):
@@ -169,6 +169,6 @@ def list_setups(config: BenchConfig, device: torch.device) -> Tuple[List[Setup],
     return setups, list(dict.fromkeys(left_out))
 
 
-def parse_bench_config(argv: Optional[Sequence[str]] = None, description: str = '') -> BenchConfig:
+def parse_bench_config(argv: Sequence[str] | None = None, description: str = '') -> BenchConfig:
     """The config of a command line; see `parse_flags`."""
     return parse_flags(BenchConfig, argv, description)

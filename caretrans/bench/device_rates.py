@@ -1,7 +1,8 @@
 """What a device can do at best, measured: bytes and operations per second, and the cost of launching an operation."""
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, Optional, Sequence
+from typing import Any
 
 import torch
 
@@ -78,8 +79,8 @@ def _measure_launch(device: torch.device, operations: int = 1000) -> float:
 
 
 def measure_rates(
-        device: torch.device, dtype: str = 'float32', copy_mib: Optional[int] = None,
-        sides: Optional[Sequence[int]] = None, count: int = 10,
+        device: torch.device, dtype: str = 'float32', copy_mib: int | None = None,
+        sides: Sequence[int] | None = None, count: int = 10,
 ) -> DeviceRates:
     """Measure a device with the threads it has now; the best of `count` runs of each, for a bound.
 

@@ -1,6 +1,7 @@
 """How latency grows with resolution: linear attention, and softmax attention in its place."""
 import copy
-from typing import Any, Callable, Dict, List, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import timm
 import torch
@@ -52,7 +53,7 @@ def make_softmax_twin(model: nn.Module) -> nn.Module:
 
 def _make_pair(
         model_name: str, device: torch.device, dtype: torch.dtype, rewrite: Callable[[nn.Module], nn.Module],
-) -> Dict[str, nn.Module]:
+) -> dict[str, nn.Module]:
     model = timm.create_model(model_name).eval()
     try:
         pair = dict(linear=model, softmax=make_softmax_twin(model))
@@ -66,7 +67,7 @@ def measure_growth(
         dtype: torch.dtype = torch.float32, batch: int = 1, rounds: int = 5, runs: int = 2,
         rewrite: Callable[[nn.Module], nn.Module] = lambda model: model, backend: str = 'eager',
         report: Callable[[], None] = lambda: None,
-) -> List[Dict[str, Any]]:
+) -> list[dict[str, Any]]:
     """Time a CARE network and its softmax twin at several resolutions, interleaved, random weights.
 
     Args:
@@ -96,8 +97,8 @@ def measure_growth(
 
 
 def _time_pair(
-        pair: Dict[str, nn.Module], images: torch.Tensor, rounds: int, runs: int, report: Callable[[], None],
-) -> Dict[str, List[List[float]]]:
+        pair: dict[str, nn.Module], images: torch.Tensor, rounds: int, runs: int, report: Callable[[], None],
+) -> dict[str, list[list[float]]]:
     def bind(network: nn.Module) -> Callable[[], Any]:
         def run() -> Any:
             with torch.inference_mode():

@@ -7,9 +7,10 @@ and the rest goes on.
 import gc
 import math
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterator, List, Optional, Sequence, TextIO, Tuple
+from typing import Any, TextIO
 
 import timm
 import torch
@@ -18,7 +19,7 @@ from ..checkpoint.load import create_from_checkpoint
 from ..devices import describe_device, list_versions, resolve_device, use_threads
 from ..errors import CheckpointError
 from ..measure.counts import count_operations, count_parameters
-from ..measure.sample_network import enliven, load_photographs
+from ..measure.sample_network import randomize, load_sample_images
 from ..measure.timing import (
     CandidateError, Rounds, compare_rounds, is_out_of_memory, judge_noise, measure_peak, summarise, time_block,
     time_interleaved)
@@ -32,13 +33,13 @@ __all__ = [
     'BenchResult', 'Candidate', 'build_network', 'count_network', 'measure_group', 'run_inference', 'shorten',
     'take_batch']
 
-Size = Tuple[int, int]  # height, width
+Size = tuple[int, int]  # height, width
 
 ROUNDS = 10
 BUILDING = 10  # steps of progress that making a candidate ready counts as; a block that is timed is one
 DEFAULT_RUNS = 50
 PATIENCE = 5.  # seconds of timed runs of a candidate, where their number is not given
-PHOTOGRAPHS = 64  # of which batches are made, and by which int8 is calibrated
+SAMPLE_IMAGES = 64  # of which batches are made, and by which int8 is calibrated
 AGAIN = 'the reference again'
 BESIDE = ' beside the other candidates'
 
@@ -47,16 +48,16 @@ BESIDE = ' beside the other candidates'
 class BenchResult:
     """What was measured: records of timings, counts of each model, and lines on what was left out or failed."""
     device: str
-    counts: List[Dict[str, Any]] = field(default_factory=list)
-    records: List[Dict[str, Any]] = field(default_factory=list)
-    training: List[Dict[str, Any]] = field(default_factory=list)
-    accuracy: List[Dict[str, Any]] = field(default_factory=list)
-    curves: List[Any] = field(default_factory=list)  # of `training_curves.Comparison`
-    profiles: Dict[str, List[Dict[str, Any]]] = field(default_factory=dict)
-    texts: List[str] = field(default_factory=list)  # tables of profiles and of training
-    plots: List[str] = field(default_factory=list)
-    remarks: List[str] = field(default_factory=list)
-    failures: List[str] = field(default_factory=list)
+    counts: list[dict[str, Any]] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
+    training: list[dict[str, Any]] = field(default_factory=list)
+    accuracy: list[dict[str, Any]] = field(default_factory=list)
+    curves: list[Any] = field(default_factory=list)  # of `training_curves.Comparison`
+    profiles: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    texts: list[str] = field(default_factory=list)  # tables of profiles and of training
+    plots: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -65,11 +66,11 @@ class Candidate:
     model: str
     setup: Setup
     network: Network
-    runner: Optional[Runner] = None
+    runner: Runner | None = None
     error: float = 0.
-    peak_mib: Optional[float] = None
+    peak_mib: float | None = None
     count: int = 1  # runs in a round
-    notes: List[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -106,12 +107,12 @@ def build_network(name: str, size: Size, checkpoint: str = '') -> Network:
     """A model in evaluation mode with photographs to run it on; without a checkpoint it gets lively weights."""
     model = create_from_checkpoint(checkpoint, name)[0] if checkpoint else timm.create_model(name)
     model.eval()
-    photographs = load_photographs(model, size, PHOTOGRAPHS)
+    photographs = load_sample_images(model, size, SAMPLE_IMAGES)
     images = photographs
     if photographs is None:
         images = torch.randn(8, getattr(model, 'in_chans', 3), *size, generator=torch.Generator().manual_seed(0))
     if not checkpoint:
-        enliven(model, images[:8])
+        randomize(model, images[:8])
     return Network(model, images, photographs=photographs)
 
 
@@ -121,10 +122,10 @@ def take_batch(network: Network, batch: int) -> Network:
     return Network(network.model, images, network.fused, network.photographs)
 
 
-def count_network(name: str, network: Network, size: Size) -> Dict[str, Any]:
+def count_network(name: str, network: Network, size: Size) -> dict[str, Any]:
     """Parameters, multiply-adds and activations, as trained and rewritten for inference, beside published figures."""
     trained, fused = (count_operations(model, size) for model in (network.model, network.fused))
-    macs: Dict[str, Dict[str, float]] = {}
+    macs: dict[str, dict[str, float]] = {}
     for (part, kind), number in trained.macs.items():
         macs.setdefault(part, {})[kind] = number / 1e9
     row = find_published(name)
@@ -178,8 +179,8 @@ def _try(candidate: Candidate, config: BenchConfig, others: Sequence[Candidate] 
 
 
 def _time(
-        ready: List[Candidate], config: BenchConfig, device: torch.device, progress: Progress, failures: List[str],
-) -> Dict[str, Rounds]:
+        ready: list[Candidate], config: BenchConfig, device: torch.device, progress: Progress, failures: list[str],
+) -> dict[str, Rounds]:
     """Time what is ready, the first candidate twice; one that fails on the way is halved or taken out of `ready`."""
     while ready:
         first = ready[0].name
@@ -201,8 +202,8 @@ def _time(
 
 
 def _record(
-        candidate: Candidate, reference: Candidate, times: Dict[str, Rounds], self_ratio: float, config: BenchConfig,
-) -> Dict[str, Any]:
+        candidate: Candidate, reference: Candidate, times: dict[str, Rounds], self_ratio: float, config: BenchConfig,
+) -> dict[str, Any]:
     rounds, setup = times[candidate.name], candidate.setup
     summary = summarise(rounds)
     noise = judge_noise(summary, self_ratio)
@@ -218,7 +219,7 @@ def _record(
 
 
 def _make_all_ready(
-        candidates: List[Candidate], config: BenchConfig, progress: Progress, failures: List[str]) -> List[Candidate]:
+        candidates: list[Candidate], config: BenchConfig, progress: Progress, failures: list[str]) -> list[Candidate]:
     """Those of the candidates that can be timed."""
     ready = []
     for candidate in candidates:
@@ -233,8 +234,8 @@ def _make_all_ready(
 
 
 def measure_group(
-        candidates: List[Candidate], config: BenchConfig, device: torch.device, progress: Progress,
-) -> Tuple[List[Dict[str, Any]], List[str]]:
+        candidates: list[Candidate], config: BenchConfig, device: torch.device, progress: Progress,
+) -> tuple[list[dict[str, Any]], list[str]]:
     """Make candidates ready and time them interleaved.
 
     Ratios of a model are to the first of its candidates that could be timed.
@@ -242,11 +243,11 @@ def measure_group(
     Returns:
         Records, and a line for each candidate that failed.
     """
-    failures: List[str] = []
+    failures: list[str] = []
     ready = _make_all_ready(candidates, config, progress, failures)
     progress.describe('timing')
     times = _time(ready, config, device, progress, failures)
-    references: Dict[str, Candidate] = {}
+    references: dict[str, Candidate] = {}
     for candidate in ready:
         references.setdefault(candidate.model, candidate)
     self_ratio = compare_rounds(times[ready[0].name], times[AGAIN])['ratio'] if ready else 1.
@@ -265,7 +266,7 @@ def _list_conditions(config: BenchConfig, device: torch.device) -> Iterator[str]
         yield 'weights: random ones under which all parts of a network count; speed does not depend on them'
 
 
-def run_inference(config: BenchConfig, stream: Optional[TextIO] = None) -> BenchResult:
+def run_inference(config: BenchConfig, stream: TextIO | None = None) -> BenchResult:
     """Measure all models, backends, number formats, batches and sizes of a config.
 
     Args:
@@ -285,15 +286,15 @@ def run_inference(config: BenchConfig, stream: Optional[TextIO] = None) -> Bench
     return result
 
 
-def _describe_kernels(name: str, network: Network, setups: List[Setup]) -> List[str]:
+def _describe_kernels(name: str, network: Network, setups: list[Setup]) -> list[str]:
     is_other = any(setup.kernels != 'torch' for setup in setups) and not has_parts(network.fused)
     return [f'{name}: no part of it has Triton kernels, those of PyTorch run'] if is_other else []
 
 
 def _measure_size(
-        names: List[str], setups: List[Setup], size: Size, config: BenchConfig, device: torch.device,
+        names: list[str], setups: list[Setup], size: Size, config: BenchConfig, device: torch.device,
         progress: Progress, result: BenchResult) -> None:
-    networks: Dict[str, Network] = {}
+    networks: dict[str, Network] = {}
     for name in names:
         progress.describe(f'{name}, counting')
         try:

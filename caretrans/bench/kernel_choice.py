@@ -1,5 +1,5 @@
 """Which kernels a candidate runs with: those of PyTorch, or ours in Triton in the parts that have them."""
-from typing import Dict, List, Sequence, Tuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
@@ -9,7 +9,7 @@ from ..kernels import PARTS, describe_placements, use_kernels, why_unavailable
 
 __all__ = ['KERNELS', 'WITH_KERNELS', 'check_kernels', 'choose_kernels', 'fit_kernels', 'has_parts', 'place_kernels']
 
-KERNELS: Dict[str, Tuple[str, ...]] = {
+KERNELS: dict[str, tuple[str, ...]] = {
     'torch': (), 'triton': ('mixer', 'attention'), 'triton+expansion': PARTS}  # name: parts that run in Triton
 WITH_KERNELS = ('fused', 'compile', 'cudagraph')  # backends that run the rewritten network in PyTorch
 
@@ -32,7 +32,7 @@ def check_kernels(kernels: str, backend: str, device: torch.device) -> None:
 
 
 def choose_kernels(
-        named: Sequence[str], backends: Sequence[str], device: torch.device) -> Tuple[List[str], List[str]]:
+        named: Sequence[str], backends: Sequence[str], device: torch.device) -> tuple[list[str], list[str]]:
     """The kernels to measure, by default all that run on the device, and lines that say what is left out and why.
 
     Raises:
@@ -61,7 +61,7 @@ def fit_kernels(model: nn.Module, kernels: str) -> str:
     return next(name for name in KERNELS if parts.intersection(KERNELS[name]) == parts.intersection(KERNELS[kernels]))
 
 
-def place_kernels(model: nn.Module, kernels: str) -> Tuple[str, List[str]]:
+def place_kernels(model: nn.Module, kernels: str) -> tuple[str, list[str]]:
     """Put kernels into a model that is on its device: which of `KERNELS` run, and why others do not."""
     if kernels == 'torch':
         return 'torch', []

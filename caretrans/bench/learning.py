@@ -1,12 +1,13 @@
 """Whether faster ways of training learn what the published way does: what `benchmark.py --bench curves` runs."""
 import itertools
-from typing import List, Optional, Sequence, TextIO, Tuple
+from collections.abc import Sequence
+from typing import TextIO
 
 import torch
 
 from ..config import TrainConfig, choose_model_args, read_recipe
 from ..errors import ConfigError, DataError
-from ..measure.sample_network import PHOTOGRAPHS
+from ..measure.sample_network import SAMPLE_IMAGES
 from ..progress import Progress
 from .config import BenchConfig
 from .inference import BenchResult, shorten
@@ -19,7 +20,7 @@ RECIPE = 'care_s0_fruit14'  # of the bundled photographs, with a layer scale und
 SEEDS = (0, 1, 2)
 
 
-def list_comparisons(config: BenchConfig, names: Sequence[str], device: torch.device) -> List[Tuple[TrainConfig, str]]:
+def list_comparisons(config: BenchConfig, names: Sequence[str], device: torch.device) -> list[tuple[TrainConfig, str]]:
     """What to train, and the way that is held against the published one; by default the one with most changes.
 
     Raises:
@@ -39,14 +40,14 @@ def list_comparisons(config: BenchConfig, names: Sequence[str], device: torch.de
             names, ways, config.sizes, config.batch_size or [recipe['batch_size']]):
         model_args = choose_model_args(recipe['model_args'], recipe, name)
         comparisons.append((TrainConfig(**{
-            **recipe, 'model': name, 'model_args': model_args, 'data': config.data or str(PHOTOGRAPHS),
+            **recipe, 'model': name, 'model_args': model_args, 'data': config.data or str(SAMPLE_IMAGES),
             'img_size': side, 'batch_size': batch, 'workers': None}), way))
     return comparisons
 
 
 def bench_curves(
-        comparisons: Sequence[Tuple[TrainConfig, str]], steps: int, device: torch.device, result: BenchResult,
-        stream: Optional[TextIO] = None) -> None:
+        comparisons: Sequence[tuple[TrainConfig, str]], steps: int, device: torch.device, result: BenchResult,
+        stream: TextIO | None = None) -> None:
     """Train, and put what comes out into a result.
 
     Args:

@@ -6,10 +6,11 @@ They take turns in one process, with workers that stay, so that whatever else th
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any
 
 import PIL
 import timm
@@ -21,17 +22,17 @@ from torch.utils.data import Dataset
 from ..config import TrainConfig
 from ..data.datasets import open_dataset
 from ..data.loaders import build_train_loader
-from ..devices import count_cores, describe_processor
+from ..devices import count_cores, describe_cpu
 from ..errors import DataError
 
 __all__ = ['bench_loader', 'describe_bench', 'make_photographs']
 
 BUNDLED = Path(__file__).parents[2] / 'data' / 'fruit14' / 'val'
-PHOTOGRAPHS = 128  # made where none are given
+SAMPLE_IMAGES = 128  # made where none are given
 TILES = 4  # along each side of a mosaic
 
 
-def make_photographs(sources: Sequence[str], size: Tuple[int, int], folder: Path, number: int) -> None:
+def make_photographs(sources: Sequence[str], size: tuple[int, int], folder: Path, number: int) -> None:
     """JPEGs of one size, quality 90, 4:2:0, in two classes of folder/train, out of real photographs.
 
     One that is large enough is cropped to the aspect and scaled down; smaller ones make mosaics of 4 x 4, each tile a
@@ -61,10 +62,10 @@ def make_photographs(sources: Sequence[str], size: Tuple[int, int], folder: Path
         image.save(target, quality=90, subsampling='4:2:0')
 
 
-def _describe_machine() -> Dict[str, Any]:
+def _describe_machine() -> dict[str, Any]:
     """What the figures hang on."""
     return dict(
-        processor=describe_processor(), cores=count_cores(), torch=torch.__version__, timm=timm.__version__,
+        processor=describe_cpu(), cores=count_cores(), torch=torch.__version__, timm=timm.__version__,
         pillow=PIL.__version__)
 
 
@@ -79,7 +80,7 @@ def _open_images(data: str, images: int) -> Dataset:
 
 @contextmanager
 def _open_loaders(
-        data: str, config: TrainConfig, images: int) -> Iterator[Dict[str, Callable[[int], Iterable[Any]]]]:
+        data: str, config: TrainConfig, images: int) -> Iterator[dict[str, Callable[[int], Iterable[Any]]]]:
     """For each loader, what gives the uint8 batches of an epoch as they leave the workers."""
     size = (3, config.img_size, config.img_size)
     eval_config = dict(input_size=size, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
@@ -113,10 +114,10 @@ def _measure(batches: Iterable[Any], workers: int) -> float:
 
 
 def bench_loader(
-        data: Optional[str] = None, photos: Optional[Sequence[str]] = None, photo_size: Sequence[int] = (500, 400),
+        data: str | None = None, photos: Sequence[str] | None = None, photo_size: Sequence[int] = (500, 400),
         workers: int = 1, img_size: int = 224, batch_size: int = 64, rounds: int = 7, images: int = 1024,
         auto_augment: Sequence[str] = ('', 'rand-m9-mstd0.5-inc1'),
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """Images per second and worker of both loaders, in turns.
 
     Args:
@@ -126,11 +127,11 @@ def bench_loader(
         The machine, the settings, and for each of `auto_augment` the figures of each round, their ratios and medians.
     """
     options = dict(workers=workers, img_size=img_size, batch_size=batch_size)
-    result: Dict[str, Any] = dict(machine=_describe_machine(), rounds=rounds, images=images, **options, policies=[])
+    result: dict[str, Any] = dict(machine=_describe_machine(), rounds=rounds, images=images, **options, policies=[])
     with ExitStack() as stack:
         if data is None:
             data = stack.enter_context(tempfile.TemporaryDirectory())
-            make_photographs(photos or [str(BUNDLED)], tuple(photo_size), Path(data), PHOTOGRAPHS)
+            make_photographs(photos or [str(BUNDLED)], tuple(photo_size), Path(data), SAMPLE_IMAGES)
         files = [path.stat().st_size for path in Path(data).rglob('*.jp*g')]
         result.update(files=len(files), mean_bytes=round(sum(files) / max(len(files), 1)))
         for policy in auto_augment:
@@ -141,8 +142,8 @@ def bench_loader(
 
 
 def _take_turns(
-        loaders: Dict[str, Callable[[int], Iterable[Any]]], rounds: int, workers: int) -> Dict[str, List[float]]:
-    speeds: Dict[str, List[float]] = {name: [] for name in loaders}
+        loaders: dict[str, Callable[[int], Iterable[Any]]], rounds: int, workers: int) -> dict[str, list[float]]:
+    speeds: dict[str, list[float]] = {name: [] for name in loaders}
     for turn in range(rounds + 1):
         for name in sorted(loaders, reverse=turn % 2 == 1):
             speed = _measure(loaders[name](turn), workers)
@@ -150,7 +151,7 @@ def _take_turns(
     return speeds
 
 
-def _summarise(policy: str, speeds: Dict[str, List[float]]) -> Dict[str, Any]:
+def _summarise(policy: str, speeds: dict[str, list[float]]) -> dict[str, Any]:
     ratios = [ours / theirs for ours, theirs in zip(speeds['ours'], speeds['timm'], strict=True)]
     figures = dict(speeds, ratio=ratios)
     return dict(auto_augment=policy, **{
@@ -158,7 +159,7 @@ def _summarise(policy: str, speeds: Dict[str, List[float]]) -> Dict[str, Any]:
         for name, values in figures.items()})
 
 
-def describe_bench(result: Dict[str, Any]) -> str:
+def describe_bench(result: dict[str, Any]) -> str:
     """The result for people: facts, then a table."""
     machine = result['machine']
     lines = [

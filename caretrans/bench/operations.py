@@ -1,6 +1,6 @@
 """Kinds of operations, by the names under which PyTorch's profiler and dispatcher report them."""
 import re
-from typing import Iterator, Optional, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch.nn as nn
 
@@ -36,7 +36,7 @@ OPERATIONS = (  # kind, names of operations (aten's, oneDNN's, of compiled progr
 )
 
 
-def classify_operation(name: str, shapes: Sequence[Sequence[int]] = ()) -> Optional[str]:
+def classify_operation(name: str, shapes: Sequence[Sequence[int]] = ()) -> str | None:
     """The kind, one of `KINDS`, of an operation called as in the profiler; None if the name says nothing.
 
     Args:

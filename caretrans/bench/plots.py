@@ -1,7 +1,8 @@
 """Plots of measurements, as PNG: every title says on what, in which dtype and batch, and with how many threads."""
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+from typing import Any
 
 from ..errors import PlotError
 from ..models.backbone import find_family
@@ -25,7 +26,7 @@ def _describe_facts(records: Sequence[Record], *leave_out: str) -> str:
     return ', '.join(parts)
 
 
-def _start(title: str, facts: str, xlabel: str, ylabel: str, width: float = 8.) -> Tuple[Any, Any]:
+def _start(title: str, facts: str, xlabel: str, ylabel: str, width: float = 8.) -> tuple[Any, Any]:
     from matplotlib.figure import Figure  # slow to import; draws without a display
 
     figure = Figure(figsize=(width, 5), layout='constrained')
@@ -46,7 +47,7 @@ def _save(figure: Any, path: Path, footnote: str = '') -> Path:
 
 # Accuracy -------------------------------------------------------------------------------------------------------------
 
-def _scatter(axes: Any, series: Mapping[str, List[Tuple[float, float, str]]]) -> None:
+def _scatter(axes: Any, series: Mapping[str, list[tuple[float, float, str]]]) -> None:
     """Points (x, y, model) of each series; CARE filled and joined, others hollow; a model is named at its least x."""
     for number, (name, points) in enumerate(series.items()):
         ours = sorted(point[:2] for point in points if _is_ours(point[2]))
@@ -74,13 +75,13 @@ def _is_ours(model: str) -> bool:
     return find_family(model) == 'care'
 
 
-def _find_accuracy(model: str) -> Optional[float]:
+def _find_accuracy(model: str) -> float | None:
     row = find_published(model)
     return None if row is None else row.top1
 
 
 def draw_accuracy_by_latency(
-        records: Sequence[Record], path: Path, find_accuracy: Callable[[str], Optional[float]] = _find_accuracy,
+        records: Sequence[Record], path: Path, find_accuracy: Callable[[str], float | None] = _find_accuracy,
 ) -> Path:
     """Published accuracy against the measured median latency, a series for each backend, dtype and layout.
 
@@ -90,7 +91,7 @@ def draw_accuracy_by_latency(
     Raises:
         PlotError: Of no model measured an accuracy is published, or the batches or sizes differ.
     """
-    series: Dict[str, List[Tuple[float, float, str]]] = defaultdict(list)
+    series: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
     drawn = [record for record in records
              if record.get('median_ms') is not None and find_accuracy(record['model']) is not None]
     if not drawn:
@@ -110,7 +111,7 @@ def draw_accuracy_by_latency(
 
 
 def draw_accuracy_by_gmacs(
-        gmacs: Mapping[str, float], path: Path, find_accuracy: Callable[[str], Optional[float]] = _find_accuracy,
+        gmacs: Mapping[str, float], path: Path, find_accuracy: Callable[[str], float | None] = _find_accuracy,
 ) -> Path:
     """Published accuracy against counted multiply-adds.
 
@@ -140,7 +141,7 @@ def draw_growth(records: Sequence[Record], path: Path) -> Path:
     Raises:
         PlotError: There are no such records.
     """
-    curves: Dict[str, List[Record]] = defaultdict(list)
+    curves: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         if 'attention' in record:
             curves[f'{record["model"]}, {record["attention"]} attention'].append(record)

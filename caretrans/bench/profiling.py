@@ -8,9 +8,10 @@ import statistics
 import time
 from bisect import bisect
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -26,7 +27,7 @@ __all__ = ['Profile', 'describe_profile', 'list_profile', 'profile_call', 'profi
 
 MARK = 'caretrans/'  # begins the names of the scopes that the hooks open
 IN_ATTENTION, RUN = f'{MARK}{ATTENTION}', f'{MARK}run'
-Cell = Tuple[str, str]  # part of the network, kind of operation
+Cell = tuple[str, str]  # part of the network, kind of operation
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Profile:
         runs: Calls that were profiled.
         device: 'cpu' or 'cuda'; there the cells are the time of kernels, and the rest of a call the GPU is idle.
     """
-    cells: Dict[Cell, float]
-    operations: Dict[Tuple[str, str, str], Tuple[float, float]]
+    cells: dict[Cell, float]
+    operations: dict[tuple[str, str, str], tuple[float, float]]
     total_ms: float
     profiled_ms: float
     runs: int
@@ -53,9 +54,9 @@ class Profile:
         """The sum of the cells."""
         return sum(self.cells.values())
 
-    def sum_by(self, place: int) -> Dict[str, float]:
+    def sum_by(self, place: int) -> dict[str, float]:
         """Milliseconds by part (0) or by kind (1)."""
-        sums: Dict[str, float] = defaultdict(float)
+        sums: dict[str, float] = defaultdict(float)
         for cell, ms in self.cells.items():
             sums[cell[place]] += ms
         return dict(sums)
@@ -63,9 +64,9 @@ class Profile:
 
 # Scopes ---------------------------------------------------------------------------------------------------------------
 
-def _mark(module: nn.Module, name: str) -> List[Any]:
+def _mark(module: nn.Module, name: str) -> list[Any]:
     """Open a scope of that name around each forward pass of a module; gives the handles of the hooks."""
-    scopes: List[record_function] = []
+    scopes: list[record_function] = []
 
     def enter(*_: Any) -> None:
         scopes.append(record_function(name))
@@ -78,9 +79,9 @@ def _mark(module: nn.Module, name: str) -> List[Any]:
 
 
 @contextmanager
-def _marked(model: Optional[nn.Module]) -> Iterator[None]:
+def _marked(model: nn.Module | None) -> Iterator[None]:
     """Scopes around the parts of a network and around its attention."""
-    handles: List[Any] = []
+    handles: list[Any] = []
     if model is not None:
         for name in list_parts(model):
             handles += _mark(model.get_submodule(name), MARK + name)
@@ -102,7 +103,7 @@ def _ancestors(event: Any) -> Iterator[Any]:
         event = event.cpu_parent
 
 
-def _find_scope(event: Any, forward: Dict[Tuple[int, int], Cell]) -> Cell:
+def _find_scope(event: Any, forward: dict[tuple[int, int], Cell]) -> Cell:
     """(Part, ATTENTION or '') in which an event ran; of the backward pass, in which its forward operation did."""
     part, attention = OUTSIDE, ''
     for outer in _ancestors(event):
@@ -115,7 +116,7 @@ def _find_scope(event: Any, forward: Dict[Tuple[int, int], Cell]) -> Cell:
     return part, attention
 
 
-def _find_kind(event: Any, attention: str) -> Optional[str]:
+def _find_kind(event: Any, attention: str) -> str | None:
     """The kind of the outermost operation around an event that has one; copies inside of an operation are copies."""
     kinds = [kind for outer in _ancestors(event)
              if not outer.name.startswith(MARK) and (kind := classify_operation(outer.name, outer.input_shapes or ()))]
@@ -125,12 +126,12 @@ def _find_kind(event: Any, attention: str) -> Optional[str]:
     return ATTENTION if attention and kind not in (None, *CONVOLUTIONS, LINEAR, GENERATED) else kind
 
 
-def _map_forward(events: Iterable[Any]) -> Dict[Tuple[int, int], Cell]:
+def _map_forward(events: Iterable[Any]) -> dict[tuple[int, int], Cell]:
     """Scopes of the forward operations by (thread, sequence number), by which autograd names them afterwards.
 
     Operations that save nothing for the backward pass carry the number of the next one that does: the last one counts.
     """
-    forward: Dict[Tuple[int, int], Cell] = {}
+    forward: dict[tuple[int, int], Cell] = {}
     for event in events:
         if event.sequence_nr >= 0 and not event.fwd_thread:
             forward[event.thread, event.sequence_nr] = _find_scope(event, {})
@@ -143,7 +144,7 @@ def _is_on_cpu(event: Any) -> bool:
 
 class Cost(NamedTuple):
     """Time on the device: the event that took or launched it (None if none is known), the operation or kernel."""
-    event: Optional[Any]
+    event: Any | None
     name: str
     start: float
     ms: float
@@ -167,12 +168,12 @@ def _list_costs(events: Iterable[Any], is_cuda: bool) -> Iterator[Cost]:
 
 
 def _sum_events(
-        events: List[Any], is_cuda: bool, runs: int) -> Tuple[Dict[Cell, float], Dict[Any, Tuple[float, float]]]:
+        events: list[Any], is_cuda: bool, runs: int) -> tuple[dict[Cell, float], dict[Any, tuple[float, float]]]:
     """`Profile.cells` and `Profile.operations`: medians over the runs."""
     forward = _map_forward(events)
     starts = sorted(event.time_range.start for event in events if event.name == RUN and _is_on_cpu(event))
-    cells: Dict[Cell, List[float]] = defaultdict(lambda: [0.] * runs)
-    operations: Dict[Any, List[float]] = defaultdict(lambda: [0.] * runs)
+    cells: dict[Cell, list[float]] = defaultdict(lambda: [0.] * runs)
+    operations: dict[Any, list[float]] = defaultdict(lambda: [0.] * runs)
     calls: Counter = Counter()
     for cost in _list_costs(events, is_cuda):
         run = bisect(starts, cost.start) - 1
@@ -194,14 +195,14 @@ def _name_operation(name: str) -> str:
     return 'Python around the operations' if name.startswith(MARK) else name
 
 
-def _name_shapes(event: Optional[Any]) -> str:
+def _name_shapes(event: Any | None) -> str:
     shapes = event.input_shapes or [] if event is not None else []
     return ', '.join('x'.join(map(str, shape)) for shape in shapes if shape)
 
 
 # Measurement ----------------------------------------------------------------------------------------------------------
 
-def _time(call: Callable[[], Any], runs: int, device: torch.device) -> List[float]:
+def _time(call: Callable[[], Any], runs: int, device: torch.device) -> list[float]:
     """Milliseconds of each call, waited for."""
     times = []
     for _ in range(runs):
@@ -215,7 +216,7 @@ def _time(call: Callable[[], Any], runs: int, device: torch.device) -> List[floa
 
 
 def profile_call(
-        call: Callable[[], Any], device: torch.device, model: Optional[nn.Module] = None, runs: int = 10,
+        call: Callable[[], Any], device: torch.device, model: nn.Module | None = None, runs: int = 10,
         warmup: int = 3,
 ) -> Profile:
     """Profile anything that runs a network: a forward pass, or a training step.
@@ -258,7 +259,7 @@ def profile_forward(
 
 # For people and for files ---------------------------------------------------------------------------------------------
 
-def list_profile(profile: Profile, **facts: Any) -> List[Dict[str, Any]]:
+def list_profile(profile: Profile, **facts: Any) -> list[dict[str, Any]]:
     """A flat record for each cell, with the facts of the run in each."""
     return [dict(
         facts, bench='profile', part=part, kind=kind, ms=ms, share=ms / profile.busy_ms, total_ms=profile.total_ms,

@@ -1,15 +1,16 @@
 """The tables of a README: their parameters and multiply-adds counted again, and the measured ones written anew."""
 import os
 import re
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from typing import Any
 
 import timm
 import torch.nn as nn
 
 from ..errors import ConfigError
-from ..fuse import rewrite
+from ..fuse import to_form
 from ..measure.counts import count_operations, count_parameters, make_empty
 from ..measure.names import parse_size
 
@@ -24,7 +25,7 @@ COLUMNS = {  # header of a column: what it holds, in units of
 }
 
 
-def _list_tables(text: str) -> Iterator[Tuple[List[str], List[List[str]]]]:
+def _list_tables(text: str) -> Iterator[tuple[list[str], list[list[str]]]]:
     """Header and rows of each Markdown table."""
     for block in re.findall(r'(?:^\|.*\|\n)+', text, re.MULTILINE):
         rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in block.splitlines()]
@@ -34,13 +35,13 @@ def _list_tables(text: str) -> Iterator[Tuple[List[str], List[List[str]]]]:
 
 def _rewrite(model: nn.Module, name: str) -> nn.Module:
     try:
-        return rewrite(model)
+        return to_form(model)
     except RuntimeError:  # a rewrite that needs values
-        return rewrite(timm.create_model(name).eval())
+        return to_form(timm.create_model(name).eval())
 
 
 @lru_cache(maxsize=None)
-def _count(name: str, size: Tuple[int, int]) -> Dict[str, Any]:
+def _count(name: str, size: tuple[int, int]) -> dict[str, Any]:
     model = make_empty(name)
     fused = _rewrite(model, name)
     trained, rewritten = count_operations(model, size), count_operations(fused, size)
@@ -50,7 +51,7 @@ def _count(name: str, size: Tuple[int, int]) -> Dict[str, Any]:
         gmacs=trained.gmacs, gmacs_fused=rewritten.gmacs, activations_fused=rewritten.activations)
 
 
-def _compare(header: List[str], row: List[str]) -> Iterator[str]:
+def _compare(header: list[str], row: list[str]) -> Iterator[str]:
     """For each figure of a row that can be counted, '' or how it differs; rows of models have a name in backticks."""
     name, cells = row[0].strip('`'), dict(zip(header, row, strict=False))
     wanted = {column: COLUMNS[column] for column in header if column in COLUMNS}
@@ -65,7 +66,7 @@ def _compare(header: List[str], row: List[str]) -> Iterator[str]:
         yield '' if counted == cell else f'{name}, {column}: {cell or "nothing"} there, {counted} counted'
 
 
-def check_readme(path: Path) -> Tuple[int, List[str]]:
+def check_readme(path: Path) -> tuple[int, list[str]]:
     """Count parameters and multiply-adds of the models in the tables of a Markdown file again.
 
     Returns:
@@ -82,7 +83,7 @@ def check_readme(path: Path) -> Tuple[int, List[str]]:
     return len(found), [line for line in found if line]
 
 
-def find_place(path: Path) -> Tuple[str, str]:
+def find_place(path: Path) -> tuple[str, str]:
     """What stands before and after the measured tables of a file, with the markers `BEGIN` and `END`.
 
     Raises:

@@ -4,8 +4,9 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any
 
 from ..errors import ConfigError
 from ..measure.counts import KINDS
@@ -24,7 +25,7 @@ PUBLISHED_COLUMNS = {
 NOT_IN_TABLE = ('the memory of this backend is not seen',)  # a dash says it
 
 
-def _describe_parts(count: Dict[str, Any]) -> List[str]:
+def _describe_parts(count: dict[str, Any]) -> list[str]:
     kinds = [kind for kind in KINDS if count['gmacs_by_kind'][kind]]
     rows = [[part, sum(macs.values()), *(macs.get(kind) for kind in kinds)]
             for part, macs in count['gmacs_by_part'].items()]
@@ -33,7 +34,7 @@ def _describe_parts(count: Dict[str, Any]) -> List[str]:
     return format_table(['GMACs', 'all', *kinds], shown)
 
 
-def _describe_model(count: Dict[str, Any]) -> List[str]:
+def _describe_model(count: dict[str, Any]) -> list[str]:
     """One model in full."""
     heads = count['parameters'] != count['parameters_one_head']
     lines = [
@@ -51,7 +52,7 @@ def _describe_model(count: Dict[str, Any]) -> List[str]:
     return [*lines, '', *_describe_parts(count)]
 
 
-def describe_counts(counts: Sequence[Dict[str, Any]], markdown: bool = False) -> List[str]:
+def describe_counts(counts: Sequence[dict[str, Any]], markdown: bool = False) -> list[str]:
     """Models side by side, a line each, with what their authors published of them in columns of their own."""
     header = ['model', 'image', 'parameters, M', 'rewritten, M', 'GMACs', 'GMACs rewritten', 'activations rewritten, M',
               'top-1 %, published', 'GMACs, published', 'parameters, M, published', 'RTX 4090 ms, published']
@@ -67,7 +68,7 @@ def describe_counts(counts: Sequence[Dict[str, Any]], markdown: bool = False) ->
     return format_table(header, rows, markdown)
 
 
-def describe_records(records: Sequence[Dict[str, Any]]) -> List[str]:
+def describe_records(records: Sequence[dict[str, Any]]) -> list[str]:
     """A line for each candidate: milliseconds of a batch, images/s, memory, and how it compares with its reference."""
     has_kernels = any(r['kernels'] != 'torch' for r in records)
     header = ['model', 'backend', 'format', 'layout', *['kernels'] * has_kernels, 'image', 'batch', 'median ms', 'p10',
@@ -81,10 +82,10 @@ def describe_records(records: Sequence[Dict[str, Any]]) -> List[str]:
     return format_table(header, rows)
 
 
-def compare_models(records: Sequence[Dict[str, Any]]) -> List[str]:
+def compare_models(records: Sequence[dict[str, Any]]) -> list[str]:
     """A Markdown table: a row for each model, size and batch, for each way of running it ms and times as fast."""
     ways = list(dict.fromkeys(_name_way(record) for record in records))
-    rows: Dict[Tuple[Any, ...], Dict[str, str]] = {}
+    rows: dict[tuple[Any, ...], dict[str, str]] = {}
     for r in records:
         cell = f'{format_value(r["median_ms"])} ({r["ratio"]:.2f}' + (', noisy)' if r['noisy'] else ')')
         rows.setdefault((f'`{r["model"]}`', f'{r["height"]} x {r["width"]}', r['batch']), {})[_name_way(r)] = cell
@@ -93,12 +94,12 @@ def compare_models(records: Sequence[Dict[str, Any]]) -> List[str]:
         [[*row, *(cells.get(way) for way in ways)] for row, cells in rows.items()], markdown=True)
 
 
-def _name_way(record: Dict[str, Any]) -> str:
+def _name_way(record: dict[str, Any]) -> str:
     kernels = '' if record['kernels'] == 'torch' else f' {record["kernels"]}'
     return f'{record["backend"]} {record["dtype"]}{kernels}'
 
 
-def _describe_conditions(result: BenchResult) -> List[str]:
+def _describe_conditions(result: BenchResult) -> list[str]:
     first = result.records[0]
     versions = ', '.join(f'{name} {version}' for name, version in first['versions'].items())
     runs = sorted({record['runs'] for record in result.records})
@@ -116,13 +117,13 @@ def _name_references(result: BenchResult) -> str:
     return f'{ways.pop()} of the same model' if len(ways) == 1 else 'the first way of the same model'
 
 
-def _name_candidate(record: Dict[str, Any]) -> str:
+def _name_candidate(record: dict[str, Any]) -> str:
     return f'{record["model"]} {_name_way(record)}, batch {record["batch"]}'
 
 
-def _describe_notes(records: Sequence[Dict[str, Any]]) -> List[str]:
+def _describe_notes(records: Sequence[dict[str, Any]]) -> list[str]:
     """What a reader of the figures must know, each once, with the candidates that it is about."""
-    about: Dict[str, List[str]] = {}
+    about: dict[str, list[str]] = {}
     for record in records:
         for note in record['notes']:
             if note not in NOT_IN_TABLE:
@@ -131,16 +132,16 @@ def _describe_notes(records: Sequence[Dict[str, Any]]) -> List[str]:
             for note, names in about.items()]
 
 
-def _describe_remarks(result: BenchResult) -> List[str]:
+def _describe_remarks(result: BenchResult) -> list[str]:
     """What holds for the whole of a result, a line each."""
     published = list_footnotes([count['model'] for count in result.counts])
     return [*result.remarks, *_describe_notes(result.records), *published, *(f'plot: {path}' for path in result.plots),
             *(f'failed: {failure}' for failure in result.failures)]
 
 
-def describe_result(result: BenchResult, markdown: bool = False) -> List[str]:
+def describe_result(result: BenchResult, markdown: bool = False) -> list[str]:
     """All that was measured, for people; in Markdown tables of several models, which name the noisy ones."""
-    lines: List[str] = []
+    lines: list[str] = []
     if len(result.counts) == 1 and not markdown:
         lines += _describe_model(result.counts[0]) + ['']
     elif result.counts:
@@ -154,13 +155,13 @@ def describe_result(result: BenchResult, markdown: bool = False) -> List[str]:
     return lines + [line for text in result.texts for line in ('', *text.splitlines(), '')] + remarks
 
 
-def _flatten(record: Dict[str, Any]) -> Dict[str, Any]:
+def _flatten(record: dict[str, Any]) -> dict[str, Any]:
     """For CSV: lists as text, dictionaries as JSON."""
     return {key: '; '.join(value) if isinstance(value, list) else json.dumps(value) if isinstance(value, dict)
             else value for key, value in record.items()}
 
 
-def _write_csv(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
+def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     if not rows:
         return
     with open(path, 'w', newline='') as file:
@@ -169,7 +170,7 @@ def _write_csv(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
         writer.writerows(map(_flatten, rows))
 
 
-def list_contents(result: BenchResult) -> Dict[str, Any]:
+def list_contents(result: BenchResult) -> dict[str, Any]:
     """A result as plain values, for JSON."""
     return dict(dataclasses.asdict(result), curves=[record_curves(comparison) for comparison in result.curves])
 

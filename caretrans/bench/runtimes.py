@@ -2,7 +2,7 @@
 
 The programs are those of `caretrans.export`; both runtimes read one of ONNX.
 """
-from typing import Any, List, Tuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +18,13 @@ HINTS = {'float32': 'f32', 'bfloat16': 'bf16', 'float16': 'f16', 'int8': 'f32'} 
 UNSEEN = 'the memory of this backend is not seen'
 
 
-def _split_photographs(network: Network) -> List[np.ndarray]:
+def _split_photographs(network: Network) -> list[np.ndarray]:
     return split_batches(network.photographs, len(network.images))
 
 
 # ONNX Runtime ---------------------------------------------------------------------------------------------------------
 
-def _provide(setup: Setup) -> List[Any]:
+def _provide(setup: Setup) -> list[Any]:
     if setup.device.type == 'cpu':
         return ['CPUExecutionProvider']
     stream = str(torch.cuda.current_stream(setup.device).cuda_stream)
@@ -63,7 +63,7 @@ def _bind(session: Any, images: torch.Tensor, setup: Setup) -> Runner:
 
 # OpenVINO -------------------------------------------------------------------------------------------------------------
 
-def list_openvino_dtypes() -> Tuple[str, ...]:
+def list_openvino_dtypes() -> tuple[str, ...]:
     """The number formats in which OpenVINO computes on this processor."""
     able = get_core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES')
     names = {'float32': 'FP32', 'bfloat16': 'BF16', 'float16': 'FP16', 'int8': 'INT8'}

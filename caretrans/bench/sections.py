@@ -1,9 +1,10 @@
 """All that `benchmark.py` measures: inference, where its time goes, training steps; and plots of it."""
 import itertools
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, TextIO, Tuple
+from typing import Any, TextIO
 
 import timm
 import torch
@@ -42,7 +43,7 @@ def _check_batches(config: BenchConfig) -> None:
             f'--batch-size {odd[0]} with --bench {config.bench}: mixup pairs the images, give an even number.')
 
 
-def _check_training(config: BenchConfig, names: List[str], device: torch.device) -> None:
+def _check_training(config: BenchConfig, names: list[str], device: torch.device) -> None:
     """Refuse what cannot be trained before anything is measured."""
     _check_batches(config)
     oblong = [text for text, (height, width) in zip(config.img_size, config.sizes, strict=True) if height != width]
@@ -58,7 +59,7 @@ def _check_training(config: BenchConfig, names: List[str], device: torch.device)
         parse_way(way, device)
 
 
-def _describe_odd_batches(config: BenchConfig, device: torch.device) -> List[str]:
+def _describe_odd_batches(config: BenchConfig, device: torch.device) -> list[str]:
     """A line on the batches that are for inference alone."""
     batches = config.list_training_batches()
     odd = [str(batch) for batch in config.batch_size if batch not in batches]
@@ -83,7 +84,7 @@ def _guard(what: str, result: BenchResult) -> Iterator[None]:
         result.failures.append(f'{what}: {shorten(error)}')
 
 
-def run_benches(config: BenchConfig, stream: Optional[TextIO] = None) -> BenchResult:
+def run_benches(config: BenchConfig, stream: TextIO | None = None) -> BenchResult:
     """Measure what a config asks for, and draw its plots.
 
     Args:
@@ -123,7 +124,7 @@ def run_benches(config: BenchConfig, stream: Optional[TextIO] = None) -> BenchRe
 # Profiles -------------------------------------------------------------------------------------------------------------
 
 def _profile_all(
-        config: BenchConfig, names: List[str], setups: List[Setup], result: BenchResult, stream: Optional[TextIO],
+        config: BenchConfig, names: list[str], setups: list[Setup], result: BenchResult, stream: TextIO | None,
 ) -> None:
     setups = [setup for setup in setups if setup.backend in IN_TORCH]
     steps = len(names) * len(config.sizes) * len(config.list_batches()) * len(setups)
@@ -134,7 +135,7 @@ def _profile_all(
 
 
 def _profile_model(
-        name: str, size: Tuple[int, int], config: BenchConfig, setups: List[Setup], result: BenchResult,
+        name: str, size: tuple[int, int], config: BenchConfig, setups: list[Setup], result: BenchResult,
         progress: Progress) -> None:
     network = build_network(name, size, config.checkpoint)
     for batch in config.list_batches():
@@ -169,7 +170,7 @@ def _profile(name: str, network: Network, setup: Setup, result: BenchResult) -> 
 # Accuracy -------------------------------------------------------------------------------------------------------------
 
 def _score_all(
-        config: BenchConfig, names: List[str], setups: List[Setup], result: BenchResult, stream: Optional[TextIO],
+        config: BenchConfig, names: list[str], setups: list[Setup], result: BenchResult, stream: TextIO | None,
 ) -> None:
     size = config.sizes[0][0] if config.img_size != BenchConfig().img_size else None
     setups = fit_setups(setups, timm.create_model(names[0]))
@@ -181,7 +182,7 @@ def _score_all(
 # Training -------------------------------------------------------------------------------------------------------------
 
 def _train_all(
-        config: BenchConfig, names: List[str], device: torch.device, result: BenchResult, stream: Optional[TextIO],
+        config: BenchConfig, names: list[str], device: torch.device, result: BenchResult, stream: TextIO | None,
 ) -> None:
     benches = [
         TrainingBench(name, teacher, batch, size[0], device, rounds=ROUNDS)
@@ -199,7 +200,7 @@ def _train_all(
 
 # Plots ----------------------------------------------------------------------------------------------------------------
 
-def _draw_growth(model: str, device: torch.device, path: Path, stream: Optional[TextIO]) -> Path:
+def _draw_growth(model: str, device: torch.device, path: Path, stream: TextIO | None) -> Path:
     with Progress(2 * GROWTH_ROUNDS * len(SIZES), 'blocks', stream=stream) as progress:
         progress.describe(f'{model}, growth with resolution')
         return draw_growth(measure_growth(
@@ -208,7 +209,7 @@ def _draw_growth(model: str, device: torch.device, path: Path, stream: Optional[
 
 def _list_parts_plots(result: BenchResult, folder: Path) -> Iterator[Callable[[], Path]]:
     """A plot for each model that was profiled."""
-    models: Dict[str, Dict[str, List[Dict[str, Any]]]] = {}
+    models: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for title, rows in result.profiles.items():
         model = rows[0]['model']
         models.setdefault(model, {})[title.removeprefix(f'{model} ')] = rows
@@ -217,13 +218,13 @@ def _list_parts_plots(result: BenchResult, folder: Path) -> Iterator[Callable[[]
 
 
 def _draw_all(
-        config: BenchConfig, names: List[str], device: torch.device, result: BenchResult, stream: Optional[TextIO],
+        config: BenchConfig, names: list[str], device: torch.device, result: BenchResult, stream: TextIO | None,
 ) -> None:
     folder = Path(config.plots)
-    groups: Dict[str, List[Dict[str, Any]]] = {}
+    groups: dict[str, list[dict[str, Any]]] = {}
     for record in result.records:
         groups.setdefault(f'batch{record["batch"]}_{record["height"]}x{record["width"]}', []).append(record)
-    plots: List[Callable[[], Path]] = [
+    plots: list[Callable[[], Path]] = [
         lambda group=group, rows=rows: draw_accuracy_by_latency(rows, folder / f'accuracy_latency_{group}.png')
         for group, rows in groups.items()]
     gmacs = {count['model']: count['gmacs_fused'] for count in result.counts if (count['height'], count['width']) == (

@@ -1,13 +1,14 @@
 """What a backend runs: a network, a setup of it, and the runner that it becomes."""
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any
 
 import torch
 import torch.nn as nn
 
-from ..fuse import rewrite
+from ..fuse import to_form
 from ..runtimes.onnx import export_onnx
 
 __all__ = ['IN_TORCH', 'Network', 'Runner', 'Setup', 'WrongOutputError', 'measure_deviation']
@@ -52,10 +53,10 @@ class Runner:
     run: Callable[[], Any]
     read: Callable[[Any], torch.Tensor]
     images: torch.Tensor
-    held: Optional[int] = None
-    peak: Optional[int] = None
-    notes: List[str] = field(default_factory=list)
-    module: Optional[nn.Module] = None
+    held: int | None = None
+    peak: int | None = None
+    notes: list[str] = field(default_factory=list)
+    module: nn.Module | None = None
     kernels: str = 'torch'
 
 
@@ -65,20 +66,20 @@ class Network:
     Args:
         model: In evaluation mode, float32, on the CPU.
         images: (B, C, H, W) float32, made ready for the model.
-        fused: What `rewrite` makes of `model`, where it is there already.
+        fused: What `to_form` makes of `model`, where it is there already.
         photographs: (N, C, H, W), to calibrate int8.
     """
 
     def __init__(
-            self, model: nn.Module, images: torch.Tensor, fused: Optional[nn.Module] = None,
-            photographs: Optional[torch.Tensor] = None) -> None:
+            self, model: nn.Module, images: torch.Tensor, fused: nn.Module | None = None,
+            photographs: torch.Tensor | None = None) -> None:
         self.model, self.images, self.photographs = model, images, photographs
-        self.fused = rewrite(model) if fused is None else fused
-        self._programs: Dict[torch.dtype, bytes] = {}
-        self._roundings: Dict[torch.dtype, float] = {}
+        self.fused = to_form(model) if fused is None else fused
+        self._programs: dict[torch.dtype, bytes] = {}
+        self._roundings: dict[torch.dtype, float] = {}
 
     @cached_property
-    def checked(self) -> List[int]:
+    def checked(self) -> list[int]:
         """The images whose logits are checked: the first, the last and some between, `CHECKED` at most."""
         count = len(self.images)
         return sorted({round(i * (count - 1) / (CHECKED - 1)) for i in range(CHECKED)})

@@ -8,9 +8,10 @@ import copy
 import gc
 import logging
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -21,7 +22,7 @@ from ..config import TrainConfig, read_recipe
 from ..data.loaders import Pass
 from ..devices import describe_device, list_versions
 from ..errors import ConfigError, TrainingError
-from ..measure.sample_network import enliven
+from ..measure.sample_network import randomize
 from ..measure.timing import (
     compare_rounds, is_out_of_memory, judge_noise, measure_peak, summarise, time_block, time_interleaved)
 from ..seeds import seed_everything
@@ -64,7 +65,7 @@ class TrainingBench:
     rounds: int = 7
     warmup: int = 3
     block_seconds: float = 0.5
-    model_args: Tuple[Tuple[str, Any], ...] = ()
+    model_args: tuple[tuple[str, Any], ...] = ()
 
     def configure(self, batch: int, way: Way) -> TrainConfig:
         """The recipe of the paper, but for stochastic depth and a rate so low that the weights hardly move."""
@@ -78,7 +79,7 @@ class TrainingBench:
 class Subject:
     """What all ways train, on the CPU: a network and a teacher in which every part counts, random images and labels."""
     model: nn.Module
-    teacher: Optional[nn.Module]
+    teacher: nn.Module | None
     images: torch.Tensor
     targets: torch.Tensor
 
@@ -87,7 +88,7 @@ class Subject:
         config = bench.configure(batch, Way())
         seed_everything(config.seed)
         images = torch.randn(batch, 3, bench.img_size, bench.img_size)
-        model = enliven(build_model(config, NUM_CLASSES).eval(), images[:ENLIVENING])
+        model = randomize(build_model(config, NUM_CLASSES).eval(), images[:ENLIVENING])
         teacher = None if bench.teacher == 'none' else _make_teacher(bench.teacher, images[:ENLIVENING])
         return cls(model, teacher, images, torch.randint(NUM_CLASSES, (batch,)))
 
@@ -95,13 +96,13 @@ class Subject:
 def _make_teacher(name: str, images: torch.Tensor) -> nn.Module:
     if not timm.is_model(name):
         raise ConfigError(f'No teacher {name!r}: name a model of timm, regnety_160 in the paper, or none.')
-    return enliven(timm.create_model(name, num_classes=NUM_CLASSES).eval(), images).requires_grad_(False)
+    return randomize(timm.create_model(name, num_classes=NUM_CLASSES).eval(), images).requires_grad_(False)
 
 
 class First(NamedTuple):
     """The loss of a first step, and its gradient by parameter that has one, up to a factor."""
     loss: float
-    gradient: Dict[str, torch.Tensor]
+    gradient: dict[str, torch.Tensor]
 
 
 class Candidate:
@@ -162,7 +163,7 @@ class Candidate:
 
 # Memory and correctness -----------------------------------------------------------------------------------------------
 
-def _make_reference(bench: TrainingBench, subject: Subject) -> Tuple[First, str]:
+def _make_reference(bench: TrainingBench, subject: Subject) -> tuple[First, str]:
     """The first step in float64, and the name of that; in float32 where float64 does not fit."""
     try:
         return Candidate(bench, subject, Way(), torch.float64).make_first(), 'float64'
@@ -199,24 +200,24 @@ def _measure_error(first: First, reference: First) -> float:
 # Measurement ----------------------------------------------------------------------------------------------------------
 
 @dataclass
-class Standing:
+class TrainState:
     """What is known of a way: its candidate, as long as it takes part, its error and memory, and what to say of it."""
     way: Way
-    notes: List[str]
-    candidate: Optional[Candidate] = None
-    error: Optional[float] = None
-    peak_mib: Optional[float] = None
+    notes: list[str]
+    candidate: Candidate | None = None
+    error: float | None = None
+    peak_mib: float | None = None
     steps: int = 0
 
 
-def _prepare(bench: TrainingBench, subject: Subject, way: Way, reference: First, usual: float = 0.) -> Standing:
+def _prepare(bench: TrainingBench, subject: Subject, way: Way, reference: First, usual: float = 0.) -> TrainState:
     """Build a way, hold its first step against the reference, warm it up; it takes no part if it fails.
 
     Args:
         usual: Error of the published way, from rounding alone: very small batches have large ones. More than its
             own tolerance is no excuse for others.
     """
-    standing = Standing(way, [])
+    standing = TrainState(way, [])
     try:
         candidate = Candidate(bench, subject, way)
         standing.error = _measure_error(candidate.make_first(), reference)
@@ -241,7 +242,7 @@ def _prepare(bench: TrainingBench, subject: Subject, way: Way, reference: First,
 
 
 def _measure(
-        bench: TrainingBench, ways: Sequence[Way], batch: int, report: Callable[[], None]) -> List[Dict[str, Any]]:
+        bench: TrainingBench, ways: Sequence[Way], batch: int, report: Callable[[], None]) -> list[dict[str, Any]]:
     """The records of all ways, the published one first, with a batch.
 
     Raises:
@@ -263,11 +264,11 @@ def _measure(
 
 
 def _record(
-        bench: TrainingBench, batch: int, standing: Standing, times: Dict[str, List[List[float]]], self_ratio: float,
+        bench: TrainingBench, batch: int, standing: TrainState, times: dict[str, list[list[float]]], self_ratio: float,
         precision: str,
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     way, notes = standing.way, [*standing.notes]
-    figures: Dict[str, Any] = dict.fromkeys((
+    figures: dict[str, Any] = dict.fromkeys((
         'median_ms', 'p10_ms', 'p90_ms', 'mean_ms', 'images_per_s', 'ratio', 'ratio_p10', 'ratio_p90', 'noisy'))
     if standing.candidate is not None:
         figures.update(summarise(times[way.name]), **compare_rounds(times[PUBLISHED], times[way.name]))
@@ -291,8 +292,8 @@ def _record(
 
 
 def bench_training(
-        bench: TrainingBench, ways: Optional[Sequence[str]] = None, report: Callable[[], None] = lambda: None,
-) -> List[Dict[str, Any]]:
+        bench: TrainingBench, ways: Sequence[str] | None = None, report: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
     """Measure ways of training, the published one among them, and give a record for each.
 
     A batch that does not fit is halved, for all ways. A way that fails, or whose first step is wrong, is not timed; its
@@ -318,7 +319,7 @@ def bench_training(
     raise ConfigError(f'{bench.model} does not fit into the memory of {bench.device}, not even with 2 images.')
 
 
-def describe_training(records: Sequence[Dict[str, Any]]) -> str:
+def describe_training(records: Sequence[dict[str, Any]]) -> str:
     """A table for people: a row for each way, then the fastest, then what to know."""
     first = records[0]
     lines = [
@@ -333,7 +334,7 @@ def describe_training(records: Sequence[Dict[str, Any]]) -> str:
     return '\n'.join([*lines, '', f'fastest: {best["way"]}, {best["ratio"]:.2f} times the published way', *notes])
 
 
-def _describe_row(record: Dict[str, Any]) -> str:
+def _describe_row(record: dict[str, Any]) -> str:
     if record['ratio'] is None:
         return f'{record["way"]:36} {record["notes"][0]}'
     spread = f'{record["median_ms"]:.2f} ({record["p10_ms"]:.2f} to {record["p90_ms"]:.2f})'

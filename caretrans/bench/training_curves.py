@@ -8,9 +8,10 @@ from each other, on average.
 import csv
 import itertools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ __all__ = [
 SMOOTHING = 20  # of the steps: a mean over this part of the curve
 
 
-def smooth_curve(losses: Sequence[float], window: Optional[int] = None) -> np.ndarray:
+def smooth_curve(losses: Sequence[float], window: int | None = None) -> np.ndarray:
     """Means over `window` steps, by default a twentieth of the curve: (len(losses) - window + 1,)."""
     window = window or max(len(losses) // SMOOTHING, 1)
     return np.convolve(np.asarray(losses, dtype=float), np.full(window, 1 / window), mode='valid')
@@ -54,10 +55,10 @@ class Comparison:
         description: What was trained on what.
     """
     way: str
-    curves: Dict[str, List[float]]
+    curves: dict[str, list[float]]
     distance: float
     spread: float
-    final: Dict[str, float]
+    final: dict[str, float]
     steps: int
     description: str
 
@@ -67,12 +68,12 @@ class Comparison:
         return self.distance <= self.spread
 
 
-def _run(config: TrainConfig, way: Way, steps: int, device: torch.device, report: Callable[[], None]) -> List[float]:
+def _run(config: TrainConfig, way: Way, steps: int, device: torch.device, report: Callable[[], None]) -> list[float]:
     """The losses of the first steps of a run."""
     with training_precision(way):
         torch.compiler.reset()
         trainer = Trainer(replace(config, **way.settings), Processes(), device)
-        losses: List[float] = []
+        losses: list[float] = []
         try:
             for epoch in range(math.ceil(steps / trainer.train_loader.steps)):
                 if not config.step_schedule:
@@ -145,7 +146,7 @@ def describe_curves(comparison: Comparison) -> str:
         f'seeds are {c.spread:.4f} apart: {verdict}'])
 
 
-def record_curves(comparison: Comparison) -> Dict[str, Any]:
+def record_curves(comparison: Comparison) -> dict[str, Any]:
     """The verdict as a flat record."""
     c = comparison
     return dict(bench='curves', way=c.way, steps=c.steps, distance=c.distance, spread=c.spread,

@@ -1,7 +1,8 @@
 """Ways to make the same training step: layout, precision, compiler, kernels; the speed changes, not the mathematics."""
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Dict, FrozenSet, Iterator, Tuple
+from typing import Any
 
 import torch
 
@@ -19,14 +20,14 @@ ON_GPU = ('tf32', 'fp16')
 @dataclass(frozen=True)
 class Way:
     """What is changed of the published way, float32 in eager mode and NCHW: a set of `CHANGES`."""
-    changes: FrozenSet[str] = frozenset()
+    changes: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
         return '+'.join(change for change in CHANGES if change in self.changes) or PUBLISHED
 
     @property
-    def settings(self) -> Dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Of a `TrainConfig`."""
         amp = next(iter(self.changes & {'bf16', 'fp16'}), 'off')
         switches = ('tf32', 'channels_last', 'compile', 'kernels')
@@ -65,7 +66,7 @@ def parse_way(name: str, device: torch.device) -> Way:
     return Way(changes)
 
 
-def list_ways(device: torch.device) -> Tuple[str, ...]:
+def list_ways(device: torch.device) -> tuple[str, ...]:
     """The published way, each change by itself, and those that go together."""
     alone = ('channels_last', 'bf16', 'compile')
     if device.type != 'cuda':

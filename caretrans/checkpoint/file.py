@@ -7,10 +7,11 @@ import pickle
 import re
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Union
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -25,7 +26,7 @@ __all__ = [
 WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')  # entries of weights, in the order timm prefers
 WRAPPER_PREFIXES = re.compile(r'^(module\.|_orig_mod\.)+')  # of DistributedDataParallel and torch.compile
 
-PathLike = Union[str, os.PathLike]
+PathLike = str | os.PathLike
 
 
 # Objects in pickles ---------------------------------------------------------------------------------------------------
@@ -36,11 +37,11 @@ class _NumpyType:
     def __init__(self, code: str, *flags: Any) -> None:
         self.code, self.order = code, '='
 
-    def __setstate__(self, state: Tuple[Any, ...]) -> None:
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.order = state[1]
 
 
-def _read_scalar(dtype: _NumpyType, data: bytes) -> Union[bool, int, float]:
+def _read_scalar(dtype: _NumpyType, data: bytes) -> bool | int | float:
     """A scalar of NumPy as a plain number."""
     if not re.fullmatch(r'[biuf]\d', dtype.code):
         raise pickle.UnpicklingError(f'GLOBAL numpy.dtype({dtype.code})')  # as torch calls what it does not allow
@@ -89,12 +90,12 @@ class Checkpoint:
     """
     path: Path
     entry: str
-    entries: Tuple[str, ...]
-    state_dict: Dict[str, torch.Tensor] = field(repr=False)
-    meta: Dict[str, Any] = field(repr=False)
+    entries: tuple[str, ...]
+    state_dict: dict[str, torch.Tensor] = field(repr=False)
+    meta: dict[str, Any] = field(repr=False)
 
 
-def read_checkpoint(path: PathLike, entry: Optional[str] = None) -> Checkpoint:
+def read_checkpoint(path: PathLike, entry: str | None = None) -> Checkpoint:
     """Read a checkpoint without running anything in it.
 
     Args:
@@ -130,7 +131,7 @@ def read_checkpoint(path: PathLike, entry: Optional[str] = None) -> Checkpoint:
     return Checkpoint(path, entry, tuple(name for name in weights if name != entry), state_dict, meta)
 
 
-def _take_tensors(value: Any) -> Dict[str, torch.Tensor]:
+def _take_tensors(value: Any) -> dict[str, torch.Tensor]:
     """The tensors of a state dict; nothing from anything else."""
     if not isinstance(value, Mapping):
         return {}
@@ -138,7 +139,7 @@ def _take_tensors(value: Any) -> Dict[str, torch.Tensor]:
     return tensors if any(tensor.is_floating_point() for tensor in tensors.values()) else {}
 
 
-def _read_contents(path: Path) -> Tuple[Any, Dict[str, Any]]:
+def _read_contents(path: Path) -> tuple[Any, dict[str, Any]]:
     """What `path` holds, on the CPU, and the metadata of a safetensors file.
 
     Its first bytes decide how it is read, not its name. Pickles may hold tensors, plain types and what `HARMLESS`
@@ -218,7 +219,7 @@ def _parse_text(text: str) -> Any:
 
 # Writing --------------------------------------------------------------------------------------------------------------
 
-def write_torch(path: Path, contents: Dict[str, Any]) -> None:
+def write_torch(path: Path, contents: dict[str, Any]) -> None:
     """Write a dict of what `read_checkpoint` accepts.
 
     Raises:
@@ -231,7 +232,7 @@ def write_torch(path: Path, contents: Dict[str, Any]) -> None:
     _write(path, buffer.getbuffer())
 
 
-def write_safetensors(path: Path, tensors: Dict[str, torch.Tensor], metadata: Dict[str, Any]) -> None:
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
     """Write tensors, and metadata as JSON.
 
     Raises:
@@ -268,7 +269,7 @@ def _check_types(value: Any, name: str = '', tensors: bool = True) -> None:
             f'make it a tensor, a number, a text, or a list, tuple or dict of them.')
 
 
-def _write(path: Path, data: Union[bytes, memoryview]) -> None:
+def _write(path: Path, data: bytes | memoryview) -> None:
     """Put `data` aside, flush it to the disk, then rename it to `path`."""
     aside = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:

@@ -1,9 +1,10 @@
 """Keys and shapes of the weights of our models, in every layout, and which model has those of a file."""
 import inspect
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, Dict, Iterable, List, Mapping, Tuple
+from typing import Any
 
 import timm
 import torch
@@ -19,7 +20,7 @@ __all__ = [
 HEADS = ('head', 'head_dist')
 MMPRETRAIN_PREFIX = 'backbone.'  # in no other layout
 
-Shapes = Dict[str, Tuple[int, ...]]
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Layout:
     shapes: Shapes
     published_keys: Table
     mmpretrain_keys: Table
-    computed_keys: Tuple[str, ...]
-    classifiers: Tuple[str, ...]
+    computed_keys: tuple[str, ...]
+    classifiers: tuple[str, ...]
     first_conv: str
     optional_heads: bool
 
@@ -56,7 +57,7 @@ class Layout:
             first_conv=cfg.get('first_conv') or '',
             optional_heads=isinstance(model, Backbone) and 'distilled' in inspect.signature(type(model)).parameters)
 
-    def match_keys(self, state_dict: Mapping[str, Any]) -> Dict[str, str]:
+    def match_keys(self, state_dict: Mapping[str, Any]) -> dict[str, str]:
         """{our key: key in the file}, for the keys of any layout, without what is computed.
 
         Two keys of the file may be the same one of ours: then the last one is taken.
@@ -66,7 +67,7 @@ class Layout:
             keys = rename_keys(keys, self.mmpretrain_keys, to_published=True)
         return rename_keys(keys, self.published_keys)
 
-    def name_as_in_file(self, keys: Iterable[str], files: Mapping[str, str]) -> List[str]:
+    def name_as_in_file(self, keys: Iterable[str], files: Mapping[str, str]) -> list[str]:
         """Our `keys` as the file calls them that `files`, of `match_keys`, is of."""
         names = {key: key for key in keys}
         if any(ours != theirs for ours, theirs in files.items()):
@@ -90,7 +91,7 @@ class Layout:
         """How many heads `keys`, ours, are of."""
         return len({key.partition('.')[0] for key in keys}.intersection(HEADS))
 
-    def count_classes(self, shapes: Shapes) -> List[int]:
+    def count_classes(self, shapes: Shapes) -> list[int]:
         """The different numbers of classes of the heads; 0 without heads."""
         return sorted({shapes[f'{name}.weight'][0] for name in self.classifiers if f'{name}.weight' in shapes}) or [0]
 
@@ -121,28 +122,28 @@ def match_layout(model_name: str, state_dict: Mapping[str, torch.Tensor]) -> Lay
     return get_layout(model_name, distilled=heads == len(HEADS))
 
 
-def list_models() -> List[str]:
+def list_models() -> list[str]:
     """The models of this package, without aliases."""
     package = __name__.partition('.')[0]
     return [name for name in timm.list_models() if resolve_alias(name) == name
             and timm.model_entrypoint(name).__module__.startswith(f'{package}.')]
 
 
-def find_models(state_dict: Mapping[str, torch.Tensor]) -> Tuple[List[str], float]:
+def find_models(state_dict: Mapping[str, torch.Tensor]) -> tuple[list[str], float]:
     """The models of this package whose keys and shapes fit best, with one head or two, and how well (0 to 1)."""
     fits = {name: match_layout(name, state_dict).measure_fit(state_dict) for name in list_models()}
     best = max(fits.values())
     return [name for name, fit in fits.items() if fit == best], best
 
 
-def sort_as_published(keys: Iterable[str], table: Table) -> List[str]:
+def sort_as_published(keys: Iterable[str], table: Table) -> list[str]:
     """The keys in the order of a state dict: a module's own tensors first, then its parts as the table lists them."""
     paths = {key: list(accumulate(key.split('.'), '{}.{}'.format)) for key in keys}
-    order: Dict[str, int] = {}  # of each key, and of each module that a key is in
+    order: dict[str, int] = {}  # of each key, and of each module that a key is in
     for i, path in enumerate(paths.values()):
         for part in path:
             order.setdefault(part, i)
-    listed: Dict[str, List[str]] = {}  # {module: its parts that the table lists, as it lists them}
+    listed: dict[str, list[str]] = {}  # {module: its parts that the table lists, as it lists them}
     for published, _ in table:
         for part in order:
             if f'.{part}'.endswith(f'.{published}'):

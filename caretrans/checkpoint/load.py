@@ -10,8 +10,9 @@ in part: whatever does not fit is a `CheckpointError` of one line that names the
 """
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any
 
 import timm
 import torch
@@ -38,14 +39,14 @@ LAYOUTS = ('published', 'caretrans', 'mmpretrain')
 COUNTS = ('no head', 'one head', 'two heads')
 MIN_FIT = 0.9  # share of equal keys and shapes from which weights are taken for those of a model
 
-PathLike = Union[str, os.PathLike]
+PathLike = str | os.PathLike
 
 _logger = logging.getLogger(__name__)
 
 
 # Which model it is ----------------------------------------------------------------------------------------------------
 
-def _choose_model(checkpoint: Checkpoint, model_name: Optional[str] = None) -> str:
+def _choose_model(checkpoint: Checkpoint, model_name: str | None = None) -> str:
     """The name asked for, or the one that the file states, or the one whose shapes its weights have; no alias."""
     path, args = checkpoint.path, checkpoint.meta.get('args')
     stated = checkpoint.meta.get('arch') or (args.get('model') if isinstance(args, dict) else None)
@@ -92,7 +93,7 @@ def _build_model(checkpoint: Checkpoint, model_name: str, **model_args: Any) -> 
 # Loading --------------------------------------------------------------------------------------------------------------
 
 def load_checkpoint(
-        model: nn.Module, path: PathLike, entry: Optional[str] = None, new_heads: bool = False) -> Checkpoint:
+        model: nn.Module, path: PathLike, entry: str | None = None, new_heads: bool = False) -> Checkpoint:
     """Load the weights of a file into `model`: all of them, or none and an error.
 
     Args:
@@ -110,11 +111,11 @@ def load_checkpoint(
 
 def create_from_checkpoint(
         path: PathLike,
-        model_name: Optional[str] = None,
-        entry: Optional[str] = None,
+        model_name: str | None = None,
+        entry: str | None = None,
         new_heads: bool = False,
         **model_args: Any,
-) -> Tuple[nn.Module, Checkpoint]:
+) -> tuple[nn.Module, Checkpoint]:
     """Make the model that a file holds the weights of, and load them.
 
     Args:
@@ -148,7 +149,7 @@ def _load(model: nn.Module, checkpoint: Checkpoint, new_heads: bool) -> None:
         _logger.info('The heads of %s are fresh: train them', layout.model_name)
 
 
-def _match_strictly(layout: Layout, checkpoint: Checkpoint, skip_heads: bool = False) -> Dict[str, torch.Tensor]:
+def _match_strictly(layout: Layout, checkpoint: Checkpoint, skip_heads: bool = False) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint under the keys of `layout`, which they fit exactly."""
     path, name = checkpoint.path, layout.model_name
     files = layout.match_keys(checkpoint.state_dict)
@@ -200,7 +201,7 @@ def _check_variant(layout: Layout, checkpoint: Checkpoint) -> None:
         f'{checkpoint.path}: is a checkpoint of {right}, not {layout.model_name}: take {right}.')
 
 
-def _describe_misfit(layout: Layout, files: Dict[str, str], found: Shapes, wanted: Shapes) -> str:
+def _describe_misfit(layout: Layout, files: dict[str, str], found: Shapes, wanted: Shapes) -> str:
     """Every key that is missing, unexpected or misshaped, as the file calls or would call it."""
     kinds = dict(
         missing=layout.name_as_in_file([key for key in wanted if key not in found], files),
@@ -218,8 +219,8 @@ def save_checkpoint(
         model: nn.Module,
         *,
         arch: str,
-        ema: Optional[nn.Module] = None,
-        class_names: Optional[Sequence[str]] = None,
+        ema: nn.Module | None = None,
+        class_names: Sequence[str] | None = None,
         **rest: Any,
 ) -> None:
     """Write what this module and plain timm read, whole or not at all: an older file stays until the new one is safe.
@@ -254,8 +255,8 @@ def save_checkpoint(
 
 
 def convert_checkpoint(
-        source: PathLike, target: PathLike, layout: str, entry: Optional[str] = None, overwrite: bool = False,
-        model_name: Optional[str] = None, **settings: Any) -> str:
+        source: PathLike, target: PathLike, layout: str, entry: str | None = None, overwrite: bool = False,
+        model_name: str | None = None, **settings: Any) -> str:
     """Write the weights of `source` to `target` in another layout or another format.
 
     Args:
@@ -320,7 +321,7 @@ def _check_target(target: Path, layout: str, overwrite: bool) -> None:
         raise CheckpointError(f'{target}: is there already: choose another name, or overwrite=True (--overwrite).')
 
 
-def _check_settings(checkpoint: Checkpoint, model: nn.Module, layout: str, settings: Dict[str, Any]) -> None:
+def _check_settings(checkpoint: Checkpoint, model: nn.Module, layout: str, settings: dict[str, Any]) -> None:
     """CheckpointError when a layout of others has no place for one of `settings`."""
     useless = [name for name in settings if name != 'img_size' or not model.computed_keys]
     if useless:
@@ -330,8 +331,8 @@ def _check_settings(checkpoint: Checkpoint, model: nn.Module, layout: str, setti
 
 
 def _turn_to_rgb(
-        checkpoint: Checkpoint, model: nn.Module, tensors: Dict[str, torch.Tensor],
-        eval_config: Dict[str, Any]) -> Dict[str, Any]:
+        checkpoint: Checkpoint, model: nn.Module, tensors: dict[str, torch.Tensor],
+        eval_config: dict[str, Any]) -> dict[str, Any]:
     """`eval_config` for RGB images; of a network for BGR images the first weights in `tensors` are reversed for it."""
     if eval_config.get('channel_order', 'rgb') == 'rgb':
         return eval_config
@@ -346,8 +347,8 @@ def _turn_to_rgb(
 
 
 def _publish(
-        model: nn.Module, tensors: Dict[str, torch.Tensor], checkpoint: Checkpoint, eval_config: Dict[str, Any],
-        keep_tables: bool) -> Dict[str, torch.Tensor]:
+        model: nn.Module, tensors: dict[str, torch.Tensor], checkpoint: Checkpoint, eval_config: dict[str, Any],
+        keep_tables: bool) -> dict[str, torch.Tensor]:
     """The weights under published keys in the published order, and what a published checkpoint holds beside them."""
     try:
         computed = model.compute_entries(*eval_config['input_size'][1:])
@@ -360,8 +361,8 @@ def _publish(
 
 
 def _rename_for_mmpretrain(
-        model: nn.Module, model_name: str, tensors: Dict[str, torch.Tensor],
-        checkpoint: Checkpoint) -> Dict[str, torch.Tensor]:
+        model: nn.Module, model_name: str, tensors: dict[str, torch.Tensor],
+        checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """Published weights under the keys of the converter for mmpretrain."""
     if not model.mmpretrain_keys:
         raise CheckpointError(
@@ -373,7 +374,7 @@ def _rename_for_mmpretrain(
     return rename_keys(tensors, model.mmpretrain_keys)
 
 
-def _describe_settings(model: nn.Module, settings: Dict[str, Any]) -> str:
+def _describe_settings(model: nn.Module, settings: dict[str, Any]) -> str:
     """The flags that stand for what the layouts of others have no place for."""
     flags = (f'; it has no place for class names and settings, so evaluate it with --img-size '
              f'{settings["input_size"][-1]} --crop-pct {settings["crop_pct"]} '

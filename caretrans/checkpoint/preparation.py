@@ -1,6 +1,6 @@
 """How images are made ready for a checkpoint: as flags say, else as its file does, else as is usual for its model."""
 import logging
-from typing import Any, Dict, Optional
+from typing import Any
 
 import timm
 import torch.nn as nn
@@ -19,7 +19,7 @@ CASVIT, SQUASHED_FROM, SQUASHED_TAG = 'casvit_', 384, 'r384_in1k'  # pixels from
 _logger = logging.getLogger(__name__)
 
 
-def resolve_eval_config(model: nn.Module, **overrides: Any) -> Dict[str, Any]:
+def resolve_eval_config(model: nn.Module, **overrides: Any) -> dict[str, Any]:
     """How images are made ready for evaluation: input_size, interpolation, crop_pct, crop_mode, mean, std.
 
     `overrides` (img_size, crop_pct, interpolation, ...; None is no override) go over the model's `pretrained_cfg`.
@@ -39,7 +39,7 @@ def resolve_eval_config(model: nn.Module, **overrides: Any) -> Dict[str, Any]:
 
 
 def read_settings(
-        checkpoint: Checkpoint, model_name: Optional[str] = None, img_size: Optional[int] = None) -> Dict[str, Any]:
+        checkpoint: Checkpoint, model_name: str | None = None, img_size: int | None = None) -> dict[str, Any]:
     """What a file says, under the names of `resolve_eval_config`: its `eval_config`, or arguments of CAS-ViT's authors.
 
     Those state an image size (`args.input_size`), and from 384 pixels on the image is squashed, not cropped. They do
@@ -60,20 +60,20 @@ def read_settings(
     name = resolve_alias(name).partition('.')[0]
     if not name.startswith(CASVIT):
         return {}
-    settings: Dict[str, Any] = dict(input_size=[3, side, side])
+    settings: dict[str, Any] = dict(input_size=[3, side, side])
     if min(side, img_size or side) >= SQUASHED_FROM:
         cfg = get_pretrained_cfg(f'{name}.{SQUASHED_TAG}')
         settings.update(crop_pct=cfg.crop_pct, crop_mode=cfg.crop_mode)
     return settings
 
 
-def _drop_crop(stored: Dict[str, Any], flags: Dict[str, Any]) -> bool:
+def _drop_crop(stored: dict[str, Any], flags: dict[str, Any]) -> bool:
     """Whether a flag squashes what the file would crop: then its share of the image is not meant."""
     return flags.get('crop_mode') == 'squash' != stored.get('crop_mode') and 'crop_pct' not in flags
 
 
 def resolve_settings(
-        model: nn.Module, checkpoint: Checkpoint, model_name: Optional[str] = None, **overrides: Any) -> Dict[str, Any]:
+        model: nn.Module, checkpoint: Checkpoint, model_name: str | None = None, **overrides: Any) -> dict[str, Any]:
     """`resolve_eval_config` of `overrides` (None is none), over `read_settings`, over the model's `pretrained_cfg`."""
     flags = {name: value for name, value in overrides.items() if value is not None}
     stored = read_settings(checkpoint, model_name, flags.get('img_size'))
@@ -90,7 +90,7 @@ def resolve_settings(
     return config
 
 
-def list_sources(checkpoint: Checkpoint, model_name: Optional[str] = None, **overrides: Any) -> Dict[str, str]:
+def list_sources(checkpoint: Checkpoint, model_name: str | None = None, **overrides: Any) -> dict[str, str]:
     """Where `resolve_settings` has each setting from: flag, checkpoint or model."""
     flags = {name: value for name, value in overrides.items() if value is not None}
     stored = read_settings(checkpoint, model_name, flags.get('img_size'))

@@ -1,8 +1,9 @@
 """Data sets, through timm's readers: what cannot be trained on or evaluated stops here."""
 import json
+from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Set
+from typing import Any
 from urllib.error import URLError
 
 from PIL import Image
@@ -21,7 +22,7 @@ INFO = '_info.json'  # beside WebDataset shards, as timm reads it
 CHANNEL_ORDERS = ['rgb', 'bgr']
 
 
-def _list_synonyms(split: str) -> List[str]:
+def _list_synonyms(split: str) -> list[str]:
     return [split, 'validation', 'valid', 'val'] if split in ('val', 'validation') else [split]
 
 
@@ -59,7 +60,7 @@ def _open_shards(root: str, split: str, **options: Any) -> IterableImageDataset:
     return IterableImageDataset(root, reader=ShardReader(root=root, split=split, **options))
 
 
-def _open(root: str, split: str, name: str, options: Dict[str, Any]) -> Dataset:
+def _open(root: str, split: str, name: str, options: dict[str, Any]) -> Dataset:
     path = Path(root)
     sharded = name.lower().startswith('wds/') or not name and (path / INFO).is_file()
     if not name:
@@ -101,7 +102,7 @@ def open_dataset(
         root: str,
         split: str,
         name: str = '',
-        classes: Optional[List[str]] = None,
+        classes: list[str] | None = None,
         is_training: bool = False,
         download: bool = False,
         batch_size: int = 1,
@@ -133,7 +134,7 @@ def open_dataset(
     return dataset
 
 
-def list_classes(dataset: Dataset) -> Optional[List[str]]:
+def list_classes(dataset: Dataset) -> list[str] | None:
     """The names of the classes in the order of their labels, or None where the data set does not say."""
     for owner in (getattr(dataset, 'reader', None), dataset):
         for attribute in ('class_to_idx', 'class_name_to_idx'):  # timm's reader of tars has the second
@@ -143,7 +144,7 @@ def list_classes(dataset: Dataset) -> Optional[List[str]]:
     return None
 
 
-def describe_classes(classes: Optional[List[str]], num_classes: int) -> List[str]:
+def describe_classes(classes: list[str] | None, num_classes: int) -> list[str]:
     """Names to show people: descriptions for ImageNet's ids and for 1,000 unnamed classes, else the names."""
     if classes is None and num_classes != 1000:
         return [str(i) for i in range(num_classes)]
@@ -154,7 +155,7 @@ def describe_classes(classes: Optional[List[str]], num_classes: int) -> List[str
     return [imagenet.label_name_to_description(name) if name in known else name for name in classes]
 
 
-def build_eval_transform(eval_config: Dict[str, Any], as_uint8: bool = False) -> Callable[[Image.Image], Any]:
+def build_eval_transform(eval_config: dict[str, Any], as_uint8: bool = False) -> Callable[[Image.Image], Any]:
     """timm's evaluation transform of RGB images as `resolve_eval_config` says.
 
     Args:
@@ -177,7 +178,7 @@ def _reverse_channels(image: Image.Image) -> Image.Image:
     return Image.merge('RGB', image.split()[::-1])
 
 
-def find_labels(dataset: Dataset) -> Optional[Set[int]]:
+def find_labels(dataset: Dataset) -> set[int] | None:
     """The labels that occur, where they can be known without reading the images."""
     reader = getattr(dataset, 'reader', None)
     if isinstance(getattr(reader, 'samples', None), list):  # folders: (path, label)

@@ -8,7 +8,8 @@ timm.
 import io
 import math
 import random
-from typing import Any, Optional, Sequence, Tuple, Union
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -25,10 +26,10 @@ __all__ = ['CropTransform', 'UNREADABLE', 'choose_reduction', 'decode_crop', 'op
 UNREADABLE = (OSError, SyntaxError, EOFError, Image.DecompressionBombError)  # how files and Pillow's decoders fail
 FAST_COLOURS = ('YCbCr', 'Gray')  # of JPEGs that libjpeg-turbo makes RGB with the same values as Pillow
 
-Box = Tuple[int, int, int, int]  # top, left, height, width
+Box = tuple[int, int, int, int]  # top, left, height, width
 
 
-def open_image(source: Union[bytes, Image.Image]) -> Image.Image:
+def open_image(source: bytes | Image.Image) -> Image.Image:
     """The whole image as RGB, by Pillow; one of UNREADABLE is raised where that fails."""
     try:
         image = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source))
@@ -39,7 +40,7 @@ def open_image(source: Union[bytes, Image.Image]) -> Image.Image:
         raise OSError(f'{type(error).__name__}: {error}') from error
 
 
-def read_jpeg_size(data: bytes) -> Optional[Tuple[int, int]]:
+def read_jpeg_size(data: bytes) -> tuple[int, int] | None:
     """(height, width) of a JPEG that `decode_crop` takes, None for anything else."""
     if data[:2] != b'\xff\xd8':
         return None
@@ -51,14 +52,14 @@ def read_jpeg_size(data: bytes) -> Optional[Tuple[int, int]]:
     return (height, width) if colours in FAST_COLOURS and small else None
 
 
-def choose_reduction(box: Box, size: Tuple[int, int]) -> int:
+def choose_reduction(box: Box, size: tuple[int, int]) -> int:
     """The greatest of 8, 4, 2, 1 by which the crop can be reduced before it is smaller than what it is resized to."""
     return next(
         (r for r in (8, 4, 2) if box[2] >= r * size[0] and box[3] >= r * size[1]), 1)
 
 
 def decode_crop(
-        data: bytes, image_size: Tuple[int, int], box: Box, size: Tuple[int, int], interpolation: str,
+        data: bytes, image_size: tuple[int, int], box: Box, size: tuple[int, int], interpolation: str,
 ) -> torch.Tensor:
     """A crop of a JPEG, resized with antialiasing.
 
@@ -85,7 +86,7 @@ def decode_crop(
 
 
 def _resize_part(
-        pixels: np.ndarray, box: Sequence[float], size: Tuple[int, int], interpolation: str) -> torch.Tensor:
+        pixels: np.ndarray, box: Sequence[float], size: tuple[int, int], interpolation: str) -> torch.Tensor:
     """The same by Pillow, which takes edges between pixels."""
     (top, left), (bottom, right) = box[:2], (min(box[i] + box[i + 2], pixels.shape[i]) for i in (0, 1))
     row, column = int(top), int(left)
@@ -116,14 +117,14 @@ class CropTransform:
         self.rest = Compose(rest)
         self.stays_tensor = all(map(_takes_tensors, rest))
 
-    def draw(self, height: int, width: int) -> Tuple[Box, Any]:
+    def draw(self, height: int, width: int) -> tuple[Box, Any]:
         """The crop of an image of this size, and the interpolation."""
         image = torch.empty((1, height, width), device='meta')  # timm asks it for its size
         box = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
         choices = self.crop.interpolation
         return box, random.choice(choices) if isinstance(choices, (tuple, list)) else choices
 
-    def __call__(self, source: Union[bytes, Image.Image]) -> torch.Tensor:
+    def __call__(self, source: bytes | Image.Image) -> torch.Tensor:
         """(3, H, W) uint8; one of UNREADABLE is raised for what Pillow cannot decode."""
         jpeg_size = None if isinstance(source, Image.Image) else read_jpeg_size(source)
         image = open_image(source) if jpeg_size is None else None

@@ -13,8 +13,8 @@ import shlex
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Sequence, Set, Union
 
 from ..config import number
 from ..errors import DataError, list_names
@@ -46,12 +46,12 @@ class Plan:
     target: Path
     edition: Edition = ILSVRC2012
     splits: Sequence[str] = SPLITS
-    val_labels: Optional[Path] = None
+    val_labels: Path | None = None
     workers: int = 4
     checksums: bool = True
 
 
-def prepare_imagenet(plan: Plan) -> Dict[str, List[int]]:
+def prepare_imagenet(plan: Plan) -> dict[str, list[int]]:
     """Make train/CLASS and val/CLASS in the target folder from the archives, or what is missing of them.
 
     Returns:
@@ -71,15 +71,15 @@ def prepare_imagenet(plan: Plan) -> Dict[str, List[int]]:
     return {split: [len(folders), _count_images(folders)] for split, folders in found.items()}
 
 
-def _measure(plan: Plan) -> Dict[str, Dict[str, Counts]]:
+def _measure(plan: Plan) -> dict[str, dict[str, Counts]]:
     return {split: measure_split(plan.target / split) for split in plan.splits}
 
 
-def _count_images(folders: Dict[str, Counts]) -> int:
+def _count_images(folders: dict[str, Counts]) -> int:
     return sum(images for images, _ in folders.values())
 
 
-def _is_done(plan: Plan, record: Record, split: str, folders: Dict[str, Counts]) -> bool:
+def _is_done(plan: Plan, record: Record, split: str, folders: dict[str, Counts]) -> bool:
     """Whether all of a split is there, and the record vouches for it, though not for labels that are given anew."""
     archive = getattr(plan.edition, split)
     if split == 'val' and plan.val_labels is not None:
@@ -89,12 +89,12 @@ def _is_done(plan: Plan, record: Record, split: str, folders: Dict[str, Counts])
             and (not plan.checksums or (record.get(archive.name) or [None])[-1] == archive.md5))
 
 
-def _complete(plan: Plan, record: Record, found: Dict[str, Dict[str, Counts]]) -> Dict[str, Dict[str, Counts]]:
+def _complete(plan: Plan, record: Record, found: dict[str, dict[str, Counts]]) -> dict[str, dict[str, Counts]]:
     """Extract what is missing and check the result; returns what is there then."""
     edition = plan.edition
     paths = {split: find_archive(plan.archives, getattr(edition, split)) for split in plan.splits}
     devkit = _find_devkit(plan, record)
-    expected: Dict[str, Mapping[str, int]] = {  # images of each class, where they are known
+    expected: dict[str, Mapping[str, int]] = {  # images of each class, where they are known
         'train': devkit.train_images if devkit is not None and len(devkit.wnids) == edition.classes else {}}
     jobs = []
     if 'val' in plan.splits:
@@ -121,7 +121,7 @@ def _complete(plan: Plan, record: Record, found: Dict[str, Dict[str, Counts]]) -
     return found
 
 
-def _find_devkit(plan: Plan, record: Record) -> Optional[Devkit]:
+def _find_devkit(plan: Plan, record: Record) -> Devkit | None:
     path, needed = plan.archives / plan.edition.devkit.name, 'val' in plan.splits and plan.val_labels is None
     if not path.is_file() and not needed:
         return None
@@ -147,10 +147,10 @@ def _verify_checksum(path: Path, archive: Archive, record: 'Record') -> None:
 
 
 def _plan_val(
-        plan: Plan, archive: Path, members: List[Member], labels: Dict[str, str], found: Dict[str, Counts],
-) -> List[Job]:
+        plan: Plan, archive: Path, members: list[Member], labels: dict[str, str], found: dict[str, Counts],
+) -> list[Job]:
     """A job for every class: those that are there are compared with the labels."""
-    classes: Dict[str, List[Member]] = {}
+    classes: dict[str, list[Member]] = {}
     for member in members:
         classes.setdefault(labels[member.name], []).append(member)
     _require_no_others(plan.target / 'val', set(found) - set(classes))
@@ -158,7 +158,7 @@ def _plan_val(
             for wnid, images in sorted(classes.items())]
 
 
-def _plan_train(plan: Plan, record: Record, archive: Path, known: Set[str], found: Dict[str, Counts]) -> List[Job]:
+def _plan_train(plan: Plan, record: Record, archive: Path, known: set[str], found: dict[str, Counts]) -> list[Job]:
     """A job for every class whose folder is not as the record says."""
     tars = {member.name[:-len('.tar')]: member for member in list_members(archive, INNER_TAR)}
     _require_classes(archive, set(tars), plan.edition, known)
@@ -167,7 +167,7 @@ def _plan_train(plan: Plan, record: Record, archive: Path, known: Set[str], foun
             if wnid not in found or record.get(f'train/{wnid}') != found[wnid]]
 
 
-def _require_classes(where: Union[Path, str], wnids: Set[str], edition: Edition, known: Set[str]) -> None:
+def _require_classes(where: Path | str, wnids: set[str], edition: Edition, known: set[str]) -> None:
     missing, extra = sorted(known - wnids), sorted(wnids - known) if known else []
     if len(wnids) != edition.classes or missing or extra:
         names = f': missing {list_names(missing) or "none"}; unexpected {list_names(extra) or "none"}' if known else ''
@@ -175,12 +175,12 @@ def _require_classes(where: Union[Path, str], wnids: Set[str], edition: Edition,
             f'{where}: {len(wnids):,} of {edition.classes:,} classes{names}. Take the files of one edition; {SOURCE}.')
 
 
-def _require_no_others(folder: Path, others: Set[str]) -> None:
+def _require_no_others(folder: Path, others: set[str]) -> None:
     if others:
         raise DataError(f'{folder}: has folders of other data ({list_names(sorted(others))}): move them away, {AGAIN}.')
 
 
-def _require_space(target: Path, jobs: List[Job]) -> None:
+def _require_space(target: Path, jobs: list[Job]) -> None:
     """Room for what is missing, 2 % for the last blocks of the files, and 64 MB."""
     missing = sum(job.size for job in jobs if not job.folder.exists())
     needed, free = 1.02 * missing + 64e6, shutil.disk_usage(target).free
@@ -190,7 +190,7 @@ def _require_space(target: Path, jobs: List[Job]) -> None:
 
 
 def _require_counts(
-        plan: Plan, split: str, found: Dict[str, Counts], expected: Mapping[str, int]) -> None:
+        plan: Plan, split: str, found: dict[str, Counts], expected: Mapping[str, int]) -> None:
     wanted = plan.edition.images(split)
     if len(found) != plan.edition.classes or _count_images(found) != wanted:
         differ = [f'{wnid} {found.get(wnid, [0])[0]} instead of {images}' for wnid, images in sorted(expected.items())
@@ -201,7 +201,7 @@ def _require_counts(
             f'{plan.edition.classes:,} with {wanted:,}; {differ}. Check the archive; remove these folders, {AGAIN}.')
 
 
-def _parse_flags(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+def _parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog='extract_ILSVRC.sh',
         description='Extract ImageNet (ILSVRC 2012) from its archives; go on after an interruption.')
@@ -219,7 +219,7 @@ def _parse_flags(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     return flags
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     flags = _parse_flags(argv)
     target = flags.target or flags.folder
     if flags.skip_checksums:

@@ -7,9 +7,10 @@ import io
 import json
 import re
 import tarfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Dict, Iterable, List, NamedTuple, Optional
+from typing import NamedTuple
 
 import scipy.io
 
@@ -36,7 +37,7 @@ class Archive:
     """The name of an archive, its MD5, and its size in bytes where that is known (a wrong size then needs no MD5)."""
     name: str
     md5: str
-    size: Optional[int] = None
+    size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Member(NamedTuple):
     size: int
 
 
-def list_members(path: Path, pattern: re.Pattern, start: int = 0, size: Optional[int] = None) -> List[Member]:
+def list_members(path: Path, pattern: re.Pattern, start: int = 0, size: int | None = None) -> list[Member]:
     """The files of the tar that lies at bytes `start` to `start + size` of `path`; reads headers only.
 
     Raises:
@@ -89,7 +90,7 @@ def list_members(path: Path, pattern: re.Pattern, start: int = 0, size: Optional
             its name does not match `pattern`.
     """
     end = start + (path.stat().st_size if size is None else size)
-    members: Dict[str, Member] = {}
+    members: dict[str, Member] = {}
     position = start
     with open(path, 'rb') as file:
         file.seek(start)
@@ -159,9 +160,9 @@ class Devkit(NamedTuple):
         train_images: Training images of each WordNet id, {} where it does not say.
         val_ids: ILSVRC id of each validation image, in the order of their names.
     """
-    wnids: Dict[int, str]
-    train_images: Dict[str, int]
-    val_ids: List[str]
+    wnids: dict[int, str]
+    train_images: dict[str, int]
+    val_ids: list[str]
 
 
 def read_devkit(path: Path) -> Devkit:
@@ -189,7 +190,7 @@ def read_devkit(path: Path) -> Devkit:
         raise DataError(f'{path}: cannot be read as devkit ({reason}): {SOURCE} again.') from error
 
 
-def label_images(names: Iterable[str], labels: Optional[Path], devkit: Optional[Devkit]) -> Dict[str, str]:
+def label_images(names: Iterable[str], labels: Path | None, devkit: Devkit | None) -> dict[str, str]:
     """The WordNet id of each validation image.
 
     Args:
@@ -225,7 +226,7 @@ def label_images(names: Iterable[str], labels: Optional[Path], devkit: Optional[
     return dict(zip(names, values, strict=True))
 
 
-def _read_lines(path: Path) -> List[List[str]]:
+def _read_lines(path: Path) -> list[list[str]]:
     try:
         return [line.split() for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 from ..errors import DataError, list_names
 from ..progress import Progress
@@ -19,7 +19,7 @@ from .imagenet_archives import AGAIN, CHUNK, IMAGE, SOURCE, Member, list_members
 
 __all__ = ['Counts', 'Job', 'Record', 'extract_classes', 'measure_split']
 
-Counts = List[int]  # images, bytes
+Counts = list[int]  # images, bytes
 
 
 # What was done --------------------------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ class Record:
             print(f'{target} cannot be locked ({error.strerror}): start no second extraction into it.', file=sys.stderr)
         self.file.seek(0)
         text = self.file.read()
-        self.entries: Dict[str, Any] = {}
+        self.entries: dict[str, Any] = {}
         for line in text.splitlines():
             with suppress(ValueError, TypeError):
                 key, value = json.loads(line)
@@ -66,7 +66,7 @@ class Record:
         self.file.flush()
 
 
-def measure_split(folder: Path) -> Dict[str, Counts]:
+def measure_split(folder: Path) -> dict[str, Counts]:
     """Images and bytes of each class folder; what a killed run left half done is removed.
 
     Raises:
@@ -86,7 +86,7 @@ def measure_split(folder: Path) -> Dict[str, Counts]:
     return found
 
 
-def _measure_files(folder: Path) -> Dict[str, int]:
+def _measure_files(folder: Path) -> dict[str, int]:
     with os.scandir(folder) as entries:
         return {entry.name: entry.stat().st_size for entry in entries}
 
@@ -100,7 +100,7 @@ class Job:
     folder: Path
     size: int
     offset: int = 0
-    members: Optional[List[Member]] = None
+    members: list[Member] | None = None
 
 
 class Stopped(Exception):
@@ -152,7 +152,7 @@ def _copy(archive: io.BufferedReader, member: Member, path: Path) -> None:
             left -= len(chunk)
 
 
-def extract_classes(jobs: List[Job], record: Record, workers: int) -> None:
+def extract_classes(jobs: list[Job], record: Record, workers: int) -> None:
     """Run the jobs in threads, which mostly wait for the disk; the first failure, or Ctrl-C, ends all."""
     stop, done = threading.Event(), 0
     total = sum(job.size for job in jobs) >> 20

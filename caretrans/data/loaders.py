@@ -8,8 +8,9 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.data import create_transform
@@ -46,7 +47,7 @@ class PassSampler(Sampler):
     """
 
     def __init__(
-            self, images: int, seed: int, batch_size: int, splits: Sequence[Tuple[int, int]], processes: Processes,
+            self, images: int, seed: int, batch_size: int, splits: Sequence[tuple[int, int]], processes: Processes,
             schedule: str = 'constant', epochs: int = 1,
     ) -> None:
         self.images, self.seed, self.batch_size = images, seed, batch_size
@@ -57,7 +58,7 @@ class PassSampler(Sampler):
             num_batches=images // batch_size or None,  # so drawn anew for every epoch
             choice_schedule=schedule if len(splits) > 1 else 'constant', schedule_epochs=epochs)
 
-    def choose_sizes(self, epoch: int) -> List[int]:
+    def choose_sizes(self, epoch: int) -> list[int]:
         """Which of the sizes each step of an epoch has."""
         self.plan.set_epoch(epoch)
         return [size for (_, size), in self.plan]
@@ -68,7 +69,7 @@ class PassSampler(Sampler):
     def __len__(self) -> int:
         return sum(self.splits[size][1] for size in self.choose_sizes(self.epoch)[self.start_step:])
 
-    def __iter__(self) -> Iterator[List[Sample]]:
+    def __iter__(self) -> Iterator[list[Sample]]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
         order = torch.randperm(self.images, generator=generator).tolist()
         sizes = self.choose_sizes(self.epoch)
@@ -88,13 +89,13 @@ class _DeviceLoader:
         waited: Seconds spent waiting for the workers so far.
     """
 
-    def __init__(self, eval_config: Dict[str, Any], device: torch.device, **erasing: Any) -> None:
+    def __init__(self, eval_config: dict[str, Any], device: torch.device, **erasing: Any) -> None:
         channels = eval_config['input_size'][0]
         if channels != 3:
             raise DataError(f'The model takes images of {channels} channels, the loaders give 3 (RGB): in_chans=3.')
-        self.unreadable: List[Tuple[str, str]] = []
+        self.unreadable: list[tuple[str, str]] = []
         self.waited = 0.
-        self.num_classes: Optional[int] = None
+        self.num_classes: int | None = None
         self.prefetcher = PrefetchLoader(
             self, mean=tuple(eval_config['mean']), std=tuple(eval_config['std']), device=device,
             channels=channels, **erasing)
@@ -111,7 +112,7 @@ class _DeviceLoader:
     def _prepare(self) -> None:
         """Called before each batch is moved to the device."""
 
-    def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         batches = iter(self._batches())
         while True:
             start = time.perf_counter()
@@ -146,15 +147,15 @@ class TrainLoader(_DeviceLoader):
     """
 
     def __init__(
-            self, samples: Dataset, config: TrainConfig, eval_config: Dict[str, Any], splits: Sequence[Tuple[int, int]],
+            self, samples: Dataset, config: TrainConfig, eval_config: dict[str, Any], splits: Sequence[tuple[int, int]],
             processes: Processes, device: torch.device,
     ) -> None:
         super().__init__(eval_config, device, re_prob=config.random_erasing, re_mode='pixel')
         self.samples, self.seed, self.processes, self.splits = samples, config.seed, processes, list(splits)
-        options: Dict[str, Any] = dict(
+        options: dict[str, Any] = dict(
             num_workers=config.workers, collate_fn=collate, pin_memory=device.type == 'cuda',
             worker_init_fn=start_worker)
-        self.sampler: Optional[PassSampler] = None
+        self.sampler: PassSampler | None = None
         if isinstance(samples, IterableDataset):
             images, passes = splits[0]
             self.generator = torch.Generator()
@@ -184,7 +185,7 @@ class TrainLoader(_DeviceLoader):
             self._seed_pass(step, i, 1)
             yield Pass(images, targets, step, i, self.splits[sizes[step]][1])
 
-    def name_images(self, step: int) -> List[str]:
+    def name_images(self, step: int) -> list[str]:
         """The images that this process takes in a step of the epoch it is in; none are known of a stream."""
         if self.sampler is None:
             return []
@@ -227,7 +228,7 @@ def _end_workers() -> None:
 
 
 def build_train_loader(
-        dataset: Dataset, config: TrainConfig, eval_config: Dict[str, Any], splits: Sequence[Tuple[int, int]],
+        dataset: Dataset, config: TrainConfig, eval_config: dict[str, Any], splits: Sequence[tuple[int, int]],
         processes: Processes = Processes(), device: torch.device = torch.device('cpu'),  # noqa: B008 (immutable)
 ) -> TrainLoader:
     """The training loader of a data set.
@@ -256,7 +257,7 @@ def build_train_loader(
 
 
 def _make_samples(
-        dataset: Dataset, transforms: Sequence[Any], config: TrainConfig, splits: Sequence[Tuple[int, int]],
+        dataset: Dataset, transforms: Sequence[Any], config: TrainConfig, splits: Sequence[tuple[int, int]],
         processes: Processes,
 ) -> Dataset:
     if not isinstance(dataset, IterableDataset):
@@ -286,12 +287,12 @@ class EvalLoader(_DeviceLoader):
     """
 
     def __init__(
-            self, samples: Dataset, eval_config: Dict[str, Any], batch_size: int, workers: int, processes: Processes,
+            self, samples: Dataset, eval_config: dict[str, Any], batch_size: int, workers: int, processes: Processes,
             device: torch.device,
     ) -> None:
         super().__init__(eval_config, device)
-        self.share: Optional[List[int]] = None
-        options: Dict[str, Any] = dict(
+        self.share: list[int] | None = None
+        options: dict[str, Any] = dict(
             num_workers=workers, collate_fn=collate, pin_memory=device.type == 'cuda', worker_init_fn=start_worker)
         if isinstance(samples, ShardSamples):
             self.loader: Any = DataLoader(samples, batch_size, **options)
@@ -308,13 +309,13 @@ class EvalLoader(_DeviceLoader):
     def _batches(self) -> Iterable[Batch]:
         return self.loader
 
-    def run(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+    def run(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The batches, on the device."""
         return iter(self.prefetcher)
 
 
 def build_eval_loader(
-        dataset: Dataset, eval_config: Dict[str, Any], batch_size: int, workers: int,
+        dataset: Dataset, eval_config: dict[str, Any], batch_size: int, workers: int,
         processes: Processes = Processes(), device: torch.device = torch.device('cpu'),  # noqa: B008 (immutable)
 ) -> EvalLoader:
     """Images resized and cropped as `eval_config` says, this process's share of them."""

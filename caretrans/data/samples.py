@@ -3,8 +3,9 @@ import os
 import re
 import signal
 from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import Any, Callable, Deque, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -35,10 +36,10 @@ class Batch(NamedTuple):
     """images (B, 3, H, W) uint8, targets (B,) int64, and (name, reason) of images that could not be read."""
     images: torch.Tensor
     targets: torch.Tensor
-    unreadable: List[Tuple[str, str]]
+    unreadable: list[tuple[str, str]]
 
 
-Item = Tuple[Optional[torch.Tensor], int, List[Tuple[str, str]]]
+Item = tuple[torch.Tensor | None, int, list[tuple[str, str]]]
 
 
 def collate(items: Sequence[Item]) -> Batch:
@@ -62,11 +63,11 @@ class EvalTransform:
     def __init__(self, transform: Callable[[Image.Image], torch.Tensor]) -> None:
         self.transform = transform
 
-    def __call__(self, source: Union[bytes, Image.Image]) -> torch.Tensor:
+    def __call__(self, source: bytes | Image.Image) -> torch.Tensor:
         return self.transform(open_image(source))
 
 
-def read_image(dataset: Dataset, index: int) -> Tuple[Union[bytes, Image.Image], int]:
+def read_image(dataset: Dataset, index: int) -> tuple[bytes | Image.Image, int]:
     """Image `index` of a data set of timm's factory, as the bytes of its file where there is one, and its label.
 
     Raises:
@@ -99,7 +100,7 @@ class Samples(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, sample: Sample) -> Item:
-        unreadable: List[Tuple[str, str]] = []
+        unreadable: list[tuple[str, str]] = []
         index = sample.index
         for _ in range(MAX_TRIES):
             try:
@@ -180,14 +181,14 @@ class ShardSamples(IterableDataset):
         records = self.reader.read_mixed(
             self.rank * workers + turn, self.world_size * workers, derive_seed(self.seed, 1), epoch)
         records = islice(records, first // workers * self.images, None)
-        ahead: Deque[Any] = deque()
+        ahead: deque[Any] = deque()
         for number in range(first, self.passes, workers):
             for i in range(self.images):
                 yield self._next(records, ahead, derive_seed(self.seed, epoch, self.rank, number, i))
 
-    def _next(self, records: Iterator[Any], ahead: Deque[Any], seed: int) -> Item:
+    def _next(self, records: Iterator[Any], ahead: deque[Any], seed: int) -> Item:
         """The next record, or the first readable one after it, which comes in its own place too."""
-        unreadable: List[Tuple[str, str]] = []
+        unreadable: list[tuple[str, str]] = []
         for i in range(MAX_TRIES):
             if i == len(ahead):
                 ahead.append(next(records))

@@ -6,8 +6,9 @@ the bytes of the images come out undecoded, and every image that is lost comes o
 """
 import json
 import random
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, NamedTuple
 
 from timm.data.readers.reader_wds import ReaderWds
 from webdataset.tariterators import tarfile_samples
@@ -23,12 +24,12 @@ MIXED = 2048  # records in memory from which the next is drawn; ImageNet's are 1
 class Record(NamedTuple):
     """An image of a shard, not decoded: `data` is None when it is lost, and `reason` says why."""
     name: str
-    data: Optional[bytes]
+    data: bytes | None
     label: int = -1
     reason: str = ''
 
 
-def share_shards(shards: Sequence[int], part: int, parts: int) -> List[Tuple[int, int, int]]:
+def share_shards(shards: Sequence[int], part: int, parts: int) -> list[tuple[int, int, int]]:
     """(shard, first record, step) that one of `parts` readers reads: whole shards, or every so many records of one."""
     if len(shards) >= parts:
         return [(shard, 0, 1) for shard in shards[part::parts]]
@@ -38,7 +39,7 @@ def share_shards(shards: Sequence[int], part: int, parts: int) -> List[Tuple[int
 
 def mix(records: Iterable[Record], generator: random.Random, size: int = MIXED) -> Iterator[Record]:
     """The records in an order drawn from a buffer of `size`."""
-    buffer: List[Record] = []
+    buffer: list[Record] = []
     for record in records:
         if len(buffer) < size:
             buffer.append(record)
@@ -55,7 +56,7 @@ class ShardReader(ReaderWds):
 
     def __init__(self, root: str, **kwargs: Any) -> None:
         super().__init__(root, **kwargs)
-        self.class_to_idx: Dict[str, int] = {name: i for i, name in enumerate(self.info.get('classes', []))}
+        self.class_to_idx: dict[str, int] = {name: i for i, name in enumerate(self.info.get('classes', []))}
         self.urls = [f'{root}/{name}' for name in self.split_info.filenames]
         self.lengths = self.split_info.shard_lengths or [0] * len(self.urls)
 
@@ -87,7 +88,7 @@ class ShardReader(ReaderWds):
 
     def _read_shard(self, url: str, length: int) -> Iterator[Record]:
         """All records of a shard; with `length` known, those that a damaged one lost among them."""
-        errors: List[Exception] = []
+        errors: list[Exception] = []
         found = 0
         for sample in tarfile_samples([dict(url=url)], handler=lambda error: errors.append(error) or True):
             found += 1
@@ -96,7 +97,7 @@ class ShardReader(ReaderWds):
         for place in range(found, length or found + bool(errors)):
             yield Record(f'{url}, image {place}', None, reason=reason)
 
-    def _to_record(self, sample: Dict[str, Any], url: str) -> Record:
+    def _to_record(self, sample: dict[str, Any], url: str) -> Record:
         name = f'{url}, {sample["__key__"]}'
         data = next((sample[key] for key in IMAGE_KEYS if key in sample), None)
         if data is None:

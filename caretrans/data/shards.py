@@ -10,10 +10,11 @@ import random
 import re
 import shutil
 import tarfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
+from typing import Any
 
 from webdataset import TarWriter
 
@@ -37,13 +38,13 @@ class Entry:
     kind: str
 
 
-def make_keys(paths: Sequence[str]) -> List[Tuple[str, str]]:
+def make_keys(paths: Sequence[str]) -> list[tuple[str, str]]:
     """(key, kind) of each path relative to its split: the path without its extension, and 'jpg' for any JPEG.
 
     A key ends at the first dot of the file's name, so the others become _; of paths that would have the same key, all
     but the first get a number.
     """
-    taken: Set[str] = set()
+    taken: set[str] = set()
     keys = []
     for path in paths:
         folder, name = os.path.split(path)
@@ -60,8 +61,8 @@ def make_keys(paths: Sequence[str]) -> List[Tuple[str, str]]:
 
 
 def plan_shards(
-        source: str, split: str, images_per_shard: Optional[int], shard_size: float, seed: int,
-) -> Tuple[List[List[Entry]], List[str]]:
+        source: str, split: str, images_per_shard: int | None, shard_size: float, seed: int,
+) -> tuple[list[list[Entry]], list[str]]:
     """The images of each shard, and the classes; shards differ by at most one image."""
     dataset = open_dataset(source, split, is_training=True)
     samples = getattr(dataset.reader, 'samples', None)
@@ -95,7 +96,7 @@ def _write_json(path: Path, content: Any) -> None:
     partial.rename(path)
 
 
-def _read_json(path: Path) -> Dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
@@ -151,7 +152,7 @@ def _check_space(target: Path, shards: Sequence[Sequence[Entry]]) -> None:
         raise DataError(f'{target} needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free.')
 
 
-def _write_split(target: Path, split: str, shards: Sequence[Sequence[Entry]], workers: int) -> Dict[str, Any]:
+def _write_split(target: Path, split: str, shards: Sequence[Sequence[Entry]], workers: int) -> dict[str, Any]:
     """The missing shards of a split, and what timm's reader wants to know of all."""
     paths = [target / f'{split}-{i:05d}.tar' for i in range(len(shards))]
     with ThreadPoolExecutor(workers) as pool:
@@ -177,9 +178,9 @@ def _write_split(target: Path, split: str, shards: Sequence[Sequence[Entry]], wo
 
 
 def write_shards(
-        source: str, target: str, splits: Sequence[str] = ('train', 'val'), images_per_shard: Optional[int] = None,
+        source: str, target: str, splits: Sequence[str] = ('train', 'val'), images_per_shard: int | None = None,
         shard_size: float = 100., workers: int = 4, seed: int = 0,
-) -> Dict[str, Dict[str, Any]]:
+) -> dict[str, dict[str, Any]]:
     """Splits of an ImageFolder as WebDataset shards, with the `_info.json` of timm's reader and the class names in it.
 
     Run again after an interruption it writes what is missing.

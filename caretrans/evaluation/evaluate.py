@@ -1,8 +1,9 @@
 """Evaluation of a checkpoint on a data set."""
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -14,7 +15,7 @@ from ..data.datasets import describe_classes, list_classes, open_dataset
 from ..data.loaders import EvalLoader, build_eval_loader
 from ..distributed import Processes, find_processes, join_processes, leave_processes
 from ..errors import CheckpointError, ConfigError, DataError, list_names
-from ..fuse import rewrite
+from ..fuse import to_form
 from ..progress import Progress
 from .metrics import evaluate_in_detail, list_worst, tabulate_classes, write_classes
 from .real_labels import RealLabels
@@ -27,11 +28,11 @@ UNUSUAL = (('crop_mode', 'center'), ('channel_order', 'rgb'))  # named where the
 
 def load_for_evaluation(
         checkpoint: str,
-        model_name: Optional[str] = None,
-        entry: Optional[str] = None,
+        model_name: str | None = None,
+        entry: str | None = None,
         device: torch.device = CPU,
         **overrides: Any,
-) -> Tuple[nn.Module, Checkpoint, Dict[str, Any]]:
+) -> tuple[nn.Module, Checkpoint, dict[str, Any]]:
     """The model of a checkpoint in evaluation mode, the checkpoint, and how images are made ready for it.
 
     `overrides` (img_size, crop_pct, crop_mode, interpolation, channel_order; None is no override) go over what the
@@ -50,12 +51,12 @@ class _Evaluation:
     device: torch.device
     loader: EvalLoader
     images: int
-    class_names: List[str]
-    real_labels: Optional[RealLabels]
-    facts: Dict[str, Any]
+    class_names: list[str]
+    real_labels: RealLabels | None
+    facts: dict[str, Any]
 
 
-def open_data(loaded: Checkpoint, data: str, split: str, dataset: str, num_classes: int) -> Tuple[Dataset, str]:
+def open_data(loaded: Checkpoint, data: str, split: str, dataset: str, num_classes: int) -> tuple[Dataset, str]:
     """The images to score, those of the training if none are named; and what to call them."""
     trained = loaded.meta.get('config') or {}
     if not data and not dataset:
@@ -71,14 +72,14 @@ def open_data(loaded: Checkpoint, data: str, split: str, dataset: str, num_class
 
 
 def _prepare(
-        checkpoint: str, data: str, split: str, dataset: str, model_name: Optional[str], entry: Optional[str],
-        device: torch.device, processes: Processes, batch_size: int, workers: int, expect: Optional[int],
-        real_labels: Optional[str], form: str, **overrides: Any,
+        checkpoint: str, data: str, split: str, dataset: str, model_name: str | None, entry: str | None,
+        device: torch.device, processes: Processes, batch_size: int, workers: int, expect: int | None,
+        real_labels: str | None, form: str, **overrides: Any,
 ) -> _Evaluation:
     """Load, open and check everything, without talking to the other processes."""
     model, loaded, eval_config = load_for_evaluation(checkpoint, model_name, entry, device, **overrides)
     if form != 'trained':
-        model = rewrite(model, form)
+        model = to_form(model, form)
     images, name = open_data(loaded, data, split, dataset, model.num_classes)
     if expect is not None and len(images) != expect:
         raise DataError(f'{name} has {len(images)} images, but {expect} are expected.')
@@ -93,8 +94,8 @@ def _prepare(
 
 
 def _score(
-        work: _Evaluation, processes: Processes, amp: str, progress_stream: Any, expect: Optional[int], worst: int,
-) -> Tuple[Dict[str, Any], List[Dict[str, Any]]]:
+        work: _Evaluation, processes: Processes, amp: str, progress_stream: Any, expect: int | None, worst: int,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The result of `evaluate_checkpoint` without its file, and the rows of that."""
     stream = progress_stream if processes.is_primary else io.StringIO()
     with Progress(work.images, stream=stream) as progress:  # of this process, the others are about as far
@@ -120,20 +121,20 @@ def evaluate_checkpoint(
         data: str = '',
         split: str = '',
         dataset: str = '',
-        model_name: Optional[str] = None,
-        entry: Optional[str] = None,
+        model_name: str | None = None,
+        entry: str | None = None,
         device: torch.device = CPU,
         batch_size: int = 64,
         workers: int = 2,
         amp: str = 'off',
         progress_stream: Any = None,
-        expect: Optional[int] = None,
+        expect: int | None = None,
         per_class: str = '',
         worst: int = 0,
-        real_labels: Optional[str] = None,
+        real_labels: str | None = None,
         form: str = 'trained',
         **overrides: Any,
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """Top-1, top-5 and loss of a checkpoint over a data set, shared out to the processes that torchrun started.
 
     Args:
@@ -143,7 +144,7 @@ def evaluate_checkpoint(
         per_class: CSV file to write, a row for each class.
         worst: How many of the worst classes to list with what they are taken for.
         real_labels: '' for the ImageNet-ReaL labels packed with timm, or a file of them; None for none.
-        form: Of the network, see `caretrans.fuse.rewrite`.
+        form: Of the network, see `caretrans.fuse.to_form`.
         overrides: See `load_for_evaluation`.
     Returns:
         On every process what `metrics.evaluate` returns, and checkpoint, entry, model, data, eval_config,
@@ -176,7 +177,7 @@ def evaluate_checkpoint(
     return result
 
 
-def describe_result(result: Dict[str, Any]) -> Iterator[str]:
+def describe_result(result: dict[str, Any]) -> Iterator[str]:
     """Lines for people about what `evaluate_checkpoint` returns."""
     config, sources = result['eval_config'], result['eval_sources']
     size = 'x'.join(str(side) for side in config['input_size'][1:])

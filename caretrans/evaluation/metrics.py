@@ -4,8 +4,9 @@ Every image is counted once, in whole numbers. Between the first batch and the l
 """
 import csv
 import time
+from collections.abc import Callable, Sequence
 from itertools import chain, islice
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -44,12 +45,12 @@ class Answers:
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
         self.num_classes, self.top_k = num_classes, min(5, num_classes)
-        options: Dict[str, Any] = dict(num_classes=num_classes, validate_args=False)  # validation waits for the device
+        options: dict[str, Any] = dict(num_classes=num_classes, validate_args=False)  # validation waits for the device
         self.top1 = MulticlassAccuracy(average='micro', **options).to(device)
         self.top5 = MulticlassAccuracy(average='none', top_k=self.top_k, **options).to(device)
-        self.losses: List[torch.Tensor] = []
-        self.labels: List[torch.Tensor] = []
-        self.answers: List[torch.Tensor] = []
+        self.losses: list[torch.Tensor] = []
+        self.labels: list[torch.Tensor] = []
+        self.answers: list[torch.Tensor] = []
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Count a batch: logits (B, C) of any floating dtype, labels (B,), which `check_labels` looks at later."""
@@ -61,7 +62,7 @@ class Answers:
         self.labels.append(labels)
         self.answers.append(answers)
 
-    def summarise(self, processes: Processes) -> Dict[str, float]:
+    def summarise(self, processes: Processes) -> dict[str, float]:
         """Mean loss, top1 and top5 in percent, and images, over all processes.
 
         Raises:
@@ -84,7 +85,7 @@ class Answers:
         return Details(metric.confmat, top5_correct, answers)
 
 
-def _join(parts: Sequence[torch.Tensor], shape: Tuple[int, ...] = ()) -> torch.Tensor:
+def _join(parts: Sequence[torch.Tensor], shape: tuple[int, ...] = ()) -> torch.Tensor:
     """The batches in one piece on the CPU; (0, *shape) where there are none."""
     return torch.cat(list(parts)).cpu() if parts else torch.zeros(0, *shape)
 
@@ -104,7 +105,7 @@ def check_labels(labels: Sequence[torch.Tensor], num_classes: int, processes: Pr
             'split with labels, and data of the classes that the model was trained for.')
 
 
-def evaluate(*arguments: Any, **options: Any) -> Dict[str, Any]:
+def evaluate(*arguments: Any, **options: Any) -> dict[str, Any]:
     """The figures of `evaluate_in_detail`, without the details."""
     return evaluate_in_detail(*arguments, **options)[0]
 
@@ -117,8 +118,8 @@ def evaluate_in_detail(
         amp: str = 'off',
         report: Callable[..., None] = lambda images, **figures: None,
         processes: Processes = ALONE,
-        num_classes: Optional[int] = None,
-) -> Tuple[Dict[str, Any], Details]:
+        num_classes: int | None = None,
+) -> tuple[dict[str, Any], Details]:
     """Mean cross entropy and accuracy over the images of all processes, each of which calls this with its share.
 
     Args:
@@ -156,7 +157,7 @@ def evaluate_in_detail(
 
 # Classes --------------------------------------------------------------------------------------------------------------
 
-def tabulate_classes(details: Details, names: Sequence[str]) -> List[Dict[str, Any]]:
+def tabulate_classes(details: Details, names: Sequence[str]) -> list[dict[str, Any]]:
     """For each class: label, name, images, top1 and top5 in percent (None without images), and what it is taken for.
 
     `taken_for` lists the wrong answers as {label, name, images}, the commonest first.
@@ -172,12 +173,12 @@ def tabulate_classes(details: Details, names: Sequence[str]) -> List[Dict[str, A
     return rows
 
 
-def list_worst(rows: Sequence[Dict[str, Any]], count: int) -> List[Dict[str, Any]]:
+def list_worst(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """The `count` classes of `tabulate_classes` with the lowest top-1, the lowest first; equal ones by label."""
     return sorted((row for row in rows if row['images']), key=lambda row: row['top1'])[:count]
 
 
-def write_classes(path: str, rows: Sequence[Dict[str, Any]]) -> None:
+def write_classes(path: str, rows: Sequence[dict[str, Any]]) -> None:
     """Write the rows of `tabulate_classes` as CSV, with the commonest wrong answer of each class.
 
     Raises:

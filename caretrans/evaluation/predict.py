@@ -1,6 +1,7 @@
 """Prediction: the likeliest classes of single images."""
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
@@ -37,12 +38,12 @@ def predict_images(
         checkpoint: str,
         images: Iterable[str],
         topk: int = 5,
-        model_name: Optional[str] = None,
-        entry: Optional[str] = None,
+        model_name: str | None = None,
+        entry: str | None = None,
         device: torch.device = CPU,
         amp: str = 'off',
         **overrides: Any,
-) -> Iterator[Dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """The likeliest classes of each image.
 
     Args:
@@ -68,7 +69,7 @@ def predict_images(
             continue
         with torch.inference_mode(), autocast(device, amp):
             probabilities = model(image[None].to(device)).float().softmax(dim=-1)[0].cpu()
-        best: List[int] = probabilities.topk(min(topk, len(names))).indices.tolist()
+        best: list[int] = probabilities.topk(min(topk, len(names))).indices.tolist()
         yield dict(
             image=str(path), classes=[names[i] for i in best], labels=best,
             probabilities=[probabilities[i].item() for i in best])

@@ -4,7 +4,8 @@ Source: Beyer et al. 2020, Are we done with ImageNet?, arXiv:2006.07159.
 """
 import json
 import os
-from typing import Any, Dict, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.data import ImageNetInfo, RealLabelsImagenet
@@ -59,7 +60,7 @@ class RealLabels:
 
     def score(
             self, answers: torch.Tensor, share: Sequence[int], unreadable: Sequence[str], processes: Processes,
-    ) -> Dict[str, Any]:
+    ) -> dict[str, Any]:
         """How many images have one of their real labels first, or within the first five answers.
 
         Args:

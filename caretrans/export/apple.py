@@ -7,9 +7,10 @@ import asyncio
 import statistics
 import sys
 import tempfile
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Coroutine, Dict, Iterator, List, Optional, Tuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ def make_feature(images: torch.Tensor, input: str) -> Any:
     return Image.fromarray(images[0].permute(1, 2, 0).numpy().astype(np.uint8))
 
 
-def collect_outputs(answer: Dict[str, Any], job: Job, class_names: List[str]) -> torch.Tensor:
+def collect_outputs(answer: dict[str, Any], job: Job, class_names: list[str]) -> torch.Tensor:
     """What Core ML answered, as (batch, classes) float32 in the order of the classes."""
     if job.output == 'classes':
         return torch.tensor([[answer['probabilities'][name] for name in class_names]], dtype=torch.float32)
@@ -99,10 +100,10 @@ class Placement:
     operation: str
     device: str
     count: int
-    share: Optional[float]
+    share: float | None
 
 
-def _walk(plan: Any) -> Iterator[Tuple[str, Any, Optional[float]]]:
+def _walk(plan: Any) -> Iterator[tuple[str, Any, float | None]]:
     """(type, usage of devices, estimated share of the cost) of each operation that has a usage."""
     structure = plan.model_structure
     if structure.program is not None:
@@ -118,10 +119,10 @@ def _walk(plan: Any) -> Iterator[Tuple[str, Any, Optional[float]]]:
             yield item.type, usage, None
 
 
-def summarise_plan(plan: Any) -> List[Placement]:
+def summarise_plan(plan: Any) -> list[Placement]:
     """An `MLComputePlan` as a table: the costliest first, then the most frequent."""
-    counts: Dict[Tuple[str, str], int] = {}
-    shares: Dict[Tuple[str, str], Optional[float]] = {}
+    counts: dict[tuple[str, str], int] = {}
+    shares: dict[tuple[str, str], float | None] = {}
     for operation, usage, share in _walk(plan):
         key = operation, ENGINES.get(type(usage.preferred_compute_device).__name__, 'unknown')
         counts[key] = counts.get(key, 0) + 1
@@ -131,7 +132,7 @@ def summarise_plan(plan: Any) -> List[Placement]:
     return sorted(rows, key=lambda row: (-(row.share or 0.), -row.count, row.operation, row.device))
 
 
-def list_placements(path: Path, units: str = 'all') -> List[Placement]:
+def list_placements(path: Path, units: str = 'all') -> list[Placement]:
     """Which operations Core ML means to run on the Neural Engine, the GPU and the CPU of this Mac. Untested."""
     ct = import_coremltools()
     from coremltools.models.compute_plan import MLComputePlan
@@ -140,7 +141,7 @@ def list_placements(path: Path, units: str = 'all') -> List[Placement]:
         MLComputePlan.load_from_path(model.get_compiled_model_path(), compute_units=ct.ComputeUnit[UNITS[units]]))
 
 
-def describe_placements(rows: List[Placement]) -> List[str]:
+def describe_placements(rows: list[Placement]) -> list[str]:
     """Lines: one for each device, then one for each type of operation on it."""
     lines = []
     for device in dict.fromkeys(row.device for row in rows):
@@ -150,7 +151,7 @@ def describe_placements(rows: List[Placement]) -> List[str]:
     return lines
 
 
-def _describe_part(count: int, rows: List[Placement]) -> str:
+def _describe_part(count: int, rows: list[Placement]) -> str:
     known = [row.share for row in rows if row.share is not None]
     return f'{count} operations' + (f', {sum(known):.1f} % of the estimated cost' if known else '')
 
@@ -208,7 +209,7 @@ def find_device(name: str = '') -> Any:
 
 
 async def _measure_by_benchmarker(
-        model: Any, device: Any, feature: Any, warm_up: int, runs: int) -> Tuple[List[float], float]:
+        model: Any, device: Any, feature: Any, warm_up: int, runs: int) -> tuple[list[float], float]:
     """Times of predictions, and of the load, milliseconds.
 
     Its own warm-up is a single prediction, so that the same loaded model is asked twice; and it cannot make up images.
@@ -221,7 +222,7 @@ async def _measure_by_benchmarker(
     return measured.samples, load.samples[0]
 
 
-def _measure_by_hand(model: Any, feature: Any, warm_up: int, runs: int) -> Tuple[List[float], float]:
+def _measure_by_hand(model: Any, feature: Any, warm_up: int, runs: int) -> tuple[list[float], float]:
     """The same for neural networks, which have no folder of weights: the benchmarker of coremltools 9.0 wants one."""
     load = model.load_duration_in_nano_seconds / 1e6
     samples = []
@@ -232,7 +233,7 @@ def _measure_by_hand(model: Any, feature: Any, warm_up: int, runs: int) -> Tuple
 
 
 async def _measure_remotely(
-        model: Any, device: Any, credentials: Any, feature: Any, warm_up: int, runs: int) -> Tuple[List[float], float]:
+        model: Any, device: Any, credentials: Any, feature: Any, warm_up: int, runs: int) -> tuple[list[float], float]:
     with tempfile.TemporaryDirectory() as folder:
         ready = await device.prepare_for_model_debugging(credentials, working_directory=Path(folder))
         try:
@@ -260,7 +261,7 @@ def measure_latency(
 
 
 def measure_on_device(
-        path: Path, job: Job, images: torch.Tensor, device: Any, team: str, bundle: Optional[str] = None,
+        path: Path, job: Job, images: torch.Tensor, device: Any, team: str, bundle: str | None = None,
         units: str = 'all', warm_up: int = WARM_UP, runs: int = RUNS,
 ) -> Latency:
     """Time predictions on a connected iPhone or iPad; coremltools builds, signs and installs an app there. Untested.
@@ -283,7 +284,7 @@ def measure_on_device(
         *measured, warm_up, units, 'MLModelBenchmarker', f'{device.name} ({device.type.value} {device.os_version})')
 
 
-def _await(path: Path, work: Coroutine[Any, Any, Tuple[List[float], float]]) -> Tuple[List[float], float]:
+def _await(path: Path, work: Coroutine[Any, Any, tuple[list[float], float]]) -> tuple[list[float], float]:
     try:
         return asyncio.run(work)
     except Exception as error:  # of Xcode, of the signature, of the connection, of Core ML
@@ -302,7 +303,7 @@ def _check_remote(path: Path, job: Job, team: str) -> None:
 
 
 def _summarise(
-        samples: List[float], load: float, warm_up: int, units: str, tool: str, device: str = 'this Mac') -> Latency:
+        samples: list[float], load: float, warm_up: int, units: str, tool: str, device: str = 'this Mac') -> Latency:
     return Latency(
         statistics.median(samples), min(samples), max(samples), load, len(samples), warm_up, units,
         f'{tool} of coremltools {import_coremltools().__version__}', device)
@@ -314,7 +315,7 @@ def _summarise(
 class Examination:
     """What Core ML of this Mac says of a program: see `verify.Verification`, `Placement` and `Latency`."""
     verification: Verification
-    placements: List[Placement]
+    placements: list[Placement]
     latency: Latency
 
     def describe(self) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """The settings of `coreml/export.py`: what is exported, to which formats, and how closely it must agree."""
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Optional, Sequence, Tuple
 
 from ..measure.names import expand_models, parse_size
 from ..config import check_settings, parse_flags, setting
@@ -48,7 +48,7 @@ class Job:
     precision: str
     input: str
     output: str
-    size: Tuple[int, int]
+    size: tuple[int, int]
     batch: int = 1
     target: str = TARGET
     compress: str = 'none'
@@ -82,7 +82,7 @@ class ExportConfig:
     checkpoint: str = setting('', 'weights: .pth, .pth.tar or .safetensors, published or of train.py')
     entry: str = setting('', 'entry of the file that holds the weights, e.g. state_dict_ema')
     random_weights: bool = setting(False, 'export random weights, to look at speed; good for nothing else')
-    format: List[str] = setting(['mlpackage'], 'one or more', choices=list(FORMATS))
+    format: list[str] = setting(['mlpackage'], 'one or more', choices=list(FORMATS))
     output_dir: str = setting('', 'where programs and reports go; runs/export if not given')
     input: str = setting(
         '', 'image: RGB pixels from 0 to 255, normalised inside; tensor: normalised already; by default image for Core '
@@ -90,7 +90,7 @@ class ExportConfig:
     output: str = setting(
         '', 'what comes out; by default classes (probabilities with labels) for Core ML, else logits',
         choices=['', 'logits', 'probabilities', 'classes'])
-    precision: List[str] = setting(
+    precision: list[str] = setting(
         [], 'one or more; by default what the format is made for: fp16 for Core ML, fp32 for the others',
         choices=['fp16', 'fp32', 'int8'])
     labels: str = setting('', 'text file with a class on each line; by default those of the checkpoint, or ImageNet')
@@ -100,8 +100,8 @@ class ExportConfig:
     compress: str = setting('none', 'weights of Core ML programs', choices=list(COMPRESSIONS))
     unfused: bool = setting(False, 'the network as it is trained, for comparison')
     data: str = setting('', 'photographs to compare on, a folder with val/CLASS/*; by default the bundled ones')
-    images: Optional[int] = setting(None, 'how many of them; by default all', bounds=(1, None))
-    floor: Optional[float] = setting(
+    images: int | None = setting(None, 'how many of them; by default all', bounds=(1, None))
+    floor: float | None = setting(
         None, 'least share of first answers equal to those of PyTorch, %%; by default '
         + ', '.join(f'{value:g} for {name}' for name, value in FLOORS.items()), bounds=(0, 100))
     latency: bool = setting(True, 'time programs beside PyTorch, where their runtime runs here')
@@ -130,7 +130,7 @@ class ExportConfig:
         if self.target != TARGET and not set(self.format) & set(AIMED):
             raise ConfigError(f'--target {self.target} is for {" and ".join(AIMED)}, not for {" ".join(self.format)}.')
 
-    def list_jobs(self, size: Tuple[int, int]) -> List[Job]:
+    def list_jobs(self, size: tuple[int, int]) -> list[Job]:
         """What is to be written, format by format, precision by precision.
 
         Args:
@@ -144,7 +144,7 @@ class ExportConfig:
             getattr(job.kind.load_module(), 'check', _accept)(job)
         return jobs
 
-    def _make_job(self, kind: Format, precision: str, size: Tuple[int, int]) -> Job:
+    def _make_job(self, kind: Format, precision: str, size: tuple[int, int]) -> Job:
         chosen = dict(input=self.input or kind.inputs[0], output=self.output or kind.outputs[0], precision=precision)
         for name, value in chosen.items():
             able = getattr(kind, f'{name}s')
@@ -164,6 +164,6 @@ class ExportConfig:
         return Path(self.output_dir or 'runs/export')
 
 
-def parse_export_config(argv: Optional[Sequence[str]] = None, description: str = '') -> ExportConfig:
+def parse_export_config(argv: Sequence[str] | None = None, description: str = '') -> ExportConfig:
     """The config of a command line; see `parse_flags`."""
     return parse_flags(ExportConfig, argv, description)

@@ -7,13 +7,13 @@ import hashlib
 import weakref
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, List
+from typing import Any
 
 import torch
 import torch.nn as nn
 
 from ..errors import ExportError
-from ..runtimes.quiet import silence
+from ..runtimes.quiet import quiet
 from ..runtimes.tracing import trace_network
 from .config import Job
 from .metadata import describe, read_class_names
@@ -38,9 +38,9 @@ class Half(nn.Module):
         return self.network(images.half()).float()
 
 
-def write(source: Source, job: Job, path: Path) -> List[str]:
+def write(source: Source, job: Job, path: Path) -> list[str]:
     network, images = build_network(source, job), source.make_example(job)
-    with silence(''):
+    with quiet(''):
         import coreai_torch
         program = trace_network(Half(network) if job.precision == 'fp16' else network, images)
         converter = coreai_torch.TorchConverter().add_exported_program(

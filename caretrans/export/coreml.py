@@ -10,14 +10,14 @@ import tempfile
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from .. import __version__
 from ..errors import ConfigError, ExportError
-from ..runtimes.quiet import silence
+from ..runtimes.quiet import quiet
 from .config import Job
 from .metadata import describe, describe_input, read_class_names
 from .source import Source
@@ -34,7 +34,7 @@ SMALL = 2048  # weights of a convolution that are not worth compressing; coremlt
 
 def import_coremltools() -> Any:
     """coremltools, without what it says about other packages."""
-    with silence(*LOGGERS):
+    with quiet(*LOGGERS):
         import coremltools
     return coremltools
 
@@ -72,12 +72,12 @@ def check(job: Job) -> None:
 
 # Conversion -----------------------------------------------------------------------------------------------------------
 
-def _list_types(source: Source, job: Job) -> Dict[str, Any]:
+def _list_types(source: Source, job: Job) -> dict[str, Any]:
     """Inputs and outputs, in float32 for every precision and target, so that an app need not care."""
     ct = import_coremltools()
     shape = (job.batch, source.eval_config['input_size'][0], *job.size)
     image = job.input == 'image'
-    types: Dict[str, Any] = dict(inputs=[
+    types: dict[str, Any] = dict(inputs=[
         ct.ImageType(INPUT, shape=shape, color_layout=ct.colorlayout.RGB) if image
         else ct.TensorType(INPUT, shape=shape, dtype=np.float32)])
     if job.output == 'classes':
@@ -94,7 +94,7 @@ def _convert(source: Source, job: Job) -> Any:
     ct = import_coremltools()
     program = trace(source, job).run_decompositions({})
     pipeline = ct.PassPipeline.DEFAULT
-    kind: Dict[str, Any] = dict(convert_to='neuralnetwork')
+    kind: dict[str, Any] = dict(convert_to='neuralnetwork')
     if job.format == 'mlmodel':  # would be taken apart again, into a sum of squares that overflows in float16
         pipeline.remove_passes({'common::fuse_layernorm_or_instancenorm'})
     if job.format == 'mlpackage':
@@ -126,7 +126,7 @@ def _count_bits(compress: str) -> int:
     return int(compress.removeprefix('palette'))
 
 
-def _cluster(bits: int, weight: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+def _cluster(bits: int, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A table of 2 ** bits values, and for each weight its place in the table.
 
     That of coremltools 9 makes a column of the table and then refuses it.
@@ -177,7 +177,7 @@ def _describe(model: Any, source: Source, job: Job) -> None:
     model.user_defined_metadata.update(describe(source, job))
 
 
-def read_facts(path: Path) -> Dict[str, str]:
+def read_facts(path: Path) -> dict[str, str]:
     """What a saved program says of itself: model, form, format, precision, input, size and more, as text.
 
     Raises:
@@ -185,7 +185,7 @@ def read_facts(path: Path) -> Dict[str, str]:
     """
     ct = import_coremltools()
     try:
-        with silence(*LOGGERS):
+        with quiet(*LOGGERS):
             facts = dict(ct.utils.load_spec(str(path)).description.metadata.userDefined)
     except Exception as error:  # of protobuf, of the file system, of coremltools' library in C++
         raise ExportError(f'{path} cannot be read: {type(error).__name__}. Export it again.') from error
@@ -220,7 +220,7 @@ def _save(model: Any, job: Job, path: Path) -> None:
         os.replace(saved, path)
 
 
-def write(source: Source, job: Job, path: Path) -> List[str]:
+def write(source: Source, job: Job, path: Path) -> list[str]:
     """Convert, compress, describe and save.
 
     Raises:
@@ -229,7 +229,7 @@ def write(source: Source, job: Job, path: Path) -> List[str]:
     """
     import_coremltools()
     try:
-        with silence(*LOGGERS):
+        with quiet(*LOGGERS):
             _save(_make(source, job), job, path)
     except OSError as error:
         raise ExportError(f'{path} cannot be written: {error.strerror or error}.') from error
@@ -261,7 +261,7 @@ def read(source: Source, job: Job, path: Path) -> Program:
 
 def evaluate(path: Path, job: Job) -> Program:
     """The same of a file that need not say what it is; its labels are those of a classifier alone."""
-    with silence(*LOGGERS):
+    with quiet(*LOGGERS):
         if job.format != 'mlmodel':  # ML Programs, those inside other formats too
             from .mil_evaluator import read_ml_program
             return read_ml_program(path).to_program()

@@ -6,9 +6,10 @@ parameters, weights, labels and shapes. It says nothing of Apple's kernels.
 How numbers are modelled: an operation takes the numbers its inputs hold, sums and intermediate values within it are
 float32, and its result is rounded to float16, to nearest, once. A device that sums in float16 is less exact than this.
 """
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ LARGEST_SUBNORMAL = HALF.smallest_normal - 2 ** -24
 SOFTMAX = ('softmax', 'softmaxND')
 KEEPING = ('cast', 'expandDims', 'expand_dims', 'flattenTo2D', 'identity', 'rankPreservingReshape', 'reshape',
            'reshapeStatic', 'squeeze')  # what may stand behind a last softmax: all its numbers, in their order
-Names = Union[str, List[str]]
+Names = str | list[str]
 
 
 class Mode(Enum):
@@ -79,13 +80,13 @@ class Step:
     name: str
     type: str
     make: Callable[[Mode], Callable[..., Any]]
-    inputs: Dict[str, Names]
-    outputs: List[str]
-    shapes: List[Optional[Sequence[int]]]
+    inputs: dict[str, Names]
+    outputs: list[str]
+    shapes: list[Sequence[int] | None]
     half: bool
     moves: bool = False
 
-    def list_inputs(self) -> List[str]:
+    def list_inputs(self) -> list[str]:
         return [name for names in self.inputs.values() for name in ([names] if isinstance(names, str) else names)]
 
     def __str__(self) -> str:
@@ -110,8 +111,8 @@ class Findings:
     """
 
     def __init__(self) -> None:
-        self.counts: Dict[str, _Count] = {}
-        self.largest: Tuple[float, str, bool] = (0., '', False)
+        self.counts: dict[str, _Count] = {}
+        self.largest: tuple[float, str, bool] = (0., '', False)
 
     def record(self, source: str, x: torch.Tensor, half: bool, nonzero: int, given: bool = False) -> None:
         """Look at the float32 numbers that an operation gave.
@@ -144,7 +145,7 @@ class Findings:
             count.subnormal += left - int(_flush(x).count_nonzero())
         return largest
 
-    def describe(self) -> List[str]:
+    def describe(self) -> list[str]:
         """Lines, the worst first: the largest magnitude; then for each operation how many numbers are not finite, as
         they came up, how many became 0, and how many are subnormal, by their share.
         """
@@ -173,11 +174,11 @@ class ImageInput:
         scale, shift: What the file does to pixels before the first operation: a number, and one per channel.
     """
     name: str
-    shape: Tuple[int, ...]
+    shape: tuple[int, ...]
     half: bool = False
     reverse_channels: bool = False
     scale: float = 1.
-    shift: Optional[torch.Tensor] = None
+    shift: torch.Tensor | None = None
 
     def prepare(self, images: torch.Tensor, mode: Mode) -> torch.Tensor:
         """What the first operation takes, in new memory."""
@@ -200,32 +201,32 @@ class Evaluator:
         shape_changes: A line for each reshape and transpose.
     """
     path: str
-    steps: List[Step]
-    constants: Dict[str, Weight]
+    steps: list[Step]
+    constants: dict[str, Weight]
     input: ImageInput
     output: str
-    labels: Optional[List[str]]
+    labels: list[str] | None
     reshaping: Sequence[str]
     findings: Findings = field(default_factory=Findings)
-    shape_changes: List[str] = field(default_factory=list)
+    shape_changes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._check_names()
         self._scores = self._find_scores()
-        self._logits: Optional[torch.Tensor] = None
+        self._logits: torch.Tensor | None = None
         self._last_uses = self._find_last_uses()
         self._functions = [step.make(Mode.ROUNDED) for step in self.steps]
         self._check_shapes()
 
     @property
-    def operations(self) -> Dict[str, int]:
+    def operations(self) -> dict[str, int]:
         """How many of each type, constants left out, the commonest first."""
-        counts: Dict[str, int] = {}
+        counts: dict[str, int] = {}
         for step in self.steps:
             counts[step.type] = counts.get(step.type, 0) + 1
         return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
-    def find(self) -> List[str]:
+    def find(self) -> list[str]:
         """Lines on the numbers that `run` met so far: the largest, and those that float16 cannot hold, worst first."""
         return self.findings.describe()
 
@@ -263,8 +264,8 @@ class Evaluator:
         return self._logits.reshape(self.input.shape[0], -1)
 
     @torch.inference_mode()
-    def _run(self, images: torch.Tensor, mode: Mode, findings: Optional[Findings] = None,
-             shape_changes: Optional[List[str]] = None) -> torch.Tensor:
+    def _run(self, images: torch.Tensor, mode: Mode, findings: Findings | None = None,
+             shape_changes: list[str] | None = None) -> torch.Tensor:
         """Run in one mode, and add to what is given."""
         if tuple(images.shape) != tuple(self.input.shape):
             raise ExportError(
@@ -286,7 +287,7 @@ class Evaluator:
         self._logits = values.get(self._scores)
         return values[self.output]
 
-    def _compute(self, step: Step, function: Callable[..., Any], inputs: Dict[str, Any]) -> List[torch.Tensor]:
+    def _compute(self, step: Step, function: Callable[..., Any], inputs: dict[str, Any]) -> list[torch.Tensor]:
         try:
             found = function(**inputs)
         except (RuntimeError, IndexError, TypeError, ValueError) as error:
@@ -311,14 +312,14 @@ class Evaluator:
             step = makers.get(next(iter(step.list_inputs()), ''))
         return next(iter(step.list_inputs()), '') if step is not None and step.type in SOFTMAX else ''
 
-    def _find_last_uses(self) -> List[List[str]]:
+    def _find_last_uses(self) -> list[list[str]]:
         """For each step, the values that no later one needs."""
-        last: Dict[str, int] = {}
+        last: dict[str, int] = {}
         for number, step in enumerate(self.steps):
             last.update(dict.fromkeys(step.list_inputs() + step.outputs, number))
         for name in (self.output, self._scores):
             last.pop(name, None)
-        uses: List[List[str]] = [[] for _ in self.steps]
+        uses: list[list[str]] = [[] for _ in self.steps]
         for name, number in last.items():
             uses[number].append(name)
         return uses
@@ -345,7 +346,7 @@ class Evaluator:
             raise ExportError(f'{self.path}: it has {len(self.labels)} labels for {result.shape[1]} classes.')
 
 
-def _finish(step: Step, x: torch.Tensor, mode: Mode, findings: Optional[Findings]) -> torch.Tensor:
+def _finish(step: Step, x: torch.Tensor, mode: Mode, findings: Findings | None) -> torch.Tensor:
     """What comes of a value that an operation computed: rounded as the mode wants, and written down."""
     rounds = step.half and mode is not Mode.EXACT
     nonzero = int(x.count_nonzero()) if rounds and findings is not None else 0
@@ -356,7 +357,7 @@ def _finish(step: Step, x: torch.Tensor, mode: Mode, findings: Optional[Findings
     return _flush(x) if step.half and mode is Mode.FLUSHED else x
 
 
-def _describe_change(step: Step, inputs: Dict[str, Any], results: List[torch.Tensor]) -> str:
+def _describe_change(step: Step, inputs: dict[str, Any], results: list[torch.Tensor]) -> str:
     before = next(iter(inputs.values()))
     before = before[0] if isinstance(before, list) else before
     return f'{step}: {tuple(before.shape)} -> {tuple(results[0].shape)}'

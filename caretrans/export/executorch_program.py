@@ -8,13 +8,13 @@ import tempfile
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 import torch
 
 from ..errors import ConfigError, ExportError
 from ..runtimes.onnx import split_batches
-from ..runtimes.quiet import silence
+from ..runtimes.quiet import quiet
 from ..runtimes.tracing import trace_network
 from .config import Job
 from .metadata import describe, read_class_names
@@ -69,10 +69,10 @@ def _make_partitioner(job: Job) -> Any:
         minimum_deployment_target=getattr(coremltools.target, job.target), compute_precision=precision))
 
 
-def write(source: Source, job: Job, path: Path) -> List[str]:
+def write(source: Source, job: Job, path: Path) -> list[str]:
     from executorch.exir import to_edge_transform_and_lower
     facts = json.dumps(describe(source, job)).encode()
-    with silence(''):
+    with quiet(''):
         program = _quantize(source, job) if job.precision == 'int8' else trace(source, job)
         lowered = to_edge_transform_and_lower(
             program, partitioner=[_make_partitioner(job)],
@@ -88,7 +88,7 @@ def _deserialize(path: Path) -> Any:
     return deserialize_pte_binary(path.read_bytes())
 
 
-def _count(content: Any) -> Tuple[Dict[str, int], int]:
+def _count(content: Any) -> tuple[dict[str, int], int]:
     """What the method 'forward' calls: operations outside of the delegates by type, and calls of delegates."""
     plan = next(plan for plan in content.program.execution_plan if plan.name == 'forward')
     calls = [step.instr_args for chain in plan.chains for step in chain.instructions]
@@ -107,7 +107,7 @@ def extract_package(path: Path, folder: Path) -> Path:
     kernels, delegates = _count(_deserialize(path))
     if kernels or delegates != 1:
         raise ValueError(f'{delegates} parts are for Core ML, and {sum(kernels.values())} operations for others.')
-    with silence(''):
+    with quiet(''):
         extracted, = extract_coreml_models(path.read_bytes(), folder)
     package = next(extracted.rglob('*.mlpackage'), None)
     if package is None:
@@ -120,7 +120,7 @@ def _load(content: bytes) -> Any:
     return Runtime.get().load_program(content)
 
 
-def _read_labels(program: Any) -> List[str]:
+def _read_labels(program: Any) -> list[str]:
     """Of any program of ours: the method that returns the metadata is computed by no delegate."""
     facts, = program.load_method(FACTS).execute([])
     return read_class_names(json.loads(bytes(facts.tolist())))

@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Dict, Tuple
 
 __all__ = ['FORMATS', 'Format', 'find_obstacle', 'list_versions']
 
@@ -31,14 +30,14 @@ class Format:
     name: str
     module: str
     suffix: str
-    precisions: Tuple[str, ...]
-    packages: Dict[str, str]
-    inputs: Tuple[str, ...] = ('tensor', 'image')
-    outputs: Tuple[str, ...] = ('logits', 'probabilities')
+    precisions: tuple[str, ...]
+    packages: dict[str, str]
+    inputs: tuple[str, ...] = ('tensor', 'image')
+    outputs: tuple[str, ...] = ('logits', 'probabilities')
     own_environment: bool = False
-    precision_packages: Dict[str, Dict[str, str]] = field(default_factory=dict)
+    precision_packages: dict[str, dict[str, str]] = field(default_factory=dict)
 
-    def get_packages(self, precision: str) -> Dict[str, str]:
+    def get_packages(self, precision: str) -> dict[str, str]:
         return {**self.packages, **self.precision_packages.get(precision, {})}
 
     def load_module(self) -> ModuleType:
@@ -50,7 +49,7 @@ _COREML = dict(
     outputs=('classes', 'logits', 'probabilities'), precisions=('fp16', 'fp32'))
 _ONNX = {'onnx': 'onnx', 'onnxscript': 'onnxscript'}
 
-FORMATS: Dict[str, Format] = {item.name: item for item in [
+FORMATS: dict[str, Format] = {item.name: item for item in [
     Format('mlpackage', 'coreml', '.mlpackage', **_COREML),
     Format('mlmodel', 'coreml', '.mlmodel', **_COREML),
     Format('onnx', 'onnx_program', '.onnx', ('fp32', 'int8'), {**_ONNX, 'onnxruntime': 'onnxruntime'}),
@@ -69,7 +68,7 @@ FORMATS: Dict[str, Format] = {item.name: item for item in [
 ]}
 
 
-def list_versions(item: Format, precision: str) -> Dict[str, str]:
+def list_versions(item: Format, precision: str) -> dict[str, str]:
     """{package: version installed} of torch and of what a format needs; without those that do not say theirs."""
     found = {}
     for package in ['torch', *item.get_packages(precision).values()]:
@@ -81,7 +80,7 @@ def list_versions(item: Format, precision: str) -> Dict[str, str]:
     return found
 
 
-def _read_pins() -> Dict[str, str]:
+def _read_pins() -> dict[str, str]:
     """{package: version} of the other environment; {} outside of the repository."""
     return dict(re.findall(r'^([\w-]+)==([^\s#]+)', PINS.read_text(), re.MULTILINE)) if PINS.is_file() else {}
 

@@ -3,14 +3,14 @@ import json
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import torch
 import torch.nn as nn
 
 from ..errors import ExportError
 from ..runtimes.onnx import split_batches
-from ..runtimes.quiet import silence
+from ..runtimes.quiet import quiet
 from .config import Job
 from .metadata import describe, read_class_names
 from .source import Source, build_network
@@ -34,7 +34,7 @@ class Named(nn.Module):
         self.network, self.output = network, output
         self.eval()
 
-    def forward(self, input_1: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(self, input_1: torch.Tensor) -> dict[str, torch.Tensor]:
         return {self.output: self.network(input_1)}
 
 
@@ -56,7 +56,7 @@ def _quantize(program: bytes, source: Source, job: Job) -> bytes:
     return bytes(tool.quantize(ranges).quantized_model)
 
 
-def _add_facts(program: bytes, facts: Dict[str, str]) -> bytes:
+def _add_facts(program: bytes, facts: dict[str, str]) -> bytes:
     """A program with metadata in its flatbuffer."""
     from ai_edge_litert import schema_py_generated as schema
     from ai_edge_litert.tools import flatbuffer_utils
@@ -70,9 +70,9 @@ def _add_facts(program: bytes, facts: Dict[str, str]) -> bytes:
     return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
 
 
-def write(source: Source, job: Job, path: Path) -> List[str]:
+def write(source: Source, job: Job, path: Path) -> list[str]:
     images = source.make_example(job)
-    with silence(''):
+    with quiet(''):
         import litert_torch
         network = Named(build_network(source, job), job.output)
         litert_torch.convert(network, sample_kwargs={INPUT: images}).export(str(path))
@@ -85,11 +85,11 @@ def write(source: Source, job: Job, path: Path) -> List[str]:
 
 # Reading --------------------------------------------------------------------------------------------------------------
 
-def _name_codes(schema: Any) -> Dict[int, str]:
+def _name_codes(schema: Any) -> dict[int, str]:
     return {number: name for name, number in vars(schema.BuiltinOperator).items() if isinstance(number, int)}
 
 
-def _read_facts(model: Any) -> Dict[str, str]:
+def _read_facts(model: Any) -> dict[str, str]:
     entry = next(entry for entry in model.metadata if entry.name in (FACTS, FACTS.encode()))
     return json.loads(bytes(model.buffers[entry.buffer].data))
 

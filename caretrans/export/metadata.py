@@ -1,7 +1,7 @@
 """What a program says of itself in its file: where it comes from, what made it, what goes in, what comes out."""
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Dict, List, Mapping
 
 import torch
 
@@ -18,7 +18,7 @@ SIDES = dict(  # by crop mode
     border='the longer side, the rest of a square in the mean colour')
 
 
-def _join(values: List[float]) -> str:
+def _join(values: list[float]) -> str:
     return ', '.join(f'{value:g}' for value in values)
 
 
@@ -34,7 +34,7 @@ def describe_input(source: Source, job: Job) -> str:
     return text + f'Normalise before the program, per channel in RGB order: {figures}.'
 
 
-def describe(source: Source, job: Job) -> Dict[str, str]:
+def describe(source: Source, job: Job) -> dict[str, str]:
     """Names and values for the metadata of a file, the same for every format.
 
     `class_names` is a list in JSON, `training_metrics` an object; packages are called as pip calls them, with versions.
@@ -57,7 +57,7 @@ def describe(source: Source, job: Job) -> Dict[str, str]:
     return facts
 
 
-def read_class_names(facts: Mapping[str, str]) -> List[str]:
+def read_class_names(facts: Mapping[str, str]) -> list[str]:
     """The labels that a file names.
 
     Raises:

@@ -4,9 +4,10 @@ The file is read by coremltools, which also decodes compressed weights and fills
 to their defaults, such as the epsilon of 1e-4 in `inverse`. Operations are computed here, as coremltools documents them
 (Model Intermediate Language, coremltools.converters.mil.mil.ops.defs).
 """
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ __all__ = ['OPERATIONS', 'read_ml_program']
 RESHAPING = ('reshape', 'transpose')
 MOVES = ('abs', 'clip', 'concat', 'expand_dims', 'identity', 'maximum', 'minimum', 'pad', 'relu', 'reshape', 'select',
          'slice_by_index', 'split', 'squeeze', 'transpose')  # of inputs in float16 they make numbers of float16
-Number = Union[torch.Tensor, float]
+Number = torch.Tensor | float
 
 
 # Operations -----------------------------------------------------------------------------------------------------------
@@ -31,7 +32,7 @@ def _pad_before(x: torch.Tensor, pad: Sequence[int], value: float = 0.) -> torch
     return F.pad(x, [size for pair in reversed(pairs) for size in pair], value=value) if any(pad) else x
 
 
-def _find_padding(pad_type: str, pad: Sequence[int], kernel: Sequence[int], strides: Sequence[int]) -> List[int]:
+def _find_padding(pad_type: str, pad: Sequence[int], kernel: Sequence[int], strides: Sequence[int]) -> list[int]:
     if pad_type == 'valid':
         return [0] * 2 * len(kernel)
     if pad_type == 'custom':
@@ -148,7 +149,7 @@ def sigmoid_hard(x, alpha=0.2, beta=0.5):
     return (x * alpha + beta).clamp(0, 1)
 
 
-OPERATIONS: Dict[str, Callable] = {
+OPERATIONS: dict[str, Callable] = {
     'abs': lambda x: x.abs(),
     'add': lambda x, y: x + y,
     'avg_pool': avg_pool,
@@ -207,7 +208,7 @@ OPERATIONS: Dict[str, Callable] = {
 
 # The file -------------------------------------------------------------------------------------------------------------
 
-def _load(path: Path) -> Tuple[Any, Any]:
+def _load(path: Path) -> tuple[Any, Any]:
     """Specification and program of a package."""
     from coremltools.converters.mil.frontend.milproto.load import load
     from coremltools.models.utils import load_spec
@@ -240,9 +241,9 @@ class _Reader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.findings = Findings()
-        self.decoded: Dict[str, Any] = {}
-        self.constants: Dict[str, Weight] = {}
-        self.steps: List[Step] = []
+        self.decoded: dict[str, Any] = {}
+        self.constants: dict[str, Weight] = {}
+        self.steps: list[Step] = []
 
     def is_constant(self, var: Any) -> bool:
         return var.op is not None and (var.op.op_type == 'const' or var.op.op_type.startswith('constexpr_'))
@@ -258,8 +259,8 @@ class _Reader:
             raise ExportError(
                 f'{self.path}: {op.name} is an operation {op.op_type!r}, which the evaluation does not know. Export '
                 'without it, or add it to caretrans/export/mil_evaluator.py.')
-        fixed: Dict[str, Any] = {}
-        inputs: Dict[str, Any] = {}
+        fixed: dict[str, Any] = {}
+        inputs: dict[str, Any] = {}
         for key, var in op.inputs.items():
             if isinstance(var, (list, tuple)):
                 inputs[key] = [item.name for item in var]
@@ -275,7 +276,7 @@ class _Reader:
             [_get_shape(var) for var in op.outputs], _is_half(op.outputs[0]), op.op_type in MOVES))
 
 
-def _bind(operation: Callable, fixed: Dict[str, Any]) -> Callable[[Mode], Callable]:
+def _bind(operation: Callable, fixed: dict[str, Any]) -> Callable[[Mode], Callable]:
     def make(mode: Mode) -> Callable:
         return partial(operation, **{
             key: value.take(mode) if isinstance(value, Weight) else value for key, value in fixed.items()})
@@ -286,7 +287,7 @@ def _is_half(var: Any) -> bool:
     return var.dtype.__name__ == 'fp16'
 
 
-def _get_shape(var: Any) -> Optional[List[int]]:
+def _get_shape(var: Any) -> list[int] | None:
     return [size if isinstance(size, (int, np.integer)) else -1 for size in var.shape]
 
 
@@ -309,7 +310,7 @@ def _read_input(path: Path, spec: Any, function: Any) -> ImageInput:
     return ImageInput(name, tuple(shape), _is_half(var), reverse)
 
 
-def read_ml_program(path: Union[str, Path]) -> Evaluator:
+def read_ml_program(path: str | Path) -> Evaluator:
     """Read a package that was saved, for evaluation on any system.
 
     Variables that the file declares as float16 are rounded to it after every operation, float32 ones are not.

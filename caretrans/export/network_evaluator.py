@@ -3,8 +3,9 @@
 Layers are computed as the specification of the format documents them (NeuralNetwork.proto of coremltools). The format
 does not say in which precision a device computes; phones take float16, for weights and for what layers hand on.
 """
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,7 +77,7 @@ def convolution(params: Any, decode: Decode) -> Layer:
 
 
 def _find_padding(params: Any, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
-                  ) -> List[Tuple[int, int]]:
+                  ) -> list[tuple[int, int]]:
     """(before, after) of height and width."""
     if params.WhichOneof('ConvolutionPaddingType') == 'valid':
         edges = [(edge.startEdgeSize, edge.endEdgeSize) for edge in params.valid.paddingAmounts.borderAmounts]
@@ -97,7 +98,7 @@ def pooling(params: Any, decode: Decode) -> Layer:
     return lambda x: x.mean(dim=(-2, -1), keepdim=True)
 
 
-ACTIVATIONS: Dict[str, Callable[[Any], Layer]] = {
+ACTIVATIONS: dict[str, Callable[[Any], Layer]] = {
     'ELU': lambda params: lambda x: F.elu(x, params.alpha),
     'ReLU': lambda params: lambda x: x.relu(),
     'leakyReLU': lambda params: lambda x: F.leaky_relu(x, params.alpha),
@@ -163,7 +164,7 @@ def layer_normalization(params: Any, decode: Decode) -> Layer:
     return lambda x: F.layer_norm(x, shape, gamma, beta, params.eps or 1e-5)
 
 
-UNARY: Dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
+UNARY: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
     'SQRT': lambda x, params: x.sqrt(),
     'RSQRT': lambda x, params: (x + (params.epsilon or 1e-6)).rsqrt(),
     'INVERSE': lambda x, params: 1 / (x + (params.epsilon or 1e-6)),
@@ -183,7 +184,7 @@ def unary(params: Any, decode: Decode) -> Layer:
     return lambda x: function(x * (params.scale or 1.) + params.shift, params)
 
 
-def _make_elementwise(combine: Callable[[torch.Tensor, Any], torch.Tensor], neutral: Optional[float] = None):
+def _make_elementwise(combine: Callable[[torch.Tensor, Any], torch.Tensor], neutral: float | None = None):
     """A layer of two or more inputs; of one, with the number `alpha` of the layer, where it has one."""
     def make(params: Any, decode: Decode) -> Layer:
         def compute(*tensors: torch.Tensor) -> torch.Tensor:
@@ -253,7 +254,7 @@ def reshape_preserving_rank(params: Any, decode: Decode) -> Layer:
         size if wanted == 0 else wanted for size, wanted in zip(x.shape, params.targetShape, strict=True)])
 
 
-LAYERS: Dict[str, Callable[[Any, Decode], Layer]] = {
+LAYERS: dict[str, Callable[[Any, Decode], Layer]] = {
     'activation': activation,
     'add': _make_elementwise(torch.add, neutral=0.),
     'addBroadcastable': _make_elementwise(torch.add),
@@ -317,8 +318,8 @@ class _Reader:
     def __init__(self, path: Path, half: bool) -> None:
         self.path, self.half = path, half
         self.findings = Findings()
-        self.constants: Dict[str, Weight] = {}
-        self.steps: List[Step] = []
+        self.constants: dict[str, Weight] = {}
+        self.steps: list[Step] = []
 
     def decode(self, source: str, weights: Any, shape: Sequence[int]) -> Weight:
         weight = Weight(decode_weights(weights, shape), self.half)
@@ -351,7 +352,7 @@ class _Reader:
         Raises:
             ValueError: The layer is not modelled, or its weights do not fit.
         """
-        weights: List[Weight] = []
+        weights: list[Weight] = []
 
         def decode_first(values: Any, shape: Sequence[int]) -> torch.Tensor:
             weights.append(self.decode(source, values, shape))
@@ -366,7 +367,7 @@ class _Reader:
         return make
 
 
-def _read_preprocessing(network: Any, name: str, reverse: bool) -> Tuple[float, Optional[torch.Tensor]]:
+def _read_preprocessing(network: Any, name: str, reverse: bool) -> tuple[float, torch.Tensor | None]:
     """Scale and shift of the pixels of an image."""
     for item in network.preprocessing:
         if item.featureName not in ('', name):
@@ -395,7 +396,7 @@ def _read_input(path: Path, spec: Any, network: Any, half: bool) -> ImageInput:
     return ImageInput(feature.name, shape, half)
 
 
-def read_network(path: Union[str, Path], half: bool = True) -> Evaluator:
+def read_network(path: str | Path, half: bool = True) -> Evaluator:
     """Read a neural network that was saved, for evaluation on any system.
 
     Args:

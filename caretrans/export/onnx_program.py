@@ -4,7 +4,7 @@ ONNX Runtime is told not to report its use to its makers.
 """
 from collections import Counter
 from pathlib import Path
-from typing import Any, List, Tuple
+from typing import Any
 
 import torch
 
@@ -38,7 +38,7 @@ def _name_axes(model: Any) -> None:
                 dim.ClearField('dim_param')  # arithmetic on the tracer's numbers
 
 
-def _make_model(source: Source, job: Job) -> Tuple[Any, str]:
+def _make_model(source: Source, job: Job) -> tuple[Any, str]:
     """The network of a job in float32, for any number of images of any size where that can be, and a remark on that."""
     program, remark = trace_any_size(build_network(source, job), source.make_example(job))
     model = convert(program, job.output)
@@ -50,7 +50,7 @@ def _make_model(source: Source, job: Job) -> Tuple[Any, str]:
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
-def write(source: Source, job: Job, path: Path) -> List[str]:
+def write(source: Source, job: Job, path: Path) -> list[str]:
     import onnx
     model, remark = _make_model(source, job)
     if job.precision == 'int8':
@@ -63,7 +63,7 @@ def write(source: Source, job: Job, path: Path) -> List[str]:
     return [f'opset {OPSET}', remark or ANY_SIZE]
 
 
-def _list_shape_changes(model: Any) -> List[str]:
+def _list_shape_changes(model: Any) -> list[str]:
     """Of tensors, not of the shapes themselves, which are integers."""
     types = {value.name: value.type.tensor_type for value in [*model.graph.value_info, *model.graph.output]}
     lines = []

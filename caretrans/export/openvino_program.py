@@ -6,7 +6,6 @@ to.
 import json
 from collections import Counter
 from pathlib import Path
-from typing import List
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ import torch
 from ..errors import ExportError
 from ..runtimes.onnx import convert, split_batches
 from ..runtimes.openvino import compile_model, get_core, make_model, quantize
-from ..runtimes.quiet import silence
+from ..runtimes.quiet import quiet
 from .config import Job
 from .metadata import describe, read_class_names
 from .source import Source
@@ -28,11 +27,11 @@ SHAPE_CHANGES = ('Reshape', 'Transpose', 'Unsqueeze', 'Squeeze', 'Broadcast')
 NO_OPERATIONS = ('Constant', 'Parameter', 'Result')
 
 
-def write(source: Source, job: Job, path: Path) -> List[str]:
+def write(source: Source, job: Job, path: Path) -> list[str]:
     import openvino
     model = make_model(convert(trace(source, job), job.output).SerializeToString())
     if job.precision == 'int8':
-        with silence(''):
+        with quiet(''):
             model = quantize(model, split_batches(source.make_calibration(job), job.batch))
     path.mkdir(parents=True, exist_ok=True)
     openvino.save_model(model, str(path / MODEL), compress_to_fp16=job.precision == 'fp16')

@@ -3,9 +3,9 @@ import csv
 import datetime
 import io
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Dict, List, Tuple
 
 from ..errors import ResultsError
 from ..measure.tables import format_table
@@ -73,7 +73,7 @@ class Column:
 _SOME_TEXT = _match(r'\S(.*\S)?', 'some text')
 _VERSION = r'\d+(\.\d+){0,2}'
 
-COLUMNS: Tuple[Column, ...] = (
+COLUMNS: tuple[Column, ...] = (
     Column('date', 'day of the measurement, YYYY-MM-DD', _read_date),
     Column('reporter', 'who measured', _SOME_TEXT),
     Column('device', 'as Apple calls it, e.g. iPhone 15 Pro', _match(
@@ -107,7 +107,7 @@ SHOWN = ('model', 'size', 'format', 'precision', 'compress', 'form', 'device', '
          'statistic', 'runs', 'tool', 'date', 'reporter')
 
 
-def check_row(row: Dict[str, str]) -> None:
+def check_row(row: dict[str, str]) -> None:
     """Whether each cell of a row holds what it may, and whether they fit together.
 
     Raises:
@@ -130,7 +130,7 @@ def check_row(row: Dict[str, str]) -> None:
             f'target is {row["target"]!r} with format {row["format"]}: an mlpackage has one, an mlmodel has none.')
 
 
-def _check_names(names: List[str]) -> None:
+def _check_names(names: list[str]) -> None:
     wanted = [column.name for column in COLUMNS]
     if names != wanted:
         missing, unknown = [n for n in wanted if n not in names], [n for n in names if n not in wanted]
@@ -140,13 +140,13 @@ def _check_names(names: List[str]) -> None:
             + (f'; {", ".join(unknown)} unknown' if unknown else '') + '.')
 
 
-def read_results(path: Path) -> List[Dict[str, str]]:
+def read_results(path: Path) -> list[dict[str, str]]:
     """The rows of a file, each checked.
 
     Raises:
         ResultsError: The file cannot be read or holds a mistake; the message names the line.
     """
-    rows: List[Dict[str, str]] = []
+    rows: list[dict[str, str]] = []
     try:
         with open(path, newline='', encoding='utf-8') as file:
             reader = csv.reader(file, strict=True)
@@ -169,7 +169,7 @@ def read_results(path: Path) -> List[Dict[str, str]]:
     return rows
 
 
-def format_row(row: Dict[str, str]) -> str:
+def format_row(row: dict[str, str]) -> str:
     """A row as a line of the file, checked; columns that are left out are empty.
 
     Raises:
@@ -185,13 +185,13 @@ def format_row(row: Dict[str, str]) -> str:
     return line.getvalue()
 
 
-def describe_results(rows: List[Dict[str, str]]) -> List[str]:
+def describe_results(rows: list[dict[str, str]]) -> list[str]:
     """Lines of a Markdown table, the fastest of each model first."""
     ordered = sorted(rows, key=lambda row: (row['model'], row['size'], float(row['latency_ms'])))
     return format_table(SHOWN, [[row[name].replace('|', r'\|') for name in SHOWN] for row in ordered], markdown=True)
 
 
-def make_row(facts: Dict[str, str], measured: Dict[str, str]) -> Dict[str, str]:
+def make_row(facts: dict[str, str], measured: dict[str, str]) -> dict[str, str]:
     """A row of what a program says of itself (`coreml.read_facts`) and what was measured of it."""
     own = {column.name: facts[column.name] for column in COLUMNS if column.name in facts}
     return {**own, 'version': facts['caretrans'], **measured}

@@ -1,5 +1,6 @@
 """What an export says to people."""
-from typing import Any, Dict, Iterator, Optional, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from ..measure.tables import format_table
 from ..models.attention import EPS
@@ -57,7 +58,7 @@ def _describe_details(item: Export) -> Iterator[str]:
         yield f'  and {len(findings) - MOST} lines more in {item.path}.json'
 
 
-def _describe_departure(least: Optional[float]) -> Iterator[str]:
+def _describe_departure(least: float | None) -> Iterator[str]:
     if least is not None:
         share = EPS / least
         warning = 'WARNING: that may matter. ' if share > 1e-3 else ''
@@ -65,7 +66,7 @@ def _describe_departure(least: Optional[float]) -> Iterator[str]:
                f'is {least:.2g} at least on these photographs: up to {100 * share:.2g} % of an output of the attention')
 
 
-def describe_exports(facts: Dict[str, Any], exports: Sequence[Export]) -> Iterator[str]:
+def describe_exports(facts: dict[str, Any], exports: Sequence[Export]) -> Iterator[str]:
     """Lines about what `run.export` returns: a table, then the details of each program."""
     digest = f' (SHA-256 {facts["sha256"]})' if facts['sha256'] else ''
     yield f'{facts["model"]}, weights: {facts["weights"]}{digest}'

@@ -5,10 +5,11 @@ import math
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, TextIO, Tuple
+from typing import Any, TextIO
 
 import torch
 
@@ -44,14 +45,14 @@ class Export:
     path: Path
     mib: float = 0.
     seconds: float = 0.
-    program: Optional[Program] = None
-    verification: Optional[Verification] = None
-    latency: Optional[Dict[str, Any]] = None
-    core_ml: Optional[Examination] = None
-    notes: List[str] = field(default_factory=list)
+    program: Program | None = None
+    verification: Verification | None = None
+    latency: dict[str, Any] | None = None
+    core_ml: Examination | None = None
+    notes: list[str] = field(default_factory=list)
     failure: str = ''
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
         program = self.program
         facts = dict(
@@ -115,7 +116,7 @@ def _replace(new: Path, target: Path) -> None:
         raise
 
 
-def _time(source: Source, job: Job, program: Program) -> Dict[str, Any]:
+def _time(source: Source, job: Job, program: Program) -> dict[str, Any]:
     """Milliseconds of a program and of the network as trained, eager, interleaved in one process."""
     images = source.make_example(job)
     eager = source.normalise(torch.zeros_like(images, dtype=torch.uint8)) if job.input == 'image' else images
@@ -184,7 +185,7 @@ def _check_channels(source: Source, jobs: Sequence[Job]) -> None:
             f'--input image: {source.name} takes {channels} channels, an RGB image has 3. Take --input tensor.')
 
 
-def _list_versions(jobs: Sequence[Job]) -> Dict[str, str]:
+def _list_versions(jobs: Sequence[Job]) -> dict[str, str]:
     """Of PyTorch, and of what writes and runs the programs."""
     found = list_versions(['timm', 'numpy'])
     for job in jobs:
@@ -201,14 +202,14 @@ def _drop_infinite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write_report(facts: Dict[str, Any], item: Export) -> None:
+def _write_report(facts: dict[str, Any], item: Export) -> None:
     """As JSON beside a program that was kept."""
     if not item.failure:
         report = json.dumps({**facts, **item.to_dict()}, indent=2, allow_nan=False)
         Path(f'{item.path}.json').write_text(report + '\n')
 
 
-def export(config: ExportConfig, stream: Optional[TextIO] = None) -> Tuple[Dict[str, Any], List[Export]]:
+def export(config: ExportConfig, stream: TextIO | None = None) -> tuple[dict[str, Any], list[Export]]:
     """Write and prove all programs of a config; what fails leaves nothing behind, and the others go on.
 
     Args:

@@ -2,9 +2,10 @@
 import copy
 import hashlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any
 
 import timm
 import torch
@@ -15,8 +16,8 @@ from ..checkpoint.preparation import resolve_eval_config
 from ..data.datasets import describe_classes, list_classes, open_dataset
 from ..errors import CheckpointError, ConfigError, DataError
 from ..evaluation.evaluate import load_for_evaluation
-from ..fuse import rewrite
-from ..measure.sample_network import PHOTOGRAPHS, enliven, load_photographs
+from ..fuse import to_form
+from ..measure.sample_network import SAMPLE_IMAGES, randomize, load_sample_images
 from ..models.folding import fold_pixels
 from ..models.inference.care_phone import watch_least_mass
 from .config import ExportConfig, Job
@@ -42,15 +43,15 @@ class Source:
     """
     name: str
     model: nn.Module
-    eval_config: Dict[str, Any]
-    class_names: List[str]
+    eval_config: dict[str, Any]
+    class_names: list[str]
     checkpoint: str = ''
     sha256: str = ''
     accuracy: str = ''
-    meta: Dict[str, Any] = field(default_factory=dict, repr=False)
+    meta: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
-    def size(self) -> Tuple[int, int]:
+    def size(self) -> tuple[int, int]:
         return tuple(self.eval_config['input_size'][1:])
 
     def normalise(self, pixels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -73,15 +74,15 @@ class Source:
 
     def _take_pixels(self, job: Job, count: int) -> torch.Tensor:
         prepared = dict(self.eval_config, input_size=(self.eval_config['input_size'][0], *job.size))
-        if not PHOTOGRAPHS.is_dir():
+        if not SAMPLE_IMAGES.is_dir():
             generator = torch.Generator().manual_seed(0)
             return torch.randint(256, (count, *prepared['input_size']), dtype=torch.uint8, generator=generator)
-        dataset = open_dataset(str(PHOTOGRAPHS), 'train')
+        dataset = open_dataset(str(SAMPLE_IMAGES), 'train')
         dataset.transform = create_transform(**prepared, is_training=False, use_prefetcher=True)
         return torch.stack([torch.as_tensor(dataset[i * len(dataset) // count][0]) for i in range(count)])
 
 
-def _name_classes(config: ExportConfig, count: int, own: Optional[List[str]] = None) -> List[str]:
+def _name_classes(config: ExportConfig, count: int, own: list[str] | None = None) -> list[str]:
     """The labels of a file, if one was given, else those of the checkpoint, else ImageNet's or numbers."""
     if not config.labels:
         names = describe_classes(own, count)
@@ -97,7 +98,7 @@ def _name_classes(config: ExportConfig, count: int, own: Optional[List[str]] = N
     return _make_distinct(names)
 
 
-def _make_distinct(names: List[str]) -> List[str]:
+def _make_distinct(names: list[str]) -> list[str]:
     """Names with the number of the class where several share one: Core ML gives probabilities by name.
 
     Of ImageNet's classes two are cranes, the bird and the machine.
@@ -125,9 +126,9 @@ def load_source(config: ExportConfig) -> Source:
     model = timm.create_model(config.model).eval()
     eval_config = resolve_eval_config(model)
     size = tuple(eval_config['input_size'][1:])
-    images = load_photographs(model, size, 8)
+    images = load_sample_images(model, size, 8)
     noise = torch.randn(8, model.in_chans, *size, generator=torch.Generator().manual_seed(0))
-    enliven(model, noise if images is None else images)
+    randomize(model, noise if images is None else images)
     return Source(config.model, model, eval_config, _name_classes(config, model.num_classes))
 
 
@@ -139,7 +140,7 @@ class Normalisation(nn.Conv2d):
     A convolution, in which converters have nothing to change: they make a BatchNorm with an eps of two operations.
     """
 
-    def __init__(self, mean: List[float], std: List[float]) -> None:
+    def __init__(self, mean: list[float], std: list[float]) -> None:
         super().__init__(len(mean), len(mean), 1, groups=len(mean))
         mean, std = (torch.tensor(values, dtype=torch.float64) for values in (mean, std))
         with torch.no_grad():
@@ -173,7 +174,7 @@ def build_network(source: Source, job: Job) -> ExportedNetwork:
     The normalisation goes into the first convolution where that does not pad; else it stands before it. In float16 its
     weights would be too small for pixels up to 255, which are made smaller first.
     """
-    network = rewrite(source.model, job.get_form())
+    network = to_form(source.model, job.get_form())
     prepare: nn.Module = nn.Identity()
     if job.input == 'image':
         mean, std = source.eval_config['mean'], source.eval_config['std']
@@ -204,8 +205,8 @@ class Cases:
     name: str
     pixels: torch.Tensor
     logits: torch.Tensor
-    labels: Optional[torch.Tensor] = None
-    least_mass: Optional[float] = None
+    labels: torch.Tensor | None = None
+    least_mass: float | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -230,7 +231,7 @@ class Cases:
             yield self.pixels[chosen]
 
 
-def _compute_reference(source: Source, pixels: torch.Tensor) -> Tuple[torch.Tensor, List[float]]:
+def _compute_reference(source: Source, pixels: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
     """Logits in float64, and the denominators of the attention."""
     model = copy.deepcopy(source.model).double()
     try:
@@ -243,7 +244,7 @@ def _compute_reference(source: Source, pixels: torch.Tensor) -> Tuple[torch.Tens
 
 
 @torch.no_grad()
-def load_cases(source: Source, size: Tuple[int, int], data: str = '', count: Optional[int] = None) -> Cases:
+def load_cases(source: Source, size: tuple[int, int], data: str = '', count: int | None = None) -> Cases:
     """Evenly spaced validation photographs, the bundled ones if no folder is named, and their float64 logits.
 
     Args:
@@ -252,7 +253,7 @@ def load_cases(source: Source, size: Tuple[int, int], data: str = '', count: Opt
         DataError: There are no photographs there.
         ConfigError: The network does not take images of this size.
     """
-    folder = data or str(PHOTOGRAPHS)
+    folder = data or str(SAMPLE_IMAGES)
     if not Path(folder).is_dir():
         raise DataError(f'No photographs at {folder}: name a folder with val/CLASS/*.jpg by --data.')
     dataset = open_dataset(folder, 'val')

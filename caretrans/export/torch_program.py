@@ -2,7 +2,6 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import List
 
 import torch
 
@@ -26,7 +25,7 @@ def trace(source: Source, job: Job) -> torch.export.ExportedProgram:
     return trace_network(build_network(source, job), source.make_example(job))
 
 
-def write(source: Source, job: Job, path: Path) -> List[str]:
+def write(source: Source, job: Job, path: Path) -> list[str]:
     program, remark = trace_any_size(build_network(source, job), source.make_example(job))
     torch.export.save(program, path, extra_files={FACTS: json.dumps(describe(source, job))})
     return [remark or ANY_SIZE]

@@ -1,7 +1,8 @@
 """Prove that a program computes what PyTorch computes, on photographs, before it is shipped."""
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Optional
 
 import torch
 import torch.nn as nn
@@ -46,15 +47,15 @@ class Program:
     """
     run: Run
     runner: str
-    labels: Optional[List[str]] = None
-    operations: Dict[str, int] = field(default_factory=dict)
-    shape_changes: List[str] = field(default_factory=list)
-    run_exact: Optional[Run] = None
-    run_flushed: Optional[Run] = None
-    get_logits: Optional[Callable[[], torch.Tensor]] = None
-    find: Callable[[], List[str]] = list
+    labels: list[str] | None = None
+    operations: dict[str, int] = field(default_factory=dict)
+    shape_changes: list[str] = field(default_factory=list)
+    run_exact: Run | None = None
+    run_flushed: Run | None = None
+    get_logits: Callable[[], torch.Tensor] | None = None
+    find: Callable[[], list[str]] = list
     timed: bool = True
-    notes: List[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -82,11 +83,11 @@ class Verification:
     top5_agreement: float
     floor: float
     compared: str = 'logits'
-    exact_error: Optional[float] = None
-    flushed_error: Optional[float] = None
-    top1: Optional[float] = None
-    top1_expected: Optional[float] = None
-    findings: List[str] = field(default_factory=list)
+    exact_error: float | None = None
+    flushed_error: float | None = None
+    top1: float | None = None
+    top1_expected: float | None = None
+    findings: list[str] = field(default_factory=list)
 
 
 def _check_labels(source: Source, job: Job, program: Program, path: Any) -> None:
@@ -104,7 +105,7 @@ def _check_labels(source: Source, job: Job, program: Program, path: Any) -> None
 
 def compute(
         source: Source, job: Job, program: Program, cases: Cases, report: Callable[[int], Any],
-) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What a program makes of all photographs, and the logits behind it where they can be seen: (n, classes) float64.
 
     Args:
@@ -122,7 +123,7 @@ def compute(
 
 
 def compare(
-        outputs: torch.Tensor, cases: Cases, job: Job, logits: Optional[torch.Tensor] = None) -> Verification:
+        outputs: torch.Tensor, cases: Cases, job: Job, logits: torch.Tensor | None = None) -> Verification:
     """Figures of outputs (n, classes) against those of the network, errors of the logits where they are known."""
     if job.output == 'logits':
         logits = outputs
@@ -152,7 +153,7 @@ def _compute_logits(run: Run, source: Source, job: Job, program: Program, cases:
 
 
 @torch.no_grad()
-def _compute_rounded(source: Source, job: Job, cases: Cases) -> Optional[torch.Tensor]:
+def _compute_rounded(source: Source, job: Job, cases: Cases) -> torch.Tensor | None:
     """Logits, in float64, of the exported network with its weights in the precision of the file.
 
     None where those are not known: converters fold BatchNorms that are left into convolutions, and round after that.

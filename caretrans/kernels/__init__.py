@@ -8,8 +8,9 @@ Every call looks where its input lies: on the CPU, in float64 and wherever Trito
 Run a network once before its calls are captured in a CUDA graph: the first call of a size compiles and tunes kernels.
 """
 from collections import Counter
+from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import List, NamedTuple, Sequence, Union
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -30,7 +31,7 @@ class Placement(NamedTuple):
     reason: str
 
 
-def why_unavailable(device: Union[str, torch.device]) -> str:
+def why_unavailable(device: str | torch.device) -> str:
     """Why the kernels cannot run on `device`, in one line; '' if they can."""
     device = torch.device(device)
     if find_spec('triton') is None:
@@ -47,12 +48,12 @@ def why_unavailable(device: Union[str, torch.device]) -> str:
     return ''
 
 
-def available(device: Union[str, torch.device]) -> bool:
+def available(device: str | torch.device) -> bool:
     """Whether the kernels can run on `device`; `why_unavailable` says why not."""
     return not why_unavailable(device)
 
 
-def use_kernels(model: nn.Module, parts: Sequence[str] = ('mixer', 'attention')) -> List[Placement]:
+def use_kernels(model: nn.Module, parts: Sequence[str] = ('mixer', 'attention')) -> list[Placement]:
     """Let the modules of `model` run as Triton kernels, in place; those of other `parts` go back to PyTorch.
 
     Args:
@@ -71,7 +72,7 @@ def use_kernels(model: nn.Module, parts: Sequence[str] = ('mixer', 'attention'))
         raise ValueError(f'Unknown parts {", ".join(unknown)}: choose from {", ".join(PARTS)}.')
     tensor = next(model.parameters(), None)
     reason = why_unavailable('cpu' if tensor is None else tensor.device)
-    placements: List[Placement] = []
+    placements: list[Placement] = []
     within = set()  # of mixers with kernels, which call nothing of their attention but its projection
     for name, module in model.named_modules():
         if module in within:
@@ -83,7 +84,7 @@ def use_kernels(model: nn.Module, parts: Sequence[str] = ('mixer', 'attention'))
     return placements
 
 
-def describe_placements(placements: Sequence[Placement]) -> List[str]:
+def describe_placements(placements: Sequence[Placement]) -> list[str]:
     """A line for each part, where it runs and why, e.g. '12 x mixer: triton'; none for parts not asked for."""
     counts = Counter(
         (placement.part, placement.runs, placement.reason) for placement in placements
@@ -97,7 +98,7 @@ def _restore(module: nn.Module) -> None:
         module.__class__ = type(module).torch_class
 
 
-def _place(name: str, module: nn.Module, parts: Sequence[str], reason: str) -> List[Placement]:
+def _place(name: str, module: nn.Module, parts: Sequence[str], reason: str) -> list[Placement]:
     _restore(module)
     kernel_class = KERNEL_MODULES.get(type(module))
     if kernel_class is None:

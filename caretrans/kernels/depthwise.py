@@ -7,7 +7,7 @@ belong; a program takes some channels of one slice and some positions of one sam
 
 `convolve_in_torch` is the slow and obvious version that the tests compare with.
 """
-from typing import List, Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +26,9 @@ PROGRAMS = 512  # of weight gradients; enough to fill a large GPU
 
 
 def convolve_in_torch(
-        x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[Optional[torch.Tensor]]) -> torch.Tensor:
+        x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> torch.Tensor:
     """Slices of `x` (B, C, H, W), each convolved on its own: see `convolve_into` for weights and biases."""
-    def convolve(part: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+    def convolve(part: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.conv2d(part, weight, bias, padding=(weight.shape[2] // 2, weight.shape[3] // 2), groups=len(weight))
 
     convs = list(zip(weights, biases, strict=True))
@@ -60,7 +60,7 @@ def _add_taps(
     return acc
 
 
-def _fitting_tiles(configs: List[triton.Config], named_args) -> List[triton.Config]:
+def _fitting_tiles(configs: list[triton.Config], named_args) -> list[triton.Config]:
     """The tiles for the layout of the input: one channel at a time unless channels lie next to each other."""
     return [config for config in configs if (config.kwargs['BLOCK_C'] > 1) == (named_args['x_c'] == 1)]
 
@@ -101,7 +101,7 @@ def _convolve(
     tl.store(out, acc.to(out.dtype.element_ty), mask=(p < H * W)[:, None] & (c < chs)[None, :])
 
 
-def _four(weights: Sequence[torch.Tensor]) -> List[torch.Tensor]:
+def _four(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Parameters of 11x1, 1x11, 3x3 and 7x7; where there are no strips something stands in for theirs, unread."""
     return [weight.contiguous() for weight in (*weights[:2], *weights[-2:])]
 
@@ -109,7 +109,7 @@ def _four(weights: Sequence[torch.Tensor]) -> List[torch.Tensor]:
 @on_its_device
 def convolve_into(
         x: torch.Tensor, out: torch.Tensor, weights: Sequence[torch.Tensor],
-        biases: Optional[Sequence[torch.Tensor]], transposed: bool = False) -> None:
+        biases: Sequence[torch.Tensor] | None, transposed: bool = False) -> None:
     """Convolve slices of the channels of `x` (B, C, H, W) into `out`, of the same shape; any strides, no copies.
 
     Args:
@@ -196,7 +196,7 @@ def _weight_gradients(
 
 @on_its_device
 def sum_weight_gradients(
-        x: torch.Tensor, grad: torch.Tensor, weights: Sequence[torch.Tensor]) -> List[torch.Tensor]:
+        x: torch.Tensor, grad: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Gradients of `weights`, then of the biases, of `convolve_into`, given that of its output (B, C, H, W).
 
     The positions of the batch are split over programs by the shapes alone and their sums added in order, so that the

@@ -8,7 +8,7 @@ tiles one after the other, so that all scratch areas together stay small.
 What it saves in memory traffic it pays in expanding the margins again, BLOCK_P + 2W + 2 positions instead of BLOCK_P:
 whether it wins depends on the GPU and the size of the map. `expand_in_torch` is the slow and obvious version.
 """
-from typing import Any, Dict, List
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +68,7 @@ def _convolve_positions(
     return acc
 
 
-def _fitting_tiles(configs: List[triton.Config], named_args) -> List[triton.Config]:
+def _fitting_tiles(configs: list[triton.Config], named_args) -> list[triton.Config]:
     """No tiles of more than twice the positions of the map."""
     positions = named_args['H'] * named_args['W']
     return [config for config in configs if config.kwargs['BLOCK_P'] < 2 * positions or config.kwargs['BLOCK_P'] == 64]
@@ -138,7 +138,7 @@ def expand(
     return out
 
 
-def _types(out: torch.Tensor) -> Dict[str, Any]:
+def _types(out: torch.Tensor) -> dict[str, Any]:
     dtype = TRITON_DTYPES[out.dtype]
     factor = tl.float32 if INTERPRETED and dtype == tl.bfloat16 else dtype  # it multiplies the bits of bfloat16 numbers
     return dict(accumulation_types(out), DTYPE=dtype, FACTOR=factor)

@@ -1,8 +1,9 @@
 """What all Triton kernels here share: where they run, the type they sum in, and how they are tuned."""
 import math
 import os
+from collections.abc import Callable
 from functools import partial, wraps
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +16,7 @@ __all__ = [
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'  # Triton's interpreter: the kernels run on the CPU, slowly
 
 
-def accumulation_types(x: torch.Tensor) -> Dict[str, Any]:
+def accumulation_types(x: torch.Tensor) -> dict[str, Any]:
     """The arguments ACC and PRECISION of a kernel that computes with `x`: sums are float32, or float64 for float64.
 
     Matrix products of float32 numbers are TF32 products only where that is lost in the rounding of a bfloat16 result
@@ -42,7 +43,7 @@ def is_channels_last(x: torch.Tensor) -> bool:
     return x.stride(1) == 1
 
 
-def strides_in_units(*maps: torch.Tensor) -> Tuple[int, List[Tuple[int, ...]]]:
+def strides_in_units(*maps: torch.Tensor) -> tuple[int, list[tuple[int, ...]]]:
     """(unit, strides of each map): the strides of samples, rows and columns are given in this unit.
 
     The compiler loads 16 bytes at a time where it knows that addresses are multiples of them; of a number that it is
@@ -55,7 +56,7 @@ def strides_in_units(*maps: torch.Tensor) -> Tuple[int, List[Tuple[int, ...]]]:
     return unit, [(b // unit, x.stride(1), h // unit, w // unit) for x, (b, h, w) in zip(maps, steps, strict=True)]
 
 
-def empty_map(like: torch.Tensor, chs: int, dtype: Optional[torch.dtype] = None) -> torch.Tensor:
+def empty_map(like: torch.Tensor, chs: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """An uninitialised dense map (B, chs, H, W) with the layout, device and dtype of the map `like`, maybe a slice."""
     return torch.empty(
         (like.shape[0], chs, *like.shape[2:]), dtype=dtype or like.dtype, device=like.device,
@@ -71,7 +72,7 @@ def on_its_device(function: Callable) -> Callable:
     return launch
 
 
-def tuned(configs: List[triton.Config], key: List[str], fitting: Callable[..., List[triton.Config]]):
+def tuned(configs: list[triton.Config], key: list[str], fitting: Callable[..., list[triton.Config]]):
     """`triton.autotune` over `configs`, once per process and per value of the arguments `key`.
 
     Only for kernels that sum each output in one order whatever the tile, so that results do not depend on the choice.
@@ -80,11 +81,11 @@ def tuned(configs: List[triton.Config], key: List[str], fitting: Callable[..., L
     if INTERPRETED:
         return triton.heuristics({name: partial(_get, value) for name, value in configs[0].kwargs.items()})
 
-    def prune(configs: List[triton.Config], named_args, **kwargs) -> List[triton.Config]:
+    def prune(configs: list[triton.Config], named_args, **kwargs) -> list[triton.Config]:
         return fitting(configs, named_args)
 
     return triton.autotune(configs, key=key, prune_configs_by=dict(early_config_prune=prune))
 
 
-def _get(value: int, arguments: Dict[str, Any]) -> int:
+def _get(value: int, arguments: dict[str, Any]) -> int:
     return value

@@ -12,7 +12,7 @@ split depends on the shapes alone, so the order of all sums does, and results re
 A rotary position code is given to the kernels as its table and the strides of that, or as five times None: Triton
 compiles a kernel without it then.
 """
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import torch
 import triton
@@ -251,14 +251,14 @@ def _backward(
 
 # Launches -------------------------------------------------------------------------------------------------------------
 
-def split_positions(num_heads: int, num_positions: int) -> Tuple[int, int]:
+def split_positions(num_heads: int, num_positions: int) -> tuple[int, int]:
     """(programs per head, positions of each), from the shapes alone: see the module."""
     wanted = triton.cdiv(PROGRAMS, num_heads)
     splits = max(1, min(wanted, num_positions // POSITIONS_OF_A_PROGRAM))
     return splits, triton.cdiv(num_positions, splits)
 
 
-def _arguments(k: torch.Tensor, v: torch.Tensor, eps: float) -> Tuple[int, Dict[str, Any]]:
+def _arguments(k: torch.Tensor, v: torch.Tensor, eps: float) -> tuple[int, dict[str, Any]]:
     """The number of programs per head, and what both kernels are told."""
     heads, chs, num_positions = k.shape[1:]
     splits, per_split = split_positions(k.shape[0] * heads, num_positions)
@@ -268,7 +268,7 @@ def _arguments(k: torch.Tensor, v: torch.Tensor, eps: float) -> Tuple[int, Dict[
         BLOCK_D=block_d, BLOCK_E=block_e, **accumulation_types(v))
 
 
-def _tile(arguments: Dict[str, Any], backward: bool) -> Dict[str, int]:
+def _tile(arguments: dict[str, Any], backward: bool) -> dict[str, int]:
     """The largest tile whose registers do not spill on an NVIDIA GPU of 64 K registers, by the compiler's report."""
     width = max(arguments['BLOCK_D'], arguments['BLOCK_E'])
     if backward:
@@ -276,7 +276,7 @@ def _tile(arguments: Dict[str, Any], backward: bool) -> Dict[str, int]:
     return dict(BLOCK_N=64 if width == 16 else 32, num_warps=4 if width <= 32 else 8)
 
 
-def _empty_sums(splits: int, k: torch.Tensor, v: torch.Tensor) -> List[torch.Tensor]:
+def _empty_sums(splits: int, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
     """Room for the partial sums, context (splits, B * h, d, e) and mass (splits, B * h, d)."""
     num_heads = k.shape[0] * k.shape[1] if splits > 1 else 0
     dtype = torch.promote_types(v.dtype, torch.float32)
@@ -284,11 +284,11 @@ def _empty_sums(splits: int, k: torch.Tensor, v: torch.Tensor) -> List[torch.Ten
             for chs in ((k.shape[2], v.shape[2]), (k.shape[2],))]
 
 
-def _strided(*tensors: torch.Tensor) -> List[Any]:
+def _strided(*tensors: torch.Tensor) -> list[Any]:
     return [argument for x in tensors for argument in (x, *x.stride())]
 
 
-def _table(rotate: Optional[torch.Tensor]) -> List[Any]:
+def _table(rotate: torch.Tensor | None) -> list[Any]:
     """The rotation as the kernels take it."""
     return [None] * 5 if rotate is None else _strided(rotate)
 
@@ -296,7 +296,7 @@ def _table(rotate: Optional[torch.Tensor]) -> List[Any]:
 @on_its_device
 def attend_into(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, eps: float,
-        rotate: Optional[torch.Tensor] = None) -> None:
+        rotate: torch.Tensor | None = None) -> None:
     """Write linear attention of q, k (B, h, d, N) and v (B, h, e, N) to `out` (B, h, e, N); any strides, no copies.
 
     `rotate` (2, h, d / 2, N), floating, turns pairs of channels of phi(q) and phi(k) in the numerator.
@@ -318,7 +318,7 @@ def attend_into(
 def attend_backward_into(
         grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
         dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, eps: float,
-        rotate: Optional[torch.Tensor] = None) -> None:
+        rotate: torch.Tensor | None = None) -> None:
     """Write the gradients of q, k and v, given that of the output, to dq, dk and dv; any strides, no copies.
 
     The sums are computed again: they would take more memory to keep than k and v take to read.
@@ -340,7 +340,7 @@ def attend_backward_into(
 @torch.library.custom_op('caretrans::attend', mutates_args=())
 def attend(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float = EPS,
-        rotate: Optional[torch.Tensor] = None) -> torch.Tensor:
+        rotate: torch.Tensor | None = None) -> torch.Tensor:
     """`linear_attention` of the models as one kernel, with its gradients: same arguments, shapes, dtypes and errors.
 
     Widths d and e up to 128. Works under torch.compile, in CUDA graphs and under autocast: it computes in float32
@@ -361,7 +361,7 @@ def _(q, k, v, eps=EPS, rotate=None):
 @torch.library.custom_op('caretrans::attend_backward', mutates_args=())
 def attend_backward(
         grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float,
-        rotate: Optional[torch.Tensor]) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        rotate: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     gradients = tuple(torch.empty_like(x) for x in (q, k, v))
     attend_backward_into(grad, q, k, v, *gradients, eps, rotate)
     return gradients

@@ -5,7 +5,6 @@ Both operators work under torch.compile, in CUDA graphs and under autocast, sum 
 for float64), and return the dtype and the layout of their input. `DecoupledMixer.forward` is the slow and obvious
 version.
 """
-from typing import List
 
 import torch
 
@@ -27,7 +26,7 @@ def _head_views(x: torch.Tensor, num_heads: int) -> torch.Tensor:
     return x.view(B, num_heads, C // num_heads, H * W)
 
 
-def _empty_parameters(weights: List[torch.Tensor]) -> List[torch.Tensor]:
+def _empty_parameters(weights: list[torch.Tensor]) -> list[torch.Tensor]:
     """Of the shapes of the gradients of `weights` and of their biases."""
     shapes = [weight.shape for weight in weights] + [weight.shape[:1] for weight in weights]
     return [weights[0].new_empty(shape) for shape in shapes]
@@ -36,7 +35,7 @@ def _empty_parameters(weights: List[torch.Tensor]) -> List[torch.Tensor]:
 # Strips: stages 1 and 2 -----------------------------------------------------------------------------------------------
 
 @torch.library.custom_op('caretrans::mix_with_strips', mutates_args=())
-def mix_with_strips(x: torch.Tensor, weights: List[torch.Tensor], biases: List[torch.Tensor]) -> torch.Tensor:
+def mix_with_strips(x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor]) -> torch.Tensor:
     """[11x1 + 1x11 | 3x3 | 7x7] of x (B, C, H, W): `convolve_into` says which weights and biases, and the cost."""
     out = empty_map(x, x.shape[1])
     convolve_into(x, out, weights, biases)
@@ -44,13 +43,13 @@ def mix_with_strips(x: torch.Tensor, weights: List[torch.Tensor], biases: List[t
 
 
 @mix_with_strips.register_fake
-def _(x: torch.Tensor, weights: List[torch.Tensor], biases: List[torch.Tensor]) -> torch.Tensor:
+def _(x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor]) -> torch.Tensor:
     return empty_map(x, x.shape[1])
 
 
 @torch.library.custom_op('caretrans::mix_with_strips_backward', mutates_args=())
 def mix_with_strips_backward(
-        grad: torch.Tensor, x: torch.Tensor, weights: List[torch.Tensor]) -> List[torch.Tensor]:
+        grad: torch.Tensor, x: torch.Tensor, weights: list[torch.Tensor]) -> list[torch.Tensor]:
     """Gradients of x, of the weights and of the biases."""
     dx = empty_map(x, x.shape[1])
     convolve_into(grad, dx, weights, None, transposed=True)
@@ -80,7 +79,7 @@ mix_with_strips.register_autograd(_differentiate_strips, setup_context=_save_str
 
 @torch.library.custom_op('caretrans::mix_with_attention', mutates_args=())
 def mix_with_attention(
-        x: torch.Tensor, qk: torch.Tensor, weights: List[torch.Tensor], biases: List[torch.Tensor],
+        x: torch.Tensor, qk: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor],
         num_heads: int, eps: float = 1e-6) -> torch.Tensor:
     """[linear attention | 3x3 | 7x7] of x (B, C, H, W), in two kernels.
 
@@ -104,8 +103,8 @@ def _(x, qk, weights, biases, num_heads, eps=1e-6):
 
 @torch.library.custom_op('caretrans::mix_with_attention_backward', mutates_args=())
 def mix_with_attention_backward(
-        grad: torch.Tensor, x: torch.Tensor, qk: torch.Tensor, weights: List[torch.Tensor], num_heads: int,
-        eps: float) -> List[torch.Tensor]:
+        grad: torch.Tensor, x: torch.Tensor, qk: torch.Tensor, weights: list[torch.Tensor], num_heads: int,
+        eps: float) -> list[torch.Tensor]:
     """Gradients of x, of qk, of the weights and of the biases."""
     chs = qk.shape[1] // 2
     dx, dqk = empty_map(x, x.shape[1]), empty_map(qk, 2 * chs)

@@ -3,7 +3,6 @@
 A module becomes one of these by a change of its class, so that its parameters, hooks and place in the network stay.
 """
 import os
-from typing import Dict, List, Tuple, Type
 
 import torch
 import torch.nn as nn
@@ -32,7 +31,7 @@ class KernelModule(nn.Module):
     """What the modules with kernels have in common."""
 
     part: str
-    torch_class: Type[nn.Module]
+    torch_class: type[nn.Module]
 
     @staticmethod
     def why_not(module: nn.Module) -> str:
@@ -75,8 +74,8 @@ class KernelRotaryLinearAttention(KernelModule, RotaryLinearAttention):
 
 
 def mix(
-        x: torch.Tensor, attn_chs: int, long_range: nn.Module, weights: List[torch.Tensor],
-        biases: List[torch.Tensor]) -> torch.Tensor:
+        x: torch.Tensor, attn_chs: int, long_range: nn.Module, weights: list[torch.Tensor],
+        biases: list[torch.Tensor]) -> torch.Tensor:
     """[long range | 3x3 | 7x7] of x; weights and biases of the last two."""
     from .mixer import mix_with_attention, mix_with_strips
     if isinstance(long_range, LinearAttention):
@@ -112,7 +111,7 @@ class KernelFusedMixer(KernelModule, FusedMixer):
         border[:, :, 2:5, 2:5] = 0
         return 'its first convolution is larger than 3x3' if border.any() else KernelMixer.why_not(module)
 
-    def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not fits(x):
             return FusedMixer.forward(self, x)
         memory_chs, attn_chs, local_chs = self.slices
@@ -153,7 +152,7 @@ class UnfoldedExpansion(KernelModule):
         return 'its normalisation is not folded: caretrans.fuse first'
 
 
-KERNEL_MODULES: Dict[Type[nn.Module], Type[KernelModule]] = {
+KERNEL_MODULES: dict[type[nn.Module], type[KernelModule]] = {
     Expansion: UnfoldedExpansion, Interaction: UnfoldedExpansion,
     **{module.torch_class: module for module in (
         KernelLinearAttention, KernelRotaryLinearAttention, KernelMixer, KernelFusedMixer, KernelExpansion,

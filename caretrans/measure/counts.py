@@ -6,8 +6,9 @@
 Models are made on the meta device where they allow it, so that counting costs no memory and no arithmetic.
 """
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any
 
 import timm
 import torch
@@ -35,11 +36,11 @@ def make_empty(name: str, **kwargs: Any) -> nn.Module:
 
 # Parameters -----------------------------------------------------------------------------------------------------------
 
-def _count(model: Optional[nn.Module]) -> int:
+def _count(model: nn.Module | None) -> int:
     return sum(parameter.numel() for parameter in model.parameters()) if model is not None else 0
 
 
-def count_parameters(model: nn.Module, fused: Optional[nn.Module] = None) -> Dict[str, int]:
+def count_parameters(model: nn.Module, fused: nn.Module | None = None) -> dict[str, int]:
     """Numbers of parameters.
 
     Args:
@@ -64,7 +65,7 @@ class Operations:
         macs: {(part of the network, kind of operation): multiply-adds}, kinds of `KINDS`.
         activations: Elements of the outputs of these operations.
     """
-    macs: Dict[Tuple[str, str], int]
+    macs: dict[tuple[str, str], int]
     activations: int
 
     @property
@@ -72,22 +73,22 @@ class Operations:
         """Billions of multiply-adds."""
         return sum(self.macs.values()) / 1e9
 
-    def sum_by_stage(self) -> Dict[str, float]:
+    def sum_by_stage(self) -> dict[str, float]:
         """Billions of multiply-adds of each part, in the order of the network."""
         return self._sum(0)
 
-    def sum_by_kind(self) -> Dict[str, float]:
+    def sum_by_kind(self) -> dict[str, float]:
         """Billions of multiply-adds of each kind."""
         return {kind: self._sum(1).get(kind, 0.) for kind in KINDS}
 
-    def _sum(self, place: int) -> Dict[str, float]:
+    def _sum(self, place: int) -> dict[str, float]:
         sums: Counter = Counter()
         for key, macs in self.macs.items():
             sums[key[place]] += macs
         return {name: macs / 1e9 for name, macs in sums.items()}
 
 
-def list_parts(model: nn.Module) -> List[str]:
+def list_parts(model: nn.Module) -> list[str]:
     """The names of the parts of a network: its children, or of containers the parts in them."""
     parts = []
     for name, child in model.named_children():
@@ -130,7 +131,7 @@ class _KindCounter(TorchDispatchMode):
         return out
 
 
-def count_operations(model: nn.Module, size: Tuple[int, int], batch: int = 1) -> Operations:
+def count_operations(model: nn.Module, size: tuple[int, int], batch: int = 1) -> Operations:
     """Count the multiply-adds of a forward pass.
 
     Args:

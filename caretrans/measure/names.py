@@ -1,7 +1,7 @@
 """What people type for models and sizes of images."""
 import difflib
 import re
-from typing import List, Sequence, Tuple
+from collections.abc import Sequence
 
 import timm
 
@@ -12,7 +12,7 @@ from .published import list_paper_models
 __all__ = ['expand_models', 'parse_size']
 
 
-def parse_size(text: str) -> Tuple[int, int]:
+def parse_size(text: str) -> tuple[int, int]:
     """Height and width of '224' or '224x320' (HEIGHTxWIDTH)."""
     match = re.fullmatch(r'(\d+)(?:x(\d+))?', text)
     size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
@@ -21,13 +21,13 @@ def parse_size(text: str) -> Tuple[int, int]:
     return size
 
 
-def expand_models(names: Sequence[str], flag: str = '--model') -> List[str]:
+def expand_models(names: Sequence[str], flag: str = '--model') -> list[str]:
     """The models that names, wildcards and 'paper' stand for, each once; wildcards leave out other names of ours.
 
     Raises:
         ConfigError: Nothing has such a name; the message names the nearest.
     """
-    found: List[str] = []
+    found: list[str] = []
     known = timm.list_models(include_tags=False)
     for name in names:
         if name == 'paper':

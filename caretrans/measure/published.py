@@ -3,8 +3,8 @@
 All is of ImageNet-1K. A column that a row does not have is None. GMACs and parameters of MobileOne and FastViT are
 those of the reparameterised networks, parameters of CARE those of both heads.
 """
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Dict, List, Optional, Sequence, Tuple
 
 from ..models.backbone import resolve_alias
 
@@ -42,19 +42,19 @@ class PublishedRow:
         note: What else a reader of its figures must know.
     """
     name: str
-    gmacs: Optional[float]
-    params_m: Optional[float]
-    iphone13_ms: Optional[float]
-    intel_i9_ms: Optional[float]
-    rtx4090_ms: Optional[float]
+    gmacs: float | None
+    params_m: float | None
+    iphone13_ms: float | None
+    intel_i9_ms: float | None
+    rtx4090_ms: float | None
     top1: float
-    timm_name: Optional[str] = None
+    timm_name: str | None = None
     source: str = CARE
     accuracy_note: str = ''
     note: str = ''
 
 
-def _cas_vit(name: str, gmacs: Optional[float], params_m: float, top1: float, timm_name: str) -> PublishedRow:
+def _cas_vit(name: str, gmacs: float | None, params_m: float, top1: float, timm_name: str) -> PublishedRow:
     return PublishedRow(
         name, gmacs, params_m, None, None, None, top1, timm_name, CAS_VIT, SECOND_GENERATION, CAS_VIT_COUNTS)
 
@@ -83,33 +83,33 @@ PUBLISHED = (
     _cas_vit('CAS-ViT-T', 3.597, 21.76, 83.9, 'casvit_t'),
 )
 
-_BY_NAME: Dict[str, PublishedRow] = {row.timm_name: row for row in PUBLISHED if row.timm_name}
+_BY_NAME: dict[str, PublishedRow] = {row.timm_name: row for row in PUBLISHED if row.timm_name}
 
 
-def list_paper_models() -> List[str]:
+def list_paper_models() -> list[str]:
     """The models of the CARE paper's table that timm or this package has, in its order."""
     return [name for name, row in _BY_NAME.items() if row.source == CARE]
 
 
-def find_published(model: str) -> Optional[PublishedRow]:
+def find_published(model: str) -> PublishedRow | None:
     """The row of a model, by its name or another name of it, without a tag of weights; None if there is none."""
     return _BY_NAME.get(resolve_alias(model).partition('.')[0])
 
 
-def _list_rows(models: Sequence[str]) -> List[Tuple[str, PublishedRow]]:
+def _list_rows(models: Sequence[str]) -> list[tuple[str, PublishedRow]]:
     return [(model, row) for model in dict.fromkeys(models) if (row := find_published(model)) is not None]
 
 
-def _number_notes(rows: Sequence[Tuple[str, PublishedRow]]) -> Dict[str, List[str]]:
+def _number_notes(rows: Sequence[tuple[str, PublishedRow]]) -> dict[str, list[str]]:
     """The notes on accuracies, in order, each with the models that it is about."""
-    notes: Dict[str, List[str]] = {}
+    notes: dict[str, list[str]] = {}
     for model, row in rows:
         if row.accuracy_note:
             notes.setdefault(row.accuracy_note, []).append(model)
     return notes
 
 
-def mark_accuracy(model: str, models: Sequence[str]) -> Optional[str]:
+def mark_accuracy(model: str, models: Sequence[str]) -> str | None:
     """The published top-1 % of a model with the number of its footnote among those of `models`; None without one."""
     row = find_published(model)
     if row is None:
@@ -118,7 +118,7 @@ def mark_accuracy(model: str, models: Sequence[str]) -> Optional[str]:
     return f'{row.top1} [{notes.index(row.accuracy_note) + 1}]' if row.accuracy_note else str(row.top1)
 
 
-def list_footnotes(models: Sequence[str]) -> List[str]:
+def list_footnotes(models: Sequence[str]) -> list[str]:
     """What a reader of the published figures of these models must know, a line each; the numbered ones first."""
     rows = _list_rows(models)
     lines = [f'[{number}] top-1 of {", ".join(names)}, {note}'
@@ -126,7 +126,7 @@ def list_footnotes(models: Sequence[str]) -> List[str]:
     lines += dict.fromkeys(row.note for _, row in rows if row.note)
     if any(row.rtx4090_ms is not None for _, row in rows):
         lines += DEVICES
-    sources: Dict[str, List[str]] = {}
+    sources: dict[str, list[str]] = {}
     for model, row in rows:
         sources.setdefault(row.source, []).append(model)
     return lines + [f'published figures of {", ".join(names)}: {source}' for source, names in sources.items()]

@@ -6,7 +6,7 @@ of 0.1 to 0.4, and the BatchNorm statistics of the images; position codes, and m
 features, stay small beside what they are added to. Time and memory do not depend on it.
 """
 from pathlib import Path
-from typing import Any, Optional, Tuple
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -16,9 +16,9 @@ from ..data.datasets import build_eval_transform, open_dataset
 from ..models.casvit import AdditiveMixer
 from ..models.folding import ResidualConv
 
-__all__ = ['PHOTOGRAPHS', 'enliven', 'load_photographs']
+__all__ = ['SAMPLE_IMAGES', 'randomize', 'load_sample_images']
 
-PHOTOGRAPHS = Path(__file__).parents[2] / 'data' / 'fruit14'
+SAMPLE_IMAGES = Path(__file__).parents[2] / 'data' / 'fruit14'
 POSITION_STD = 0.05  # of the weights of a position code, 3x3
 # Times the last weights of mixers whose output grows with the square of their input: block after block, an image a
 # little brighter than those of the statistics would end at 1e30.
@@ -26,7 +26,7 @@ PRODUCT_SCALE = 0.2
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
-def _fill(tensor: Optional[torch.Tensor], mean: float, std: float, generator: torch.Generator) -> None:
+def _fill(tensor: torch.Tensor | None, mean: float, std: float, generator: torch.Generator) -> None:
     if tensor is not None:
         tensor.copy_(mean + std * torch.randn(tensor.shape, generator=generator))
 
@@ -47,7 +47,7 @@ def _fill_module(module: nn.Module, generator: torch.Generator) -> None:
 
 
 @torch.no_grad()
-def enliven(model: nn.Module, images: torch.Tensor, seed: int = 0) -> nn.Module:
+def randomize(model: nn.Module, images: torch.Tensor, seed: int = 0) -> nn.Module:
     """Give a network in evaluation mode random weights under which all its parts count; the same for the same seed.
 
     Args:
@@ -72,9 +72,9 @@ def enliven(model: nn.Module, images: torch.Tensor, seed: int = 0) -> nn.Module:
     return model
 
 
-def load_photographs(
-        model: nn.Module, size: Tuple[int, int], count: int, folder: Path = PHOTOGRAPHS, **settings: Any,
-) -> Optional[torch.Tensor]:
+def load_sample_images(
+        model: nn.Module, size: tuple[int, int], count: int, folder: Path = SAMPLE_IMAGES, **settings: Any,
+) -> torch.Tensor | None:
     """Bundled photographs made ready for a model as in evaluation; None where they are not installed.
 
     Args:

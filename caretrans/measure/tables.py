@@ -1,6 +1,7 @@
 """Tables of text: aligned for a terminal, or in Markdown."""
 import re
-from typing import Any, List, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 __all__ = ['format_table', 'format_value']
 
@@ -19,7 +20,7 @@ def format_value(value: Any) -> str:
     return str(value)
 
 
-def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]], markdown: bool = False) -> List[str]:
+def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]], markdown: bool = False) -> list[str]:
     """Lines of a table; columns of words to the left, of numbers to the right."""
     cells = [list(header)] + [[format_value(value) for value in row] for row in rows]
     if markdown:

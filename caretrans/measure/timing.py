@@ -9,8 +9,9 @@ import json
 import random
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ __all__ = [
     'measure_peak', 'summarise', 'synchronise', 'time_block', 'time_interleaved']
 
 Run = Callable[[], Any]
-Rounds = List[List[float]]  # seconds of each run, a row for each round
+Rounds = list[list[float]]  # seconds of each run, a row for each round
 
 MAX_SPREAD = 1.3  # p90 / p10 of the runs of a candidate from which it is called noisy
 MAX_SELF_RATIO = 1.05  # of the reference to itself, likewise
@@ -34,7 +35,7 @@ class CandidateError(RuntimeError):
         self.name = name
 
 
-def is_out_of_memory(error: Optional[BaseException]) -> bool:
+def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether memory did not suffice, of a GPU or of the processor, as each library says it."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
@@ -53,7 +54,7 @@ def synchronise(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _time_by_events(run: Run, count: int, device: torch.device) -> List[float]:
+def _time_by_events(run: Run, count: int, device: torch.device) -> list[float]:
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     marks[0].record()
     for mark in marks[1:]:
@@ -63,7 +64,7 @@ def _time_by_events(run: Run, count: int, device: torch.device) -> List[float]:
     return [before.elapsed_time(after) / 1e3 for before, after in zip(marks, marks[1:], strict=False)]
 
 
-def time_block(run: Run, count: int, device: torch.device) -> List[float]:
+def time_block(run: Run, count: int, device: torch.device) -> list[float]:
     """Seconds of each of `count` runs, one after the other.
 
     A GPU gets them without pause, as a service would send them, and marks the time after each; other devices are
@@ -87,8 +88,8 @@ def time_interleaved(
         counts: Mapping[str, int],
         rounds: int = 10,
         seed: int = 0,
-        report: Optional[Callable[[], None]] = None,
-) -> Dict[str, Rounds]:
+        report: Callable[[], None] | None = None,
+) -> dict[str, Rounds]:
     """Time candidates that are warm already.
 
     Args:
@@ -102,7 +103,7 @@ def time_interleaved(
         CandidateError: A candidate failed.
     """
     order, generator = list(runs), random.Random(seed)
-    times: Dict[str, Rounds] = {name: [] for name in runs}
+    times: dict[str, Rounds] = {name: [] for name in runs}
     collects = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -124,14 +125,14 @@ def time_interleaved(
 
 # What the times say ---------------------------------------------------------------------------------------------------
 
-def summarise(times: Rounds) -> Dict[str, float]:
+def summarise(times: Rounds) -> dict[str, float]:
     """Median, 10th and 90th percentile and mean of all runs, milliseconds."""
     runs = 1e3 * np.concatenate([np.asarray(block) for block in times])
     p10, median, p90 = np.percentile(runs, [10, 50, 90])
     return dict(median_ms=float(median), p10_ms=float(p10), p90_ms=float(p90), mean_ms=float(runs.mean()))
 
 
-def compare_rounds(reference: Rounds, times: Rounds, images: Sequence[int] = (1, 1)) -> Dict[str, float]:
+def compare_rounds(reference: Rounds, times: Rounds, images: Sequence[int] = (1, 1)) -> dict[str, float]:
     """How many times as fast as the reference a candidate is: above 1 it is faster.
 
     Args:
@@ -144,7 +145,7 @@ def compare_rounds(reference: Rounds, times: Rounds, images: Sequence[int] = (1,
     return dict(ratio=float(median), ratio_p10=float(p10), ratio_p90=float(p90))
 
 
-def judge_noise(summary: Mapping[str, float], self_ratio: float = 1.) -> List[str]:
+def judge_noise(summary: Mapping[str, float], self_ratio: float = 1.) -> list[str]:
     """Why a measurement is not to be relied on; nothing if it is.
 
     Args:
@@ -174,7 +175,7 @@ def _trace_cpu_peak(run: Run) -> int:
     return int(max(np.cumsum([0] + [size for _, size in changes])))
 
 
-def measure_peak(run: Run, device: torch.device, held: int = 0) -> Optional[float]:
+def measure_peak(run: Run, device: torch.device, held: int = 0) -> float | None:
     """The peak of the memory of PyTorch's allocator during a run, MiB; None where there is no way to see it (mps).
 
     Args:

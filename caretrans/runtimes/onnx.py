@@ -1,14 +1,15 @@
 """ONNX programs and ONNX Runtime: convert, quantize to int8, run. ONNX Runtime's telemetry is switched off."""
 import os
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn as nn
 
-from .quiet import silence
+from .quiet import quiet
 from .tracing import trace_network
 
 __all__ = [
@@ -24,7 +25,7 @@ def convert(program: torch.export.ExportedProgram, output: str = 'logits') -> An
     Args:
         output: Name of what comes out; what goes in is `INPUT`.
     """
-    with torch.no_grad(), silence(''):
+    with torch.no_grad(), quiet(''):
         converted = torch.onnx.export(
             program, dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[output], verbose=False)
     return converted.model_proto
@@ -35,7 +36,7 @@ def export_onnx(model: nn.Module, images: torch.Tensor) -> bytes:
     return convert(trace_network(model, images)).SerializeToString()
 
 
-def split_batches(images: torch.Tensor, batch: int) -> List[np.ndarray]:
+def split_batches(images: torch.Tensor, batch: int) -> list[np.ndarray]:
     """Images in batches of one size, at least one batch: a program may be made for that size alone."""
     repeats = -(-batch // len(images))
     whole = images.repeat(repeats, 1, 1, 1)
@@ -57,11 +58,11 @@ def quantize(program: bytes, batches: Sequence[np.ndarray]) -> bytes:
         def __init__(self) -> None:
             self.batches: Iterator[np.ndarray] = iter(batches)
 
-        def get_next(self) -> Optional[Dict[str, np.ndarray]]:
+        def get_next(self) -> dict[str, np.ndarray] | None:
             batch = next(self.batches, None)
             return None if batch is None else {INPUT: batch}
 
-    with tempfile.TemporaryDirectory() as folder, silence(''):
+    with tempfile.TemporaryDirectory() as folder, quiet(''):
         source, shaped, target = (Path(folder) / f'{name}.onnx' for name in ('source', 'shaped', 'target'))
         source.write_bytes(program)
         quant_pre_process(str(source), str(shaped), skip_symbolic_shape=True)

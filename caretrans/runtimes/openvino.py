@@ -3,8 +3,9 @@
 OpenVINO's converter of PyTorch models sends telemetry, its ONNX reader does not. NNCF's telemetry is switched off.
 """
 import os
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 

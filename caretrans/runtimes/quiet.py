@@ -3,13 +3,13 @@ import contextlib
 import io
 import logging
 import warnings
-from typing import Iterator
+from collections.abc import Iterator
 
-__all__ = ['silence']
+__all__ = ['quiet']
 
 
 @contextlib.contextmanager
-def silence(*loggers: str) -> Iterator[None]:
+def quiet(*loggers: str) -> Iterator[None]:
     """Keep stdout, stderr, warnings and the named loggers quiet for a while; errors come through as exceptions."""
     named = [logging.getLogger(name) for name in loggers]
     levels = [logger.level for logger in named]

@@ -1,5 +1,4 @@
 """torch.export programs, from which other runtimes start."""
-from typing import Tuple
 
 import torch
 import torch.nn as nn
@@ -14,7 +13,7 @@ def trace_network(network: nn.Module, images: torch.Tensor) -> torch.export.Expo
 
 
 @torch.no_grad()
-def trace_any_size(network: nn.Module, images: torch.Tensor) -> Tuple[torch.export.ExportedProgram, str]:
+def trace_any_size(network: nn.Module, images: torch.Tensor) -> tuple[torch.export.ExportedProgram, str]:
     """A network as a program of torch.export for any number of images of any size, where it computes the same for all.
 
     The tracer takes a size of 1 for a constant, and is shown two oblong images. For the same reason the program checks

@@ -1,7 +1,7 @@
 """What goes wrong in the middle of a run, said in one line with what to do."""
 import re
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator, Optional
 
 import torch
 
@@ -18,7 +18,7 @@ IN_WORKER = re.compile(r'Caught \w+ in DataLoader worker')
 
 
 @contextmanager
-def explain_failures(trainer: Trainer, folder: Optional[RunFolder]) -> Iterator[None]:
+def explain_failures(trainer: Trainer, folder: RunFolder | None) -> Iterator[None]:
     """Turn whatever ends a run into a `TrainingError`; errors that explain themselves pass.
 
     Args:
@@ -51,7 +51,7 @@ def explain_failures(trainer: Trainer, folder: Optional[RunFolder]) -> Iterator[
         raise
 
 
-def _explain_non_finite(error: NonFiniteError, trainer: Trainer, folder: Optional[RunFolder]) -> TrainingError:
+def _explain_non_finite(error: NonFiniteError, trainer: Trainer, folder: RunFolder | None) -> TrainingError:
     """With the figures and the images of the processes whose loss it is; all of them come here."""
     names = trainer.train_loader.name_images(error.step) if error.is_local else []
     found = trainer.processes.gather((str(error), error.is_local, names))

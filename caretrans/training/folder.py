@@ -10,7 +10,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import torch
 import yaml
@@ -32,7 +32,7 @@ CHECKPOINTS = ('next.pth.tar', 'last.pth.tar', 'previous.pth.tar')  # the first 
 _logger = logging.getLogger(__name__)
 
 
-def describe_environment() -> Dict[str, Any]:
+def describe_environment() -> dict[str, Any]:
     """Versions, git commit, machine: what a figure needs beside it."""
     root = Path(__file__).parents[2]
     git = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=root, capture_output=True, text=True) \
@@ -46,24 +46,24 @@ def describe_environment() -> Dict[str, Any]:
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
 
 
-def list_checkpoints(path: Path) -> List[Path]:
+def list_checkpoints(path: Path) -> list[Path]:
     """The checkpoints from which a run can go on, the newest first."""
     return [path / name for name in CHECKPOINTS if (path / name).exists()]
 
 
-def _read_settings(path: Path) -> Dict[str, Any]:
+def _read_settings(path: Path) -> dict[str, Any]:
     try:
         return yaml.safe_load((path / 'config.yaml').read_text()) or {}
     except (OSError, yaml.YAMLError):
         return {}
 
 
-def _list_changes(there: Dict[str, Any], config: TrainConfig, free: set) -> List[str]:
+def _list_changes(there: dict[str, Any], config: TrainConfig, free: set) -> list[str]:
     return [f'{name} {there.get(name)!r} there, {value!r} here' for name, value in config.to_dict().items()
             if name not in free and name in there and there[name] != value]
 
 
-def find_run(config: TrainConfig) -> Tuple[Path, List[Path]]:
+def find_run(config: TrainConfig) -> tuple[Path, list[Path]]:
     """Where a run writes, and the checkpoints from which it goes on, the newest first; none for a new run.
 
     That is `config.output`; or without it, an unfinished run under runs/ of the same settings, else a new folder there.
@@ -108,7 +108,7 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-def _lock(path: Path, patience: float = 0.) -> Optional[int]:
+def _lock(path: Path, patience: float = 0.) -> int | None:
     """Hold a folder as long as this process lives; None where the file system has no locks.
 
     Args:
@@ -157,10 +157,10 @@ class RunFolder:
         ConfigError: The folder cannot be written, or another process writes there.
     """
 
-    def __init__(self, path: Path, config: TrainConfig, facts: Dict[str, Any], is_new: bool = True) -> None:
+    def __init__(self, path: Path, config: TrainConfig, facts: dict[str, Any], is_new: bool = True) -> None:
         self.path = path
-        self.rows: List[Dict[str, Any]] = []  # of summary.csv, one for each epoch
-        self.best: Optional[Dict[str, Any]] = None
+        self.rows: list[dict[str, Any]] = []  # of summary.csv, one for each epoch
+        self.best: dict[str, Any] | None = None
         try:
             path.mkdir(parents=True, exist_ok=True)
             self.lock = _lock(path, patience=5.)
@@ -173,7 +173,7 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f'{path} cannot be written ({error}): give another --output.') from None
 
-    def _log_start(self, facts: Dict[str, Any], is_new: bool) -> None:
+    def _log_start(self, facts: dict[str, Any], is_new: bool) -> None:
         file = self.path / 'environment.json'
         contents = facts
         if not is_new and file.exists():
@@ -186,14 +186,14 @@ class RunFolder:
             file.unlink(missing_ok=True)
         self.events = SummaryWriter(str(self.path))
 
-    def restore(self, rows: List[Dict[str, Any]], best: Optional[Dict[str, Any]]) -> None:
+    def restore(self, rows: list[dict[str, Any]], best: dict[str, Any] | None) -> None:
         """Take up the rows of a checkpoint: table and TensorBoard hold these and no others."""
         for row in rows:
             self.rows.append(row)
             self._publish(row)
         self.best = best
 
-    def _publish(self, row: Dict[str, Any]) -> None:
+    def _publish(self, row: dict[str, Any]) -> None:
         with open(self.path / 'summary.csv', 'a', newline='') as file:
             writer = csv.DictWriter(file, row.keys())
             if row is self.rows[0]:
@@ -204,7 +204,7 @@ class RunFolder:
                 self.events.add_scalar(name, value, row['epoch'])
         self.events.flush()
 
-    def log_epoch(self, row: Dict[str, Any], model: torch.nn.Module, resume: Dict[str, Any], **meta: Any) -> None:
+    def log_epoch(self, row: dict[str, Any], model: torch.nn.Module, resume: dict[str, Any], **meta: Any) -> None:
         """End an epoch: best.pth.tar if its top-1 is the best so far, last.pth.tar, then the row is published.
 
         Args:
@@ -220,10 +220,10 @@ class RunFolder:
         self.save_step(model, resume, **meta)
         self._publish(row)  # last: a row in the table is in a checkpoint too
 
-    def is_best(self, row: Dict[str, Any]) -> bool:
+    def is_best(self, row: dict[str, Any]) -> bool:
         return row.get('val_top1') is not None and (self.best is None or row['val_top1'] > self.best['val_top1'])
 
-    def save_step(self, model: torch.nn.Module, resume: Dict[str, Any], **meta: Any) -> None:
+    def save_step(self, model: torch.nn.Module, resume: dict[str, Any], **meta: Any) -> None:
         """Write last.pth.tar alone; the one before it becomes previous.pth.tar once the new one is safe."""
         new, last, previous = (self.path / name for name in CHECKPOINTS)
         save_checkpoint(new, model, **meta, **resume, best=self.best, rows=self.rows)
@@ -231,7 +231,7 @@ class RunFolder:
             os.replace(last, previous)
         os.replace(new, last)
 
-    def list_images(self, images: List[Tuple[str, str]], name: str = 'unreadable.txt') -> Path:
+    def list_images(self, images: list[tuple[str, str]], name: str = 'unreadable.txt') -> Path:
         """Write names and reasons of images into a file."""
         path = self.path / name
         path.write_text(''.join(f'{image}\t{reason}\n' for image, reason in images))

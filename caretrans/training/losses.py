@@ -1,6 +1,6 @@
 """The loss of a run: on labels alone, on a teacher's decisions too, or on those of the averaged weights."""
 import logging
-from typing import Any, Dict, Optional
+from typing import Any
 
 import timm
 import torch
@@ -87,7 +87,7 @@ class SelfDistillationTask(ClassificationTask):
             self.get_eval_model(ema=True).eval()
         return self
 
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
         result = super().forward(input, target)
         if not self.is_distilling:
             return result
@@ -100,7 +100,7 @@ class SelfDistillationTask(ClassificationTask):
 
 def build_task(
         config: TrainConfig, model: nn.Module, device: torch.device,
-        memory_format: torch.memory_format = torch.contiguous_format, teacher: Optional[nn.Module] = None,
+        memory_format: torch.memory_format = torch.contiguous_format, teacher: nn.Module | None = None,
 ) -> TrainingTask:
     """Forward pass and loss of a run.
 

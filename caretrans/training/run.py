@@ -1,10 +1,11 @@
 """A training run from its config to its run folder: the epochs, the checkpoints, and what may go wrong."""
 import signal
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any
 
 import torch
 from timm.utils import distribute_bn
@@ -19,7 +20,7 @@ from ..evaluation.metrics import evaluate
 from ..progress import Progress
 from .failures import explain_failures
 from .folder import RunFolder, find_run, list_checkpoints
-from .state import Standing, describe_world_change, gather_standing, restore_standing
+from .state import TrainState, describe_world_change, gather_train_state, restore_train_state
 from .steps import Step, train_steps
 from .trainer import Trainer, check_kernels
 
@@ -34,8 +35,8 @@ class TrainResult:
     """Where a run was written and how it ended: its rows of summary.csv, the last and the best."""
 
     folder: Path
-    last: Dict[str, float]
-    best: Dict[str, float]
+    last: dict[str, float]
+    best: dict[str, float]
 
 
 class StopRequest:
@@ -58,7 +59,7 @@ class StopRequest:
         return self.came
 
 
-def summarise(row: Dict[str, Any], epochs: int) -> str:
+def summarise(row: dict[str, Any], epochs: int) -> str:
     """One line for people about an epoch."""
     tested = '' if row['val_top1'] is None else \
         f'  val loss {row["val_loss"]:.3f}  top-1 {row["val_top1"]:.1f} %  top-5 {row["val_top5"]:.1f} %'
@@ -73,7 +74,7 @@ class Run:
         folder: Of the run, on the primary process alone.
     """
 
-    def __init__(self, trainer: Trainer, folder: Optional[RunFolder], standing: Standing, stop: StopRequest) -> None:
+    def __init__(self, trainer: Trainer, folder: RunFolder | None, standing: TrainState, stop: StopRequest) -> None:
         self.trainer, self.folder, self.standing, self.stop = trainer, folder, standing, stop
         self.config, self.processes = trainer.config, trainer.processes
         self.steps = trainer.train_loader.steps
@@ -170,7 +171,7 @@ class Run:
             for module in self.trainer.modules.values():
                 distribute_bn(module, self.processes.world_size, reduce=True)
 
-    def _check_unreadable(self, found: List[Tuple[str, str]], shared: bool = False) -> None:
+    def _check_unreadable(self, found: list[tuple[str, str]], shared: bool = False) -> None:
         """Stop when those found, by this process or by all, are too many."""
         images = len(self.trainer.train_set)
         if len(found) > self.config.max_unreadable * images:
@@ -186,7 +187,7 @@ class Run:
 
     # Evaluation half of an epoch
 
-    def _evaluate(self) -> Dict[str, float]:
+    def _evaluate(self) -> dict[str, float]:
         epoch, trainer = self.standing.epoch + 1, self.trainer
         if epoch % self.config.val_interval and epoch != trainer.epochs:
             return {}
@@ -208,7 +209,7 @@ class Run:
                      f'are left out: {list_names((name for name, _ in result["unreadable"]), 5)}')
         return result
 
-    def _end_epoch(self, tested: Dict[str, float]) -> None:
+    def _end_epoch(self, tested: dict[str, float]) -> None:
         standing, trained = self.standing, self.standing.trained
         row = dict(
             epoch=standing.epoch + 1, train_loss=trained['loss'], val_loss=tested.get('loss'),
@@ -226,11 +227,11 @@ class Run:
 
     # Checkpoints
 
-    def _gather_state(self) -> Dict[str, Any]:
+    def _gather_state(self) -> dict[str, Any]:
         for name, value in self.trainer.model.named_parameters():
             if not torch.isfinite(value).all():
                 raise TrainingError(f'The weight {name} is not finite, so no checkpoint was written.')
-        standing = gather_standing(self.standing, self.trainer.modules, self.processes)
+        standing = gather_train_state(self.standing, self.trainer.modules, self.processes)
         facts = {key: value for key, value in self.trainer.describe().items() if key in DIVISION}
         return dict(self.trainer.resume_state(), standing=standing, division=facts)
 
@@ -253,7 +254,7 @@ class Run:
 DIVISION = ('world_size', 'device_batch', 'accumulation', 'streams', 'workers')
 
 
-def _join(lists: Iterable[List[Tuple[str, str]]]) -> List[Tuple[str, str]]:
+def _join(lists: Iterable[list[tuple[str, str]]]) -> list[tuple[str, str]]:
     """The (name, reason) of all lists, each name once: an image may be met as itself and in place of another."""
     return list({name: (name, reason) for entries in lists for name, reason in entries}.values())
 
@@ -265,7 +266,7 @@ def describe_waiting(share: float, config: TrainConfig) -> str:
             f'lighter --auto-augment.')
 
 
-def _resume(trainer: Trainer, candidates: List[Path], warn: Any) -> Tuple[Standing, Dict[str, Any], Path]:
+def _resume(trainer: Trainer, candidates: list[Path], warn: Any) -> tuple[TrainState, dict[str, Any], Path]:
     """Load the newest checkpoint that can be read into the trainer: where the run stands, what it says, its path."""
     problems = []
     for path in candidates:
@@ -286,7 +287,7 @@ def _resume(trainer: Trainer, candidates: List[Path], warn: Any) -> Tuple[Standi
             f'{path} was trained on {meta["num_classes"]} classes ({list_names(meta.get("class_names") or (), 3)}), '
             f'the data have {trainer.num_classes} ({list_names(trainer.classes or (), 3)}): give another --output.')
     trainer.load_state(loaded.state_dict, averaged, meta)
-    standing = restore_standing(meta['standing'], trainer.modules, trainer.processes)
+    standing = restore_train_state(meta['standing'], trainer.modules, trainer.processes)
     after = {key: value for key, value in trainer.describe().items() if key in DIVISION}
     change = describe_world_change(meta['division'], after)
     if change:
@@ -314,7 +315,7 @@ def _introduce(trainer: Trainer, path: Path) -> Iterator[str]:
 
 
 @contextmanager
-def _joined(config: TrainConfig) -> Iterator[Tuple[Processes, torch.device]]:
+def _joined(config: TrainConfig) -> Iterator[tuple[Processes, torch.device]]:
     device = resolve_device(config.device, find_processes().local_rank)
     try:
         yield join_processes(device), device
@@ -354,7 +355,7 @@ def train(config: TrainConfig) -> TrainResult:
             lambda: RunFolder(path, config, trainer.describe(), is_new=not candidates), keep=True)
         trainer.distribute()  # before statistics are restored: it gives all processes those of the first
         lines = list(_introduce(trainer, path))
-        standing = Standing()
+        standing = TrainState()
         try:
             if candidates:
                 standing, meta, file = processes.together(lambda: _resume(trainer, candidates, lines.append))

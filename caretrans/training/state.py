@@ -3,20 +3,20 @@
 Random numbers need nothing: they depend on seed, epoch and step alone (see randomness.py).
 """
 from dataclasses import asdict, dataclass, field
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import torch
 import torch.nn as nn
 
 from ..distributed import Processes
 
-__all__ = ['Standing', 'describe_world_change', 'gather_standing', 'get_statistics', 'restore_standing']
+__all__ = ['TrainState', 'describe_world_change', 'gather_train_state', 'get_statistics', 'restore_train_state']
 
-Statistics = Dict[str, torch.Tensor]
+Statistics = dict[str, torch.Tensor]
 
 
 @dataclass
-class Standing:
+class TrainState:
     """How far a run has come.
 
     Attributes:
@@ -38,8 +38,8 @@ class Standing:
     seconds: float = 0.
     waited: float = 0.
     lr: float = 0.
-    trained: Optional[Dict[str, float]] = None
-    unreadable: List[Tuple[str, str]] = field(default_factory=list)
+    trained: dict[str, float] | None = None
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
 
     def begin_epoch(self, epoch: int) -> None:
         """Forget the epoch before."""
@@ -54,7 +54,7 @@ def get_statistics(module: nn.Module) -> Statistics:
     return {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
 
 
-def gather_standing(standing: Standing, modules: Dict[str, nn.Module], processes: Processes) -> Dict[str, Any]:
+def gather_train_state(standing: TrainState, modules: dict[str, nn.Module], processes: Processes) -> dict[str, Any]:
     """What a checkpoint holds of all processes; called by all of them.
 
     Args:
@@ -67,8 +67,8 @@ def gather_standing(standing: Standing, modules: Dict[str, nn.Module], processes
     return dict(common, world_size=processes.world_size, processes=processes.gather(mine))
 
 
-def restore_standing(saved: Dict[str, Any], modules: Dict[str, nn.Module], processes: Processes) -> Standing:
-    """The standing of this process from what `gather_standing` gave; puts the statistics into the modules.
+def restore_train_state(saved: dict[str, Any], modules: dict[str, nn.Module], processes: Processes) -> TrainState:
+    """The standing of this process from what `gather_train_state` gave; puts the statistics into the modules.
 
     Where the number of processes is another, statistics become their mean and sums go to the first process.
     """
@@ -88,12 +88,12 @@ def restore_standing(saved: Dict[str, Any], modules: Dict[str, nn.Module], proce
         buffers = dict(modules[name].named_buffers())
         for key, value in values.items():
             buffers[key].copy_(value)
-    standing = Standing(**common, **{name: mine[name] for name in OF_ONE_PROCESS})
+    standing = TrainState(**common, **{name: mine[name] for name in OF_ONE_PROCESS})
     standing.unreadable = [tuple(entry) for entry in standing.unreadable]
     return standing
 
 
-def describe_world_change(before: Dict[str, Any], after: Dict[str, Any]) -> str:
+def describe_world_change(before: dict[str, Any], after: dict[str, Any]) -> str:
     """One line on what other processes, batches or, for data that stream, workers mean; '' where nothing differs.
 
     Args:

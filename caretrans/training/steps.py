@@ -1,8 +1,9 @@
 """One epoch of training: no flags, no files, no globals."""
 import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Callable, Iterable, Iterator, List, NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -48,14 +49,14 @@ class Stepper:
     """
 
     optimizer: torch.optim.Optimizer
-    scheduler: Optional[Scheduler] = None
-    scaler: Optional[torch.amp.GradScaler] = None
-    clip: Optional[float] = None
+    scheduler: Scheduler | None = None
+    scaler: torch.amp.GradScaler | None = None
+    clip: float | None = None
     clip_mode: str = 'norm'
     max_skips: int = 0
     steps: int = 0
     skipped: int = 0
-    parameters: List[nn.Parameter] = field(init=False)
+    parameters: list[nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
         self.parameters = [p for group in self.optimizer.param_groups for p in group['params']]
@@ -135,7 +136,7 @@ def train_steps(
         passes: Iterable[Pass],
         stepper: Stepper,
         amp: str = 'off',
-        mixup: Optional[Mixup] = None,
+        mixup: Mixup | None = None,
         memory_format: torch.memory_format = torch.contiguous_format,
         processes: Processes = Processes(),  # noqa: B008 (immutable)
         wants_stop: Callable[[], bool] = lambda: False,

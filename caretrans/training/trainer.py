@@ -2,7 +2,7 @@
 import inspect
 import os
 from dataclasses import replace
-from typing import Any, Dict, Optional
+from typing import Any
 
 import timm
 import torch
@@ -83,7 +83,7 @@ def put_kernels(model: nn.Module, config: TrainConfig) -> str:
     return f'triton {triton.__version__} ({"; ".join(lines)})'
 
 
-def build_mixup(config: TrainConfig, num_classes: int) -> Optional[Mixup]:
+def build_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
     """Mixup and CutMix of whole batches, or None when both are off."""
     if not config.mixup and not config.cutmix:
         return None
@@ -172,7 +172,7 @@ class Trainer:
         config = self.config
         self.task = build_task(config, self.model, self.device, self.memory_format)
         self.mixup = build_mixup(config, self.num_classes)
-        self.ema: Optional[nn.Module] = None
+        self.ema: nn.Module | None = None
         if config.ema:
             self.ema = self.task.setup_ema(config.ema_decay, use_warmup=config.ema_warmup).module
         if config.compile:
@@ -209,11 +209,11 @@ class Trainer:
                 **{leave_buffers: False})
 
     @property
-    def modules(self) -> Dict[str, nn.Module]:
+    def modules(self) -> dict[str, nn.Module]:
         """The model, and its average if there is one."""
         return dict(model=self.model, **({'ema': self.ema} if self.ema is not None else {}))
 
-    def describe(self) -> Dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """What was derived from the settings."""
         config = self.config
         sizes = dict(zip(config.list_sizes(), self.splits, strict=True)) if config.train_img_sizes else None
@@ -225,7 +225,7 @@ class Trainer:
             size_batches=sizes, epochs=self.epochs, steps_per_epoch=self.train_loader.steps, lr=config.lr,
             streams=self.train_loader.sampler is None, workers=config.workers, eval_config=self.eval_config)
 
-    def checkpoint_meta(self) -> Dict[str, Any]:
+    def checkpoint_meta(self) -> dict[str, Any]:
         """What a checkpoint says beside the weights."""
         config = self.config
         settings = dict(config.to_dict(), data=os.path.abspath(config.data) if config.data else '')
@@ -233,14 +233,14 @@ class Trainer:
             arch=config.model, model_args=config.model_args, class_names=self.classes, eval_config=self.eval_config,
             config=settings, ema=self.ema)
 
-    def resume_state(self) -> Dict[str, Any]:
+    def resume_state(self) -> dict[str, Any]:
         """What going on from this point needs beside the weights."""
         scaler = self.stepper.scaler
         return dict(
             optimizer=self.stepper.optimizer.state_dict(), steps=self.stepper.steps, skipped=self.stepper.skipped,
             scaler=scaler.state_dict() if scaler is not None else None)
 
-    def load_state(self, weights: Dict[str, Any], averaged: Optional[Dict[str, Any]], meta: Dict[str, Any]) -> None:
+    def load_state(self, weights: dict[str, Any], averaged: dict[str, Any] | None, meta: dict[str, Any]) -> None:
         """Take up the weights and the state of a checkpoint of the same run."""
         self.model.load_state_dict(weights)
         if self.ema is not None:

@@ -12,7 +12,7 @@ from caretrans.bench.backends import (
     TOLERANCES, Network, Runner, Setup, WrongOutputError, check_output, check_setup, measure_deviation, measure_error,
     prepare)
 from caretrans.errors import ConfigError
-from caretrans.measure.sample_network import enliven, load_photographs
+from caretrans.measure.sample_network import randomize, load_sample_images
 
 CPU, CUDA = torch.device('cpu'), torch.device('cuda')
 SIZE = (64, 96)
@@ -20,8 +20,8 @@ SIZE = (64, 96)
 
 def make_network(name='care_s0', batch=2, **kwargs):
     model = timm.create_model(name, **kwargs).eval()
-    photographs = load_photographs(model, SIZE, 8)
-    return Network(enliven(model, photographs), photographs[:batch], photographs=photographs)
+    photographs = load_sample_images(model, SIZE, 8)
+    return Network(randomize(model, photographs), photographs[:batch], photographs=photographs)
 
 
 @pytest.fixture(scope='module')
@@ -81,7 +81,7 @@ def test_no_part_of_a_lively_network_drowns_the_others(name):
     branch must be seen beside what it is added to."""
     network, sizes = make_network(name), []
     noise = torch.randn(4, 3, *SIZE, generator=torch.Generator().manual_seed(0))
-    images = torch.cat([load_photographs(network.model, SIZE, 32), noise])
+    images = torch.cat([load_sample_images(network.model, SIZE, 32), noise])
     for block in [module for name, module in network.model.named_modules() if re.search(r'blocks\.\d+$', name)]:
         block.register_forward_hook(lambda module, args, out: sizes.append(out.abs().max().item()))
     with torch.no_grad():
@@ -222,7 +222,7 @@ def test_compiling_without_a_compiler_and_int8_without_photographs_are_refused(m
     monkeypatch.setattr(backends.shutil, 'which', lambda name: None)
     with pytest.raises(ConfigError, match='install g'):
         check_setup(Setup('compile'))
-    monkeypatch.setattr(backends, 'PHOTOGRAPHS', tmp_path / 'none')
+    monkeypatch.setattr(backends, 'SAMPLE_IMAGES', tmp_path / 'none')
     with pytest.raises(ConfigError, match='calibrated on photographs'):
         check_setup(Setup('openvino', 'int8'))
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from photos import copy_photographs
+from photos import copy_images
 from reference import filled_model
 
 from caretrans.bench import accuracy
@@ -18,7 +18,7 @@ ACCURACY = ['--bench', 'accuracy', '--device', 'cpu']
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    return str(copy_photographs(tmp_path_factory.mktemp('data'), per_class=5))
+    return str(copy_images(tmp_path_factory.mktemp('data'), per_class=5))
 
 
 @pytest.fixture(scope='module')

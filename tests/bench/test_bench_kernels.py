@@ -20,7 +20,7 @@ from caretrans.bench.learning import list_comparisons
 from caretrans.measure.names import expand_models
 from caretrans.bench.operations import OUR_KERNELS, classify_operation
 from caretrans.errors import ConfigError
-from caretrans.measure.sample_network import enliven
+from caretrans.measure.sample_network import randomize
 
 CPU, CUDA = torch.device('cpu'), torch.device('cuda')
 ROOT = Path(benchmark.__file__).parent
@@ -46,7 +46,7 @@ def pretend(monkeypatch):
 
 def make_network(name='care_s0', size=64):
     model, images = timm.create_model(name).eval(), torch.randn(2, 3, size, size)
-    return Network(enliven(model, images), images)
+    return Network(randomize(model, images), images)
 
 
 @pytest.fixture(scope='module')

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from photos import FRUIT, copy_photographs
+from photos import FRUIT, copy_images
 
 from caretrans.bench import learning, sections
 from caretrans.bench.config import BenchConfig
@@ -173,7 +173,7 @@ def test_threads_are_as_before_afterwards(call, tmp_path):
 
 @pytest.fixture(scope='module')
 def photographs(tmp_path_factory):
-    return copy_photographs(tmp_path_factory.mktemp('photographs'), per_class=8)
+    return copy_images(tmp_path_factory.mktemp('photographs'), per_class=8)
 
 
 def test_curves_are_trained_written_and_drawn(call, tmp_path, photographs):

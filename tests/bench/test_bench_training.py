@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from photos import copy_photographs
+from photos import copy_images
 
 import caretrans.bench.training
 import caretrans.training.trainer
@@ -234,7 +234,7 @@ def test_precision_is_that_of_the_way_and_comes_back():
 
 @pytest.fixture(scope='module')
 def config(tmp_path_factory):
-    root = copy_photographs(tmp_path_factory.mktemp('photographs'), per_class=8)
+    root = copy_images(tmp_path_factory.mktemp('photographs'), per_class=8)
     return TrainConfig(**{
         **read_recipe('care_s0_fruit14'), 'data': str(root), 'img_size': 64, 'batch_size': 8, 'workers': 0,
         'model_args': dict(ls_init_value=0.1, depths=(1, 1, 1, 1))})

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from launch import kill, list_differences, read_tensors, run, start, wait_for
-from photos import copy_photographs
+from photos import copy_images
 
 from caretrans.__main__ import main
 from caretrans.bench import comparison
@@ -18,7 +18,7 @@ from caretrans.bench.comparison import compare, parse_plan
 from caretrans.bench.comparison_report import describe_comparison, draw_comparison
 from caretrans.bench.readme import BEGIN, END, find_place
 from caretrans.errors import ConfigError, TrainingError
-from caretrans.measure.sample_network import PHOTOGRAPHS
+from caretrans.measure.sample_network import SAMPLE_IMAGES
 from caretrans.models.backbone import find_family
 
 MODELS = ('care_s0', 'casvit_xs', 'mlla_t')
@@ -29,7 +29,7 @@ TINY = [
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    return copy_photographs(tmp_path_factory.mktemp('data'), 4)
+    return copy_images(tmp_path_factory.mktemp('data'), 4)
 
 
 @pytest.fixture(scope='module')
@@ -68,7 +68,7 @@ def test_the_folder_is_the_same_however_the_data_are_written(data, monkeypatch):
 
 
 def test_without_data_and_recipe_one_of_each_family_takes_the_bundled_photographs(monkeypatch):
-    monkeypatch.chdir(PHOTOGRAPHS.parents[1])
+    monkeypatch.chdir(SAMPLE_IMAGES.parents[1])
     plan = parse_plan(['--seeds', '0', '1'])
     assert plan.models == list(MODELS) and plan.seeds == [0, 1] and plan.recipe == 'care_s0_fruit14'
     assert parse_plan([]).folder == parse_plan(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from photos import FRUIT, copy_photographs
+from photos import FRUIT, copy_images
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
@@ -19,7 +19,7 @@ from caretrans.errors import DataError
 
 @pytest.fixture
 def small_data(tmp_path) -> Path:
-    return copy_photographs(tmp_path, per_class=3)
+    return copy_images(tmp_path, per_class=3)
 
 
 def test_the_bundled_sample_is_whole():

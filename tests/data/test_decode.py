@@ -12,7 +12,7 @@ from timm.data import create_transform
 from caretrans.data.decode import UNREADABLE, CropTransform, choose_reduction, open_image, read_jpeg_size
 from caretrans.seeds import seed_sample
 
-PHOTOGRAPHS = sorted(FRUIT.glob('val/*/*.jpg'))[::60]
+SAMPLE_IMAGES = sorted(FRUIT.glob('val/*/*.jpg'))[::60]
 
 
 def create(size: int = 64, **options):
@@ -28,7 +28,7 @@ def encode(image: Image.Image, kind: str = 'JPEG', **options) -> bytes:
 
 def photograph(width: int, height: int, number: int = 0) -> Image.Image:
     """Four photographs beside each other, scaled to this size."""
-    tiles = [Image.open(PHOTOGRAPHS[(number + i) % len(PHOTOGRAPHS)]).convert('RGB') for i in range(4)]
+    tiles = [Image.open(SAMPLE_IMAGES[(number + i) % len(SAMPLE_IMAGES)]).convert('RGB') for i in range(4)]
     image = Image.new('RGB', (256, 256))
     for i, tile in enumerate(tiles):
         image.paste(ImageOps.fit(tile, (128, 128)), (i % 2 * 128, i // 2 * 128))

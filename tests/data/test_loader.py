@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from photos import FRUIT, copy_photographs
+from photos import FRUIT, copy_images
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch.utils.data import IterableDataset
@@ -32,7 +32,7 @@ EVAL = dict(
 
 @pytest.fixture
 def small_data(tmp_path) -> Path:
-    return copy_photographs(tmp_path, per_class=8)
+    return copy_images(tmp_path, per_class=8)
 
 
 def load(data, processes=Processes(), name='', split='train', **settings):  # noqa: B008 (immutable)
@@ -220,7 +220,7 @@ def hub_data(tmp_path, monkeypatch):
         monkeypatch.setenv(variable, value)
     import datasets  # reads them at import
 
-    photographs = copy_photographs(tmp_path / 'photographs', per_class=8)
+    photographs = copy_images(tmp_path / 'photographs', per_class=8)
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=['kaiser', 'orange']))
     (tmp_path / 'hub' / 'data').mkdir(parents=True)
     for split in ('train', 'val'):

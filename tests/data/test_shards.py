@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from photos import FRUIT, copy_photographs
+from photos import FRUIT, copy_images
 from PIL import Image
 from test_loader import EVAL, are_equal, evaluate, load, passes
 from torch.utils.data import IterableDataset
@@ -29,7 +29,7 @@ from caretrans.errors import DataError
 
 @pytest.fixture
 def small_data(tmp_path) -> Path:
-    return copy_photographs(tmp_path / 'photographs', per_class=10)
+    return copy_images(tmp_path / 'photographs', per_class=10)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from photos import FRUIT, copy_photographs
+from photos import FRUIT, copy_images
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform
 from validate import main
@@ -88,7 +88,7 @@ def test_one_process_and_two_give_the_same_numbers_to_the_last_image(fruit, tmp_
 @pytest.fixture(scope='module')
 def two_kinds(tmp_path_factory):
     """(checkpoint, folder, files, labels) of 22 photographs of two classes, one of which is no image."""
-    folder = copy_photographs(tmp_path_factory.mktemp('data'), per_class=11)
+    folder = copy_images(tmp_path_factory.mktemp('data'), per_class=11)
     files = sorted((folder / 'val').glob('*/*.jpg'))
     files[4].write_bytes(b'no image')
     labels = torch.tensor([['kaiser', 'orange'].index(path.parent.name) for path in files])
@@ -124,7 +124,7 @@ def test_fewer_images_than_expected_are_an_error(two_kinds, monkeypatch):
 
 @pytest.mark.parametrize('images, batch_size, world_size', [(22, 4, 1), (22, 4, 2), (22, 5, 3), (22, 1, 30)])
 def test_processes_share_out_whole_batches(tmp_path, images, batch_size, world_size):
-    dataset = open_dataset(copy_photographs(tmp_path, per_class=11), 'val')
+    dataset = open_dataset(copy_images(tmp_path, per_class=11), 'val')
     config = resolve_eval_config(timm.create_model('care_s0'), img_size=32)
     loaders = [build_eval_loader(dataset, config, batch_size, 0, Processes(rank, world_size))
                for rank in range(world_size)]

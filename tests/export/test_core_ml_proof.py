@@ -17,7 +17,7 @@ from caretrans.export.source import build_network, load_cases
 from caretrans.export.verify import VerificationError, verify
 
 SIZE = (96, 96)
-PHOTOGRAPHS = 64
+SAMPLE_IMAGES = 64
 FEW = 4
 ERRORS = {'fp16': 1e-2, 'fp32': 3e-6}  # of the largest logit; measured 3e-3 and 9e-7
 EXACT = 1e-5  # likewise, against the network with weights of float16; measured 7e-7
@@ -31,7 +31,7 @@ def source():
 
 @pytest.fixture(scope='module')
 def cases():
-    return make_cases(size=SIZE, count=PHOTOGRAPHS)
+    return make_cases(size=SIZE, count=SAMPLE_IMAGES)
 
 
 make_job = functools.partial(exports.make_job, input='image', size=SIZE)
@@ -263,7 +263,7 @@ def test_an_inverse_with_its_silent_epsilon_is_refused_where_denominators_are_sm
             module.qk.bias.data -= 5
     small = copy.copy(source)
     small.model = model
-    cases = load_cases(small, (64, 64), count=PHOTOGRAPHS)
+    cases = load_cases(small, (64, 64), count=SAMPLE_IMAGES)
     job = make_job('mlpackage', 'fp32', size=(64, 64), unfused=True)
     path = save_network(small, job, tmp_path_factory.mktemp('saved') / 'care_s0.mlpackage')
     assert verify(small, job, read(path, job).to_program(), cases).top1_agreement == 100

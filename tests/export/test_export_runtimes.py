@@ -18,7 +18,7 @@ from launch import ROOT
 
 from caretrans.export.formats import FORMATS, find_obstacle
 from caretrans.export.verify import verify
-from caretrans.fuse import fuse, rewrite
+from caretrans.fuse import fuse, to_form
 
 OWN = ['executorch', 'litert', 'coreai']
 
@@ -95,7 +95,7 @@ def test_form_for_xnnpack_is_exact(batch):
     images = torch.randn(batch, 3, 64, 96, dtype=torch.float64)
     with torch.no_grad():
         expected = fuse(model.double())(images)
-        found = rewrite(model, 'bmm')(images)
+        found = to_form(model, 'bmm')(images)
         model.float()
     assert torch.allclose(found, expected, rtol=0, atol=1e-12)
 

@@ -14,7 +14,7 @@ from caretrans.checkpoint.preparation import resolve_eval_config
 from caretrans.export import coreml
 from caretrans.export.source import Source, load_cases
 from caretrans.export.verify import VerificationError, verify
-from caretrans.measure.sample_network import enliven
+from caretrans.measure.sample_network import randomize
 from caretrans.models import mlla
 from caretrans.models.inference import mlla_phone
 
@@ -35,7 +35,7 @@ def make_shallow(**settings) -> Source:
     """A network of one block in each stage, for breaks; shared, do not change it."""
     name = 'casvit_xs' if 'widths' in settings else 'mlla_t'
     model = timm.create_model(name, depths=(1, 1, 1, 1), num_classes=14, **settings).eval()
-    enliven(model, torch.randn(8, 3, 96, 96, generator=torch.Generator().manual_seed(0)))
+    randomize(model, torch.randn(8, 3, 96, 96, generator=torch.Generator().manual_seed(0)))
     return Source(name, model, resolve_eval_config(model), [str(number) for number in range(14)])
 
 

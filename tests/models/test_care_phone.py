@@ -7,7 +7,7 @@ import torch
 from reference import filled_model, published_model
 
 import caretrans  # noqa: F401 (registers the models)
-from caretrans.fuse import FORMS, fuse, rewrite
+from caretrans.fuse import FORMS, fuse, to_form
 from caretrans.models.attention import linear_attention
 from caretrans.models.care import CareTransformer, LinearAttention, StripConv
 from caretrans.models.folding import fold_pixels
@@ -34,7 +34,7 @@ def test_phone_form_computes_the_same(name):
     images = torch.randn(2, 3, 96, 64, dtype=torch.float64)
     with torch.no_grad():
         expected = model(images)
-        error = list_error(rewrite(model, 'phone')(images), expected)
+        error = list_error(to_form(model, 'phone')(images), expected)
     assert error < 1e-6  # the eps of the attention; without it the forms are equal, see below
 
 
@@ -81,7 +81,7 @@ def test_phone_form_of_the_reference_network_is_finite_in_float16():
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         expected = copy.deepcopy(model).double()(images.double())
-        found = rewrite(model, 'phone').half()(images.half())
+        found = to_form(model, 'phone').half()(images.half())
     assert found.isfinite().all()
     assert list_error(found, expected) < 0.05
 
@@ -131,7 +131,7 @@ def test_pixels_do_not_fold_where_that_would_be_wrong(conv, mean):
 
 
 def test_phone_form_has_no_transposes_and_two_reshapes_for_each_attention():
-    model = rewrite(filled_model('care_s0'), 'phone')
+    model = to_form(filled_model('care_s0'), 'phone')
     graph = torch.export.export(model, (torch.zeros(1, 3, 64, 64),)).run_decompositions({}).graph
     names = [str(node.target) for node in graph.nodes]
     attentions = sum(isinstance(module, PhoneAttention) for module in model.modules())
@@ -143,7 +143,7 @@ def test_forms_leave_the_network_as_it_is():
     model = filled_model('care_s0')
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for form in FORMS:
-        rewrite(model, form)
+        to_form(model, form)
     assert isinstance(model, CareTransformer)
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
@@ -151,7 +151,7 @@ def test_forms_leave_the_network_as_it_is():
 
 def test_unknown_form_is_refused():
     with pytest.raises(ValueError, match="form is 'tiny', choose from trained, fused, phone"):
-        rewrite(filled_model('care_s0'), 'tiny')
+        to_form(filled_model('care_s0'), 'tiny')
 
 
 @pytest.mark.parametrize('ablation', ['no_inter1', 'no_inter2', 'no_memory', 'symmetrical', 'stacked'])
@@ -159,7 +159,7 @@ def test_ablations_have_a_phone_form(ablation):
     model = filled_model('care_s0', ablation=ablation).double()
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
-        assert list_error(rewrite(model, 'phone')(images), model(images)) < 1e-6
+        assert list_error(to_form(model, 'phone')(images), model(images)) < 1e-6
 
 
 def test_least_mass_is_the_least_denominator():
@@ -185,11 +185,11 @@ def test_least_mass_is_the_least_denominator():
 
 def test_phone_form_of_a_fused_network_still_refuses_training():
     with pytest.raises(RuntimeError, match='for inference alone'):
-        rewrite(filled_model('care_s0'), 'phone').stages[2].blocks[0].mixer.train()
+        to_form(filled_model('care_s0'), 'phone').stages[2].blocks[0].mixer.train()
 
 
 def test_fuse_is_the_fused_form():
     model = filled_model('care_s0')
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        assert torch.equal(rewrite(model)(images), fuse(model)(images))
+        assert torch.equal(to_form(model)(images), fuse(model)(images))

@@ -6,7 +6,7 @@ import torch
 from reference import filled_model
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from caretrans.fuse import fuse, is_fused, rewrite
+from caretrans.fuse import fuse, is_fused, to_form
 from caretrans.models.attention import linear_attention
 from caretrans.models.casvit import CasVit
 from caretrans.models.inference.care_phone import watch_least_mass
@@ -51,7 +51,7 @@ def test_phone_form_computes_the_same(name, settings):
     model = filled_model(name, **settings).double()
     images = torch.randn(2, 3, 101, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        phone = rewrite(model, 'phone')
+        phone = to_form(model, 'phone')
         assert measure_error(phone(images), model(images)) < CLOSE[name]
     assert is_fused(phone) and isinstance(phone, (CasVit, Mlla))
     with pytest.raises(RuntimeError, match='for inference alone'):
@@ -62,7 +62,7 @@ def test_phone_form_computes_the_same(name, settings):
 def test_phone_form_leaves_the_network_as_it_is(name):
     model = filled_model(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    for parameter in rewrite(model, 'phone').parameters():
+    for parameter in to_form(model, 'phone').parameters():
         parameter.data.zero_()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -111,7 +111,7 @@ def test_phone_attention_keeps_keys_and_queries_whose_features_vanish_in_float16
 # Operations -----------------------------------------------------------------------------------------------------------
 
 def test_phone_form_of_mlla_has_no_transposes_and_two_reshapes_for_each_attention():
-    graph = torch.export.export(rewrite(filled_model('mlla_t'), 'phone'), (torch.zeros(1, 3, 64, 64),))
+    graph = torch.export.export(to_form(filled_model('mlla_t'), 'phone'), (torch.zeros(1, 3, 64, 64),))
     kinds = [str(node.target) for node in graph.graph.nodes if node.op == 'call_function']
     assert not [kind for kind in kinds if 'permute' in kind]
     assert sum('transpose' in kind for kind in kinds) == 18  # of a factor of a product, which takes it so
@@ -119,7 +119,7 @@ def test_phone_form_of_mlla_has_no_transposes_and_two_reshapes_for_each_attentio
 
 
 def test_phone_form_of_casvit_has_no_norms_and_no_reshapes():
-    phone = rewrite(filled_model('casvit_xs'), 'phone')
+    phone = to_form(filled_model('casvit_xs'), 'phone')
     assert not [module for module in phone.modules() if 'Norm' in type(module).__name__]
     kinds = [str(node.target) for node in make_fx(phone)(torch.zeros(1, 3, 64, 64)).graph.nodes]
     assert not [kind for kind in kinds if any(word in kind for word in ('reshape', 'flatten', 'permute'))]
@@ -128,7 +128,7 @@ def test_phone_form_of_casvit_has_no_norms_and_no_reshapes():
 @pytest.mark.parametrize('name', CLOSE)
 def test_form_for_xnnpack_is_the_fused_one(name):
     model = filled_model(name)
-    assert str(rewrite(model, 'bmm')) == str(fuse(model))
+    assert str(to_form(model, 'bmm')) == str(fuse(model))
 
 
 def test_least_mass_of_mlla_is_the_least_denominator():

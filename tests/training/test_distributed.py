@@ -9,7 +9,7 @@ from signal import SIGTERM
 import pytest
 import torch
 from launch import ENVIRONMENT, ROOT, kill, list_differences, read_tensors, run, start, wait_for
-from photos import copy_photographs
+from photos import copy_images
 
 FLAGS = [
     '--recipe', 'care_s0_fruit14', '--epochs', 2, '--warmup-epochs', 1, '--batch-size', 8, '--device-batch', 4,
@@ -20,7 +20,7 @@ FLAGS = [
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory) -> Path:
-    return copy_photographs(tmp_path_factory.mktemp('data'), per_class=24)
+    return copy_images(tmp_path_factory.mktemp('data'), per_class=24)
 
 
 def train(data, folder, *flags, processes=1):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from launch import ENVIRONMENT, ROOT, command, kill, list_differences, read_tensors, run, start, wait_for
-from photos import copy_photographs
+from photos import copy_images
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import caretrans.training.run
@@ -31,7 +31,7 @@ TIMES = ('images_per_s', 'seconds', 'data_wait')
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory) -> Path:
-    return copy_photographs(tmp_path_factory.mktemp('data'), per_class=24)
+    return copy_images(tmp_path_factory.mktemp('data'), per_class=24)
 
 
 @pytest.fixture(scope='module')

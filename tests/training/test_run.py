@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from launch import ENVIRONMENT, ROOT, kill, list_differences, read_tensors, start, wait_for
-from photos import copy_photographs
+from photos import copy_images
 
 import caretrans.training.run
 import caretrans.training.folder
@@ -31,7 +31,7 @@ FLAGS = [
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    return copy_photographs(tmp_path / 'data', per_class=20)
+    return copy_images(tmp_path / 'data', per_class=20)
 
 
 def run(data, folder, *flags):

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from launch import list_differences, read_tensors, run
-from photos import copy_photographs
+from photos import copy_images
 from torch import nn
 
 from caretrans.config import TrainConfig, parse_train_config
@@ -160,7 +160,7 @@ def test_a_recipe_with_it_runs_without_it():
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    return copy_photographs(tmp_path_factory.mktemp('data'), per_class=16)
+    return copy_images(tmp_path_factory.mktemp('data'), per_class=16)
 
 
 def go(data, folder, *flags, mesa=MESA) -> None:

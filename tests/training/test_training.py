@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import yaml
-from photos import FRUIT, copy_photographs
+from photos import FRUIT, copy_images
 
 import caretrans
 from caretrans.__main__ import main
@@ -113,7 +113,7 @@ def test_a_checkpoint_converts_to_the_published_layout_and_back(sample_run, tmp_
 
 @pytest.fixture(scope='module')
 def tiny_data(tmp_path_factory):
-    return copy_photographs(tmp_path_factory.mktemp('data'), per_class=8)
+    return copy_images(tmp_path_factory.mktemp('data'), per_class=8)
 
 
 TINY = ['--recipe', 'care_s0_fruit14', '--epochs', '1', '--warmup-epochs', '0', '--batch-size', '8', '--img-size', '32',

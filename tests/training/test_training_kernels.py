@@ -5,7 +5,7 @@ import caretrans.kernels
 import pytest
 import torch
 import yaml
-from photos import FRUIT, copy_photographs
+from photos import FRUIT, copy_images
 
 import caretrans.training.run
 import caretrans.training.trainer
@@ -23,7 +23,7 @@ FLAGS = ['--recipe', 'care_s0_fruit14', '--epochs', '2', '--warmup-epochs', '0',
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    return copy_photographs(tmp_path_factory.mktemp('data'), per_class=8)
+    return copy_images(tmp_path_factory.mktemp('data'), per_class=8)
 
 
 @pytest.fixture
