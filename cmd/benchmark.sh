@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Measure models of the paper's table that timm has, then CARE and the comparison systems CAS-ViT and MLLA, by family
-# and size, and print the tables of the README in Markdown.
+# Measure the models of the paper's table that timm has, then CARE, CAS-ViT and MLLA, by family and size, and print
+# tables in Markdown.
 #   bash cmd/benchmark.sh [flags of benchmark.py, e.g. --backend eager openvino --batch-size 1 32]
-#   bash cmd/benchmark.sh --update     writes them into the README
-#   bash cmd/benchmark.sh --check      counts its parameters and GMACs again
+#   bash cmd/benchmark.sh --update     writes docs/benchmarks.md
+#   bash cmd/benchmark.sh --check      recounts the parameters and GMACs of README.md and docs/benchmarks.md
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$root"

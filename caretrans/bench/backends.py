@@ -1,134 +1,153 @@
-"""Ways to run a network for inference: each becomes a function without arguments that runs it once.
+"""Run a network by any backend: each becomes a function without arguments that runs it once.
 
     network = Network(model, images)                     # evaluation mode, float32, on the CPU; images (B, 3, H, W)
     runner = prepare(network, Setup('compile', 'float32', 'channels_last'))
     check_output(network, runner, 'float32')             # against float64, before anything is timed
     runner.run()
 
-`eager` is the network as it is trained and published. All others run what `to_form` makes of it: the network with
-everything folded that can be folded, which computes the same.
+The backend `eager` runs the original network. All others run the form that `to_form` makes of it, with everything fused
+that can be, which computes the same.
 """
 import copy
-import importlib.util
-import os
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 
-from ..errors import ConfigError
-from ..measure.sample_network import SAMPLE_IMAGES
+from ..fuse import to_form
+from ..kernels import describe_placements, use_kernels
+from ..runtimes.onnx import INPUT, export_onnx, make_session, quantize, split_batches
+from ..runtimes.openvino import compile_model, make_model, quantize as quantize_for_openvino
 from .device_rates import allow_tf32
-from .kernel_choice import check_kernels, fit_kernels, place_kernels
-from .runtimes import list_openvino_dtypes, prepare_onnxruntime, prepare_openvino
-from .setups import IN_TORCH, Network, Runner, Setup, WrongOutputError, measure_deviation
+from .setups import IN_TORCH, KERNELS, Setup
 
 __all__ = [
-    'BACKENDS', 'DTYPES', 'TOLERANCES', 'Network', 'Runner', 'Setup', 'WrongOutputError', 'check_output', 'check_setup',
-    'find_obstacle', 'fit_setups', 'list_dtypes', 'measure_deviation', 'measure_error', 'prepare']
+    'TOLERANCES', 'TORCH_DTYPES', 'Network', 'Runner', 'Setup', 'WrongOutputError', 'check_output', 'measure_deviation',
+    'measure_error', 'place_kernels', 'prepare']
 
-BACKENDS = ('eager', 'fused', 'compile', 'cudagraph', 'onnxruntime', 'openvino')
-DTYPES = ('float32', 'tf32', 'bfloat16', 'float16', 'int8')
-LAYOUTS = ('nchw', 'channels_last')
-
+CHECKED = 8  # images of a batch whose logits are compared
 # Largest error of a logit against float64, relative to the largest logit, up to which an output passes: several times
-# what rounding makes of networks this deep. In float32 that is far less than a dropped bias or a swapped slice makes;
-# in the other formats such a mistake can be smaller, and the next limit is what finds it.
+# the rounding error of networks this deep. In float32 that is far below the effect of a missing bias or a swapped
+# slice; in the other formats such a mistake can be smaller, and the next limit finds it.
 TOLERANCES = {'float32': 5e-5, 'tf32': 2e-2, 'float16': 2e-2, 'bfloat16': 0.15, 'int8': 0.5}
-# The norm of the error of all logits of up to `CHECKED` images, relative to theirs, is also held against what rounding
-# to the format makes of this very network (`Network.measure_rounding`), times this. Right outputs have 0.6 to 1.2 times
-# it. In bfloat16 each pair of swapped 3x3 and 7x7 convolutions in care_s0 has 10 times it or more, each lost bias of an
-# expansion 3.7 or more; what changes the logits less than rounding does, such as many a lost bias of a projection, is
-# not found.
+# The norm of the error of all logits of up to `CHECKED` images, relative to theirs, must also stay below this multiple
+# of the rounding error of the same network (`Network.measure_rounding`). Correct outputs have 0.6 to 1.2 times it. In
+# bfloat16 each pair of swapped 3x3 and 7x7 convolutions in care_s0 has 10 times it or more, each missing bias of an
+# expansion 3.7 or more; a change of the logits below rounding, such as many a missing bias of a projection, is not
+# found.
 ROUNDINGS = 3.
-ROUNDED = {'tf32': torch.float16, 'float16': torch.float16, 'bfloat16': torch.bfloat16}  # of as many bits
-# In int8 that norm itself is limited, right outputs have up to 0.2: permuted classes are found, most lost biases and
-# swapped convolutions are not.
+ROUNDED = {'tf32': torch.float16, 'float16': torch.float16, 'bfloat16': torch.bfloat16}  # with as many bits
+# In int8 that norm itself is limited, correct outputs have up to 0.2: permuted classes are found, most missing biases
+# and swapped convolutions are not.
 INT8_TOLERANCE = 0.5
 
 TORCH_DTYPES = {
     'float32': torch.float32, 'tf32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
-PACKAGES = {  # what to import: what to install
-    'onnxruntime': {'onnxruntime': 'onnxruntime', 'onnx': 'onnx', 'onnxscript': 'onnxscript'},
-    'openvino': {'openvino': 'openvino', 'onnx': 'onnx', 'onnxscript': 'onnxscript'},
-}
+OPENVINO_HINTS = {'float32': 'f32', 'bfloat16': 'bf16', 'float16': 'f16', 'int8': 'f32'}  # int8: of unquantized layers
+UNSEEN = 'the memory of this backend cannot be measured'
 
 
-# What goes together ---------------------------------------------------------------------------------------------------
-
-def _list_missing(packages: dict[str, str]) -> list[str]:
-    return [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
+class WrongOutputError(RuntimeError):
+    """A backend does not compute what the original network computes."""
 
 
-def _has_compiler() -> bool:
-    return any(shutil.which(name) for name in (os.environ.get('CXX', 'g++'), 'g++', 'clang++', 'cl'))
+@dataclass
+class Runner:
+    """A network ready to run on given images.
 
-
-def find_obstacle(backend: str, device: torch.device) -> str:
-    """Why a backend does not work on a device, with the remedy; '' if it does."""
-    missing = _list_missing(PACKAGES.get(backend, {}))
-    if missing:
-        return f'it is not installed: pip install {" ".join(missing)}'
-    if backend == 'cudagraph' and device.type != 'cuda':
-        return 'it is for GPUs of NVIDIA: take --device cuda'
-    if backend == 'openvino' and device.type != 'cpu':
-        return 'it runs on the processor: take --device cpu'
-    if backend == 'compile' and device.type == 'mps':
-        return 'it is for cpu and cuda: take --backend fused'
-    if backend == 'compile' and device.type == 'cpu' and not _has_compiler():
-        return 'it needs a C++ compiler: install g++'
-    if backend == 'onnxruntime' and device.type != 'cpu':
-        import onnxruntime
-        if device.type == 'mps' or 'CUDAExecutionProvider' not in onnxruntime.get_available_providers():
-            return f'the installed one has no provider for {device.type}: take --device cpu' \
-                + (', or pip install onnxruntime-gpu in its place' if device.type == 'cuda' else '')
-    return ''
-
-
-def list_dtypes(backend: str, device: torch.device) -> tuple[str, ...]:
-    """The number formats that a backend computes in on a device."""
-    if backend == 'openvino':
-        return list_openvino_dtypes()
-    if backend == 'onnxruntime':
-        return ('float32', 'int8') if device.type == 'cpu' else ('float32', 'tf32', 'float16')
-    if device.type == 'cuda':
-        return 'float32', 'tf32', 'bfloat16', 'float16'
-    return 'float32', 'bfloat16', 'float16'
-
-
-def check_setup(setup: Setup) -> None:
-    """Refuse what cannot work before any work is done.
-
-    Raises:
-        ConfigError: The backend is not installed or not for this device, or has no such number format here.
+    Attributes:
+        run: Runs it once; on a GPU without waiting for the end.
+        read: Turns the output of `run` into logits (B, num_classes), float64 on the CPU.
+        images: Input of `run`; whatever is copied into this tensor is run next.
+        held: Bytes of weights and images; None where the memory of the backend cannot be measured.
+        peak: Peak bytes, where `held` and PyTorch's count during a run do not show it.
+        notes: What a reader of its figures must know.
+        module: The network that `run` calls, if its parts can have hooks.
+        kernels: The choice of `KERNELS` that runs, which may be less than was asked for.
     """
-    obstacle = find_obstacle(setup.backend, setup.device)
-    if obstacle:
-        raise ConfigError(f'--backend {setup.backend} with --device {setup.device.type}: {obstacle}.')
-    check_kernels(setup.kernels, setup.backend, setup.device)
-    dtypes = list_dtypes(setup.backend, setup.device)
-    if setup.dtype not in dtypes:
-        raise ConfigError(
-            f'--dtype {setup.dtype} with --backend {setup.backend} and --device {setup.device.type}: it has '
-            f'{", ".join(dtypes)} there.')
-    if setup.dtype == 'int8' and setup.backend == 'openvino' and _list_missing({'nncf': 'nncf'}):
-        raise ConfigError('--dtype int8 with --backend openvino: it is not installed: pip install nncf.')
-    if setup.dtype == 'int8' and not SAMPLE_IMAGES.is_dir():
-        raise ConfigError(f'--dtype int8 is calibrated on photographs: {SAMPLE_IMAGES} is not there.')
+    run: Callable[[], Any]
+    read: Callable[[Any], torch.Tensor]
+    images: torch.Tensor
+    held: int | None = None
+    peak: int | None = None
+    notes: list[str] = field(default_factory=list)
+    module: nn.Module | None = None
+    kernels: str = 'torch'
 
 
-# Networks -------------------------------------------------------------------------------------------------------------
+class Network:
+    """A network with images to run it on, and what is derived from both once: fused form, reference, ONNX program.
 
-def fit_setups(setups: Sequence[Setup], model: nn.Module) -> list[Setup]:
-    """The setups for a rewritten model, each once: without kernels for parts that it has not."""
-    return list(dict.fromkeys(replace(setup, kernels=fit_kernels(model, setup.kernels)) for setup in setups))
+    Args:
+        model: In evaluation mode, float32, on the CPU.
+        images: (B, C, H, W) float32, preprocessed for the model.
+        fused: The result of `to_form(model)`, if it exists already.
+        calibration: (N, C, H, W), images that calibrate int8.
+    """
 
+    def __init__(
+            self, model: nn.Module, images: torch.Tensor, fused: nn.Module | None = None,
+            calibration: torch.Tensor | None = None) -> None:
+        self.model, self.images, self.calibration = model, images, calibration
+        self.fused = to_form(model) if fused is None else fused
+        self._programs: dict[torch.dtype, bytes] = {}
+        self._roundings: dict[torch.dtype, float] = {}
+
+    @cached_property
+    def checked(self) -> list[int]:
+        """Indices of the images whose logits are checked: the first, the last and some between, `CHECKED` at most."""
+        count = len(self.images)
+        return sorted({round(i * (count - 1) / (CHECKED - 1)) for i in range(CHECKED)})
+
+    @cached_property
+    def expected(self) -> torch.Tensor:
+        """The logits of the checked images by the original network in float64."""
+        return self._compute(copy.deepcopy(self.model).double(), torch.float64)
+
+    def _compute(self, model: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+        with torch.no_grad():  # one by one, for memory
+            return torch.cat([model(self.images[[number]].to(dtype)) for number in self.checked])
+
+    def measure_rounding(self, dtype: torch.dtype) -> float:
+        """`measure_deviation` of the original network in float32 with weights, images and the output of each module
+        rounded to `dtype`."""
+        if dtype not in self._roundings:
+            model = copy.deepcopy(self.model)
+            for tensor in [*model.parameters(), *model.buffers()]:
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.to(dtype).float()
+            for module in model.modules():
+                module.register_forward_pre_hook(lambda module, args: _round(args, dtype))
+                module.register_forward_hook(lambda module, args, out: _round(out, dtype))
+            self._roundings[dtype] = measure_deviation(self._compute(model, torch.float32), self.expected)
+        return self._roundings[dtype]
+
+    def with_images(self, images: torch.Tensor) -> 'Network':
+        """The same network on other images."""
+        return Network(self.model, images, self.fused, self.calibration)
+
+    def export(self, dtype: torch.dtype = torch.float32) -> bytes:
+        """The fused network as an ONNX program for images of this shape."""
+        if dtype not in self._programs:
+            self._programs[dtype] = export_onnx(copy.deepcopy(self.fused).to(dtype), self.images.to(dtype))
+        return self._programs[dtype]
+
+
+def _round(values: Any, dtype: torch.dtype) -> Any:
+    if isinstance(values, (tuple, list)):
+        return type(values)(_round(value, dtype) for value in values)
+    is_float = isinstance(values, torch.Tensor) and values.is_floating_point()
+    return values.to(dtype).to(values.dtype) if is_float else values
+
+
+# Correctness ----------------------------------------------------------------------------------------------------------
 
 def measure_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest error of a logit relative to the largest logit; infinite where logits are not finite."""
@@ -136,19 +155,25 @@ def measure_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
     return error if error == error else float('inf')
 
 
+def measure_deviation(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """The norm of the error of all logits relative to theirs; infinite where logits are not finite."""
+    deviation = ((logits.double() - expected).norm() / expected.norm()).item()
+    return deviation if deviation == deviation else float('inf')
+
+
 def check_output(network: Network, runner: Runner, dtype: str) -> float:
-    """Run once and compare up to `CHECKED` images with the network as it is trained, in float64.
+    """Run once and compare up to `CHECKED` images with the original network in float64.
 
     Returns:
         The largest error of a logit, relative to the largest logit.
     Raises:
-        WrongOutputError: It is above `TOLERANCES`, or the error of all logits above what rounding explains.
+        WrongOutputError: It is above `TOLERANCES`, or the error of all logits is larger than rounding explains.
     """
     logits = runner.read(runner.run())[network.checked]
     error = measure_error(logits, network.expected)
     if not error <= TOLERANCES[dtype]:
         raise WrongOutputError(
-            f'the logits differ from float64 by {error:.2g} of their largest, {TOLERANCES[dtype]:g} is allowed for '
+            f'the logits differ from float64 by {error:.2g} of the largest, {TOLERANCES[dtype]:g} is allowed in '
             f'{dtype}: not timed')
     if dtype != 'float32':
         deviation = measure_deviation(logits, network.expected)
@@ -160,17 +185,17 @@ def check_output(network: Network, runner: Runner, dtype: str) -> float:
     return error
 
 
-# Running --------------------------------------------------------------------------------------------------------------
+# PyTorch --------------------------------------------------------------------------------------------------------------
 
 @contextmanager
 def _precision(setup: Setup) -> Iterator[None]:
-    """No gradients, and on a GPU float32 as float32 or as TF32, whatever is set outside."""
+    """No gradients, and on a GPU float32 as float32 or as TF32, independent of global settings."""
     with allow_tf32(setup.dtype == 'tf32'), torch.inference_mode():
         yield
 
 
 def _guard(forward: Callable[[], Any], setup: Setup) -> Callable[[], Any]:
-    """`forward` under the settings of `setup`, with as little around it as the device needs."""
+    """`forward` under the precision of `setup`, with as little overhead as the device allows."""
     context = (lambda: _precision(setup)) if setup.device.type == 'cuda' else torch.inference_mode
 
     def run() -> Any:
@@ -179,22 +204,20 @@ def _guard(forward: Callable[[], Any], setup: Setup) -> Callable[[], Any]:
     return run
 
 
-def _compile_ahead(model: nn.Module, images: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Inductor for a processor: ahead of time, weights as constants, no Python between the kernels."""
+def _compile(model: nn.Module, images: torch.Tensor, setup: Setup) -> tuple[Callable[[], Any], int | None]:
+    """Inductor, and its peak bytes on a GPU.
+
+    On a CPU it compiles ahead of time, with weights as constants and no Python between the kernels; on a GPU with its
+    search for the best kernels and CUDA graphs.
+    """
+    import torch._dynamo.config as dynamo
     import torch._inductor.config as inductor
 
-    with torch.no_grad(), inductor.patch(freezing=True), tempfile.TemporaryDirectory() as folder:
-        package = torch._inductor.aoti_compile_and_package(
-            torch.export.export(model, (images,)), package_path=str(Path(folder) / 'network.pt2'))
-        return torch._inductor.aoti_load_package(package)
-
-
-def _compile(model: nn.Module, images: torch.Tensor, setup: Setup) -> tuple[Callable[[], Any], int | None]:
-    """Inductor: ahead of time on a processor, with its search for the best kernels and CUDA graphs on a GPU."""
-    import torch._dynamo.config as dynamo
-
     if setup.device.type == 'cpu':
-        ahead = _compile_ahead(model, images)
+        with torch.no_grad(), inductor.patch(freezing=True), tempfile.TemporaryDirectory() as folder:
+            package = torch._inductor.aoti_compile_and_package(
+                torch.export.export(model, (images,)), package_path=str(Path(folder) / 'network.pt2'))
+            ahead = torch._inductor.aoti_load_package(package)
         return _guard(lambda: ahead(images), setup), None
     compiled = torch.compile(model, dynamic=False, fullgraph=True, mode='max-autotune')
     run = _guard(lambda: compiled(images), setup)
@@ -204,7 +227,7 @@ def _compile(model: nn.Module, images: torch.Tensor, setup: Setup) -> tuple[Call
 
 
 def _capture(model: nn.Module, images: torch.Tensor, setup: Setup) -> tuple[Callable[[], Any], int]:
-    """A CUDA graph of one forward pass."""
+    """A CUDA graph of one forward pass, and its peak bytes."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
@@ -229,13 +252,23 @@ def _capture(model: nn.Module, images: torch.Tensor, setup: Setup) -> tuple[Call
 
 
 def _trace_cuda_peak(work: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes that were allocated during some work beyond those before."""
+    """The peak of the bytes allocated during some work, beyond those before."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     work()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def place_kernels(model: nn.Module, kernels: str) -> tuple[str, list[str]]:
+    """Put kernels into a model that is on its device: which of `KERNELS` run, and why others do not."""
+    if kernels == 'torch':
+        return 'torch', []
+    placements = use_kernels(model, parts=KERNELS[kernels])
+    parts = {placement.part for placement in placements if placement.runs == 'triton'}
+    ran = 'triton+expansion' if 'expansion' in parts else 'triton' if parts else 'torch'
+    return ran, describe_placements([placement for placement in placements if placement.runs == 'torch'])
 
 
 def _prepare_in_torch(network: Network, setup: Setup) -> Runner:
@@ -258,12 +291,56 @@ def _prepare_in_torch(network: Network, setup: Setup) -> Runner:
         module=model if setup.backend in ('eager', 'fused') else None, kernels=ran)
 
 
+# Runtimes -------------------------------------------------------------------------------------------------------------
+
+def _prepare_onnxruntime(network: Network, setup: Setup) -> Runner:
+    """A session of ONNX Runtime; on a GPU with images and logits there."""
+    dtype = torch.float16 if setup.dtype == 'float16' else torch.float32
+    program = network.export(dtype)
+    if setup.dtype == 'int8':
+        program = quantize(program, split_batches(network.calibration, len(network.images)))
+    if setup.device.type == 'cpu':
+        session, images = make_session(program, setup.threads), network.images.clone()
+        feed = {INPUT: images.numpy()}
+        return Runner(lambda: session.run(None, feed)[0], lambda logits: torch.from_numpy(logits).double(), images,
+                      notes=[UNSEEN])
+    index, stream = setup.device.index or 0, torch.cuda.current_stream(setup.device).cuda_stream
+    session = make_session(program, setup.threads, [('CUDAExecutionProvider', dict(
+        device_id=index, user_compute_stream=str(stream), use_tf32=int(setup.dtype == 'tf32')))])
+    images = network.images.to(setup.device, dtype)
+    logits = torch.empty(len(images), *session.get_outputs()[0].shape[1:], dtype=dtype, device=setup.device)
+    numpy_type, binding = np.float16 if dtype == torch.float16 else np.float32, session.io_binding()
+    binding.bind_input(INPUT, 'cuda', index, numpy_type, list(images.shape), images.data_ptr())
+    binding.bind_output('logits', 'cuda', index, numpy_type, list(logits.shape), logits.data_ptr())
+
+    def run() -> torch.Tensor:
+        session.run_with_iobinding(binding)
+        return logits
+    return Runner(run, lambda output: output.cpu().double(), images, notes=[UNSEEN])
+
+
+def _prepare_openvino(network: Network, setup: Setup) -> Runner:
+    """A request of OpenVINO on the CPU, for latency: one stream, `setup.threads` threads, the number format as asked.
+
+    Without a hint OpenVINO computes in bfloat16 where the CPU has it.
+    """
+    model = make_model(network.export())
+    if setup.dtype == 'int8':
+        model = quantize_for_openvino(model, split_batches(network.calibration, len(network.images)))
+    request = compile_model(model, setup.threads, OPENVINO_HINTS[setup.dtype]).create_infer_request()
+    images = network.images.clone()
+    feed = {0: images.numpy()}
+    return Runner(
+        lambda: request.infer(feed, share_inputs=True, share_outputs=True)[0],
+        lambda logits: torch.from_numpy(np.array(logits)).double(), images, notes=[UNSEEN])
+
+
 def prepare(network: Network, setup: Setup) -> Runner:
-    """Make a network ready to be run in one way; see `check_setup` for what can be.
+    """Make a network ready to run; see `check_setup` for what works.
 
     Raises:
-        RuntimeError and others: The backend cannot make it, or memory does not suffice.
+        RuntimeError and others: The backend fails, or memory does not suffice.
     """
     if setup.backend in IN_TORCH:
         return _prepare_in_torch(network, setup)
-    return (prepare_onnxruntime if setup.backend == 'onnxruntime' else prepare_openvino)(network, setup)
+    return (_prepare_onnxruntime if setup.backend == 'onnxruntime' else _prepare_openvino)(network, setup)

@@ -33,7 +33,7 @@ from ..training.run import train
 from ..training.trainer import Trainer, build_model, check_kernels
 from .comparison_report import Comparison, describe_comparison, summarise_models, write_comparison
 from .config import BenchConfig, list_setups
-from .inference import BUILDING, ROUNDS, Candidate, build_network, count_network, measure_group, take_batch
+from .infer import BUILDING, ROUNDS, Candidate, build_network, count_network, measure_group, take_batch
 from ..measure.names import expand_models
 from .readme import find_place, update_readme
 from .report import check_folder

@@ -1,202 +1,198 @@
-"""Plots of measurements, as PNG: every title says on what, in which dtype and batch, and with how many threads."""
+"""Plots of measurements as PNG; every title names device, number format, batch size, image size and threads."""
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import PlotError
-from ..models.backbone import find_family
-from .operations import KINDS
 from ..measure.published import find_published, list_footnotes
+from .operations import KINDS
+from .record import Record
 
 __all__ = ['draw_accuracy_by_gmacs', 'draw_accuracy_by_latency', 'draw_growth', 'draw_parts']
 
-Record = Mapping[str, Any]
-FACTS = (('device', '{}'), ('dtype', '{}'), ('batch', 'batch {}'), ('height', '{} px'), ('threads', 'threads {}'))
+FACTS = {'device': '{}', 'dtype': '{}', 'batch': 'batch {}', 'height': '{} px', 'threads': 'threads {}'}
+COLUMNS = 3  # panels side by side
+TOP1 = 'ImageNet-1K top-1, %, published'
 
 
-def _describe_facts(records: Sequence[Record], *leave_out: str) -> str:
-    """Device, dtype, batch, size, threads; of those that differ among the records all values."""
+def _describe_facts(records: Sequence[Record], *skip: str) -> str:
+    """Device, number format, batch, size and threads, each with all values among the records."""
     parts = []
-    for key, pattern in FACTS:
-        values = list(dict.fromkeys(str(record[key]) for record in records if record.get(key) is not None))
-        on_gpu = key == 'threads' and all(str(record['device']).startswith('cuda') for record in records)
-        if values and key not in leave_out and not on_gpu:
+    for key, pattern in FACTS.items():
+        values = list(dict.fromkeys(str(value) for r in records if (value := getattr(r, key)) not in (None, '')))
+        on_gpu = key == 'threads' and all(record.device.startswith('cuda') for record in records)
+        if values and key not in skip and not on_gpu:
             parts.append(pattern.format(' / '.join(values)))
     return ', '.join(parts)
 
 
-def _start(title: str, facts: str, xlabel: str, ylabel: str, width: float = 8.) -> tuple[Any, Any]:
+def _make_figure(title: str, width: float, height: float) -> Any:
     from matplotlib.figure import Figure  # slow to import; draws without a display
 
-    figure = Figure(figsize=(width, 5), layout='constrained')
-    axes = figure.subplots()
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.set_title(f'{title}\n{facts}', fontsize=10)
-    axes.grid(alpha=0.3)
-    return figure, axes
+    figure = Figure(figsize=(width, height), layout='constrained')
+    figure.suptitle(title, fontsize=10)
+    return figure
 
 
-def _save(figure: Any, path: Path, footnote: str = '') -> Path:
-    if footnote:
-        figure.supxlabel(footnote, fontsize=7, wrap=True)
+def _save(figure: Any, path: Path, footnote: str) -> Path:
+    figure.supxlabel(footnote, fontsize=7, color='0.35', wrap=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=200)
     return path
 
 
 # Accuracy -------------------------------------------------------------------------------------------------------------
 
-def _scatter(axes: Any, series: Mapping[str, list[tuple[float, float, str]]]) -> None:
-    """Points (x, y, model) of each series; CARE filled and joined, others hollow; a model is named at its least x."""
-    for number, (name, points) in enumerate(series.items()):
-        ours = sorted(point[:2] for point in points if _is_ours(point[2]))
-        for x, y, model in points:
-            axes.plot(x, y, 'o', color=f'C{number}', markerfacecolor=f'C{number}' if _is_ours(model) else 'none')
-        axes.plot([x for x, _ in ours], [y for _, y in ours], '-o', color=f'C{number}', alpha=0.5, label=name)
-    for model in dict.fromkeys(point[2] for points in series.values() for point in points):
-        places = sorted(point[:2] for points in series.values() for point in points if point[2] == model)
-        axes.plot([x for x, _ in places], [y for _, y in places], ':', color='grey', linewidth=0.7, zorder=0)
-        axes.annotate(model, places[0], textcoords='offset points', xytext=(5, 5), fontsize=7,
-                      weight='bold' if _is_ours(model) else 'normal')
-    axes.margins(x=0.15, y=0.08)
-    axes.set_xlim(left=0)
-    if len(series) > 1:
-        axes.legend(fontsize=8)
-
-
-def _describe_accuracies(models: Sequence[str]) -> str:
-    """The footnote of published accuracies: those that are numbered."""
-    notes = [line for line in list_footnotes(models) if line.startswith('[')]
-    return ' '.join(['Top-1 as published, not measured here.', *notes])
-
-
-def _is_ours(model: str) -> bool:
-    return find_family(model) == 'care'
-
-
-def _find_accuracy(model: str) -> float | None:
-    row = find_published(model)
-    return None if row is None else row.top1
-
-
-def draw_accuracy_by_latency(
-        records: Sequence[Record], path: Path, find_accuracy: Callable[[str], float | None] = _find_accuracy,
-) -> Path:
-    """Published accuracy against the measured median latency, a series for each backend, dtype and layout.
+def _plot_families(axes: Any, points: Iterable[tuple[str, float]], styles: dict[str, dict[str, Any]]) -> None:
+    """A line for each family through its points (model, x), each point labelled with the size of the model.
 
     Args:
-        records: Of inference, of one batch and size.
-        find_accuracy: Top-1 % of a model, None where none is published; such models are left out.
-    Raises:
-        PlotError: Of no model measured an accuracy is published, or the batches or sizes differ.
+        styles: Of each family, filled as families appear, so that several panels agree.
     """
-    series: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
-    drawn = [record for record in records
-             if record.get('median_ms') is not None and find_accuracy(record['model']) is not None]
+    families: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
+    for model, x in points:
+        row = find_published(model)
+        family, _, size = row.name.rpartition('-')  # CAS-ViT-XS: CAS-ViT, XS
+        families[family].append((x, row.top1, size))
+    for family, places in sorted(families.items(), key=lambda item: item[0] != 'CARE'):
+        style = styles.setdefault(family, dict(
+            color=f'C{len(styles)}', marker='osD^vPX*'[len(styles) % 8],
+            **(dict(linewidth=2.2, markersize=7, zorder=3) if family == 'CARE' else dict(linewidth=1.2, markersize=5))))
+        places.sort()
+        axes.plot([x for x, _, _ in places], [y for _, y, _ in places], label=family, **style)
+        for x, y, size in places:
+            axes.annotate(size, (x, y), textcoords='offset points', xytext=(5, -9), fontsize=7.5, color=style['color'],
+                          weight='bold' if family == 'CARE' else 'normal')
+
+
+def _draw_accuracies(panels: Mapping[str, Sequence[tuple[str, float]]], title: str, xlabel: str, path: Path) -> Path:
+    """Published accuracy against x: a panel for each name, with points (model, x), a colour for each family."""
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    columns = min(len(panels), COLUMNS)
+    rows = -(-len(panels) // columns)
+    figure = _make_figure(title, 7 if columns == 1 else 4.6 * columns, 1.2 + 3.6 * rows)
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
+    styles: dict[str, dict[str, Any]] = {}
+    for axes, (name, points) in zip(grid, panels.items(), strict=False):
+        _plot_families(axes, points, styles)
+        axes.set_xscale('log')
+        low, high = min(x for _, x in points), max(x for _, x in points)
+        axes.set_xticks([tick for power in range(-2, 6) for digit in (1, 2, 5)
+                         if low / 2 <= (tick := digit * 10. ** power) <= high * 2])
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set(xlabel=xlabel, xlim=(low / 1.25, high * 1.35))
+        axes.set_title(name, fontsize=9)
+        axes.grid(alpha=0.25)
+        axes.spines[['top', 'right']].set_visible(False)
+    for axes in grid[len(panels):]:
+        axes.set_visible(False)
+    grid[0].set_ylabel(TOP1)
+    handles = {label: handle for axes in grid for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    grid[0].legend(handles.values(), handles.keys(), fontsize=8, loc='lower right', frameon=False)
+    notes = [note.partition(' top-1 of ')[2].partition(':')[0] for note in list_footnotes(
+        [model for points in panels.values() for model, _ in points]) if note.startswith('[')]
+    return _save(figure, path, '. '.join(['Top-1 as published, not measured here', *notes]) + '.')
+
+
+def draw_accuracy_by_latency(records: Sequence[Record], path: Path) -> Path:
+    """Published accuracy against the measured median latency, a panel for each backend, number format and layout.
+
+    Args:
+        records: Of inference, of one batch and size; models without a published accuracy are skipped.
+    Raises:
+        PlotError: No accuracy is published of any model, or the batches or sizes differ.
+    """
+    drawn = [record for record in records if record.median_ms is not None and find_published(record.model)]
     if not drawn:
         raise PlotError('No accuracy is published of any of the models measured: nothing to draw against latency.')
-    mixed = [key for key in ('device', 'batch', 'height', 'width') if len({record[key] for record in drawn}) > 1]
+    mixed = [key for key in ('device', 'batch', 'height', 'width') if len({getattr(r, key) for r in drawn}) > 1]
     if mixed:
         raise PlotError(f'Records of several values of {", ".join(mixed)} in one plot: draw each by itself.')
+    panels: dict[str, list[tuple[str, float]]] = defaultdict(list)
     for record in drawn:
-        ours = [record['kernels']] * (record['kernels'] != 'torch')
-        name = ', '.join([record['backend'], record['dtype'], record['layout'], *ours])
-        series[name].append((record['median_ms'], find_accuracy(record['model']), record['model']))
-    figure, axes = _start(
-        'Accuracy against latency', _describe_facts(drawn), f'latency of a batch of {drawn[0]["batch"]}, median, ms',
-        'ImageNet-1K top-1, %, published')
-    _scatter(axes, series)
-    return _save(figure, path, _describe_accuracies([record['model'] for record in drawn]))
+        kernels = [record.kernels] * (record.kernels != 'torch')
+        panels[', '.join([record.backend, record.dtype, record.layout, *kernels])].append(
+            (record.model, record.median_ms))
+    batch = 'one image' if drawn[0].batch == 1 else f'a batch of {drawn[0].batch}'
+    return _draw_accuracies(
+        panels, f'Accuracy against latency: {_describe_facts(drawn)}', f'latency of {batch}, median, ms', path)
 
 
-def draw_accuracy_by_gmacs(
-        gmacs: Mapping[str, float], path: Path, find_accuracy: Callable[[str], float | None] = _find_accuracy,
-) -> Path:
+def draw_accuracy_by_gmacs(gmacs: Mapping[str, float], path: Path) -> Path:
     """Published accuracy against counted multiply-adds.
 
     Args:
-        gmacs: Billions of multiply-adds by model.
+        gmacs: Billions of multiply-adds by model; models without a published accuracy are skipped.
     Raises:
-        PlotError: Of none of the models an accuracy is published.
+        PlotError: No accuracy is published of any of the models.
     """
-    points = [(value, accuracy, model) for model, value in gmacs.items()
-              if (accuracy := find_accuracy(model)) is not None]
+    points = [(model, value) for model, value in gmacs.items() if find_published(model)]
     if not points:
         raise PlotError(f'No accuracy is published of {", ".join(gmacs) or "no model"}: nothing to draw against GMACs.')
-    figure, axes = _start(
-        'Accuracy against multiply-adds', "counted by PyTorch's FlopCounterMode, one image", 'GMACs',
-        'ImageNet-1K top-1, %, published')
-    _scatter(axes, dict(models=points))
-    return _save(figure, path, _describe_accuracies([model for _, _, model in points]))
+    return _draw_accuracies(
+        {"one image, counted by PyTorch's FlopCounterMode": points}, 'Accuracy against multiply-adds', 'GMACs', path)
 
 
-# Growth ---------------------------------------------------------------------------------------------------------------
+# Growth and parts -----------------------------------------------------------------------------------------------------
 
 def draw_growth(records: Sequence[Record], path: Path) -> Path:
-    """Latency against resolution, linear beside softmax attention, with their 10th to 90th percentiles.
+    """Latency against resolution, linear beside softmax attention, with 10th to 90th percentiles.
 
     Args:
-        records: Of `growth.measure_growth`.
+        records: From `growth.measure_growth`.
     Raises:
         PlotError: There are no such records.
     """
     curves: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
-        if 'attention' in record:
-            curves[f'{record["model"]}, {record["attention"]} attention'].append(record)
+    for record in sorted(records, key=lambda record: record.height):
+        if record.attention:
+            curves[f'{record.model}, {record.attention} attention'].append(record)
     if not curves:
         raise PlotError('No records of growth: measure them by measure_growth.')
-    figure, axes = _start(
-        'Latency against resolution', _describe_facts(records, 'height'), 'side of the square image, pixels',
-        'latency, median and p10 to p90, ms')
+    figure = _make_figure(f'Latency against resolution\n{_describe_facts(records, "height")}', 8, 5)
+    axes = figure.subplots()
     for name, points in curves.items():
-        points = sorted(points, key=lambda record: record['height'])
-        sides = [record['height'] for record in points]
-        line, = axes.plot(sides, [record['median_ms'] for record in points], 'o-', label=name)
-        axes.fill_between(sides, *([record[key] for record in points] for key in ('p10_ms', 'p90_ms')),
+        sides = [record.height for record in points]
+        line, = axes.plot(sides, [record.median_ms for record in points], 'o-', label=name)
+        axes.fill_between(sides, [record.p10_ms for record in points], [record.p90_ms for record in points],
                           color=line.get_color(), alpha=0.2)
-    axes.set_xticks(sorted({record['height'] for record in records}))
+    axes.set(xlabel='side of the square image, pixels', ylabel='latency, median and p10 to p90, ms',
+             xticks=sorted({record.height for record in records}))
     axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return _save(figure, path, 'Softmax attention of the same queries, keys and values, for its cost alone: no network '
                                'was trained with it.')
 
 
-# Parts ----------------------------------------------------------------------------------------------------------------
-
 def draw_parts(profiles: Mapping[str, Sequence[Record]], path: Path) -> Path:
     """Time of a forward pass as stacked bars, by kind of operation and by part of the network, a bar for each profile.
 
     Args:
-        profiles: {name of a bar, e.g. 'eager' or 'fused': records of `profiling.list_profile`}.
+        profiles: {name of a bar, e.g. 'eager' or 'fused': records from `profiling.list_profile`}.
     Raises:
         PlotError: There are no profiles.
     """
     records = [record for rows in profiles.values() for record in rows]
     if not records:
         raise PlotError('No profiles to draw.')
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2.5 + 2.2 * max(len(profiles), 2), 6.5), layout='constrained')
-    figure.suptitle(f'Where the time goes, {records[0].get("model", "")}\n{_describe_facts(records)}', fontsize=10)
-    parts = dict.fromkeys(record['part'] for record in records)
+    figure = _make_figure(f'Time by part, {records[0].model}\n{_describe_facts(records)}',
+                          2.5 + 2.2 * max(len(profiles), 2), 6.5)
+    parts = dict.fromkeys(record.part for record in records)
     for axes, key, names in zip(figure.subplots(1, 2, sharey=True), ('kind', 'part'), (KINDS, parts), strict=True):
-        _stack(axes, profiles, key, names)
+        bottoms = [0.] * len(profiles)
+        for number, name in enumerate(names):
+            heights = [sum(r.ms for r in rows if getattr(r, key) == name) for rows in profiles.values()]
+            if any(heights):
+                axes.bar(list(profiles), heights, bottom=bottoms, label=name, color=f'C{number % 10}',
+                         hatch='//' if number >= 10 else None)
+                bottoms = [a + b for a, b in zip(bottoms, heights, strict=True)]
+        for place, (top, rows) in enumerate(zip(bottoms, profiles.values(), strict=True)):
+            axes.annotate(f'{rows[0].total_ms:.1f} ms', (place, top), ha='center', va='bottom', fontsize=8)
+        axes.set(ylabel='ms' if key == 'kind' else None, title=f'by {key}')
+        axes.legend(fontsize=7, loc='upper center', bbox_to_anchor=(0.5, -0.08), ncols=2)
     return _save(figure, path, 'Time of the operations themselves, under the profiler; above each bar the time of a '
                                'whole call without it.')
-
-
-def _stack(axes: Any, profiles: Mapping[str, Sequence[Record]], key: str, names: Iterable[str]) -> None:
-    bottoms = [0.] * len(profiles)
-    for number, name in enumerate(names):
-        heights = [sum(record['ms'] for record in rows if record[key] == name) for rows in profiles.values()]
-        if any(heights):
-            axes.bar(list(profiles), heights, bottom=bottoms, label=name, color=f'C{number % 10}',
-                     hatch='//' if number >= 10 else None)
-            bottoms = [a + b for a, b in zip(bottoms, heights, strict=True)]
-    for place, (top, rows) in enumerate(zip(bottoms, profiles.values(), strict=True)):
-        if rows and rows[0].get('total_ms') is not None:
-            axes.annotate(f'{rows[0]["total_ms"]:.1f} ms', (place, top), ha='center', va='bottom', fontsize=8)
-    axes.set(ylabel='ms' if key == 'kind' else None, title=f'by {key}')
-    axes.legend(fontsize=7, loc='upper center', bbox_to_anchor=(0.5, -0.08), ncols=2)

@@ -1,4 +1,4 @@
-"""The tables of a README: their parameters and multiply-adds counted again, and the measured ones written anew."""
+"""Pages with tables of models: recount their parameters and multiply-adds, and write docs/benchmarks.md."""
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -7,48 +7,40 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch.nn as nn
 
 from ..errors import ConfigError
 from ..fuse import to_form
 from ..measure.counts import count_operations, count_parameters, make_empty
 from ..measure.names import parse_size
 
-__all__ = ['BEGIN', 'END', 'check_readme', 'find_place', 'update_readme']
+__all__ = ['BEGIN', 'END', 'PAGE', 'README', 'check_readme', 'check_writable', 'find_place', 'update_readme',
+           'write_page']
 
+ROOT = Path(__file__).parents[2]
+README, PAGE = ROOT / 'README.md', ROOT / 'docs' / 'benchmarks.md'
 BEGIN, END = '<!-- benchmark: begin -->', '<!-- benchmark: end -->'
 COLUMNS = {  # header of a column: what it holds, in units of
     'parameters, two heads': ('parameters_two_heads', 1), 'one head': ('parameters_one_head', 1),
-    'GMACs at 224 x 224': ('gmacs', 1), 'GMACs': ('gmacs', 1), 'GMACs rewritten': ('gmacs_fused', 1),
-    'parameters, M': ('parameters', 1e6), 'rewritten, M': ('parameters_fused', 1e6),
-    'activations rewritten, M': ('activations_fused', 1e6),
+    'GMACs at 224 x 224': ('gmacs', 1), 'GMACs': ('gmacs', 1), 'GMACs fused': ('gmacs_fused', 1),
+    'parameters, M': ('parameters', 1e6), 'fused, M': ('parameters_fused', 1e6),
+    'activations fused, M': ('activations_fused', 1e6),
 }
 
 
-def _list_tables(text: str) -> Iterator[tuple[list[str], list[list[str]]]]:
-    """Header and rows of each Markdown table."""
-    for block in re.findall(r'(?:^\|.*\|\n)+', text, re.MULTILINE):
-        rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in block.splitlines()]
-        if len(rows) > 2:
-            yield rows[0], rows[2:]
-
-
-def _rewrite(model: nn.Module, name: str) -> nn.Module:
-    try:
-        return to_form(model)
-    except RuntimeError:  # a rewrite that needs values
-        return to_form(timm.create_model(name).eval())
-
+# Check ----------------------------------------------------------------------------------------------------------------
 
 @lru_cache(maxsize=None)
 def _count(name: str, size: tuple[int, int]) -> dict[str, Any]:
     model = make_empty(name)
-    fused = _rewrite(model, name)
-    trained, rewritten = count_operations(model, size), count_operations(fused, size)
+    try:
+        fused = to_form(model)
+    except RuntimeError:  # fusing this model needs values
+        fused = to_form(timm.create_model(name).eval())
+    counts, fused_counts = count_operations(model, size), count_operations(fused, size)
     two_headed = make_empty(name, distilled=True) if getattr(model, 'distilled', None) is False else model
     return dict(
         count_parameters(model, fused), parameters_two_heads=count_parameters(two_headed)['parameters'],
-        gmacs=trained.gmacs, gmacs_fused=rewritten.gmacs, activations_fused=rewritten.activations)
+        gmacs=counts.gmacs, gmacs_fused=fused_counts.gmacs, activations_fused=fused_counts.activations)
 
 
 def _compare(header: list[str], row: list[str]) -> Iterator[str]:
@@ -63,31 +55,97 @@ def _compare(header: list[str], row: list[str]) -> Iterator[str]:
     for column, (key, unit) in wanted.items():
         cell = cells.get(column, '')
         counted = f'{counts[key] / unit:,.{len(cell.partition(".")[2])}f}'
-        yield '' if counted == cell else f'{name}, {column}: {cell or "nothing"} there, {counted} counted'
+        yield '' if counted == cell else f'{name}, {column}: the page has {cell or "nothing"}, counted {counted}'
 
 
 def check_readme(path: Path) -> tuple[int, list[str]]:
     """Count parameters and multiply-adds of the models in the tables of a Markdown file again.
 
     Returns:
-        How many figures were compared, and a line for each that differs, which names model and column.
+        The number of figures compared, and a line for each that differs, which names model and column.
     Raises:
-        ConfigError: The file is not there, or has no such table.
+        ConfigError: The file does not exist, or has no such table.
     """
     if not Path(path).is_file():
-        raise ConfigError(f'{path} is not there: name the file with --readme.')
-    found = [line for header, rows in _list_tables(Path(path).read_text()) for row in rows
-             for line in _compare(header, row)]
+        raise ConfigError(f'{path} does not exist: name the file with --readme.')
+    found = []
+    for block in re.findall(r'(?:^\|.*\|\n)+', Path(path).read_text(), re.MULTILINE):
+        header, *rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in block.splitlines()]
+        found += [line for row in rows[1:] for line in _compare(header, row)]
     if not found:
         raise ConfigError(f'{path} has no table of models with a column of {", ".join(COLUMNS)}.')
     return len(found), [line for line in found if line]
 
 
-def find_place(path: Path) -> tuple[str, str]:
-    """What stands before and after the measured tables of a file, with the markers `BEGIN` and `END`.
+# Write ----------------------------------------------------------------------------------------------------------------
+
+INTRODUCTION = """\
+# Benchmarks
+
+This page is written whole by `bash cmd/benchmark.sh --update`: change its text in `caretrans/bench/readme.py`.
+
+```bash
+python benchmark.py --model care_s1                            # parameters, GMACs by stage and kind, latency of every backend
+python benchmark.py --model care_s1 --dtype float32 bfloat16 int8 --batch-size 1 32   # skips what a backend does not support
+python benchmark.py --model 'care_*' 'casvit_*' 'mlla_*'       # CARE and the models it is compared with, in one table
+python benchmark.py --model paper --backend fused openvino     # the models of the CARE paper's table
+python benchmark.py --model care_s1 --published --device cuda  # the setup of the paper's RTX 4090 column
+python benchmark.py --model care_s1 --bench profile            # where the time goes, and the roofline
+python benchmark.py --model care_s0 --bench train --teacher none regnety_160          # training steps, published and faster
+python benchmark.py --model care_s0 --bench accuracy --checkpoint FILE --dtype bfloat16 int8   # accuracy of a number format
+python benchmark.py --model paper --plots plots                # accuracy against latency and GMACs, growth with resolution
+python benchmark.py --check                                    # recounts the parameters and GMACs of README.md and this page
+bash cmd/benchmark.sh --update --backend eager fused onnxruntime openvino --runs 10    # this page, about 5 minutes
+bash cmd/benchmark_gpu.sh                                      # everything that needs a GPU
+```
+
+ONNX Runtime and OpenVINO are installed by `pip install "caretrans[benchmark]"`, or by the scripts in `cmd/`. Results are
+written to `runs/benchmark/` as JSON and CSV.
+
+## Method
+
+`eager` is the original network, as published. Every other backend runs its fused form: batch norms, layer scales and
+both heads are folded into the convolutions around them, exactly (`caretrans.fuse`); models of timm are reparameterized
+as their authors do.
+
+All candidates run in one process with one CPU thread, unless `--threads` says otherwise. They are timed interleaved: ten
+rounds of short blocks in random order; a speed-up is the median over the rounds of the ratios of blocks in the same
+round. The reference is timed twice; if the two disagree, or the runs vary too much, the row is marked `noisy`. Before a
+candidate is timed, its logits are compared with the original network in float64, on real images, with random weights
+chosen so that an error in any layer shows.
+
+See [inference-speed.md](inference-speed.md) for the profile and what was tried, [gpu.md](gpu.md) for the Triton kernels,
+and [comparison.md](comparison.md) for models trained on equal terms.
+
+## Results
+"""
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a page that cannot be written, before anything is measured.
 
     Raises:
-        ConfigError: The file or the markers are not there, or it cannot be written.
+        ConfigError: It is a folder, or cannot be written.
+    """
+    nearest = path if path.exists() else path.absolute().parent
+    if path.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(f'{path} is not a file that can be written: name one with --readme.')
+
+
+def write_page(path: Path, lines: Sequence[str]) -> None:
+    """Write docs/benchmarks.md, or another page: the introduction, then the lines of the results.
+
+    Args:
+        lines: From `report.describe_result`, in Markdown.
+    """
+    path.write_text('\n'.join([INTRODUCTION, *lines, '']))
+
+
+def find_place(path: Path) -> tuple[str, str]:
+    """The text before and after the tables of a page, with the markers `BEGIN` and `END`.
+
+    Raises:
+        ConfigError: The file or the markers do not exist, or it cannot be written.
     """
     if not Path(path).is_file() or not os.access(path, os.R_OK | os.W_OK):
         raise ConfigError(f'{path} is not a file that can be written: name one with --readme.')
@@ -99,10 +157,10 @@ def find_place(path: Path) -> tuple[str, str]:
 
 
 def update_readme(path: Path, lines: Sequence[str]) -> None:
-    """Put lines between the markers `BEGIN` and `END` of a file, in place of those that are there.
+    """Replace the lines between the markers `BEGIN` and `END` of a page.
 
     Raises:
-        ConfigError: As of `find_place`.
+        ConfigError: See `find_place`.
     """
     before, after = find_place(path)
     Path(path).write_text('\n'.join([before, *lines, after]))

@@ -72,7 +72,7 @@ class Record:
         bound_ms, limit, measured_ms: Roofline bound, what limits it ('bytes' or 'operations'), measured time.
         checkpoint, data, images: File, data set and number of images of an evaluation.
         top1, top5, loss: Accuracy in percent and cross-entropy.
-        top1_change, agreement: Against the original model in float32: points of top-1, and percent of equal predictions.
+        top1_change, agreement: Against the original in float32: points of top-1, and percent of equal predictions.
     """
     model: str = ''
     bench: str = 'infer'

@@ -1,29 +1,38 @@
-"""What a backend runs: a network, a setup of it, and the runner that it becomes."""
-import copy
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+"""Setups: the backend, number format, layout, device and kernels that run a network, and which of them work here."""
+import importlib.util
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
 
-from ..fuse import to_form
-from ..runtimes.onnx import export_onnx
+from ..errors import ConfigError
+from ..kernels import PARTS, use_kernels, why_unavailable
+from ..measure.sample_network import SAMPLE_IMAGES
+from ..runtimes.openvino import get_core
 
-__all__ = ['IN_TORCH', 'Network', 'Runner', 'Setup', 'WrongOutputError', 'measure_deviation']
+__all__ = [
+    'BACKENDS', 'DTYPES', 'FUSED_IN_TORCH', 'IN_TORCH', 'KERNELS', 'Setup', 'check_setup', 'choose_kernels',
+    'find_obstacle', 'fit_setups', 'list_dtypes']
 
-IN_TORCH = ('eager', 'fused', 'compile', 'cudagraph')
-CHECKED = 8
-
-
-class WrongOutputError(RuntimeError):
-    """A way of running a network does not compute what the network computes."""
+BACKENDS = ('eager', 'fused', 'compile', 'cudagraph', 'onnxruntime', 'openvino')
+IN_TORCH = BACKENDS[:4]
+FUSED_IN_TORCH = BACKENDS[1:4]  # with kernels of this package, and faster in channels-last layout
+DTYPES = ('float32', 'tf32', 'bfloat16', 'float16', 'int8')
+KERNELS: dict[str, tuple[str, ...]] = {  # name: parts that run in Triton
+    'torch': (), 'triton': ('mixer', 'attention'), 'triton+expansion': PARTS}
+PACKAGES = {'onnxruntime': ('onnxruntime', 'onnx', 'onnxscript'), 'openvino': ('openvino', 'onnx', 'onnxscript')}
+OPENVINO_NAMES = {'float32': 'FP32', 'bfloat16': 'BF16', 'float16': 'FP16', 'int8': 'INT8'}
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How a network is run: one of `BACKENDS`, `DTYPES`, `LAYOUTS` and `KERNELS`, a device, threads of a CPU."""
+    """How a network is run: a backend, number format, layout ('nchw' or 'channels_last'), device, CPU threads, kernels.
+
+    The values are those of `BACKENDS`, `DTYPES` and `KERNELS`.
+    """
     backend: str
     dtype: str = 'float32'
     layout: str = 'nchw'
@@ -36,96 +45,105 @@ class Setup:
                         + [self.kernels] * (self.kernels != 'torch'))
 
 
-@dataclass
-class Runner:
-    """A network ready to be run on given images.
+# What works here ------------------------------------------------------------------------------------------------------
 
-    Attributes:
-        run: Runs it once; on a GPU without waiting for the end.
-        read: The logits (B, num_classes) of what `run` gave, float64 on the CPU.
-        images: What `run` runs the network on; whatever is copied into this tensor is run next.
-        held: Bytes of weights and images; None where the memory of the backend cannot be seen.
-        peak: Bytes at most, where `held` and PyTorch's counting during a run do not tell it.
-        notes: What a reader of its figures must know.
-        module: The network that `run` calls, where there is one with its parts.
-        kernels: Which of `KERNELS` run, if any of those that were asked for.
+def _list_missing(packages: Sequence[str]) -> list[str]:
+    return [package for package in packages if importlib.util.find_spec(package) is None]
+
+
+def find_obstacle(backend: str, device: torch.device) -> str:
+    """The reason why a backend does not work on a device, with the remedy; '' if it does."""
+    missing = _list_missing(PACKAGES.get(backend, ()))
+    if missing:
+        return f'it is not installed: pip install {" ".join(missing)}'
+    if backend == 'cudagraph' and device.type != 'cuda':
+        return 'it needs an NVIDIA GPU: use --device cuda'
+    if backend == 'openvino' and device.type != 'cpu':
+        return 'it runs on the CPU: use --device cpu'
+    if backend == 'compile' and device.type == 'mps':
+        return 'it supports cpu and cuda: use --backend fused'
+    if backend == 'compile' and device.type == 'cpu' and not any(
+            map(shutil.which, (os.environ.get('CXX', 'g++'), 'g++', 'clang++', 'cl'))):
+        return 'it needs a C++ compiler: install g++'
+    if backend == 'onnxruntime' and device.type != 'cpu':
+        import onnxruntime
+        if device.type == 'mps' or 'CUDAExecutionProvider' not in onnxruntime.get_available_providers():
+            return f'the installed version has no provider for {device.type}: use --device cpu' \
+                + (', or pip install onnxruntime-gpu instead' if device.type == 'cuda' else '')
+    return ''
+
+
+def list_dtypes(backend: str, device: torch.device) -> tuple[str, ...]:
+    """The number formats that a backend computes in on a device."""
+    if backend == 'openvino':
+        able = get_core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES')
+        return tuple(dtype for dtype, name in OPENVINO_NAMES.items() if name in able)
+    if backend == 'onnxruntime':
+        return ('float32', 'int8') if device.type == 'cpu' else ('float32', 'tf32', 'float16')
+    if device.type == 'cuda':
+        return 'float32', 'tf32', 'bfloat16', 'float16'
+    return 'float32', 'bfloat16', 'float16'
+
+
+def _check_kernels(kernels: str, backend: str, device: torch.device) -> None:
+    if kernels == 'torch':
+        return
+    if backend not in FUSED_IN_TORCH:
+        raise ConfigError(
+            f'--kernels {kernels} with --backend {backend}: they run with {", ".join(FUSED_IN_TORCH)}: use --kernels '
+            f'torch or one of these backends.')
+    reason = why_unavailable(device)
+    if reason:
+        raise ConfigError(f'--kernels {kernels} with --device {device.type}: {reason}: use --kernels torch.')
+
+
+def check_setup(setup: Setup) -> None:
+    """Refuse a setup that cannot work, before any work is done.
+
+    Raises:
+        ConfigError: The backend is not installed or does not support this device, number format or kernels.
     """
-    run: Callable[[], Any]
-    read: Callable[[Any], torch.Tensor]
-    images: torch.Tensor
-    held: int | None = None
-    peak: int | None = None
-    notes: list[str] = field(default_factory=list)
-    module: nn.Module | None = None
-    kernels: str = 'torch'
+    obstacle = find_obstacle(setup.backend, setup.device)
+    if obstacle:
+        raise ConfigError(f'--backend {setup.backend} with --device {setup.device.type}: {obstacle}.')
+    _check_kernels(setup.kernels, setup.backend, setup.device)
+    dtypes = list_dtypes(setup.backend, setup.device)
+    if setup.dtype not in dtypes:
+        raise ConfigError(
+            f'--dtype {setup.dtype} with --backend {setup.backend} and --device {setup.device.type}: choose from '
+            f'{", ".join(dtypes)}.')
+    if setup.dtype == 'int8' and setup.backend == 'openvino' and _list_missing(['nncf']):
+        raise ConfigError('--dtype int8 with --backend openvino: nncf is not installed: pip install nncf.')
+    if setup.dtype == 'int8' and not SAMPLE_IMAGES.is_dir():
+        raise ConfigError(f'--dtype int8 is calibrated on the bundled images, but {SAMPLE_IMAGES} does not exist.')
 
 
-class Network:
-    """A network with images to run it on, and what is made of both once: rewrite, reference, exported program.
+# Kernels --------------------------------------------------------------------------------------------------------------
 
-    Args:
-        model: In evaluation mode, float32, on the CPU.
-        images: (B, C, H, W) float32, made ready for the model.
-        fused: What `to_form` makes of `model`, where it is there already.
-        photographs: (N, C, H, W), to calibrate int8.
+def choose_kernels(
+        named: Sequence[str], backends: Sequence[str], device: torch.device) -> tuple[list[str], list[str]]:
+    """The kernels to measure, by default all that run on the device, and remarks on those that are skipped.
+
+    Raises:
+        ConfigError: Kernels that were named do not run here.
     """
-
-    def __init__(
-            self, model: nn.Module, images: torch.Tensor, fused: nn.Module | None = None,
-            photographs: torch.Tensor | None = None) -> None:
-        self.model, self.images, self.photographs = model, images, photographs
-        self.fused = to_form(model) if fused is None else fused
-        self._programs: dict[torch.dtype, bytes] = {}
-        self._roundings: dict[torch.dtype, float] = {}
-
-    @cached_property
-    def checked(self) -> list[int]:
-        """The images whose logits are checked: the first, the last and some between, `CHECKED` at most."""
-        count = len(self.images)
-        return sorted({round(i * (count - 1) / (CHECKED - 1)) for i in range(CHECKED)})
-
-    @cached_property
-    def expected(self) -> torch.Tensor:
-        """The logits of the checked images, of the network as it is trained, in float64."""
-        return self._compute(copy.deepcopy(self.model).double(), torch.float64)
-
-    def _compute(self, model: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-        with torch.no_grad():  # one by one, for memory
-            return torch.cat([model(self.images[[number]].to(dtype)) for number in self.checked])
-
-    def measure_rounding(self, dtype: torch.dtype) -> float:
-        """`measure_deviation` of the network as it is trained, computed in float32, where weights, images and what
-        each module gives are rounded to `dtype`."""
-        if dtype not in self._roundings:
-            model = copy.deepcopy(self.model)
-            for tensor in [*model.parameters(), *model.buffers()]:
-                if tensor.is_floating_point():
-                    tensor.data = tensor.data.to(dtype).float()
-            for module in model.modules():
-                module.register_forward_pre_hook(lambda module, args: _round(args, dtype))
-                module.register_forward_hook(lambda module, args, out: _round(out, dtype))
-            self._roundings[dtype] = measure_deviation(self._compute(model, torch.float32), self.expected)
-        return self._roundings[dtype]
-
-    def halve(self) -> 'Network':
-        """The same with half of the images."""
-        return Network(self.model, self.images[:len(self.images) // 2], self.fused, self.photographs)
-
-    def export(self, dtype: torch.dtype = torch.float32) -> bytes:
-        """The rewritten network as an ONNX program for images of this shape."""
-        if dtype not in self._programs:
-            self._programs[dtype] = export_onnx(copy.deepcopy(self.fused).to(dtype), self.images.to(dtype))
-        return self._programs[dtype]
+    able = [backend for backend in backends if backend in FUSED_IN_TORCH]
+    for kernels in named:
+        _check_kernels(kernels, (able or backends)[0], device)
+    if named or not able:
+        return list(named) or ['torch'], []
+    reason = why_unavailable(device)
+    if not reason:
+        return list(KERNELS), []
+    ours = ', '.join(kernels for kernels in KERNELS if kernels != 'torch')
+    return ['torch'], [f'skipped: --kernels {ours}: {reason}; PyTorch\'s own run instead.']
 
 
-def measure_deviation(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """The norm of the error of all logits relative to theirs; infinite where logits are not finite."""
-    deviation = ((logits.double() - expected).norm() / expected.norm()).item()
-    return deviation if deviation == deviation else float('inf')
+def fit_setups(setups: Sequence[Setup], model: nn.Module) -> list[Setup]:
+    """The setups for a fused model, each once: kernels for parts that the model does not have change nothing."""
+    parts = {placement.part for placement in use_kernels(model, parts=())}
 
-
-def _round(values: Any, dtype: torch.dtype) -> Any:
-    if isinstance(values, (tuple, list)):
-        return type(values)(_round(value, dtype) for value in values)
-    is_float = isinstance(values, torch.Tensor) and values.is_floating_point()
-    return values.to(dtype).to(values.dtype) if is_float else values
+    def fit(kernels: str) -> str:  # the first choice that runs the same parts of this model
+        return next(name for name in KERNELS if parts.intersection(KERNELS[name]) == parts.intersection(
+            KERNELS[kernels]))
+    return list(dict.fromkeys(replace(setup, kernels=fit(setup.kernels)) for setup in setups))

@@ -1,7 +1,7 @@
-"""What the authors of the systems report, as data: none of it is measured here.
+"""Figures that the authors of the models report, as data: none of it is measured here.
 
-All is of ImageNet-1K. A column that a row does not have is None. GMACs and parameters of MobileOne and FastViT are
-those of the reparameterised networks, parameters of CARE those of both heads.
+All figures are of ImageNet-1K. A figure that is not published is None. GMACs and parameters of MobileOne and FastViT
+are those of the reparameterized networks, parameters of CARE those of both heads.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,26 +19,27 @@ WITH_MESA = (
     'with self-distillation: MESA, a loss towards the average of the weights; a user of the published code measured '
     'mlla_t about 0.4 lower without it.')
 SECOND_GENERATION = (
-    'the second generation (December 2024), 224 x 224, without a teacher; XS, S, M and T fine-tuned at 384 x 384: '
-    '78.7, 81.1, 83.0 and 84.1. The first generation (August 2024), of the same networks: 77.5, 80.2, 81.4 and 82.3; '
-    'what changed in training is not published.')
+    'second generation, without a teacher: weights of December 2024 at 224 x 224. XS, S, M and T fine-tuned at '
+    '384 x 384 have 78.7, 81.1, 83.0 and 84.1; the first generation (August 2024) of the same networks has 77.5, 80.2, 81.4 and '
+    '82.3, and what changed in training is not published.')
 CAS_VIT_COUNTS = (
-    'The published parameters of CAS-ViT count a second head that is not used; its published GMACs are of another '
-    'counter, and not known here for S and M.')
+    'The published parameters of CAS-ViT include a second head that is not used; its published GMACs come from another '
+    'counter, and are not known for S and M.')
 FASTVIT_COUNTS = (
-    'The published GMACs of FastViT are those of images of 256 x 256, as counting shows; other rows are at 224 x 224.')
+    'The published GMACs of FastViT are for images of 256 x 256, as counting shows; other rows are at 224 x 224.')
 DEVICES = (
-    'RTX 4090: milliseconds for a batch of 64, PyTorch eager, float32 with TF32 matrix products, mean of 40 after 10.',
+    'RTX 4090: milliseconds for a batch of 64, PyTorch eager, float32 with TF32 matmuls, mean of 40 after 10.',
     'iPhone 13: Core ML, batch 1, compute units not stated. Intel i9: batch 1, runtime and threads not stated.')
 
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """One row: GMACs, millions of parameters, milliseconds on three devices, top-1 %; `timm_name` if timm has it.
+    """Published figures of a model: GMACs, millions of parameters, milliseconds on three devices, top-1 %.
 
     Attributes:
-        source: Where its figures stand.
-        accuracy_note: What makes the accuracy another than that of plain training, or which of several it is.
+        timm_name: Its name in timm or here, None if it is in neither.
+        source: Publication of its figures.
+        accuracy_note: How training differed from plain training, or which of several results it is; 'short: long'.
         note: What else a reader of its figures must know.
     """
     name: str
@@ -92,19 +93,16 @@ def list_paper_models() -> list[str]:
 
 
 def find_published(model: str) -> PublishedRow | None:
-    """The row of a model, by its name or another name of it, without a tag of weights; None if there is none."""
+    """The row of a model, by its name or an alias, with or without a tag of weights; None if there is none."""
     return _BY_NAME.get(resolve_alias(model).partition('.')[0])
 
 
-def _list_rows(models: Sequence[str]) -> list[tuple[str, PublishedRow]]:
-    return [(model, row) for model in dict.fromkeys(models) if (row := find_published(model)) is not None]
-
-
-def _number_notes(rows: Sequence[tuple[str, PublishedRow]]) -> dict[str, list[str]]:
-    """The notes on accuracies, in order, each with the models that it is about."""
+def _number_notes(models: Sequence[str]) -> dict[str, list[str]]:
+    """The notes on accuracies, in order, each with its models."""
     notes: dict[str, list[str]] = {}
-    for model, row in rows:
-        if row.accuracy_note:
+    for model in dict.fromkeys(models):
+        row = find_published(model)
+        if row is not None and row.accuracy_note:
             notes.setdefault(row.accuracy_note, []).append(model)
     return notes
 
@@ -114,19 +112,19 @@ def mark_accuracy(model: str, models: Sequence[str]) -> str | None:
     row = find_published(model)
     if row is None:
         return None
-    notes = list(_number_notes(_list_rows(models)))
+    notes = list(_number_notes(models))
     return f'{row.top1} [{notes.index(row.accuracy_note) + 1}]' if row.accuracy_note else str(row.top1)
 
 
 def list_footnotes(models: Sequence[str]) -> list[str]:
     """What a reader of the published figures of these models must know, a line each; the numbered ones first."""
-    rows = _list_rows(models)
+    rows = {model: row for model in models if (row := find_published(model)) is not None}
     lines = [f'[{number}] top-1 of {", ".join(names)}, {note}'
-             for number, (note, names) in enumerate(_number_notes(rows).items(), 1)]
-    lines += dict.fromkeys(row.note for _, row in rows if row.note)
-    if any(row.rtx4090_ms is not None for _, row in rows):
+             for number, (note, names) in enumerate(_number_notes(models).items(), 1)]
+    lines += dict.fromkeys(row.note for row in rows.values() if row.note)
+    if any(row.rtx4090_ms is not None for row in rows.values()):
         lines += DEVICES
     sources: dict[str, list[str]] = {}
-    for model, row in rows:
+    for model, row in rows.items():
         sources.setdefault(row.source, []).append(model)
     return lines + [f'published figures of {", ".join(names)}: {source}' for source, names in sources.items()]
