@@ -1,18 +1,21 @@
 """Plots of measurements as PNG; every title names device, number format, batch size, image size and threads."""
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import PlotError
-from ..measure.published import find_published, list_footnotes
+from ..measure.published import find_published
 from .operations import KINDS
 from .record import Record
 
 __all__ = ['draw_accuracy_by_gmacs', 'draw_accuracy_by_latency', 'draw_growth', 'draw_parts']
 
 FACTS = {'device': '{}', 'dtype': '{}', 'batch': 'batch {}', 'height': '{} px', 'threads': 'threads {}'}
-COLUMNS = 3  # panels side by side
+CORNERS = ((1, -1), (-1, 1), (1, 1))  # of a point, where its label can be
 TOP1 = 'ImageNet-1K top-1, %, published'
 
 
@@ -44,33 +47,42 @@ def _save(figure: Any, path: Path, footnote: str) -> Path:
 
 # Accuracy -------------------------------------------------------------------------------------------------------------
 
-def _plot_families(axes: Any, points: Iterable[tuple[str, float]], styles: dict[str, dict[str, Any]]) -> None:
+def _split_name(model: str) -> tuple[str, str]:
+    """Family and size of a published model: CAS-ViT and XS of casvit_xs."""
+    family, _, size = find_published(model).name.rpartition('-')
+    return family, size
+
+
+def _plot_families(axes: Any, points: Sequence[tuple[str, float]], styles: dict[str, dict[str, Any]]) -> None:
     """A line for each family through its points (model, x), each point labelled with the size of the model.
 
     Args:
         styles: Of each family, filled as families appear, so that several panels agree.
     """
-    families: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
-    for model, x in points:
-        row = find_published(model)
-        family, _, size = row.name.rpartition('-')  # CAS-ViT-XS: CAS-ViT, XS
-        families[family].append((x, row.top1, size))
-    for family, places in sorted(families.items(), key=lambda item: item[0] != 'CARE'):
+    points = sorted(points, key=lambda point: point[1])
+    tops = [find_published(model).top1 for model, _ in points]
+    for family in sorted({_split_name(model)[0]: None for model, _ in points}, key=lambda name: name != 'CARE'):
         style = styles.setdefault(family, dict(
             color=f'C{len(styles)}', marker='osD^vPX*'[len(styles) % 8],
             **(dict(linewidth=2.2, markersize=7, zorder=3) if family == 'CARE' else dict(linewidth=1.2, markersize=5))))
-        places.sort()
-        axes.plot([x for x, _, _ in places], [y for _, y, _ in places], label=family, **style)
-        for x, y, size in places:
-            axes.annotate(size, (x, y), textcoords='offset points', xytext=(5, -9), fontsize=7.5, color=style['color'],
-                          weight='bold' if family == 'CARE' else 'normal')
+        own = [i for i, (model, _) in enumerate(points) if _split_name(model)[0] == family]
+        axes.plot([points[i][1] for i in own], [tops[i] for i in own], label=family, **style)
+    places = np.stack([np.log([x for _, x in points]) / 1.15, np.array(tops) / 6], axis=1)  # about an inch is 1
+    for (model, x), top1, place in zip(points, tops, places, strict=True):
+        others = places[(places != place).any(axis=1)]
+        right, up = max(CORNERS, key=lambda corner: np.linalg.norm(  # the corner with most room
+            others - place - 0.2 * np.array(corner), axis=1).min(initial=9))
+        family, size = _split_name(model)
+        axes.annotate(size, (x, top1), textcoords='offset points', xytext=(5 * right, 4 if up > 0 else -9),
+                      ha='left' if right > 0 else 'right', fontsize=7.5, color=styles[family]['color'],
+                      weight='bold' if family == 'CARE' else 'normal')
 
 
 def _draw_accuracies(panels: Mapping[str, Sequence[tuple[str, float]]], title: str, xlabel: str, path: Path) -> Path:
     """Published accuracy against x: a panel for each name, with points (model, x), a colour for each family."""
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-    columns = min(len(panels), COLUMNS)
+    columns = math.ceil(math.sqrt(len(panels)))
     rows = -(-len(panels) // columns)
     figure = _make_figure(title, 7 if columns == 1 else 4.6 * columns, 1.2 + 3.6 * rows)
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
@@ -92,8 +104,8 @@ def _draw_accuracies(panels: Mapping[str, Sequence[tuple[str, float]]], title: s
     grid[0].set_ylabel(TOP1)
     handles = {label: handle for axes in grid for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     grid[0].legend(handles.values(), handles.keys(), fontsize=8, loc='lower right', frameon=False)
-    notes = [note.partition(' top-1 of ')[2].partition(':')[0] for note in list_footnotes(
-        [model for points in panels.values() for model, _ in points]) if note.startswith('[')]
+    notes = {f'{_split_name(model)[0]}: {note.partition(":")[0]}': None
+             for points in panels.values() for model, _ in points if (note := find_published(model).accuracy_note)}
     return _save(figure, path, '. '.join(['Top-1 as published, not measured here', *notes]) + '.')
 
 

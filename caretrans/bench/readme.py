@@ -85,22 +85,33 @@ INTRODUCTION = """\
 This page is written whole by `bash cmd/benchmark.sh --update`: change its text in `caretrans/bench/readme.py`.
 
 ```bash
-python benchmark.py --model care_s1                            # parameters, GMACs by stage and kind, latency of every backend
-python benchmark.py --model care_s1 --dtype float32 bfloat16 int8 --batch-size 1 32   # skips what a backend does not support
-python benchmark.py --model 'care_*' 'casvit_*' 'mlla_*'       # CARE and the models it is compared with, in one table
-python benchmark.py --model paper --backend fused openvino     # the models of the CARE paper's table
-python benchmark.py --model care_s1 --published --device cuda  # the setup of the paper's RTX 4090 column
-python benchmark.py --model care_s1 --bench profile            # where the time goes, and the roofline
-python benchmark.py --model care_s0 --bench train --teacher none regnety_160          # training steps, published and faster
-python benchmark.py --model care_s0 --bench accuracy --checkpoint FILE --dtype bfloat16 int8   # accuracy of a number format
-python benchmark.py --model paper --plots plots                # accuracy against latency and GMACs, growth with resolution
-python benchmark.py --check                                    # recounts the parameters and GMACs of README.md and this page
-bash cmd/benchmark.sh --update --backend eager fused onnxruntime openvino --runs 10    # this page, about 5 minutes
-bash cmd/benchmark_gpu.sh                                      # everything that needs a GPU
+# parameters, GMACs by stage and kind, latency of every backend
+python benchmark.py --model care_s1
+# several number formats and batch sizes; what a backend does not support is skipped
+python benchmark.py --model care_s1 --dtype float32 bfloat16 int8 --batch-size 1 32
+# CARE and the models it is compared with, in one table; `paper` stands for the models of the CARE paper's table
+python benchmark.py --model 'care_*' 'casvit_*' 'mlla_*'
+# the setup of the paper's RTX 4090 column
+python benchmark.py --model care_s1 --published --device cuda
+# where the time goes, and the roofline
+python benchmark.py --model care_s1 --bench profile
+# training steps, as published and faster
+python benchmark.py --model care_s0 --bench train --teacher none regnety_160
+# accuracy of a trained model in each number format
+python benchmark.py --model care_s0 --bench accuracy --checkpoint FILE --dtype bfloat16 int8
+# plots: accuracy against latency and GMACs, time by part, growth with resolution; or one picture alone
+python benchmark.py --model paper --plots plots
+bash cmd/benchmark.sh --backend openvino --plots docs/images/accuracy_latency.png
+# recounts the parameters and GMACs of README.md and this page
+python benchmark.py --check
+# writes this page, in about 5 minutes
+bash cmd/benchmark.sh --update --backend eager fused onnxruntime openvino --runs 10
+# everything that needs a GPU
+bash cmd/benchmark_gpu.sh
 ```
 
-ONNX Runtime and OpenVINO are installed by `pip install "caretrans[benchmark]"`, or by the scripts in `cmd/`. Results are
-written to `runs/benchmark/` as JSON and CSV.
+ONNX Runtime and OpenVINO are installed by `pip install "caretrans[benchmark]"`, or by the scripts in `cmd/`. Results
+are written to `runs/benchmark/` as JSON and CSV.
 
 ## Method
 
@@ -108,14 +119,14 @@ written to `runs/benchmark/` as JSON and CSV.
 both heads are folded into the convolutions around them, exactly (`caretrans.fuse`); models of timm are reparameterized
 as their authors do.
 
-All candidates run in one process with one CPU thread, unless `--threads` says otherwise. They are timed interleaved: ten
-rounds of short blocks in random order; a speed-up is the median over the rounds of the ratios of blocks in the same
+All candidates run in one process with one CPU thread, unless `--threads` says otherwise. They are timed interleaved:
+ten rounds of short blocks in random order; a speed-up is the median over the rounds of the ratios of blocks in the same
 round. The reference is timed twice; if the two disagree, or the runs vary too much, the row is marked `noisy`. Before a
 candidate is timed, its logits are compared with the original network in float64, on real images, with random weights
 chosen so that an error in any layer shows.
 
-See [inference-speed.md](inference-speed.md) for the profile and what was tried, [gpu.md](gpu.md) for the Triton kernels,
-and [comparison.md](comparison.md) for models trained on equal terms.
+See [inference-speed.md](inference-speed.md) for the profile and what was tried, [gpu.md](gpu.md) for the Triton
+kernels, and [comparison.md](comparison.md) for models trained on equal terms.
 
 ## Results
 """

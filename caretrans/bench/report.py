@@ -33,7 +33,7 @@ def _describe_model(count: ModelCounts) -> list[str]:
         f'parameters   {count.parameters:,}{heads}, fused {count.parameters_fused:,}',
         f'GMACs        {count.gmacs:.4f}, fused {count.gmacs_fused:.4f} (multiply-adds of convolutions, linear layers '
         f'and matmuls)',
-        f'activations  {count.activations_m:.2f} M, fused {count.activations_fused_m:.2f} M (elements of their outputs)']
+        f'activations  {count.activations_m:.2f} M, fused {count.activations_fused_m:.2f} M (elements of outputs)']
     if count.published:
         figures = {key: getattr(count.published, key) for key in PUBLISHED_COLUMNS}
         lines.append('published    ' + ', '.join(

@@ -20,8 +20,8 @@ WITH_MESA = (
     'mlla_t about 0.4 lower without it.')
 SECOND_GENERATION = (
     'second generation, without a teacher: weights of December 2024 at 224 x 224. XS, S, M and T fine-tuned at '
-    '384 x 384 have 78.7, 81.1, 83.0 and 84.1; the first generation (August 2024) of the same networks has 77.5, 80.2, 81.4 and '
-    '82.3, and what changed in training is not published.')
+    '384 x 384 have 78.7, 81.1, 83.0 and 84.1; the first generation (August 2024) of the same networks has 77.5, 80.2, '
+    '81.4 and 82.3, and what changed in training is not published.')
 CAS_VIT_COUNTS = (
     'The published parameters of CAS-ViT include a second head that is not used; its published GMACs come from another '
     'counter, and are not known for S and M.')

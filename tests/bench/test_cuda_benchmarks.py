@@ -11,8 +11,8 @@ from caretrans.bench.bounds import FUSIONS, bound_time, describe_bounds, list_la
 from caretrans.bench.config import BenchConfig, list_setups
 from caretrans.bench.device_rates import measure_rates
 from caretrans.bench.growth import measure_growth
-from caretrans.bench.inference import build_network, run_inference, take_batch
-from caretrans.bench.kernel_choice import KERNELS
+from caretrans.bench.infer import build_network, run_inference, take_batch
+from caretrans.bench.setups import KERNELS
 from caretrans.bench.profiling import describe_profile, profile_call, profile_forward
 from caretrans.bench.report import describe_result
 from caretrans.bench.training import TrainingBench, bench_training, describe_training
