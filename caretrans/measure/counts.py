@@ -1,9 +1,9 @@
-"""Count what does not hang on the machine: parameters, multiply-adds and activations of any model of timm.
+"""Machine-independent counts of any model of timm: parameters, multiply-adds and activations.
 
     counts = count_operations(make_empty('care_s1'), (224, 224))
     counts.gmacs, counts.sum_by_stage()['stages.2'], counts.sum_by_kind()['conv 1x1'], counts.activations
 
-Models are made on the meta device where they allow it, so that counting costs no memory and no arithmetic.
+Models are created on the meta device if they can be, so that counting costs no memory and no arithmetic.
 """
 from collections import Counter
 from collections.abc import Sequence
@@ -22,11 +22,11 @@ from .. import models  # noqa: F401 (registers the models)
 __all__ = ['KINDS', 'Operations', 'count_operations', 'count_parameters', 'list_parts', 'make_empty']
 
 KINDS = ('conv 1x1', 'conv depth-wise', 'conv other', 'linear', 'attention')
-OUTSIDE = 'outside of the parts'  # operations of the forward function of the network itself
+OUTSIDE = 'outside of the parts'  # operations in the forward function of the network itself
 
 
 def make_empty(name: str, **kwargs: Any) -> nn.Module:
-    """A model of timm in evaluation mode without values, on the meta device; on the CPU if it cannot be made there."""
+    """A model of timm in evaluation mode on the meta device, without values; on the CPU if that fails."""
     try:
         with torch.device('meta'):
             return timm.create_model(name, **kwargs).eval()
@@ -36,30 +36,28 @@ def make_empty(name: str, **kwargs: Any) -> nn.Module:
 
 # Parameters -----------------------------------------------------------------------------------------------------------
 
-def _count(model: nn.Module | None) -> int:
-    return sum(parameter.numel() for parameter in model.parameters()) if model is not None else 0
-
-
 def count_parameters(model: nn.Module, fused: nn.Module | None = None) -> dict[str, int]:
     """Numbers of parameters.
 
     Args:
-        model: As it is trained.
-        fused: The same network rewritten for inference.
+        model: The original network.
+        fused: Its fused form.
     Returns:
-        `parameters` of the whole, `parameters_one_head` without the head of distillation (`head_dist`), and with
-        `fused` also `parameters_fused`.
+        `parameters` of the whole, `parameters_one_head` without the distillation head (`head_dist`), and with `fused`
+        also `parameters_fused`.
     """
-    both = _count(model)
-    counts = dict(parameters=both, parameters_one_head=both - _count(getattr(model, 'head_dist', None)))
-    return dict(counts, parameters_fused=_count(fused)) if fused is not None else counts
+    def count(module: nn.Module | None) -> int:
+        return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
+
+    counts = dict(parameters=count(model), parameters_one_head=count(model) - count(getattr(model, 'head_dist', None)))
+    return dict(counts, parameters_fused=count(fused)) if fused is not None else counts
 
 
 # Operations -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Operations:
-    """Multiply-adds and outputs of the convolutions, linear layers and matrix products of one forward pass.
+    """Multiply-adds and outputs of the convolutions, linear layers and matmuls of one forward pass.
 
     Attributes:
         macs: {(part of the network, kind of operation): multiply-adds}, kinds of `KINDS`.
@@ -89,7 +87,7 @@ class Operations:
 
 
 def list_parts(model: nn.Module) -> list[str]:
-    """The names of the parts of a network: its children, or of containers the parts in them."""
+    """The names of the parts of a network: its children, and the children of containers instead of these."""
     parts = []
     for name, child in model.named_children():
         is_container = isinstance(child, (nn.Sequential, nn.ModuleList)) and len(child)
@@ -98,7 +96,7 @@ def list_parts(model: nn.Module) -> list[str]:
 
 
 def _name_kind(name: str, args: Sequence[Any], weights: set) -> str:
-    """The kind of an operation, by the shape of its weight; a product without a weight belongs to attention."""
+    """The kind of an operation, by the shape of its weight; a matmul without a weight belongs to attention."""
     if name == 'convolution':
         weight, groups = args[1], args[8]
         if groups > 1 and groups == args[0].shape[1]:
@@ -109,7 +107,7 @@ def _name_kind(name: str, args: Sequence[Any], weights: set) -> str:
 
 
 class _KindCounter(TorchDispatchMode):
-    """Sorts multiply-adds by part of the network and kind of operation, with PyTorch's formulas."""
+    """Multiply-adds by part of the network and kind of operation, by PyTorch's formulas."""
 
     def __init__(self, model: nn.Module, tracker: ModuleTracker) -> None:
         super().__init__()
@@ -139,7 +137,7 @@ def count_operations(model: nn.Module, size: tuple[int, int], batch: int = 1) ->
         size: Height and width of the images.
         batch: Number of images.
     Raises:
-        RuntimeError: The sums by part or by kind are not what PyTorch's own counter finds.
+        RuntimeError: The sums by part or by kind differ from PyTorch's own counter.
     """
     device = next(model.parameters()).device
     image = torch.zeros(batch, getattr(model, 'in_chans', 3), *size, device=device)
@@ -147,16 +145,12 @@ def count_operations(model: nn.Module, size: tuple[int, int], batch: int = 1) ->
     with torch.no_grad(), ModuleTracker() as tracker, _KindCounter(model, tracker) as kinds, total:
         model(image)
     counts = Operations(dict(kinds.macs), kinds.activations)
-    _check_sums(counts, total, type(model).__name__)
-    return counts
-
-
-def _check_sums(counts: Operations, total: FlopCounterMode, root: str) -> None:
     by_module = {name: sum(flops.values()) / 2e9 for name, flops in total.get_flop_counts().items()}
-    expected = {part: by_module.get(f'{root}.{part}', 0.) for part in counts.sum_by_stage() if part != OUTSIDE}
-    wrong = [part for part, gmacs in expected.items() if abs(counts.sum_by_stage()[part] - gmacs) > 1e-9]
     everything = total.get_total_flops() / 2e9
+    wrong = [part for part, gmacs in counts.sum_by_stage().items() if part != OUTSIDE and abs(
+        gmacs - by_module.get(f'{type(model).__name__}.{part}', 0.)) > 1e-9]
     if wrong or abs(sum(counts.sum_by_kind().values()) - everything) > 1e-9:
         raise RuntimeError(
             f'Multiply-adds by kind sum up to {counts.gmacs:.6f} G, PyTorch counts {everything:.6f} G; '
             f'parts that differ: {wrong or "none"}.')
+    return counts

@@ -1,4 +1,4 @@
-"""What people type for models and sizes of images."""
+"""Names of models and sizes of images on command lines."""
 import difflib
 import re
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ def parse_size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r'(\d+)(?:x(\d+))?', text)
     size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if min(size) < MIN_SIDE:
-        raise ConfigError(f'img_size is {text!r}: give a side or HEIGHTxWIDTH, each at least {MIN_SIDE} pixels.')
+        raise ConfigError(f'img_size is {text!r}: give a side or HEIGHTxWIDTH, at least {MIN_SIDE} pixels.')
     return size
 
 
 def expand_models(names: Sequence[str], flag: str = '--model') -> list[str]:
-    """The models that names, wildcards and 'paper' stand for, each once; wildcards leave out other names of ours.
+    """The models that names, wildcards and 'paper' stand for, each once; wildcards skip aliases.
 
     Raises:
-        ConfigError: Nothing has such a name; the message names the nearest.
+        ConfigError: No model has such a name; the message lists the nearest names.
     """
     found: list[str] = []
     known = timm.list_models(include_tags=False)

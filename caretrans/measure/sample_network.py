@@ -1,9 +1,9 @@
-"""Weights and images with which every part of a network counts, where no checkpoint is given.
+"""Random weights and sample images that let every part of a network count, where no checkpoint is given.
 
-Freshly made networks hide what they compute: a layer scale of 1e-6 takes the blocks out, BatchNorm does nothing yet. A
-wrong rewrite would pass unseen. So layers get random weights that keep the size of what goes through them, layer scales
-of 0.1 to 0.4, and the BatchNorm statistics of the images; position codes, and mixers that multiply features with
-features, stay small beside what they are added to. Time and memory do not depend on it.
+Freshly created networks hide errors: a layer scale of 1e-6 removes the blocks, and BatchNorm does nothing yet. So
+layers get random weights that preserve the scale of their input, layer scales of 0.1 to 0.4, and the BatchNorm
+statistics of the images; position codes, and mixers that multiply features by features, stay small beside what they are
+added to. Time and memory do not depend on the weights.
 """
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from ..data.datasets import build_eval_transform, open_dataset
 from ..models.casvit import AdditiveMixer
 from ..models.folding import ResidualConv
 
-__all__ = ['SAMPLE_IMAGES', 'randomize', 'load_sample_images']
+__all__ = ['SAMPLE_IMAGES', 'load_sample_images', 'randomize']
 
 SAMPLE_IMAGES = Path(__file__).parents[2] / 'data' / 'fruit14'
 POSITION_STD = 0.05  # of the weights of a position code, 3x3
-# Times the last weights of mixers whose output grows with the square of their input: block after block, an image a
-# little brighter than those of the statistics would end at 1e30.
+# Factor of the last weights of mixers whose output grows with the square of their input: without it, an image a little
+# brighter than those of the statistics would end at 1e30 after many blocks.
 PRODUCT_SCALE = 0.2
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
@@ -32,7 +32,7 @@ def _fill(tensor: torch.Tensor | None, mean: float, std: float, generator: torch
 
 
 def _fill_module(module: nn.Module, generator: torch.Generator) -> None:
-    if isinstance(module, ResidualConv):  # each would double what goes through it, and hide the branches beside it
+    if isinstance(module, ResidualConv):  # each would double its input, and hide the branches beside it
         _fill(module.weight, 0., POSITION_STD, generator)
         _fill(module.bias, 0., 0.1, generator)
     elif isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -48,7 +48,7 @@ def _fill_module(module: nn.Module, generator: torch.Generator) -> None:
 
 @torch.no_grad()
 def randomize(model: nn.Module, images: torch.Tensor, seed: int = 0) -> nn.Module:
-    """Give a network in evaluation mode random weights under which all its parts count; the same for the same seed.
+    """Give a network in evaluation mode random weights that let every part count; the same for the same seed.
 
     Args:
         images: (B, C, H, W), from which its BatchNorm layers take their statistics.
@@ -75,12 +75,12 @@ def randomize(model: nn.Module, images: torch.Tensor, seed: int = 0) -> nn.Modul
 def load_sample_images(
         model: nn.Module, size: tuple[int, int], count: int, folder: Path = SAMPLE_IMAGES, **settings: Any,
 ) -> torch.Tensor | None:
-    """Bundled photographs made ready for a model as in evaluation; None where they are not installed.
+    """Bundled images, preprocessed for a model as in evaluation; None where they are not installed.
 
     Args:
         size: Height and width.
-        settings: Of `resolve_eval_config`, over those of the model.
-        count: How many, evenly spaced over the classes; repeated if there are fewer.
+        count: Number of images, evenly spaced over the classes; repeated if there are fewer.
+        settings: Arguments of `resolve_eval_config`, over those of the model.
     Returns:
         (count, C, height, width) float32.
     """

@@ -9,7 +9,7 @@ NUMBER = re.compile(r'-|[\d.,]+(e[-+]\d+)?')
 
 
 def format_value(value: Any) -> str:
-    """Numbers with three significant digits at least, whole numbers in full; nothing for None."""
+    """Floats with about three significant digits, integers in full, '-' for None."""
     if value is None:
         return '-'
     if isinstance(value, int):
@@ -21,7 +21,7 @@ def format_value(value: Any) -> str:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]], markdown: bool = False) -> list[str]:
-    """Lines of a table; columns of words to the left, of numbers to the right."""
+    """Lines of a table; columns of words are left-aligned, of numbers right-aligned."""
     cells = [list(header)] + [[format_value(value) for value in row] for row in rows]
     if markdown:
         return [f'| {" | ".join(row)} |' for row in [cells[0], ['---'] * len(header), *cells[1:]]]

@@ -1,8 +1,8 @@
-"""Time several candidates in one process, interleaved, so that their ratios hold where the machine is not alone.
+"""Time several candidates in one process, interleaved, so that their ratios hold on a machine with other load.
 
-A measurement is made of rounds. In each round every candidate runs a short block, in random order; whatever else the
-machine does meets them all. A ratio is the median over the rounds of the ratios of blocks of the same round. One
-candidate, the reference, takes part twice: how far it is from itself says what the other ratios are worth.
+A measurement is made of rounds. In each round every candidate runs a short block, in random order, so that other load
+meets them all. A ratio is the median over the rounds of the ratios of blocks of the same round. One candidate, the
+reference, is timed twice: the difference between the two shows what the other ratios are worth.
 """
 import gc
 import json
@@ -23,12 +23,12 @@ __all__ = [
 Run = Callable[[], Any]
 Rounds = list[list[float]]  # seconds of each run, a row for each round
 
-MAX_SPREAD = 1.3  # p90 / p10 of the runs of a candidate from which it is called noisy
-MAX_SELF_RATIO = 1.05  # of the reference to itself, likewise
+MAX_SPREAD = 1.3  # p90 / p10 of the runs of a candidate, above which it is marked noisy
+MAX_SELF_RATIO = 1.05  # of the reference to itself, above which all are
 
 
 class CandidateError(RuntimeError):
-    """A candidate failed while the others were timed; `name` says which, `__cause__` why."""
+    """A candidate failed while it was timed; `name` says which, `__cause__` why."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f'{name} failed while it was timed.')
@@ -36,18 +36,18 @@ class CandidateError(RuntimeError):
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory did not suffice, of a GPU or of the processor, as each library says it."""
+    """Whether the error is out-of-memory, on GPU or CPU, as the different libraries report it."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     signs = ('out of memory', 'not enough memory', "can't allocate memory", 'failed to allocate memory', 'bad_alloc')
-    is_one = isinstance(error, RuntimeError) or type(error).__module__.startswith('onnxruntime.')  # not of its family
+    is_one = isinstance(error, RuntimeError) or type(error).__module__.startswith('onnxruntime.')  # has its own bases
     return is_one and any(sign in str(error).lower() for sign in signs)
 
 
 # Time -----------------------------------------------------------------------------------------------------------------
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all it was asked to."""
+    """Wait until the device has finished all its work."""
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
     elif device.type == 'mps':
@@ -67,8 +67,8 @@ def _time_by_events(run: Run, count: int, device: torch.device) -> list[float]:
 def time_block(run: Run, count: int, device: torch.device) -> list[float]:
     """Seconds of each of `count` runs, one after the other.
 
-    A GPU gets them without pause, as a service would send them, and marks the time after each; other devices are
-    waited for after each.
+    A GPU gets them without pause, as a service would send them, with an event after each; other devices are
+    synchronised after each.
     """
     synchronise(device)
     if device.type == 'cuda':
@@ -90,15 +90,15 @@ def time_interleaved(
         seed: int = 0,
         report: Callable[[], None] | None = None,
 ) -> dict[str, Rounds]:
-    """Time candidates that are warm already.
+    """Time candidates that are warmed up.
 
     Args:
-        runs: What runs each candidate once.
+        runs: {name: function that runs the candidate once}.
         counts: Runs of each candidate in a round.
         seed: Of the order in the rounds.
         report: Called after each block.
     Returns:
-        For each candidate, rounds of seconds.
+        Seconds of each candidate, by round.
     Raises:
         CandidateError: A candidate failed.
     """
@@ -123,7 +123,7 @@ def time_interleaved(
     return times
 
 
-# What the times say ---------------------------------------------------------------------------------------------------
+# Statistics -----------------------------------------------------------------------------------------------------------
 
 def summarise(times: Rounds) -> dict[str, float]:
     """Median, 10th and 90th percentile and mean of all runs, milliseconds."""
@@ -133,12 +133,12 @@ def summarise(times: Rounds) -> dict[str, float]:
 
 
 def compare_rounds(reference: Rounds, times: Rounds, images: Sequence[int] = (1, 1)) -> dict[str, float]:
-    """How many times as fast as the reference a candidate is: above 1 it is faster.
+    """The speed-up of a candidate over the reference: above 1 it is faster.
 
     Args:
-        images: In a run of the reference and of the candidate, where they are not the same: then it is about images.
+        images: Images per run of the reference and of the candidate, to compare images per second.
     Returns:
-        Median, 10th and 90th percentile over the rounds; of each round, the medians of both blocks are compared.
+        Median, 10th and 90th percentile over the rounds of the ratio of the medians of both blocks.
     """
     ratios = [(np.median(a) / images[0]) / (np.median(b) / images[1]) for a, b in zip(reference, times, strict=True)]
     p10, median, p90 = np.percentile(ratios, [10, 50, 90])
@@ -146,11 +146,11 @@ def compare_rounds(reference: Rounds, times: Rounds, images: Sequence[int] = (1,
 
 
 def judge_noise(summary: Mapping[str, float], self_ratio: float = 1.) -> list[str]:
-    """Why a measurement is not to be relied on; nothing if it is.
+    """Reasons why a measurement is unreliable; none if it is reliable.
 
     Args:
-        summary: Of `summarise`.
-        self_ratio: Of the reference, to itself.
+        summary: From `summarise`.
+        self_ratio: Of the reference to itself.
     """
     spread = summary['p90_ms'] / summary['p10_ms']
     apart = max(self_ratio, 1 / self_ratio)
@@ -164,7 +164,7 @@ def judge_noise(summary: Mapping[str, float], self_ratio: float = 1.) -> list[st
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 def _trace_cpu_peak(run: Run) -> int:
-    """The most bytes that PyTorch's CPU allocator held at a time during a run beyond what it held before."""
+    """The peak of the bytes in PyTorch's CPU allocator during a run, beyond those before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     with tempfile.TemporaryDirectory() as folder:
@@ -176,10 +176,10 @@ def _trace_cpu_peak(run: Run) -> int:
 
 
 def measure_peak(run: Run, device: torch.device, held: int = 0) -> float | None:
-    """The peak of the memory of PyTorch's allocator during a run, MiB; None where there is no way to see it (mps).
+    """The peak memory of PyTorch's allocator during a run, MiB; None where it cannot be measured (mps).
 
     Args:
-        run: Runs a warm candidate once.
+        run: Runs a warmed-up candidate once.
         held: Bytes that the candidate holds between runs: its weights and its input.
     """
     if device.type == 'cuda':
