@@ -34,8 +34,9 @@ def _count(name: str, size: tuple[int, int]) -> dict[str, Any]:
     model = make_empty(name)
     try:
         fused = to_form(model)
-    except RuntimeError:  # fusing this model needs values
-        fused = to_form(timm.create_model(name).eval())
+    except RuntimeError:  # fusing this model needs memory, whatever the values
+        fused = to_form(model.to_empty(device='cpu')).to('meta')
+        model = make_empty(name)
     counts, fused_counts = count_operations(model, size), count_operations(fused, size)
     two_headed = make_empty(name, distilled=True) if getattr(model, 'distilled', None) is False else model
     return dict(

@@ -1,28 +1,40 @@
-"""benchmark.py: what it is asked for, what it does when something fails, and what it writes."""
+"""benchmark.py: its flags, its results, and what it does when something fails."""
 import csv
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from launch import run
 from reference import published_state_dict
 
 import benchmark
-from caretrans.bench import config as bench_config, inference
-from caretrans.bench.backends import BACKENDS, WrongOutputError, prepare
+from caretrans.bench import config as bench_config, infer
+from caretrans.bench.backends import WrongOutputError, prepare
 from caretrans.bench.config import BenchConfig, list_setups, parse_bench_config
+from caretrans.bench.readme import PAGE, README, check_readme
+from caretrans.bench.record import ModelCounts, Record
+from caretrans.bench.report import describe_counts
+from caretrans.bench.setups import BACKENDS
+from caretrans.errors import ConfigError
 from caretrans.measure.names import expand_models
 from caretrans.measure.published import PUBLISHED, find_published, list_footnotes, list_paper_models, mark_accuracy
-from caretrans.bench.readme import BEGIN, END, check_readme
-from caretrans.bench.report import describe_counts
-from caretrans.errors import ConfigError
 from caretrans.measure.timing import is_out_of_memory
 
-README = Path(__file__).parents[2] / 'README.md'
 CPU = torch.device('cpu')
 QUICK = ['--device', 'cpu', '--img-size', '64', '--runs', '2', '--warmup', '1']
+CARE = ['--model', 'care_s0', *QUICK]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Build networks of CARE with one block per stage, where the figures of the full network are not the subject."""
+    def create(name, **kwargs):
+        return timm.create_model(name, **(dict(depths=(1, 1, 1, 1)) if name.startswith('care') else {}), **kwargs)
+    monkeypatch.setattr(infer, 'timm', SimpleNamespace(create_model=create))
 
 
 def read(folder):
@@ -40,13 +52,44 @@ def read(folder):
     (['--dtype', 'int8', '--backend', 'eager'], '--dtype int8 with --backend eager'),
     (['--dtype', 'tf32'], '--dtype tf32 with --device cpu: no backend'),
     (['--backend', 'cudagraph'], '--backend cudagraph with --device cpu'),
-    (['--backend', 'openvino', '--channels-last'], 'it chooses its own order'),
+    (['--backend', 'openvino', '--channels-last'], 'it chooses its own layout'),
     (['--img-size', '16'], "img_size is '16'"), (['--img-size', '224x'], 'HEIGHTxWIDTH'),
     (['--batch-size', '0'], 'batch_size is 0'), (['--threads', '0'], 'threads is 0'), (['--runs', 'many'], 'many'),
     (['--published', '--batch-size', '8'], '--published fixes --batch-size'),
     (['--checkpoint', 'x.pth', '--model', 'care_*'], 'with 3 models'),
     (['--checkpoint', 'x.pth', '--model', 'care_*', '--bench', 'profile'], 'with 3 models'),
-    (['--checkpoint', 'not/there.pth'], 'not/there.pth'), (['--check', '--readme', 'none.md'], 'none.md is not there'),
+    (['--checkpoint', 'not/there.pth'], 'not/there.pth'),
+    (['--check', '--readme', 'none.md'], 'none.md does not exist'),
+    (['--plots', 'a.png', '--bench', 'train'], '--plots a.png with --bench train'),
+    # flags of another bench
+    (['--bench', 'train', '--backend', 'eager', 'fused'],
+     '--backend eager fused with --bench train: it is for --bench infer, profile, accuracy; remove it'),
+    (['--bench', 'train', '--dtype', 'bfloat16'], '--dtype bfloat16 with'),
+    (['--bench', 'train', '--runs', '7'], '--runs 7 with'),
+    (['--bench', 'train', '--checkpoint', 'x.pth'], '--checkpoint x.pth with'),
+    (['--bench', 'train', '--channels-last'], '--channels-last with'),
+    (['--bench', 'train', '--kernels', 'torch'], '--kernels torch with'),
+    (['--bench', 'train', '--published'], '--published with'),
+    (['--bench', 'train', '--data', 'x'], '--data x with --bench train: it is for --bench accuracy'),
+    (['--bench', 'profile', '--runs', '7'], '--runs 7 with'), (['--bench', 'profile', '--warmup', '7'], '--warmup 7'),
+    (['--bench', 'infer', '--teacher', 'resnet18'], '--teacher resnet18 with --bench infer: it is for --bench train'),
+    (['--bench', 'infer', '--ways', 'published'], '--ways published with'),
+    (['--bench', 'accuracy', '--checkpoint', 'x.pth', '--batch-size', '7'], '--batch-size 7 with'),
+    # what cannot be trained
+    (['--bench', 'train', '--img-size', '64x96'], '--img-size 64x96 with --bench train: training needs square images'),
+    (['--bench', 'train', '--batch-size', '2', '7'], '--batch-size 7 with --bench train: mixup'),
+    (['--bench', 'train', '--teacher', 'resnet18', '--model', 'care_s0', 'mobilenetv2_035'],
+     '--teacher resnet18 with --model mobilenetv2_035: it has no head that learns from one'),
+    (['--bench', 'train', '--teacher', 'resnet18', '--model', 'casvit_xs'], '--model casvit_xs: it has no head'),
+    (['--bench', 'train', '--teacher', 'regnety_161'], '--teacher regnety_161: no such model'),
+    (['--bench', 'train', '--ways', 'faster'], 'faster'), (['--bench', 'train', '--ways', 'tf32'], 'tf32'),
+    # kernels
+    (['--kernels', 'triton'], '--kernels triton with --device cpu: the kernels run on CUDA GPUs, not on cpu: use'),
+    (['--kernels', 'torch', 'triton+expansion', '--backend', 'fused'], '--kernels triton.expansion with --device cpu'),
+    (['--kernels', 'triton', '--backend', 'eager', 'openvino'],
+     '--kernels triton with --backend eager: they run with fused, compile, cudagraph'),
+    (['--kernels', 'cuda'], "invalid choice: 'cuda'"), (['--kernels', 'torch', 'torch'], 'name each once'),
+    (['--kernels', 'torch', '--published'], '--published fixes --kernels'),
 ])
 def test_what_cannot_be_measured_is_one_line_and_exit_code_2(call, flags, message):
     code, out, err = call('--device', 'cpu', *flags)
@@ -55,59 +98,55 @@ def test_what_cannot_be_measured_is_one_line_and_exit_code_2(call, flags, messag
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU here')
-def test_a_gpu_that_is_not_there_is_refused(call):
-    assert call('--device', 'cuda')[0::2] == (2, 'benchmark.py: device=cuda, but there is only cpu here.\n')
+def test_a_missing_gpu_is_refused(call):
+    code, _, err = call('--device', 'cuda')
+    assert code == 2 and err.startswith('benchmark.py: ') and 'cuda' in err and err.count('\n') == 1
 
 
 @pytest.mark.parametrize('flags, message', [
-    (['--output', 'FILE'], '--output .*README.md: .* is not a folder'), (['--plots', 'FILE/here'], '--plots .*here: '),
-    (['--update', '--readme', 'FILE'], 'has no place for the tables'),
-    (['--update', '--readme', 'none.md'], 'none.md is not a file that can be written')])
+    (['--output', 'FILE'], '--output .*page.md: .* is not a folder'), (['--plots', 'FILE/here'], '--plots .*here: '),
+    (['--plots', 'FILE/here.png'], '--plots .*page.md: '),
+    (['--update', '--readme', 'no/such/folder/page.md'], 'page.md is not a file that can be written')])
 def test_what_cannot_be_written_is_refused_before_anything_is_measured(call, tmp_path, monkeypatch, flags, message):
-    file = tmp_path / 'README.md'
-    file.write_text('no markers\n')
+    file = tmp_path / 'page.md'
+    file.write_text('text\n')
     monkeypatch.setattr(benchmark, 'run_benches', None)
     code, out, err = call(*[flag.replace('FILE', str(file)) for flag in flags])
     assert code == 2 and out == '' and re.search(message, err) and err.count('\n') == 1
 
 
-# What is asked for ----------------------------------------------------------------------------------------------------
+# Flags ----------------------------------------------------------------------------------------------------------------
 
 def test_names_wildcards_and_paper_stand_for_models():
     assert expand_models(['care_s?', 'care_s1', 'resnet18']) == ['care_s0', 'care_s1', 'care_s2', 'resnet18']
     assert expand_models(['paper']) == list_paper_models() == [
         'mobilenetv2_100', 'mobileone_s0', 'fastvit_t8', 'mobileone_s2', 'fastvit_t12', 'mobileone_s4', 'mlla_t',
         'care_s0', 'care_s1', 'care_s2']
-    assert len(PUBLISHED) == 21 and find_published('fastvit_t8.apple_in1k').top1 == 76.7
-    assert find_published('resnet18') is None
-
-
-def test_wildcards_leave_out_other_names_of_our_models_which_work_as_they_are():
     assert expand_models(['care_*', 'casvit_*', 'mlla_*']) == [
         'care_s0', 'care_s1', 'care_s2', 'casvit_m', 'casvit_s', 'casvit_t', 'casvit_xs', 'mlla_b', 'mlla_s', 'mlla_t']
-    assert expand_models(['rcvit_xs', 'mila_t']) == ['rcvit_xs', 'mila_t'] and not set(
-        expand_models(['*vit_*'])) & {'rcvit_xs', 'rcvit_s'}
+    assert expand_models(['rcvit_xs', 'mila_t']) == ['rcvit_xs', 'mila_t'], 'aliases are accepted'
+    assert not set(expand_models(['*vit_*'])) & {'rcvit_xs', 'rcvit_s'}, 'wildcards skip aliases'
     with pytest.raises(ConfigError, match='rcvit_'):
         expand_models(['rcvit_*'])
 
 
 def test_published_figures_that_are_not_known_are_empty():
-    assert find_published('rcvit_s') is find_published('casvit_s') and find_published('mila_b').top1 == 85.3
-    assert find_published('casvit_s').gmacs is None and find_published('casvit_t').gmacs == 3.597
-    counts = [dict(
-        model=name, height=224, width=224, parameters=1, parameters_fused=1, gmacs=1., gmacs_fused=1.,
-        activations_fused_m=1.) for name in ('casvit_s', 'mlla_b', 'resnet18')]
-    rows = describe_counts([dict(count, published=(row := find_published(count['model'])) and vars(row))
-                            for count in counts], markdown=True)[2:]
+    assert len(PUBLISHED) == 21 and find_published('fastvit_t8.apple_in1k').top1 == 76.7
+    assert find_published('resnet18') is None and find_published('mila_b').top1 == 85.3
+    assert find_published('rcvit_s') is find_published('casvit_s') and find_published('casvit_t').gmacs == 3.597
+    assert find_published('casvit_s').gmacs is None
+    counts = [ModelCounts(name, 224, 224, 1, 1, 1, 1., 1., {}, {}, 1., 1., find_published(name))
+              for name in ('casvit_s', 'mlla_b', 'resnet18')]
+    rows = describe_counts(counts, markdown=True)[2:]
     assert [line.split(' | ')[-4:] for line in rows] == [
         ['80.9 [1]', '-', '5.76', '- |'], ['85.3 [2]', '16.2', '96', '- |'], ['-', '-', '-', '- |']]
 
 
-def test_footnotes_say_what_each_accuracy_is_and_where_it_stands():
+def test_footnotes_say_what_each_accuracy_is_and_where_it_is_published():
     notes = list_footnotes(['mobilenetv2_100', 'mlla_t', 'care_s0', 'casvit_xs', 'care_s1'])
     assert notes[0].startswith('[1] top-1 of mlla_t, with self-distillation')
     assert notes[1].startswith('[2] top-1 of care_s0, care_s1, with a teacher')
-    assert re.match(r'\[3\] top-1 of casvit_xs, the second generation .*77\.5', notes[2])
+    assert re.match(r'\[3\] top-1 of casvit_xs, second generation, without a teacher: .*77\.5', notes[2])
     assert mark_accuracy('care_s1', ['mlla_t', 'care_s1']) == '80.1 [2]' and mark_accuracy('resnet18', []) is None
     assert mark_accuracy('mobilenetv2_100', ['mobilenetv2_100']) == '71.8'
     sources = [line for line in notes if line.startswith('published figures of')]
@@ -117,18 +156,22 @@ def test_footnotes_say_what_each_accuracy_is_and_where_it_stands():
     assert list_footnotes(['resnet18']) == []
 
 
-def test_sizes_are_height_by_width():
-    assert BenchConfig(img_size=['224', '192x320']).sizes == [(224, 224), (192, 320)]
+@pytest.mark.parametrize('bench, plots, benches', [
+    ('infer', '', ['infer']), ('train', '', ['train']), ('all', '', ['infer', 'profile', 'train']),
+    ('infer', 'here', ['infer', 'profile']), ('infer', 'here.png', ['infer'])])
+def test_the_benches_are_those_asked_for_and_those_that_plots_need(bench, plots, benches):
+    assert BenchConfig(bench=bench, plots=plots).list_benches() == benches
+    BenchConfig(bench='all', backend=['eager'], teacher=['resnet18'], ways=['published'], runs=7, warmup=2)
 
 
 def test_all_backends_are_those_that_work_here_and_the_others_say_why(monkeypatch):
-    setups, left_out = list_setups(BenchConfig(dtype=['float32', 'int8']), CPU)
+    setups, skipped = list_setups(BenchConfig(dtype=['float32', 'int8']), CPU)
     assert [str(s) for s in setups] == [
         'eager float32 nchw', 'fused float32 channels_last', 'compile float32 channels_last', 'onnxruntime float32',
         'onnxruntime int8', 'openvino float32', 'openvino int8']
-    named = [backend for backend in BACKENDS for line in left_out if f'--backend {backend} ' in line]
-    assert named == ['eager', 'fused', 'compile', 'cudagraph'] and '--kernels' in left_out[0] and len(left_out) == 5
-    assert all(line.startswith('left out: --') and '\n' not in line for line in left_out)
+    named = [backend for backend in BACKENDS for line in skipped if f'--backend {backend} ' in line]
+    assert named == ['eager', 'fused', 'compile', 'cudagraph'] and '--kernels' in skipped[0] and len(skipped) == 5
+    assert all(line.startswith('skipped: --') and '\n' not in line for line in skipped)
     find = bench_config.check_setup
 
     def check(setup):
@@ -137,8 +180,8 @@ def test_all_backends_are_those_that_work_here_and_the_others_say_why(monkeypatc
         find(setup)
 
     monkeypatch.setattr(bench_config, 'check_setup', check)
-    setups, left_out = list_setups(BenchConfig(), CPU)
-    assert 'openvino' not in {s.backend for s in setups} and 'left out: pip install openvino.' in left_out
+    setups, skipped = list_setups(BenchConfig(), CPU)
+    assert 'openvino' not in {s.backend for s in setups} and 'skipped: pip install openvino.' in skipped
 
 
 @pytest.mark.parametrize('flag, layouts', [
@@ -149,25 +192,26 @@ def test_the_layout_is_that_of_the_flag_or_of_the_backend(flag, layouts):
     assert [s.layout for s in setups] == layouts
 
 
-def test_published_is_how_the_column_was_made(monkeypatch):
+def test_published_is_the_setup_of_the_column(monkeypatch, small):
     config = BenchConfig(published=True)
     assert (config.backend, config.dtype, config.batch_size) == (['eager'], ['tf32'], [64])
     assert (config.warmup, config.runs, config.sizes) == (10, 40, [(224, 224)])
     assert [str(s) for s in list_setups(config, torch.device('cuda'))[0]] == ['eager tf32 nchw']
     assert [str(s) for s in list_setups(config, CPU)[0]] == ['eager float32 nchw']
-    assert list(inference._list_conditions(config, CPU))[0].startswith('--published: TF32 does nothing on cpu')
+    monkeypatch.setattr(infer, 'measure_group', lambda *args: ([], []))
+    result = infer.run_inference(BenchConfig(published=True, device='cpu', img_size=['64']))
+    assert result.remarks[0].startswith('--published: TF32 does nothing on cpu')
+    assert BenchConfig(img_size=['224', '192x320']).sizes == [(224, 224), (192, 320)]
 
 
-# What is measured -----------------------------------------------------------------------------------------------------
+# Results --------------------------------------------------------------------------------------------------------------
 
-def test_the_table_is_printed_and_written_as_json_and_csv(call, tmp_path):
-    code, out, _ = call('--model', 'care_s0', '--backend', 'eager', 'fused', '--batch-size', 1, 2, '--output',
-                        tmp_path / 'here', *QUICK)
-    assert code == 0
+def test_the_script_prints_a_table_and_writes_json_and_csv(tmp_path):
+    out, err = run('benchmark.py', *CARE, '--backend', 'eager', 'fused', '--batch-size', '1', '2', '--output', tmp_path)
+    assert err == '' and re.search(r'p90 +mean ms +images/s', out)
     assert '7,340,000 (one head 6,312,952)' in out and 'stages.2' in out and 'conv depth-wise' in out
     assert re.search(r'care_s0 +fused +float32 +channels_last +64 x 64 +2 ', out) and 'top-1 78.4 %' in out
-    result, rows = read(tmp_path / 'here')
-    assert re.search(r'p90 +mean ms +images/s', out)
+    result, rows = read(tmp_path)
     assert [(r['backend'], r['batch']) for r in result['records']] == [
         ('eager', 1), ('fused', 1), ('eager', 2), ('fused', 2)]
     record = result['records'][1]
@@ -181,35 +225,47 @@ def test_the_table_is_printed_and_written_as_json_and_csv(call, tmp_path):
     assert record['images_per_s'] == pytest.approx(1000 / record['median_ms']) and 0 < record['error'] < 5e-5
     assert [row['median_ms'] for row in rows] == [str(r['median_ms']) for r in result['records']]
     counts = result['counts'][0]
+    assert list(counts) == [
+        'model', 'height', 'width', 'parameters', 'parameters_one_head', 'parameters_fused', 'gmacs', 'gmacs_fused',
+        'gmacs_by_kind', 'gmacs_by_part', 'activations_m', 'activations_fused_m', 'published']
     assert (counts['parameters'], counts['parameters_one_head']) == (7_340_000, 6_312_952)
     assert counts['parameters_fused'] < counts['parameters'] and counts['published']['top1'] == 78.4
     assert result['config']['batch_size'] == [1, 2]
 
 
-def test_one_json_object_is_all_that_is_printed(call, tmp_path):
-    code, out, _ = call('--model', 'care_s0', '--backend', 'eager', '--json', '--output', tmp_path, *QUICK)
+def test_records_of_each_bench_have_their_columns():
+    record = Record(model='care_s0', bench='growth', attention='linear', versions=dict(torch='2'), notes=['a', 'b'])
+    assert list(record.to_dict())[:4] == ['model', 'bench', 'attention', 'backend'] and 'error' not in record.to_dict()
+    assert record.to_dict()['median_ms'] is None and record.to_dict()['notes'] == ['a', 'b']
+    assert record.to_row()['versions'] == '{"torch": "2"}' and record.to_row()['notes'] == 'a; b'
+
+
+def test_one_json_object_is_all_that_is_printed(call, tmp_path, small):
+    code, out, _ = call(*CARE, '--backend', 'eager', '--json', '--output', tmp_path)
     assert code == 0 and json.loads(out)['records'][0]['model'] == 'care_s0'
 
 
-def test_models_are_compared_in_one_table_with_published_columns(call, tmp_path):
-    code, out, _ = call('--model', 'mobileone_s0', 'care_s0', '--backend', 'fused', '--markdown', '--output', tmp_path,
-                        *QUICK)
-    assert code == 0 and '| top-1 %, published |' in out and '| `mobileone_s0` | 64 x 64 | 5.29 | 2.08 |' in out
-    assert {r['reference'] for r in read(tmp_path)[0]['records']} == {
-        'mobileone_s0 fused float32 channels_last', 'care_s0 fused float32 channels_last'}
-
-
-def test_the_weights_of_a_checkpoint_are_measured(call, tmp_path):
-    file = tmp_path / 'weights.pth'
+def test_a_checkpoint_gives_the_weights(call, tmp_path):
+    file = tmp_path / 'care_s0.pth'
     torch.save(published_state_dict('care_s0'), file)
-    code, out, _ = call('--checkpoint', file, '--model', 'care_s0', '--backend', 'eager', '--output', tmp_path, *QUICK)
+    code, out, _ = call(*CARE, '--checkpoint', file, '--backend', 'eager', '--output', tmp_path)
     assert code == 0 and 'weights: random' not in out
 
 
-# What goes wrong ------------------------------------------------------------------------------------------------------
+# Failures -------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def measure(call, tmp_path, small, monkeypatch):
+    """Measure a small care_s0 with a changed `prepare`: exit code, stdout, stderr, records."""
+    def run_with(change, *flags):
+        monkeypatch.setattr(infer, 'prepare', change)
+        code, out, err = call(*CARE, *flags, '--output', tmp_path)
+        return code, out, err, read(tmp_path)[0]['records'] if (tmp_path / 'results.csv').exists() else []
+    return run_with
+
 
 def memory_for(most):
-    """A way to prepare candidates with memory for `most` images."""
+    """A `prepare` with memory for `most` images."""
     def prepare_or_fail(network, setup):
         if len(network.images) > most:
             raise torch.OutOfMemoryError('CUDA out of memory.')
@@ -217,99 +273,86 @@ def memory_for(most):
     return prepare_or_fail
 
 
-def test_a_batch_that_does_not_fit_is_halved_until_it_does(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(inference, 'prepare', memory_for(2))
-    code, out, _ = call('--model', 'care_s0', '--backend', 'eager', '--batch-size', 8, '--output', tmp_path, *QUICK)
-    assert code == 0 and 'a batch of 8 does not fit into memory: halved to 4' in out
-    record = read(tmp_path)[0]['records'][0]
-    assert record['batch'] == 2 and record['notes'][:2] == [
-        'a batch of 8 does not fit into memory: halved to 4', 'a batch of 4 does not fit into memory: halved to 2']
-
-
-def test_one_image_that_does_not_fit_is_a_failure(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(inference, 'prepare', memory_for(0))
-    code, out, err = call('--model', 'care_s0', '--backend', 'eager', '--batch-size', 2, '--output', tmp_path, *QUICK)
-    assert code == 1 and 'failed: care_s0 eager float32 nchw: not even one image fits into memory' in err
-
-
-def test_memory_that_runs_out_while_others_are_timed_halves_the_batch(call, tmp_path, monkeypatch):
+def failing(backend, error, after, batch=None):
+    """A `prepare` with which a backend raises an error after some runs."""
     def prepare_late(network, setup):
         runner = prepare(network, setup)
-        if setup.backend == 'fused' and len(network.images) == 4:
+        if setup.backend == backend and batch in (None, len(network.images)):
             runs, whole = iter(range(100)), runner.run
 
             def run():
-                if next(runs) > 3:
-                    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+                if next(runs) >= after:
+                    raise error
                 return whole()
             runner.run = run
         return runner
+    return prepare_late
 
-    monkeypatch.setattr(inference, 'prepare', prepare_late)
-    code, out, _ = call('--model', 'care_s0', '--backend', 'eager', 'fused', '--batch-size', 4, '--output', tmp_path,
-                        *QUICK)
-    records = read(tmp_path)[0]['records']
+
+def test_a_batch_that_does_not_fit_is_halved_until_it_does(measure):
+    code, out, _, records = measure(memory_for(2), '--backend', 'eager', '--batch-size', 8)
+    assert code == 0 and 'a batch of 8 does not fit into memory: halved to 4' in out
+    assert records[0]['batch'] == 2 and records[0]['notes'][:2] == [
+        'a batch of 8 does not fit into memory: halved to 4', 'a batch of 4 does not fit into memory: halved to 2']
+
+
+def test_one_image_that_does_not_fit_is_a_failure(measure):
+    code, _, err, records = measure(memory_for(0), '--backend', 'eager', '--batch-size', 2)
+    assert code == 1 and 'failed: care_s0 eager float32 nchw: not even one image fits into memory' in err
+    assert records == []
+
+
+def test_memory_that_runs_out_while_others_are_timed_halves_the_batch(measure):
+    error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+    code, _, _, records = measure(
+        failing('fused', error, after=4, batch=4), '--backend', 'eager', 'fused', '--batch-size', 4)
     assert code == 0 and [(r['backend'], r['batch']) for r in records] == [('eager', 4), ('fused', 2)]
     assert records[1]['notes'][0] == (
         'a batch of 4 does not fit into memory beside the other candidates: halved to 2')
 
 
-@pytest.mark.parametrize('late', [False, True])
-def test_a_candidate_that_fails_is_reported_and_the_others_go_on(call, tmp_path, monkeypatch, late):
-    def prepare_badly(network, setup):
-        runner = prepare(network, setup)
-        if setup.backend == 'eager':
-            calls = iter(range(100))
-            whole, most = runner.run, 3 if late else -1
-
-            def run():
-                if next(calls) > most:
-                    raise ValueError('a kernel is\nmissing')
-                return whole()
-            runner.run = run
-        return runner
-
-    monkeypatch.setattr(inference, 'prepare', prepare_badly)
-    code, out, err = call('--model', 'care_s0', '--backend', 'eager', 'fused', '--output', tmp_path, *QUICK)
+@pytest.mark.parametrize('after', [0, 4])
+def test_a_candidate_that_fails_is_reported_and_the_others_are_measured(measure, after):
+    code, _, err, records = measure(
+        failing('eager', ValueError('a kernel is\nmissing'), after), '--backend', 'eager', 'fused')
     assert code == 1 and 'failed: care_s0 eager float32 nchw: ValueError: a kernel is missing' in err
-    assert [r['backend'] for r in read(tmp_path)[0]['records']] == ['fused']
+    assert [r['backend'] for r in records] == ['fused']
 
 
-def test_a_rewrite_that_is_wrong_is_not_timed(call, tmp_path, monkeypatch):
-    """The first depth-wise convolution of the rewritten network loses its bias."""
+def test_a_wrong_fused_network_is_not_timed(measure):
+    """The first depth-wise convolution of the fused network loses its bias."""
     def prepare_broken(network, setup):
         if setup.backend == 'fused':
             conv = next(m for m in network.fused.modules() if isinstance(m, torch.nn.Conv2d) and m.groups > 1)
             conv.bias.data.zero_()
         return prepare(network, setup)
 
-    monkeypatch.setattr(inference, 'prepare', prepare_broken)
-    code, out, err = call('--model', 'care_s0', '--backend', 'eager', 'fused', '--output', tmp_path, *QUICK)
+    code, _, err, records = measure(prepare_broken, '--backend', 'eager', 'fused')
     assert code == 1 and re.search(r'care_s0 fused .* WrongOutputError: the logits differ .* not timed', err)
-    assert [r['backend'] for r in read(tmp_path)[0]['records']] == ['eager']
+    assert [r['backend'] for r in records] == ['eager']
 
 
-def test_a_noisy_run_says_so(call, tmp_path, monkeypatch):
+def test_a_noisy_run_says_so(measure, monkeypatch):
     def spread(runs, *args, **kwargs):
         return {name: [[0.01, 0.01, 0.03]] * 4 if 'fused' in name else [[0.01] * 3] * 4 for name in runs}
 
-    monkeypatch.setattr(inference, 'time_interleaved', spread)
-    _, out, _ = call('--model', 'care_s0', '--backend', 'eager', 'fused', '--output', tmp_path, *QUICK)
-    assert [r['noisy'] for r in read(tmp_path)[0]['records']] == [False, True]
+    monkeypatch.setattr(infer, 'time_interleaved', spread)
+    _, out, _, records = measure(prepare, '--backend', 'eager', 'fused')
+    assert [r['noisy'] for r in records] == [False, True]
     assert len(re.findall(r'noisy$', out, re.MULTILINE)) == 1
     assert 'noisy: the slowest tenth of the runs takes 3.00 times as long' in out
 
     def drift(runs, *args, **kwargs):
-        return {name: [[0.012 if name == inference.AGAIN else 0.01]] * 4 for name in runs}
+        return {name: [[0.012 if name == infer.AGAIN else 0.01]] * 4 for name in runs}
 
-    monkeypatch.setattr(inference, 'time_interleaved', drift)
-    _, out, _ = call('--model', 'care_s0', '--backend', 'eager', 'fused', '--output', tmp_path, *QUICK)
+    monkeypatch.setattr(infer, 'time_interleaved', drift)
+    _, out, _, _ = measure(prepare, '--backend', 'eager', 'fused')
     assert out.count('noisy: the reference differs from itself by a factor of 1.20 (all)') == 1
 
 
-def test_a_model_for_another_size_is_reported(call, tmp_path):
-    code, out, err = call('--model', 'deit_tiny_patch16_224', 'care_s0', '--backend', 'eager', '--output', tmp_path,
-                          *QUICK)
+def test_a_model_for_another_size_is_reported(call, tmp_path, small):
+    code, _, err = call(
+        '--model', 'deit_tiny_patch16_224', 'care_s0', '--backend', 'eager', '--output', tmp_path, *QUICK)
     assert code == 1 and 'failed: deit_tiny_patch16_224 at 64 x 64' in err
     assert [r['model'] for r in read(tmp_path)[0]['records']] == ['care_s0']
 
@@ -319,14 +362,13 @@ def test_a_model_for_another_size_is_reported(call, tmp_path):
     (RuntimeError('[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: you tried ...'), True),
     (RuntimeError('Failed to allocate memory for requested buffer of size 9'), True),
     (RuntimeError('std::bad_alloc'), True), (RuntimeError('shape mismatch'), False),
-    (ValueError('out of memory'), False)])
-def test_what_lack_of_memory_looks_like(error, is_memory):
-    assert is_out_of_memory(error) == is_memory and not is_out_of_memory(WrongOutputError('wrong'))
-    assert not is_out_of_memory(None)
+    (ValueError('out of memory'), False), (WrongOutputError('wrong'), False), (None, False)])
+def test_out_of_memory_errors_are_recognised(error, is_memory):
+    assert is_out_of_memory(error) == is_memory
 
 
 @pytest.mark.parametrize('name', ['Fail', 'RuntimeException'])
-def test_lack_of_memory_is_seen_in_the_exceptions_of_onnx_runtime(name):
+def test_out_of_memory_is_recognised_in_exceptions_of_onnx_runtime(name):
     state = pytest.importorskip('onnxruntime.capi.onnxruntime_pybind11_state')
     error = getattr(state, name)
     assert not issubclass(error, RuntimeError)
@@ -334,61 +376,50 @@ def test_lack_of_memory_is_seen_in_the_exceptions_of_onnx_runtime(name):
     assert not is_out_of_memory(error('Invalid rank for input'))
 
 
-# The README -----------------------------------------------------------------------------------------------------------
+# Pages ----------------------------------------------------------------------------------------------------------------
 
-def test_the_figures_of_the_readme_are_counted_again(call):
+def test_the_figures_of_the_pages_are_counted_again(call):
     code, out, err = call('--check')
-    assert code == 0 and err == '' and re.search(r'\d+ figures are as counted', out)
-    assert check_readme(README)[0] >= 9
+    assert code == 0 and err == '' and len(re.findall(r'\d+ figures are as counted', out)) == 2
+    assert check_readme(README)[0] >= 9 and check_readme(PAGE)[0] == 5 * 16
+
+
+TABLE = """\
+| model | parameters, two heads | one head | GMACs at 224 x 224 | fused, M | top-1 |
+|---|---|---|---|---|---|
+| `care_s0` | 7,340,000 | 6,312,952 | 0.718 | 6.32 | 78.4 |
+| mean | 1 | 2 | 3 | 4 | 5 |
+"""
 
 
 @pytest.mark.parametrize('old, new, message', [
-    ('8,575,376', '8,575,377', 'care_s1, one head: 8,575,377 there, 8,575,376 counted'),
-    ('| 0.718 |', '| 0.72 |', None), ('| 0.718 |', '| 0.719 |', 'care_s0, GMACs at 224 x 224: 0.719 there, 0.718'),
-    ('| 1.923 |', '| about 2 |', 'care_s2, GMACs at 224 x 224: about 2 there')])
-def test_a_figure_of_the_readme_that_is_wrong_is_named(call, tmp_path, old, new, message):
-    copy = tmp_path / 'README.md'
-    text = README.read_text()
-    assert old in text
-    copy.write_text(text.replace(old, new))
-    code, _, err = call('--check', '--readme', copy)
+    ('', '', None), ('| 0.718 |', '| 0.72 |', None),
+    ('6,312,952', '6,312,953', 'care_s0, one head: the page has 6,312,953, counted 6,312,952'),
+    ('| 0.718 |', '| 0.719 |', 'care_s0, GMACs at 224 x 224: the page has 0.719, counted 0.718'),
+    ('| 0.718 |', '| about 2 |', 'care_s0, GMACs at 224 x 224: the page has about 2'),
+    ('| 6.32 |', '| |', 'care_s0, fused, M: the page has nothing'), ('`care_s0`', '`care_s9`', 'care_s9: no such model')])
+def test_a_wrong_figure_of_a_page_is_named(call, tmp_path, old, new, message):
+    page = tmp_path / 'README.md'
+    page.write_text(TABLE.replace(old, new) if old else TABLE)
+    code, _, err = call('--check', '--readme', page)
     assert code == (1 if message else 0) and (message or '') in err
 
 
-def test_a_readme_without_tables_of_models_is_refused(call, tmp_path):
+def test_a_page_without_tables_of_models_is_refused(call, tmp_path):
     (tmp_path / 'README.md').write_text('| a | b |\n|---|---|\n| 1 | 2 |\n')
     assert call('--check', '--readme', tmp_path / 'README.md')[0] == 2
 
 
-def test_measured_tables_are_written_between_the_markers_and_can_be_checked(call, tmp_path):
-    file = tmp_path / 'README.md'
-    flags = ['--model', 'mobileone_s0', 'care_s0', '--backend', 'fused', '--update', '--readme', file, '--output',
-             tmp_path, *QUICK]
-    file.write_text('above\n')
-    assert call(*flags)[0] == 2 and file.read_text() == 'above\n'
-    file.write_text(f'above\n{BEGIN}\nold\n{END}\nbelow\n')
-    assert call(*flags)[0] == 0
-    text = file.read_text()
-    assert text.startswith(f'above\n{BEGIN}\n| model |') and text.endswith(f'{END}\nbelow\n') and 'old' not in text
-    assert check_readme(file) == (10, [])
-    file.write_text(text.replace('| 2.08 |', '| 2.09 |'))
-    assert check_readme(file)[1] == ['mobileone_s0, rewritten, M: 2.09 there, 2.08 counted']
-
-
-@pytest.mark.parametrize('old, new, message', [
-    ('`care_s0`', '`care_s9`', 'care_s9: no such model'),
-    ('| 2.08 |', '| |', 'mobileone_s0, rewritten, M: nothing there')])
-def test_rows_of_unknown_models_and_missing_figures_are_named(tmp_path, old, new, message):
-    text = '| model | rewritten, M |\n|---|---|\n| `mobileone_s0` | 2.08 |\n| `care_s0` | 6.30 |\n| mean | 4.19 |\n'
-    file = tmp_path / 'README.md'
-    file.write_text(text)
-    assert not [line for line in check_readme(file)[1] if line.startswith(('mobileone', 'mean'))]
-    assert old in text
-    file.write_text(text.replace(old, new))
-    assert any(line.startswith(message) for line in check_readme(file)[1])
-
-
-def test_the_script_runs_as_a_user_starts_it(tmp_path):
-    out, err = run('benchmark.py', '--model', 'care_s0', '--backend', 'eager', '--output', tmp_path, *QUICK)
-    assert 'median ms' in out and err == ''
-    assert 'no such model' in run('benchmark.py', '--model', 'care_s9', code=2)[1]
+def test_several_models_are_compared_in_one_table_and_written_to_a_page_that_can_be_checked(call, tmp_path):
+    page = tmp_path / 'benchmarks.md'
+    page.write_text('old\n')
+    code, out, _ = call('--model', 'mobileone_s0', 'care_s0', '--backend', 'fused', '--markdown', '--update',
+                        '--readme', page, '--output', tmp_path, *QUICK)
+    assert code == 0 and '| top-1 %, published |' in out and '| `mobileone_s0` | 64 x 64 | 5.29 | 2.08 |' in out
+    assert {r['reference'] for r in read(tmp_path)[0]['records']} == {
+        'mobileone_s0 fused float32 channels_last', 'care_s0 fused float32 channels_last'}
+    text = page.read_text()
+    assert text.startswith('# Benchmarks\n') and '\n## Results\n\n| model |' in text and 'old\n' not in text
+    assert check_readme(page) == (10, [])
+    page.write_text(text.replace('| 2.08 |', '| 2.09 |'))
+    assert check_readme(page)[1] == ['mobileone_s0, fused, M: the page has 2.09, counted 2.08']
