@@ -266,9 +266,8 @@ def place_kernels(model: nn.Module, kernels: str) -> tuple[str, list[str]]:
     if kernels == 'torch':
         return 'torch', []
     placements = use_kernels(model, parts=KERNELS[kernels])
-    parts = {placement.part for placement in placements if placement.runs == 'triton'}
-    ran = 'triton+expansion' if 'expansion' in parts else 'triton' if parts else 'torch'
-    return ran, describe_placements([placement for placement in placements if placement.runs == 'torch'])
+    in_torch = [placement for placement in placements if placement.runs == 'torch']
+    return 'triton' if len(in_torch) < len(placements) else 'torch', describe_placements(in_torch)
 
 
 def _prepare_in_torch(network: Network, setup: Setup) -> Runner:

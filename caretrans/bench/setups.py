@@ -21,8 +21,7 @@ BACKENDS = ('eager', 'fused', 'compile', 'cudagraph', 'onnxruntime', 'openvino')
 IN_TORCH = BACKENDS[:4]
 FUSED_IN_TORCH = BACKENDS[1:4]  # with kernels of this package, and faster in channels-last layout
 DTYPES = ('float32', 'tf32', 'bfloat16', 'float16', 'int8')
-KERNELS: dict[str, tuple[str, ...]] = {  # name: parts that run in Triton
-    'torch': (), 'triton': ('mixer', 'attention'), 'triton+expansion': PARTS}
+KERNELS: dict[str, tuple[str, ...]] = {'torch': (), 'triton': PARTS}  # name: parts that run in Triton
 PACKAGES = {'onnxruntime': ('onnxruntime', 'onnx', 'onnxscript'), 'openvino': ('openvino', 'onnx', 'onnxscript')}
 OPENVINO_NAMES = {'float32': 'FP32', 'bfloat16': 'BF16', 'float16': 'FP16', 'int8': 'INT8'}
 
