@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Measure everything that needs a GPU: its tests, then the tables and curves of docs/gpu.md, a folder for each.
+# Measure everything that needs a GPU: its tests, then the tables of docs/gpu.md, a folder for each.
 #   bash cmd/benchmark_gpu.sh [FOLDER]     runs/gpu if not given
 # MODELS='care_s0 care_s1'   which models (default: all three)
-# STEPS='tests infer'        which steps (default: tests published infer compile paper profile train curves compare)
+# STEPS='tests infer'        which steps (default: tests published infer compile paper profile train compare)
 # CIFAR10=FOLDER             of data/cifar10_from_npm.py; by default compare downloads torchvision's into data/cifar10
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$root"
 folder="${1:-runs/gpu}"
-steps="${STEPS:-tests published infer compile paper profile train curves compare}"
+steps="${STEPS:-tests published infer compile paper profile train compare}"
 read -ra models <<< "${MODELS:-care_s0 care_s1 care_s2}"
 failed=()
 mkdir -p "$folder"
@@ -27,7 +27,6 @@ bench compile --model "${models[@]}" --backend eager compile --dtype tf32 bfloat
 bench paper --model paper 'casvit_*' 'mlla_*' --backend eager cudagraph --dtype tf32 bfloat16 --batch-size 64 --markdown
 bench profile --model "${models[@]}" --bench profile --backend eager fused cudagraph --dtype tf32 bfloat16 --batch-size 1 64
 bench train --model "${models[@]}" --bench train --teacher none regnety_160 --batch-size 128
-bench curves --model care_s0 --bench curves --steps 500 --batch-size 64
 if [ -n "${CIFAR10:-}" ]; then
     cifar=("$CIFAR10" --dataset '')
 else

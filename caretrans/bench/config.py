@@ -27,8 +27,8 @@ class SetupFlags:
     channels_last: bool | None = setting(
         None, 'layout of images and weights in PyTorch; by default NCHW for eager, as published, else channels-last')
     kernels: list[str] = setting(
-        [], "kernels of the fused network in PyTorch: its own, this package's in Triton, those of expansions too; by "
-        'default all that run here', choices=list(KERNELS))
+        [], "kernels of the fused network in PyTorch: its own, or this package's in Triton; by default all that run "
+        'here', choices=list(KERNELS))
 
 
 @dataclass

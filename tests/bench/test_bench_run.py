@@ -95,7 +95,8 @@ def test_the_roofline_is_printed_beside_the_time_of_every_backend_of_the_fused_n
     ([1, 64], [64], ['training steps have a batch of 64, not 1: mixup pairs the images']), ([], [16], []),
     ([1], [16], ['training steps have a batch of 16, not 1: mixup pairs the images']), ([2, 4], [2, 4], [])])
 def test_of_all_benches_training_takes_the_even_batches(monkeypatch, batches, taken, remarks):
-    config, device, result, found = BenchConfig(bench='all', batch_size=batches), torch.device('cpu'), BenchResult(''), []
+    config, device = BenchConfig(bench='all', batch_size=batches), torch.device('cpu')
+    result, found = BenchResult(''), []
     monkeypatch.setattr(run, 'bench_training', lambda bench, *args, **kwargs: found.append(bench.batch) or [])
     monkeypatch.setattr(run, 'describe_training', lambda records: '')
     run._check_training(config, ['care_s0'], device)

@@ -2,7 +2,6 @@
 import csv
 import json
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -85,7 +84,7 @@ def read(folder):
     (['--bench', 'train', '--ways', 'faster'], 'faster'), (['--bench', 'train', '--ways', 'tf32'], 'tf32'),
     # kernels
     (['--kernels', 'triton'], '--kernels triton with --device cpu: the kernels run on CUDA GPUs, not on cpu: use'),
-    (['--kernels', 'torch', 'triton+expansion', '--backend', 'fused'], '--kernels triton.expansion with --device cpu'),
+    (['--kernels', 'torch', 'triton', '--backend', 'fused'], '--kernels triton with --device cpu'),
     (['--kernels', 'triton', '--backend', 'eager', 'openvino'],
      '--kernels triton with --backend eager: they run with fused, compile, cudagraph'),
     (['--kernels', 'cuda'], "invalid choice: 'cuda'"), (['--kernels', 'torch', 'torch'], 'name each once'),
@@ -397,7 +396,8 @@ TABLE = """\
     ('6,312,952', '6,312,953', 'care_s0, one head: the page has 6,312,953, counted 6,312,952'),
     ('| 0.718 |', '| 0.719 |', 'care_s0, GMACs at 224 x 224: the page has 0.719, counted 0.718'),
     ('| 0.718 |', '| about 2 |', 'care_s0, GMACs at 224 x 224: the page has about 2'),
-    ('| 6.32 |', '| |', 'care_s0, fused, M: the page has nothing'), ('`care_s0`', '`care_s9`', 'care_s9: no such model')])
+    ('| 6.32 |', '| |', 'care_s0, fused, M: the page has nothing'),
+    ('`care_s0`', '`care_s9`', 'care_s9: no such model')])
 def test_a_wrong_figure_of_a_page_is_named(call, tmp_path, old, new, message):
     page = tmp_path / 'README.md'
     page.write_text(TABLE.replace(old, new) if old else TABLE)
