@@ -25,8 +25,9 @@ def checkpoint(data, tmp_path_factory):
     classes = sorted(path.name for path in (Path(data) / 'val').iterdir())
     config = dict(input_size=[3, 64, 64], interpolation='bilinear', crop_pct=1.0)
     save_checkpoint(
-        file, filled_model('care_s0', num_classes=len(classes)), arch='care_s0', class_names=classes,
-        eval_config=config, config=dict(data=data, val_split='val'))
+        file, filled_model('care_s0', num_classes=len(classes), depths=(1, 1, 1, 1)), arch='care_s0',
+        class_names=classes, eval_config=config, model_args=dict(depths=[1, 1, 1, 1]),
+        config=dict(data=data, val_split='val'))
     return file
 
 

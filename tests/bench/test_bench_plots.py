@@ -22,9 +22,9 @@ def drawn(monkeypatch):
     return figures
 
 
-def record(model, ms, backend='eager', **changes):
+def record(model, median_ms, backend='eager', **changes):
     return Record(**dict(dict(
-        model=model, backend=backend, device='cpu: Model', batch=1, height=224, width=224, threads=2, median_ms=ms),
+        model=model, backend=backend, device='cpu: Model', batch=1, height=224, width=224, threads=2, median_ms=median_ms),
         **changes))
 
 
