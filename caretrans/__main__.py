@@ -70,9 +70,7 @@ def _add_shard(commands: Any) -> None:
 def _add_bench_loader(commands: Any) -> None:
     bench = commands.add_parser(
         'bench-loader', help="images/s of the training loader alone, against timm's default loader, in turns")
-    bench.add_argument('data', nargs='?', help='folder with train/CLASS/*.jpg; by default photographs are made')
-    bench.add_argument('--photos', nargs='+', help='files and folders to make the photographs of (default: fruit14)')
-    bench.add_argument('--photo-size', type=number(int, 8), nargs=2, default=[500, 400], help='(default: 500 400)')
+    bench.add_argument('data', nargs='?', help='folder with train/CLASS/*.jpg; by default the bundled images')
     bench.add_argument('--workers', type=number(int, 0), default=1, help='processes (default: 1)')
     bench.add_argument('--img-size', type=number(int, 32), default=224, help='pixels (default: 224)')
     bench.add_argument('--batch-size', type=number(int, 1), default=64, help='(default: 64)')
@@ -111,15 +109,15 @@ def _shard(**options: Any) -> int:
 
 
 def _bench_loader(as_json: bool, **options: Any) -> int:
-    from .bench.loader import bench_loader, describe_bench
+    from .bench.loaders import bench_loader, describe_bench
 
     result = bench_loader(**options)
-    print(json.dumps(result) if as_json else describe_bench(result))
+    print(json.dumps(result.to_dict()) if as_json else describe_bench(result))
     return 0
 
 
 def _compare(argv: Sequence[str]) -> int:
-    from .bench.comparison import main as compare
+    from .bench.compare import main as compare
 
     return compare(argv)
 

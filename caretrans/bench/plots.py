@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import PlotError
 from ..measure.published import find_published
-from .operations import KINDS
+from .profile import KINDS
 from .record import Record
 
 __all__ = ['draw_accuracy_by_gmacs', 'draw_accuracy_by_latency', 'draw_growth', 'draw_parts']
@@ -184,7 +184,7 @@ def draw_parts(profiles: Mapping[str, Sequence[Record]], path: Path) -> Path:
     """Time of a forward pass as stacked bars, by kind of operation and by part of the network, a bar for each profile.
 
     Args:
-        profiles: {name of a bar, e.g. 'eager' or 'fused': records from `profiling.list_profile`}.
+        profiles: {name of a bar, e.g. 'eager' or 'fused': records from `profile.list_profile`}.
     Raises:
         PlotError: There are no profiles.
     """

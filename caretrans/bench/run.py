@@ -18,18 +18,17 @@ from ..models.backbone import find_family
 from ..progress import Progress
 from .accuracy import measure_accuracy
 from .backends import TORCH_DTYPES, Network, prepare
-from .bounds import describe_bounds, trace_operations
 from .config import BenchConfig, list_setups
 from .device_rates import measure_rates
 from .growth import SIZES, measure_growth
 from .infer import build_network, run_inference, shorten, take_batch
 from .plots import draw_accuracy_by_gmacs, draw_accuracy_by_latency, draw_growth, draw_parts
-from .profiling import describe_profile, list_profile, profile_call
+from .profile import describe_profile, list_profile, profile_call
 from .record import BenchResult, Record
 from .report import describe_accuracy
+from .roofline import describe_roofline, trace_layers
 from .setups import FUSED_IN_TORCH, IN_TORCH, Setup, fit_setups
-from .training import TrainingBench, bench_training, describe_training
-from .training_ways import list_ways, parse_way
+from .train import TrainingBench, bench_training, describe_training, list_modes, parse_mode
 
 __all__ = ['run_benches']
 
@@ -54,7 +53,7 @@ def _check_training(config: BenchConfig, names: list[str], device: torch.device)
             raise ConfigError(
                 f'--teacher {teachers[0]} with --model {name}: it has no head that learns from one; remove it.')
     for way in config.ways:
-        parse_way(way, device)
+        parse_mode(way, device)
 
 
 @contextmanager
@@ -128,13 +127,13 @@ def _profile(title: str, name: str, network: Network, setup: Setup, result: Benc
     profile = profile_call(runner.run, setup.device, runner.module)
     text = describe_profile(profile)
     if setup.backend in FUSED_IN_TORCH:
-        operations = trace_operations(network.fused, (height, width), batch, TORCH_DTYPES[setup.dtype])
+        trace = trace_layers(network.fused, (height, width), batch, TORCH_DTYPES[setup.dtype])
         has_parts = runner.module is not None  # otherwise no row of the roofline has a measured time
-        text += '\n\n' + describe_bounds(
-            operations, measure_rates(setup.device, setup.dtype), profile if has_parts else None, profile.total_ms)
-    result.profiles[title] = list_profile(
-        profile, model=name, backend=setup.backend, device=describe_device(setup.device), dtype=setup.dtype,
-        layout=setup.layout, batch=batch, height=height, width=width, threads=setup.threads, kernels=runner.kernels)
+        text += '\n\n' + describe_roofline(
+            trace, measure_rates(setup.device, setup.dtype), profile if has_parts else None, profile.total_ms)
+    result.profiles[title] = list_profile(profile, Record(
+        model=name, backend=setup.backend, device=describe_device(setup.device), dtype=setup.dtype,
+        layout=setup.layout, batch=batch, height=height, width=width, threads=setup.threads, kernels=runner.kernels))
     result.texts.append(f'{title}\n{text}')
 
 
@@ -152,7 +151,7 @@ def _train_all(
     benches = [
         TrainingBench(name, teacher, batch, side, device, rounds=ROUNDS)
         for name, teacher, (side, _), batch in itertools.product(names, config.teacher, config.sizes, batches)]
-    ways = config.ways or list(list_ways(device))
+    ways = config.ways or list(list_modes(device))
     with Progress(len(benches) * (len(ways) + 1) * ROUNDS, 'blocks', stream=stream) as progress:
         for bench in benches:
             progress.describe(f'training {bench.model}, teacher {bench.teacher}')

@@ -1,4 +1,4 @@
-"""What all Triton kernels here share: where they run, the type they sum in, and how they are tuned."""
+"""Shared parts of the Triton kernels: the device they run on, the type of their sums, and their tuning."""
 import math
 import os
 from collections.abc import Callable
@@ -56,10 +56,10 @@ def strides_in_units(*maps: torch.Tensor) -> tuple[int, list[tuple[int, ...]]]:
     return unit, [(b // unit, x.stride(1), h // unit, w // unit) for x, (b, h, w) in zip(maps, steps, strict=True)]
 
 
-def empty_map(like: torch.Tensor, chs: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+def empty_map(like: torch.Tensor, chs: int) -> torch.Tensor:
     """An uninitialised dense map (B, chs, H, W) with the layout, device and dtype of the map `like`, maybe a slice."""
     return torch.empty(
-        (like.shape[0], chs, *like.shape[2:]), dtype=dtype or like.dtype, device=like.device,
+        (like.shape[0], chs, *like.shape[2:]), dtype=like.dtype, device=like.device,
         memory_format=torch.channels_last if is_channels_last(like) else torch.contiguous_format)
 
 

@@ -1,4 +1,4 @@
-"""The modules of the network with kernels inside: subclasses that change what `forward` calls and nothing else.
+"""Modules of the networks with kernels inside: subclasses that change what `forward` calls and nothing else.
 
 A module becomes one of these by a change of its class, so that its parameters, hooks and place in the network stay.
 """
@@ -7,13 +7,13 @@ import os
 import torch
 import torch.nn as nn
 
-from ..models.care import DecoupledMixer, Expansion, Interaction, LinearAttention
-from ..models.inference.care_fused import FusedExpansion, FusedInteraction, FusedMixer
+from ..models.care import DecoupledMixer, LinearAttention
+from ..models.inference.care_fused import FusedMixer
 from ..models.mlla import RotaryLinearAttention
 
 __all__ = ['KERNEL_MODULES', 'PARTS', 'KernelModule', 'is_interpreted']
 
-PARTS = ('mixer', 'attention', 'expansion')
+PARTS = ('mixer', 'attention')
 MAX_HEAD_CHS = 128  # wider heads do not fit into the registers
 
 
@@ -23,27 +23,27 @@ def is_interpreted() -> bool:
 
 
 def fits(x: torch.Tensor) -> bool:
-    """Whether the kernels take `x`: where it lies, and as what."""
+    """Whether the kernels support the device and dtype of `x`."""
     return is_interpreted() if x.device.type == 'cpu' else x.is_cuda and x.dtype != torch.float64
 
 
 class KernelModule(nn.Module):
-    """What the modules with kernels have in common."""
+    """Base of the modules with kernels."""
 
     part: str
     torch_class: type[nn.Module]
 
     @staticmethod
     def why_not(module: nn.Module) -> str:
-        """Why `module` must stay with PyTorch; '' if it need not."""
+        """The reason why `module` must run in PyTorch; '' if there is none."""
         return ''
 
 
 # Long range, mixers ---------------------------------------------------------------------------------------------------
 
 class KernelLinearAttention(KernelModule, LinearAttention):
-    """Unlike in PyTorch, queries and keys are split as maps, before heads: their gradients are then joined as maps, and
-    stay in the layout of the map, NHWC too, where joined heads would be copied.
+    """Splits queries and keys as maps, before heads: their gradients are then joined as maps and keep the layout of the
+    map, also NHWC, while joined heads would be copied.
     """
 
     part, torch_class = 'attention', LinearAttention
@@ -90,8 +90,8 @@ class KernelMixer(KernelModule, DecoupledMixer):
 
     @staticmethod
     def why_not(module: nn.Module) -> str:
-        attention = isinstance(module.long_range, LinearAttention)
-        return KernelLinearAttention.why_not(module.long_range) if attention else ''
+        is_attention = isinstance(module.long_range, LinearAttention)
+        return KernelLinearAttention.why_not(module.long_range) if is_attention else ''
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not fits(x):
@@ -101,7 +101,7 @@ class KernelMixer(KernelModule, DecoupledMixer):
 
 
 class KernelFusedMixer(KernelModule, FusedMixer):
-    """The joined local convolution is taken apart again: the kernel needs no zeros around the 3x3 one."""
+    """Splits the joined local convolution again: the kernel needs no zeros around the 3x3 one."""
 
     part, torch_class = 'mixer', FusedMixer
 
@@ -121,39 +121,5 @@ class KernelFusedMixer(KernelModule, FusedMixer):
         return memory, mix(features, attn_chs, self.long_range, weights, biases)
 
 
-# Expansions -----------------------------------------------------------------------------------------------------------
-
-class KernelExpansion(KernelModule, FusedExpansion):
-    part, torch_class = 'expansion', FusedExpansion
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not fits(x) or torch.is_grad_enabled():
-            return FusedExpansion.forward(self, x)
-        from .expansion import expand
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        return expand(x, self.expand.weight, self.expand.bias, self.dwconv.weight, self.dwconv.bias, dtype)
-
-
-class KernelInteraction(KernelModule, FusedInteraction):
-    part, torch_class = 'expansion', FusedInteraction
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.project(KernelExpansion.forward(self, x))
-
-
-class UnfoldedExpansion(KernelModule):
-    """An expansion with its normalisation in front, which the kernel does not compute."""
-
-    part = 'expansion'
-
-    @staticmethod
-    def why_not(module: nn.Module) -> str:
-        return 'its normalisation is not folded: caretrans.fuse first'
-
-
-KERNEL_MODULES: dict[type[nn.Module], type[KernelModule]] = {
-    Expansion: UnfoldedExpansion, Interaction: UnfoldedExpansion,
-    **{module.torch_class: module for module in (
-        KernelLinearAttention, KernelRotaryLinearAttention, KernelMixer, KernelFusedMixer, KernelExpansion,
-        KernelInteraction)}}
+KERNEL_MODULES: dict[type[nn.Module], type[KernelModule]] = {module.torch_class: module for module in (
+    KernelLinearAttention, KernelRotaryLinearAttention, KernelMixer, KernelFusedMixer)}

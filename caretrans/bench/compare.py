@@ -1,13 +1,12 @@
-"""Train several models on equal terms, and hold the accuracy that they reach against their latency.
+"""Train several models on equal terms, and compare the accuracy that they reach with their latency.
 
     bash cmd/compare.sh data/fruit14 --recipe care_s0_fruit14 --model care_s0 casvit_xs mlla_t
 
-Every run is one of `train.py`, with the same data, recipe, steps and images, in a folder of its own. Runs that are
-finished are not repeated, an unfinished one goes on. When all are done the networks are timed interleaved, as
-`benchmark.py` times them, and tables and a plot are written.
+Every run is one of `train.py`, with the same data, recipe, steps and images, in a folder of its own. Finished runs are
+not repeated, an unfinished one resumes. When all are done the networks are timed interleaved, as in `benchmark.py`, and
+tables and a plot are written.
 """
 import argparse
-import csv
 import gc
 import hashlib
 import json
@@ -25,29 +24,27 @@ from ..config import FlagParser, TrainConfig, add_flags, choose_model_args, numb
 from ..devices import describe_device, list_versions, resolve_device, use_threads
 from ..distributed import Processes, find_processes
 from ..errors import ConfigError, Preempted, TrainingError
+from ..measure.names import expand_models
 from ..measure.sample_network import SAMPLE_IMAGES
-from ..models.backbone import find_family, resolve_alias
+from ..models.backbone import resolve_alias
 from ..progress import Progress
 from ..training.folder import FREE, describe_environment, find_run
 from ..training.run import train
 from ..training.trainer import Trainer, build_model, check_kernels
-from .comparison_report import Comparison, describe_comparison, summarise_models, write_comparison
+from .compare_report import TITLE, Comparison, ModelFigures, RunFigures, describe_comparison, write_comparison
 from .config import BenchConfig, list_setups
 from .infer import BUILDING, ROUNDS, Candidate, build_network, count_network, measure_group, take_batch
-from ..measure.names import expand_models
-from .readme import find_place, update_readme
+from .record import ModelCounts
 from .report import check_folder
 
 __all__ = ['Plan', 'compare', 'main', 'parse_plan']
 
 SETTINGS = 'comparison.yaml'
-OF_A_RUN = ('model', 'model_args', 'seed', 'output', 'resume')  # settings that are not those of the whole comparison
-MOVABLE = FREE - {  # what a run may change, but not between runs that are compared
+OF_A_RUN = ('model', 'model_args', 'seed', 'output', 'resume')  # settings that differ between runs
+MOVABLE = FREE - {  # settings that may change in a run, but not between runs that are compared
     'data', 'device_batch', 'val_interval', 'on_nan', 'max_skips', 'max_unreadable'}
 MODELS = ('care_s0', 'casvit_xs', 'mlla_t')  # one of each family
-RECIPE = 'care_s0_fruit14'  # of the bundled photographs
-MACHINE = ('git_commit', 'python', 'torch', 'torchvision', 'timm', 'numpy', 'device', 'gpu', 'machine', 'threads')
-WAYS = ('compile', 'kernels', 'grad_checkpointing')  # of computing the same, settings of a run
+RECIPE = 'care_s0_fruit14'  # for the bundled images
 EQUAL = ('train_images', 'val_images', 'num_classes', 'batch_size', 'epochs', 'steps_per_epoch')
 
 
@@ -56,15 +53,15 @@ class Plan:
     """What is compared.
 
     Attributes:
-        folder: Of the comparison; a run has its own in it.
-        configs: Of each model and seed, in order.
-        left_out: The model arguments of the recipe that a model does not take, by model.
+        folder: Folder of the comparison; each run has its own in it.
+        configs: Config of each model and seed, in order.
+        skipped_args: {model: arguments that the recipe gives to its own family alone}.
         runs: Timed runs of each network; chosen by how long they take if None.
-        update: A file with the markers of `readme`, into which the table is written as well.
+        update: A page to which the table is written as well.
     """
     folder: Path
     configs: dict[tuple[str, int], TrainConfig]
-    left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
+    skipped_args: dict[str, dict[str, Any]] = field(default_factory=dict)
     recipe: str = ''
     runs: int | None = None
     update: str = ''
@@ -77,9 +74,8 @@ class Plan:
     def seeds(self) -> list[int]:
         return list(dict.fromkeys(seed for _, seed in self.configs))
 
-    def list_unfinished(self) -> dict[tuple[str, int], TrainConfig]:
-        return {key: config for key, config in self.configs.items()
-                if not (Path(config.output) / 'result.json').exists()}
+    def is_finished(self, model: str, seed: int) -> bool:
+        return (Path(self.configs[model, seed].output) / 'result.json').exists()
 
     def list_settings(self) -> dict[str, Any]:
         """The settings that all runs share."""
@@ -87,24 +83,24 @@ class Plan:
         return {key: value for key, value in config.to_dict().items() if key not in OF_A_RUN}
 
 
-# What is asked for ----------------------------------------------------------------------------------------------------
+# Flags ----------------------------------------------------------------------------------------------------------------
 
 def _flag_parser() -> FlagParser:
     parser = FlagParser(
         prog='caretrans compare', allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Train models on the same data with the same budget, one after the other in one process, on one\n'
-                    'GPU or the processor, and plot accuracy against latency.',
-        epilog='All other flags, and the folder DATA, are settings of train.py and hold for every model:\n'
-               'python train.py --help lists them. Without data and recipe: the bundled photographs.')
+                    'GPU or the CPU, and plot accuracy against latency.',
+        epilog='All other flags, and the folder DATA, are settings of train.py and apply to every model:\n'
+               'python train.py --help lists them. Without data and recipe: the bundled images.')
     parser.add_argument(
         '--model', nargs='+', default=MODELS,
         help=f'models of timm and caretrans, also with wildcards (default: {" ".join(MODELS)})')
-    parser.add_argument('--recipe', default='', help='bundled recipe or YAML file; flags go over it')
+    parser.add_argument('--recipe', default='', help='bundled recipe or YAML file; flags override it')
     parser.add_argument(
         '--seeds', nargs='+', type=number(int, 0), help='train each model with each of these; by default --seed alone')
-    parser.add_argument('--output', default='', help='folder of the comparison; one under runs/ if not given')
+    parser.add_argument('--output', default='', help='folder of the comparison; one under runs/ by default')
     parser.add_argument('--runs', type=number(int, 1), help='timed runs of each network; by default 50, or fewer')
-    parser.add_argument('--update', default='', help='a page with markers, into which the table is written too')
+    parser.add_argument('--update', default='', help='a Markdown page to write with the table, replaced as a whole')
     return parser
 
 
@@ -117,7 +113,7 @@ def _names_data(argv: Sequence[str]) -> bool:
 
 
 def _locate(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings in which the folder of the data is written in one way."""
+    """Settings with an absolute data folder, so that the same folder is written in one way."""
     return {**settings, 'data': os.path.abspath(settings['data'])} if settings.get('data') else settings
 
 
@@ -133,7 +129,7 @@ def parse_plan(argv: Sequence[str] | None = None) -> Plan:
     """The plan of a command line.
 
     Raises:
-        ConfigError: Unknown flags, models, recipes or settings, or some that cannot be those of several models.
+        ConfigError: Unknown flags, models, recipes or settings, or some that do not apply to several models.
         SystemExit: After --help.
     """
     flags, rest = _flag_parser().parse_known_args(argv)
@@ -147,107 +143,100 @@ def parse_plan(argv: Sequence[str] | None = None) -> Plan:
     if len(set(seeds)) != len(seeds):
         raise ConfigError(f'--seeds {" ".join(map(str, seeds))}: name each once.')
     if config.checkpoint:
-        raise ConfigError(f'--checkpoint {config.checkpoint}: it is of one model; leave it out.')
+        raise ConfigError(f'--checkpoint {config.checkpoint} is not allowed: it fits only one model; remove it.')
     if not config.resume:
-        raise ConfigError('--no-resume: a comparison goes on where it was; give another --output to begin anew.')
+        raise ConfigError('--no-resume: a comparison always resumes; choose another --output to start again.')
     settings = read_recipe(flags.recipe) if flags.recipe else {}
     folder = Path(flags.output) if flags.output else _name_folder(config, models, seeds)
     args = {model: choose_model_args(config.model_args, settings, model) for model in models}
     configs = {(model, seed): replace(
         config, model=model, model_args=args[model], seed=seed, output=str(folder / f'{model}-seed{seed}'))
         for model in models for seed in seeds}
-    left_out = {model: {key: value for key, value in config.model_args.items() if key not in args[model]}
-                for model in models}
-    return Plan(folder, configs, {model: names for model, names in left_out.items() if names}, flags.recipe,
+    skipped = {model: {key: value for key, value in config.model_args.items() if key not in args[model]}
+               for model in models}
+    return Plan(folder, configs, {model: names for model, names in skipped.items() if names}, flags.recipe,
                 flags.runs, flags.update)
 
 
-# What cannot work, before anything is trained -------------------------------------------------------------------------
+# Checks before any training -------------------------------------------------------------------------------------------
 
-def _check_claim(plan: Plan) -> None:
-    """Refuse a folder that holds something else.
+def _check_places(plan: Plan) -> None:
+    """Refuse a folder or a page that cannot be written to, or holds something else.
 
     Raises:
-        ConfigError: Another comparison, or anything that is none; or it cannot be written.
+        ConfigError: The folder holds another comparison or other files, or the page was not written by this command.
     """
+    if plan.update:
+        page = Path(plan.update)
+        check_folder(str(page.parent), '--update')
+        if page.exists() and not (page.is_file() and page.read_text().startswith(TITLE)):
+            raise ConfigError(
+                f'--update {page}: it would be replaced, and was not written by this command; choose another file.')
     check_folder(str(plan.folder), '--output')
     file = plan.folder / SETTINGS
     if not file.is_file():
         if plan.folder.is_dir() and any(plan.folder.iterdir()):
-            raise ConfigError(f'{plan.folder} holds something else than a comparison: give another --output.')
+            raise ConfigError(f'{plan.folder} holds something else than a comparison: choose another --output.')
         return
     try:
-        there = yaml.safe_load(file.read_text())
-        settings, models, seeds = there['settings'], there['models'], there['seeds']
+        saved = yaml.safe_load(file.read_text())
+        settings, models, seeds = saved['settings'], saved['models'], saved['seeds']
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise ConfigError(f'{file} cannot be read ({type(error).__name__}): give another --output.') from None
+        raise ConfigError(f'{file} cannot be read ({type(error).__name__}): choose another --output.') from None
     settings = _locate(settings)
     changes = [f'{name} {settings[name]!r} there, {value!r} here'
                for name, value in _locate(plan.list_settings()).items()
                if name not in MOVABLE and name in settings and settings[name] != value]
-    changes += [f'{what} {" ".join(map(str, gone))} not here' for what, gone in (
-        ('model', [m for m in models if m not in plan.models]), ('seed', [s for s in seeds if s not in plan.seeds]))
-        if gone]
+    for what, missing in (('model', [model for model in models if model not in plan.models]),
+                          ('seed', [seed for seed in seeds if seed not in plan.seeds])):
+        changes += [f'{what} {" ".join(map(str, missing))} not here'] * bool(missing)
     if changes:
         raise ConfigError(
-            f'{plan.folder} holds another comparison ({"; ".join(changes[:5])}): give another --output.')
-
-
-def _claim(plan: Plan) -> None:
-    try:
-        plan.folder.mkdir(parents=True, exist_ok=True)
-        (plan.folder / SETTINGS).write_text(yaml.safe_dump(dict(
-            models=plan.models, seeds=plan.seeds, recipe=plan.recipe, settings=plan.list_settings()), sort_keys=False))
-    except OSError as error:
-        raise ConfigError(f'{plan.folder} cannot be written ({error}): give another --output.') from None
-
-
-def _check_heads(config: TrainConfig) -> None:
-    if config.teacher == 'none':
-        return
-    model = build_model(config, num_classes=2)
-    if not (hasattr(model, 'set_distilled_training') and getattr(model, 'distilled', True)):
-        raise ConfigError(
-            f'teacher {config.teacher}: {config.model} has one head, and none that learns from a teacher: leave '
-            f'--teacher out, or name models with two.')
+            f'{plan.folder} holds another comparison ({"; ".join(changes[:5])}): choose another --output.')
 
 
 def _check_runs(plan: Plan, device: torch.device) -> dict[str, dict[str, Any]]:
     """Build everything that a run of each model needs, once.
 
     Returns:
-        What was derived from the settings, by model.
+        What the trainer derived from the settings, by model.
     Raises:
         ConfigError, DataError: Some run cannot work, or would not be on equal terms.
     """
     configs = {model: plan.configs[model, plan.seeds[0]] for model in plan.models}
-    for config in configs.values():  # of all before a teacher is fetched
-        _check_heads(config)
+    for config in configs.values():  # all of them before a teacher is fetched
+        if config.teacher != 'none':
+            model = build_model(config, num_classes=2)
+            if not (hasattr(model, 'set_distilled_training') and getattr(model, 'distilled', True)):
+                raise ConfigError(
+                    f'teacher {config.teacher}: {config.model} has one head, and none that learns from a teacher: '
+                    f'remove --teacher, or name models with two heads.')
         check_kernels(config, device)
-    facts = {}
+    facts: dict[str, dict[str, Any]] = {}
     for model, config in configs.items():
         trainer = Trainer(replace(config, compile=False, kernels=False), Processes(), device)
         trainer.train_loader.close()
         facts[model] = trainer.describe()
-    for config in plan.list_unfinished().values():
-        find_run(config)
+    for key, config in plan.configs.items():
+        if not plan.is_finished(*key):
+            find_run(config)
     first = facts[plan.models[0]]
     for model, found in facts.items():
         unequal = [f'{name} {found[name]}, {first[name]} of {plan.models[0]}' for name in EQUAL
                    if found[name] != first[name]]
         if unequal:
-            raise ConfigError(f'{model} would not train on equal terms ({"; ".join(unequal)}): leave it out.')
+            raise ConfigError(f'{model} would not train on equal terms ({"; ".join(unequal)}): remove it.')
     return facts
 
 
-# The runs -------------------------------------------------------------------------------------------------------------
+# Runs -----------------------------------------------------------------------------------------------------------------
 
 def _train_all(plan: Plan, failures: list[str]) -> None:
-    todo = plan.list_unfinished()
-    for place, ((model, seed), config) in enumerate(todo.items(), 1):
+    todo = [key for key in plan.configs if not plan.is_finished(*key)]
+    for place, (model, seed) in enumerate(todo, 1):
         print(f'run {place} of {len(todo)}: {model}, seed {seed}', flush=True)
         try:
-            train(config)
+            train(plan.configs[model, seed])
         except TrainingError as error:
             failures.append(f'{model}, seed {seed}: {error}')
         gc.collect()
@@ -255,30 +244,15 @@ def _train_all(plan: Plan, failures: list[str]) -> None:
             torch.cuda.empty_cache()
 
 
-def _read_run(folder: Path) -> dict[str, Any]:
-    """The figures of a finished run."""
-    result = json.loads((folder / 'result.json').read_text())
-    environment = json.loads((folder / 'environment.json').read_text())
-    config = yaml.safe_load((folder / 'config.yaml').read_text())
-    with open(folder / 'summary.csv', newline='') as file:
-        seconds = sum(float(row['seconds']) for row in csv.DictReader(file))
-    return dict(
-        top1=result['last']['val_top1'], top5=result['last']['val_top5'], val_loss=result['last']['val_loss'],
-        train_loss=result['last']['train_loss'], best_top1=result['best']['val_top1'],
-        best_epoch=result['best']['epoch'], seconds=seconds, folder=str(folder),
-        machine={**{key: environment.get(key) for key in MACHINE}, **{key: config.get(key) for key in WAYS}})
-
-
-def _time_all(
-        plan: Plan, models: Sequence[str], device: torch.device, failures: list[str],
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Counts of the trained networks, and their latencies as trained and fused, interleaved."""
+def _time_all(plan: Plan, runs: Sequence[RunFigures], device: torch.device, failures: list[str]) -> list[ModelFigures]:
+    """Figures of the trained networks, with latencies of the original and the fused ones, interleaved."""
     bench = BenchConfig(backend=['eager', 'fused'], kernels=['torch'], runs=plan.runs, device=str(device))
     setups, _ = list_setups(bench, device)
-    counts, candidates = [], []
-    for model in models:
-        config = next(config for (name, _), config in plan.configs.items() if name == model and (
-            Path(config.output) / 'result.json').exists())
+    counts: list[ModelCounts] = []
+    candidates: list[Candidate] = []
+    for model in dict.fromkeys(run.model for run in runs):
+        run = next(run for run in runs if run.model == model)
+        config = plan.configs[model, run.seed]
         side = config.val_img_size or config.img_size
         network = build_network(model, (side, side), str(Path(config.output) / 'last.pth.tar'))
         counts.append(count_network(model, network, (side, side)))
@@ -288,11 +262,13 @@ def _time_all(
     with use_threads(bench.threads), Progress(steps, 'steps') as progress:
         records, failed = measure_group(candidates, bench, device, progress)
     failures += failed
-    return counts, records
+    return [ModelFigures(
+        count, [run for run in runs if run.model == count.model],
+        {record.backend: record for record in records if record.model == count.model}) for count in counts]
 
 
 def compare(plan: Plan) -> Comparison:
-    """Train what is not trained yet, time all, and write the tables and the plot into the folder of the plan.
+    """Train the unfinished runs, time all models, and write tables and a plot into the folder of the plan.
 
     Raises:
         ConfigError, DataError: Something cannot work; nothing has been trained then.
@@ -301,33 +277,31 @@ def compare(plan: Plan) -> Comparison:
     if not find_processes().is_alone:
         raise ConfigError('A comparison is one process: start it without torchrun.')
     device = resolve_device(plan.list_settings()['device'])
-    if plan.update:
-        find_place(Path(plan.update))
-    _check_claim(plan)
+    _check_places(plan)
     facts = _check_runs(plan, device)
-    _claim(plan)
+    try:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        (plan.folder / SETTINGS).write_text(yaml.safe_dump(dict(
+            models=plan.models, seeds=plan.seeds, recipe=plan.recipe, settings=plan.list_settings()), sort_keys=False))
+    except OSError as error:
+        raise ConfigError(f'{plan.folder} cannot be written to ({error}): choose another --output.') from None
     failures: list[str] = []
     _train_all(plan, failures)
-    runs = [dict(model=model, seed=seed, **_read_run(Path(config.output)))
-            for (model, seed), config in plan.configs.items() if (Path(config.output) / 'result.json').exists()]
-    models = list(dict.fromkeys(run['model'] for run in runs))
-    if not models:
-        raise TrainingError(f'No run came to its end: {"; ".join(failures)}')
-    counts, records = _time_all(plan, models, device, failures)
+    runs = [RunFigures.read(model, seed, Path(config.output)) for (model, seed), config in plan.configs.items()
+            if plan.is_finished(model, seed)]
+    if not runs:
+        raise TrainingError(f'No run finished: {"; ".join(failures)}')
+    models = _time_all(plan, runs, device, failures)
     comparison = Comparison(
-        models=summarise_models(runs, counts, records, {model: find_family(model) for model in models}), runs=runs,
-        latencies=records, facts=facts, settings=plan.list_settings(), recipe=plan.recipe, left_out=plan.left_out,
-        model_args={model: plan.configs[model, plan.seeds[0]].model_args for model in models},
-        device=describe_device(device), versions=list_versions(), commit=describe_environment()['git_commit'],
-        failures=failures)
-    write_comparison(comparison, plan.folder)
-    if plan.update:
-        update_readme(Path(plan.update), describe_comparison(comparison, markdown=True))
+        models, facts, plan.list_settings(), plan.recipe, plan.skipped_args,
+        {figures.model: plan.configs[figures.model, plan.seeds[0]].model_args for figures in models},
+        describe_device(device), list_versions(), describe_environment()['git_commit'], failures)
+    write_comparison(comparison, plan.folder, plan.update)
     return comparison
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 1 if a run or a timing failed.
+    """The command: exit code 1 if a run or a timing failed.
 
     Raises:
         ConfigError, DataError, CheckpointError: As `compare`.
@@ -342,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'caretrans compare: {error}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print('caretrans compare: stopped; the same command goes on from the last checkpoint', file=sys.stderr)
+        print('caretrans compare: stopped; the same command resumes from the last checkpoint', file=sys.stderr)
         return 130
     print('\n'.join(describe_comparison(comparison)))
     print(f'written to {plan.folder}: comparison.csv, comparison.json, comparison.md, comparison.png')
