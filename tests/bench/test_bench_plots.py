@@ -23,9 +23,9 @@ def drawn(monkeypatch):
 
 
 def record(model, median_ms, backend='eager', **changes):
-    return Record(**dict(dict(
-        model=model, backend=backend, device='cpu: Model', batch=1, height=224, width=224, threads=2, median_ms=median_ms),
-        **changes))
+    return Record(**{**dict(
+        model=model, backend=backend, device='cpu: Model', batch=1, height=224, width=224, threads=2,
+        median_ms=median_ms), **changes})
 
 
 def list_texts(figure):
@@ -88,7 +88,7 @@ def test_nothing_is_drawn_of_nothing(tmp_path, draw, message):
 # Growth ---------------------------------------------------------------------------------------------------------------
 
 def test_growth_is_measured_and_drawn(tmp_path, drawn):
-    records = measure_growth('care_s0', (32, 64), rounds=2, runs=1)
+    records = measure_growth('care_s0', (32, 64), rounds=2)
     assert [(r.attention, r.height) for r in records] == [
         ('linear', 32), ('softmax', 32), ('linear', 64), ('softmax', 64)]
     assert all(r.median_ms > 0 and r.bench == 'growth' for r in records)
@@ -123,5 +123,5 @@ def test_the_twin_differs_in_its_attention_alone_and_leaves_the_network_unchange
 
 
 def test_a_network_without_linear_attention_has_no_twin():
-    with pytest.raises(ConfigError, match='resnet18: ResNet has no LinearAttention'):
+    with pytest.raises(ConfigError, match='ResNet has no LinearAttention'):
         measure_growth('resnet18', (64,))

@@ -105,7 +105,8 @@ def test_a_missing_gpu_is_refused(call):
 @pytest.mark.parametrize('flags, message', [
     (['--output', 'FILE'], '--output .*page.md: .* is not a folder'), (['--plots', 'FILE/here'], '--plots .*here: '),
     (['--plots', 'FILE/here.png'], '--plots .*page.md: '),
-    (['--update', '--readme', 'no/such/folder/page.md'], 'page.md is not a file that can be written')])
+    (['--update', '--readme', 'no/such/folder/page.md'], 'page.md is not a file that can be written'),
+    (['--update', '--readme', 'FILE'], 'it would be replaced, and is another page')])
 def test_what_cannot_be_written_is_refused_before_anything_is_measured(call, tmp_path, monkeypatch, flags, message):
     file = tmp_path / 'page.md'
     file.write_text('text\n')
@@ -412,7 +413,7 @@ def test_a_page_without_tables_of_models_is_refused(call, tmp_path):
 
 def test_several_models_are_compared_in_one_table_and_written_to_a_page_that_can_be_checked(call, tmp_path):
     page = tmp_path / 'benchmarks.md'
-    page.write_text('old\n')
+    page.write_text('# Benchmarks\n\nold\n')
     code, out, _ = call('--model', 'mobileone_s0', 'care_s0', '--backend', 'fused', '--markdown', '--update',
                         '--readme', page, '--output', tmp_path, *QUICK)
     assert code == 0 and '| top-1 %, published |' in out and '| `mobileone_s0` | 64 x 64 | 5.29 | 2.08 |' in out
