@@ -12,7 +12,7 @@ steps="${STEPS:-tests published infer compile paper profile train compare}"
 read -ra models <<< "${MODELS:-care_s0 care_s1 care_s2}"
 failed=()
 mkdir -p "$folder"
-step() {  # NAME COMMAND: a step that fails is named at the end, the others go on
+step() {  # NAME COMMAND: a step that fails is named at the end, the others run
     [[ " $steps " == *" $1 "* ]] || return 0
     echo "== $1: ${*:2}"
     "${@:2}" 2>&1 | tee "$folder/$1.txt" || failed+=("$1")
