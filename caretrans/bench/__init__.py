@@ -1,1 +1,1 @@
-"""Measure networks: what they hold, how fast they run and train in each way, and what bounds them."""
+"""Measure networks: counts, latency, memory, accuracy, profiles, roofline and training steps."""

@@ -26,7 +26,7 @@ from ..kernels import describe_placements, use_kernels
 from ..runtimes.onnx import INPUT, export_onnx, make_session, quantize, split_batches
 from ..runtimes.openvino import compile_model, make_model, quantize as quantize_for_openvino
 from .device_rates import allow_tf32
-from .setups import IN_TORCH, KERNELS, Setup
+from .setups import IN_TORCH, Setup
 
 __all__ = [
     'TOLERANCES', 'TORCH_DTYPES', 'Network', 'Runner', 'Setup', 'WrongOutputError', 'check_output', 'measure_deviation',
@@ -70,7 +70,7 @@ class Runner:
         peak: Peak bytes, where `held` and PyTorch's count during a run do not show it.
         notes: What a reader of its figures must know.
         module: The network that `run` calls, if its parts can have hooks.
-        kernels: The choice of `KERNELS` that runs, which may be less than was asked for.
+        kernels: The kernels that run, 'torch' or 'triton'.
     """
     run: Callable[[], Any]
     read: Callable[[Any], torch.Tensor]
@@ -262,12 +262,12 @@ def _trace_cuda_peak(work: Callable[[], Any], device: torch.device) -> int:
 
 
 def place_kernels(model: nn.Module, kernels: str) -> tuple[str, list[str]]:
-    """Put kernels into a model that is on its device: which of `KERNELS` run, and why others do not."""
+    """Put kernels into a model that is on its device: which kernels run, and why others do not."""
     if kernels == 'torch':
         return 'torch', []
-    placements = use_kernels(model, parts=KERNELS[kernels])
-    in_torch = [placement for placement in placements if placement.runs == 'torch']
-    return 'triton' if len(in_torch) < len(placements) else 'torch', describe_placements(in_torch)
+    placements = use_kernels(model)
+    ran = 'triton' if any(placement.runs == 'triton' for placement in placements) else 'torch'
+    return ran, describe_placements([placement for placement in placements if placement.runs == 'torch'])
 
 
 def _prepare_in_torch(network: Network, setup: Setup) -> Runner:

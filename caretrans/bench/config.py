@@ -72,19 +72,16 @@ class AccuracyFlags(SetupFlags):
     data: str = setting('', 'folder with val/CLASS/*; by default the data set of the checkpoint')
 
 
-FLAGS: dict[str, type] = {
-    'infer': InferFlags, 'profile': ProfileFlags, 'train': TrainFlags, 'accuracy': AccuracyFlags}
-
-
 @dataclass
-class BenchConfig(InferFlags, TrainFlags, AccuracyFlags):
-    """Everything that decides what `benchmark.py` measures. A flag exists for each field."""
+class CommonFlags:
+    """Flags of every bench."""
 
     model: list[str] = setting(
         ['care_s1'], "models of timm and caretrans, also with wildcards (care_*); 'paper' for the rows of the CARE "
         'paper that exist here: six models of timm, mlla_t, care_s0, care_s1 and care_s2')
     bench: str = setting(
-        'infer', "what to measure; accuracy needs a checkpoint and is not part of 'all'", choices=[*FLAGS, 'all'])
+        'infer', "what to measure; accuracy needs a checkpoint and is not part of 'all'",
+        choices=['infer', 'profile', 'train', 'accuracy', 'all'])
     device: str = setting('auto', 'cpu, cuda, mps or auto')
     img_size: list[str] = setting(['224'], 'pixels: a side, or HEIGHTxWIDTH')
     threads: int = setting(1, 'CPU threads', bounds=(1, None))
@@ -98,6 +95,15 @@ class BenchConfig(InferFlags, TrainFlags, AccuracyFlags):
         False, 'count the parameters and GMACs in README.md and docs/benchmarks.md again; exit code 1 if one differs')
     update: bool = setting(False, 'write the results to docs/benchmarks.md as well')
     readme: str = setting('', 'another file for --check and --update')
+
+
+FLAGS: dict[str, type] = {
+    'infer': InferFlags, 'profile': ProfileFlags, 'train': TrainFlags, 'accuracy': AccuracyFlags}
+
+
+@dataclass
+class BenchConfig(InferFlags, TrainFlags, AccuracyFlags, CommonFlags):
+    """Everything that decides what `benchmark.py` measures. A flag exists for each field."""
 
     def __post_init__(self) -> None:
         check_settings(self)

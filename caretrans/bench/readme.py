@@ -13,12 +13,10 @@ from ..fuse import to_form
 from ..measure.counts import count_operations, count_parameters, make_empty
 from ..measure.names import parse_size
 
-__all__ = ['BEGIN', 'END', 'PAGE', 'README', 'check_readme', 'check_writable', 'find_place', 'update_readme',
-           'write_page']
+__all__ = ['PAGE', 'README', 'check_page', 'check_readme', 'write_page']
 
 ROOT = Path(__file__).parents[2]
 README, PAGE = ROOT / 'README.md', ROOT / 'docs' / 'benchmarks.md'
-BEGIN, END = '<!-- benchmark: begin -->', '<!-- benchmark: end -->'
 COLUMNS = {  # header of a column: what it holds, in units of
     'parameters, two heads': ('parameters_two_heads', 1), 'one head': ('parameters_one_head', 1),
     'GMACs at 224 x 224': ('gmacs', 1), 'GMACs': ('gmacs', 1), 'GMACs fused': ('gmacs_fused', 1),
@@ -133,15 +131,17 @@ kernels, and [comparison.md](comparison.md) for models trained on equal terms.
 """
 
 
-def check_writable(path: Path) -> None:
-    """Refuse a page that cannot be written, before anything is measured.
+def check_page(path: Path) -> None:
+    """Refuse a page that cannot be written, or that `write_page` did not write, before anything is measured.
 
     Raises:
-        ConfigError: It is a folder, or cannot be written.
+        ConfigError: It is such a page, or a folder.
     """
     nearest = path if path.exists() else path.absolute().parent
     if path.is_dir() or not os.access(nearest, os.W_OK):
         raise ConfigError(f'{path} is not a file that can be written: name one with --readme.')
+    if path.exists() and not path.read_text().startswith(INTRODUCTION.splitlines()[0]):
+        raise ConfigError(f'--update {path}: it would be replaced, and is another page: name another with --readme.')
 
 
 def write_page(path: Path, lines: Sequence[str]) -> None:
@@ -151,28 +151,3 @@ def write_page(path: Path, lines: Sequence[str]) -> None:
         lines: From `report.describe_result`, in Markdown.
     """
     path.write_text('\n'.join([INTRODUCTION, *lines, '']))
-
-
-def find_place(path: Path) -> tuple[str, str]:
-    """The text before and after the tables of a page, with the markers `BEGIN` and `END`.
-
-    Raises:
-        ConfigError: The file or the markers do not exist, or it cannot be written.
-    """
-    if not Path(path).is_file() or not os.access(path, os.R_OK | os.W_OK):
-        raise ConfigError(f'{path} is not a file that can be written: name one with --readme.')
-    before, begin, rest = Path(path).read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ConfigError(f'{path} has no place for the tables: put {BEGIN} and {END} where they belong.')
-    return before + begin, end + after
-
-
-def update_readme(path: Path, lines: Sequence[str]) -> None:
-    """Replace the lines between the markers `BEGIN` and `END` of a page.
-
-    Raises:
-        ConfigError: See `find_place`.
-    """
-    before, after = find_place(path)
-    Path(path).write_text('\n'.join([before, *lines, after]))

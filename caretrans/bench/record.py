@@ -29,9 +29,6 @@ COLUMNS: dict[str, tuple[str, ...]] = {  # bench: fields of its records, in the 
     'profile': (
         'model', 'backend', *_SETUP, 'kernels', 'bench', 'part', 'kind', 'ms', 'share', 'total_ms', 'profiled_ms',
         'runs'),
-    'bound': (
-        'model', 'backend', *_SETUP, 'kernels', 'bench', 'part', 'kind', 'layers', 'mbytes', 'gflops', 'bound_ms',
-        'share', 'limit', 'measured_ms'),
     'accuracy': (
         'model', 'bench', 'checkpoint', 'data', 'device', 'height', 'width', 'versions', 'backend', 'dtype', 'layout',
         'kernels', 'images', 'top1', 'top5', 'loss', 'top1_change', 'agreement'),
@@ -65,11 +62,9 @@ class Record:
         notes: What a reader of the figures must know.
         way, teacher: Training mode ('published', 'bf16+compile', ...) and teacher model or 'none'.
         attention: 'linear' or 'softmax', in records of growth with resolution.
-        part, kind: Part of the network and kind of operation, in profiles and roofline bounds.
+        part, kind: Part of the network and kind of operation, in profiles.
         ms, share: Milliseconds of this part and kind, and their share of the total.
         total_ms, profiled_ms: Milliseconds of a whole call, without and with the profiler.
-        layers, mbytes, gflops: Number of layers, megabytes moved and billions of operations.
-        bound_ms, limit, measured_ms: Roofline bound, what limits it ('bytes' or 'operations'), measured time.
         checkpoint, data, images: File, data set and number of images of an evaluation.
         top1, top5, loss: Accuracy in percent and cross-entropy.
         top1_change, agreement: Against the original in float32: points of top-1, and percent of equal predictions.
@@ -110,12 +105,6 @@ class Record:
     share: float | None = None
     total_ms: float | None = None
     profiled_ms: float | None = None
-    layers: int | None = None
-    mbytes: float | None = None
-    gflops: float | None = None
-    bound_ms: float | None = None
-    limit: str | None = None
-    measured_ms: float | None = None
     checkpoint: str | None = None
     data: str | None = None
     images: int | None = None

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from ..errors import ConfigError
-from ..kernels import PARTS, use_kernels, why_unavailable
+from ..kernels import use_kernels, why_unavailable
 from ..measure.sample_network import SAMPLE_IMAGES
 from ..runtimes.openvino import get_core
 
@@ -21,7 +21,7 @@ BACKENDS = ('eager', 'fused', 'compile', 'cudagraph', 'onnxruntime', 'openvino')
 IN_TORCH = BACKENDS[:4]
 FUSED_IN_TORCH = BACKENDS[1:4]  # with kernels of this package, and faster in channels-last layout
 DTYPES = ('float32', 'tf32', 'bfloat16', 'float16', 'int8')
-KERNELS: dict[str, tuple[str, ...]] = {'torch': (), 'triton': PARTS}  # name: parts that run in Triton
+KERNELS = ('torch', 'triton')
 PACKAGES = {'onnxruntime': ('onnxruntime', 'onnx', 'onnxscript'), 'openvino': ('openvino', 'onnx', 'onnxscript')}
 OPENVINO_NAMES = {'float32': 'FP32', 'bfloat16': 'BF16', 'float16': 'FP16', 'int8': 'INT8'}
 
@@ -134,15 +134,10 @@ def choose_kernels(
     reason = why_unavailable(device)
     if not reason:
         return list(KERNELS), []
-    ours = ', '.join(kernels for kernels in KERNELS if kernels != 'torch')
-    return ['torch'], [f'skipped: --kernels {ours}: {reason}; PyTorch\'s own run instead.']
+    return ['torch'], [f"skipped: --kernels triton: {reason}; PyTorch's own run instead."]
 
 
 def fit_setups(setups: Sequence[Setup], model: nn.Module) -> list[Setup]:
-    """The setups for a fused model, each once: kernels for parts that the model does not have change nothing."""
-    parts = {placement.part for placement in use_kernels(model, parts=())}
-
-    def fit(kernels: str) -> str:  # the first choice that runs the same parts of this model
-        return next(name for name in KERNELS if parts.intersection(KERNELS[name]) == parts.intersection(
-            KERNELS[kernels]))
-    return list(dict.fromkeys(replace(setup, kernels=fit(setup.kernels)) for setup in setups))
+    """The setups for a fused model, each once: a model without parts for Triton kernels runs with PyTorch's own."""
+    has_parts = bool(use_kernels(model, parts=()))
+    return list(dict.fromkeys(setup if has_parts else replace(setup, kernels='torch') for setup in setups))

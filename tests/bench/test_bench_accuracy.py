@@ -1,4 +1,4 @@
-"""benchmark.py --bench accuracy: what a way of running a network does to its answers."""
+"""benchmark.py --bench accuracy: predictions of each setup beside those of the original network."""
 import json
 from pathlib import Path
 
@@ -9,16 +9,14 @@ from reference import filled_model
 
 from caretrans.bench import accuracy
 from caretrans.bench.accuracy import measure_accuracy
-from caretrans.bench.backends import Setup
+from caretrans.bench.setups import Setup
 from caretrans.checkpoint import save_checkpoint
 from caretrans.evaluation import evaluate_checkpoint
-
-ACCURACY = ['--bench', 'accuracy', '--device', 'cpu']
 
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    return str(copy_images(tmp_path_factory.mktemp('data'), per_class=5))
+    return str(copy_images(tmp_path_factory.mktemp('data'), per_class=2))
 
 
 @pytest.fixture(scope='module')
@@ -27,63 +25,66 @@ def checkpoint(data, tmp_path_factory):
     classes = sorted(path.name for path in (Path(data) / 'val').iterdir())
     config = dict(input_size=[3, 64, 64], interpolation='bilinear', crop_pct=1.0)
     save_checkpoint(
-        file, filled_model('care_s0', num_classes=len(classes)), arch='care_s0', class_names=classes,
-        eval_config=config, config=dict(data=data, val_split='val'))
+        file, filled_model('care_s0', num_classes=len(classes), depths=(1, 1, 1, 1)), arch='care_s0',
+        class_names=classes, eval_config=config, model_args=dict(depths=[1, 1, 1, 1]),
+        config=dict(data=data, val_split='val'))
     return file
 
 
-def test_every_way_answers_as_an_evaluation_of_the_checkpoint(checkpoint, data):
+@pytest.fixture(scope='module')
+def expected(checkpoint):
+    return evaluate_checkpoint(checkpoint, workers=0)
+
+
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch):
+    monkeypatch.setattr(accuracy, 'CALIBRATION', 32)
+
+
+def test_every_setup_predicts_as_an_evaluation_of_the_checkpoint(checkpoint, expected):
     setups = [Setup('eager'), Setup('fused', 'float32', 'channels_last'), Setup('openvino'), Setup('onnxruntime')]
-    expected = evaluate_checkpoint(checkpoint, workers=0)
     for record in measure_accuracy(checkpoint, setups):
-        assert record['images'] == expected['images'] and record['images'] % accuracy.BATCH, 'the last batch is smaller'
-        assert (record['top1'], record['agreement'], record['top1_change']) == (expected['top1'], 100, 0)
-        assert record['loss'] == pytest.approx(expected['loss'], rel=1e-4)
+        assert record.images == expected['images'] and record.images % accuracy.BATCH, 'the last batch is smaller'
+        assert (record.top1, record.agreement, record.top1_change) == (expected['top1'], 100, 0)
+        assert record.loss == pytest.approx(expected['loss'], rel=1e-4)
 
 
-def test_a_way_that_answers_otherwise_is_seen(checkpoint, monkeypatch):
+def test_int8_is_calibrated_and_its_loss_differs(checkpoint, expected):
+    record, = measure_accuracy(checkpoint, [Setup('openvino', 'int8')])
+    assert 0 < record.agreement <= 100 and record.dtype == 'int8'
+    assert record.loss != pytest.approx(expected['loss'], rel=1e-6)
+
+
+def test_wrong_predictions_and_failures_are_seen(checkpoint, monkeypatch, capsys):
     prepare = accuracy.prepare
 
     def prepare_wrongly(network, setup):
+        print('a message of a runtime')
+        if setup.backend == 'eager':
+            raise ValueError('a kernel\nis missing')
         runner = prepare(network, setup)
         read = runner.read
         runner.read = lambda logits: read(logits).roll(1, dims=1)  # each image gets the next class
         return runner
     monkeypatch.setattr(accuracy, 'prepare', prepare_wrongly)
-    record, = measure_accuracy(checkpoint, [Setup('fused')])
-    assert record['agreement'] == 0
-
-
-def test_a_way_that_fails_is_told_and_the_others_go_on(checkpoint, monkeypatch, capsys):
-    prepare = accuracy.prepare
-
-    def prepare_or_fail(network, setup):
-        print('a remark of a runtime')
-        if setup.backend == 'eager':
-            raise ValueError('a kernel\nis missing')
-        return prepare(network, setup)
-    monkeypatch.setattr(accuracy, 'prepare', prepare_or_fail)
     failures = []
     record, = measure_accuracy(checkpoint, [Setup('eager'), Setup('fused')], failures=failures)
-    assert record['backend'] == 'fused' and failures == [
-        'accuracy of eager float32 nchw: ValueError: a kernel is missing']
-    assert 'a remark' not in capsys.readouterr().out
+    assert record.backend == 'fused' and record.agreement == 0
+    assert failures == ['accuracy of eager float32 nchw: ValueError: a kernel is missing']
+    assert 'a message' not in capsys.readouterr().out
     with pytest.raises(ValueError, match='is missing'):
         measure_accuracy(checkpoint, [Setup('eager')])
 
 
-def test_int8_is_calibrated_and_its_loss_stated(checkpoint):
-    record, = measure_accuracy(checkpoint, [Setup('openvino', 'int8')])
-    assert 0 < record['agreement'] <= 100 and record['dtype'] == 'int8'
-    assert record['loss'] != pytest.approx(evaluate_checkpoint(checkpoint, workers=0)['loss'], rel=1e-6)
-
-
 def test_the_script_prints_and_writes_it(checkpoint, data, tmp_path, call):
     code, out, err = call(
-        *ACCURACY, '--model', 'care_s0', '--checkpoint', checkpoint, '--data', data, '--backend', 'fused',
-        '--dtype', 'bfloat16', '--output', tmp_path)
+        '--bench', 'accuracy', '--device', 'cpu', '--model', 'care_s0', '--checkpoint', checkpoint, '--data', data,
+        '--backend', 'fused', '--dtype', 'bfloat16', '--output', tmp_path)
     assert code == 0, err
     record, = json.loads((tmp_path / 'results.json').read_text())['accuracy']
+    assert list(record) == [
+        'model', 'bench', 'checkpoint', 'data', 'device', 'height', 'width', 'versions', 'backend', 'dtype', 'layout',
+        'kernels', 'images', 'top1', 'top5', 'loss', 'top1_change', 'agreement']
     assert (record['dtype'], record['layout'], record['kernels']) == ('bfloat16', 'channels_last', 'torch')
     assert 'channels_last' in out and f'{record["top1"]:.2f}' in out and (tmp_path / 'accuracy.csv').exists()
 
@@ -93,14 +94,16 @@ def test_the_script_prints_and_writes_it(checkpoint, data, tmp_path, call):
     (['--checkpoint', 'FILE', '--model', 'care_s0', '--data', 'no/such/folder'], 'no/such/folder'),
     (['--checkpoint', 'FILE', '--model', 'care_s1'], 'care_s1'),
     (['--checkpoint', 'FILE', '--model', 'care_s0', 'care_s1'], 'with 2 models'),
-    (['--checkpoint', 'FILE', '--model', 'care_s0', '--img-size', '64x96'], 'one square --img-size')])
-def test_what_cannot_be_scored_is_refused_in_a_line(checkpoint, flags, message, call):
-    code, out, err = call(*ACCURACY, *[checkpoint if flag == 'FILE' else flag for flag in flags])
+    (['--checkpoint', 'FILE', '--model', 'care_s0', '--img-size', '64x96'], 'give one square size')])
+def test_what_cannot_be_evaluated_is_refused_in_a_line(checkpoint, flags, message, call):
+    code, out, err = call('--bench', 'accuracy', '--device', 'cpu', *[
+        checkpoint if flag == 'FILE' else flag for flag in flags])
     assert code == 2 and out == '' and message in err.splitlines()[-1]
 
 
-def test_the_images_of_a_runner_are_its_own(checkpoint):
-    network = accuracy.Network(filled_model('care_s0').eval(), torch.randn(2, 3, 64, 64))
+def test_the_images_of_a_runner_are_its_own():
+    network = accuracy.Network(
+        filled_model('care_s0', depths=(1, 1, 1, 1)).eval(), torch.randn(2, 3, 64, 64))
     for setup in Setup('eager'), Setup('onnxruntime'), Setup('openvino'):
         runner, before = accuracy.prepare(network, setup), network.images.clone()
         found = runner.read(runner.run())
