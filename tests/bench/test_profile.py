@@ -83,10 +83,10 @@ def test_a_slow_module_has_its_time_and_those_around_it_have_not(care):
     assert slow.cells['stages.2', 'conv depth-wise'] > 200 > slow.busy_ms - slow.cells['stages.2', 'conv depth-wise']
 
 
-def test_each_call_of_a_convolution_is_counted(care, care_profile):
+def test_every_convolution_is_timed(care, care_profile):
     convolutions = {name for name, module in care.named_modules() if isinstance(module, nn.Conv2d)}
-    assert {name: calls for (_, kind, name), calls in care_profile.calls.items()
-            if kind.startswith('conv')} == dict.fromkeys(convolutions, 1)
+    assert {name for (_, kind, name), ms in care_profile.modules.items()
+            if kind.startswith('conv') and ms > 0} == convolutions
 
 
 def test_the_hooks_are_removed_and_outputs_stay(care):
