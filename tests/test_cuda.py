@@ -1,4 +1,4 @@
-"""Training on GPUs, where there are some: a few steps in every way, and what they take."""
+"""Training on GPUs: a few steps in every mode."""
 import json
 
 import pytest
@@ -32,7 +32,7 @@ def skip_without_kernels(flags):
     ['--kernels', '--grad-checkpointing', '--train-img-sizes', 160, 224],
     ['--kernels', '--amp', 'bf16', '--channels-last', '--compile', '--ema']], ids=lambda flags: str(flags[:4]))
 @pytest.mark.parametrize('processes', [1, 2])
-def test_every_way_to_train_runs_and_says_how_fast(data, tmp_path, flags, processes):
+def test_every_training_mode_runs_and_says_how_fast(data, tmp_path, flags, processes):
     if processes > torch.cuda.device_count():
         pytest.skip('one GPU')
     skip_without_kernels(flags)
@@ -45,7 +45,7 @@ def test_every_way_to_train_runs_and_says_how_fast(data, tmp_path, flags, proces
 
 
 @pytest.mark.parametrize('flags', [[], ['--kernels', '--ema']], ids=str)
-def test_a_run_stopped_on_a_gpu_goes_on(data, tmp_path, monkeypatch, flags):
+def test_a_run_stopped_on_a_gpu_resumes(data, tmp_path, monkeypatch, flags):
     skip_without_kernels(flags)
     import caretrans.training.run
     from caretrans.config import parse_train_config

@@ -1,4 +1,4 @@
-"""The depth-wise convolutions of a mixer as one Triton kernel, forward and backward.
+"""Depth-wise convolutions of a mixer as one Triton kernel, forward and backward.
 
 A mixer convolves slices of its channels in different ways: [11x1 + 1x11 | 3x3 | 7x7] in the early stages, [3x3 | 7x7]
 beside linear attention in the late ones. PyTorch copies the slices apart, launches a convolution for each, adds the
@@ -22,7 +22,7 @@ TILES = [  # positions, channels, warps; channels-last memory first
     (128, 8, 4), (512, 8, 4), (256, 16, 8), (64, 32, 4), (64, 64, 8), (256, 1, 4), (512, 1, 4), (128, 1, 2)]
 CONFIGS = [triton.Config(dict(BLOCK_P=p, BLOCK_C=c), num_warps=warps) for p, c, warps in TILES]
 TAPS = tl.constexpr(64)  # room for the weight gradients of a channel: 49 of the 7x7 kernel, and the bias
-PROGRAMS = 512  # of weight gradients; enough to fill a large GPU
+PROGRAMS = 512  # of weight gradients, enough to fill a large GPU
 POSITIONS_OF_A_PROGRAM = 256  # of weight gradients, at least
 
 
@@ -61,12 +61,12 @@ def _add_taps(
     return acc
 
 
-def _fitting_tiles(configs: list[triton.Config], named_args) -> list[triton.Config]:
+def _fit_tiles(configs: list[triton.Config], named_args) -> list[triton.Config]:
     """The tiles for the layout of the input: one channel at a time unless channels lie next to each other."""
     return [config for config in configs if (config.kwargs['BLOCK_C'] > 1) == (named_args['x_c'] == 1)]
 
 
-@tuned(CONFIGS, ['x_c', 'H', 'W', 'LONG', 'LOCAL', 'SIGN'], _fitting_tiles)
+@tuned(CONFIGS, ['x_c', 'H', 'W', 'LONG', 'LOCAL', 'SIGN'], _fit_tiles)
 @triton.jit
 def _convolve(
         x, x_b, x_c, x_h, x_w, out, out_b, out_c, out_h, out_w,
@@ -103,7 +103,7 @@ def _convolve(
 
 
 def _four(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Parameters of 11x1, 1x11, 3x3 and 7x7; where there are no strips something stands in for theirs, unread."""
+    """Parameters of 11x1, 1x11, 3x3 and 7x7; without strips, others stand in for theirs and are not read."""
     return [weight.contiguous() for weight in (*weights[:2], *weights[-2:])]
 
 
@@ -201,7 +201,7 @@ def sum_weight_gradients(
     """Gradients of `weights`, then of the biases, of `convolve_into`, given that of its output (B, C, H, W).
 
     The positions of the batch are split over programs by the shapes alone and their sums added in order, so that the
-    results repeat to the bit.
+    repeated results are bit-identical.
     Cost: reads x and grad once from memory (each value up to 49 times from the first cache), 2*B*C*H*W numbers, the
     strips' twice; as many multiply-adds as the convolution, and the padding of 49 to 64, 9 and 11 to 16.
     """

@@ -1,16 +1,16 @@
-"""The core of linear attention as one Triton kernel, forward and backward.
+"""Core of linear attention as one Triton kernel, forward and backward.
 
-`attend` computes what `linear_attention` of the models computes. That is the slow and obvious version: the tests
-compare the two, and it runs where Triton is absent. It writes phi(q), phi(k) and float32 copies of q, k and v to memory
-on the way, and the rotated ones; here every input is read once and the result written once.
+`attend` computes the same as `linear_attention` of the models, the slow and obvious version that tests compare it with
+and that runs without Triton. That one writes phi(q), phi(k), float32 copies of q, k and v, and rotated ones to memory;
+here every input is read once and the result is written once.
 
 A program takes one head of one sample and walks over its positions twice: to sum the *context* phi(k) v^T and the
 *mass* phi(k), and to read them out with phi(q). Heads of large maps in small batches are too few to fill a GPU: their
 positions are split over several programs, and the two walks become two launches with the partial sums in between. The
-split depends on the shapes alone, so the order of all sums does, and results repeat to the bit.
+split depends on the shapes alone, and so does the order of all sums: repeated results are bit-identical.
 
-A rotary position code is given to the kernels as its table and the strides of that, or as five times None: Triton
-compiles a kernel without it then.
+The kernels get a rotary position code as its table and the strides of that, or as five times None, for which Triton
+compiles a kernel without rotation.
 """
 from typing import Any
 
