@@ -61,7 +61,7 @@ def _add_taps(
     return acc
 
 
-def _fit_tiles(configs: list[triton.Config], named_args) -> list[triton.Config]:
+def _fit_tiles(configs: list[triton.Config], named_args, **kwargs) -> list[triton.Config]:
     """The tiles for the layout of the input: one channel at a time unless channels lie next to each other."""
     return [config for config in configs if (config.kwargs['BLOCK_C'] > 1) == (named_args['x_c'] == 1)]
 

@@ -2,7 +2,7 @@
 import math
 import os
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 import torch
@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    'INTERPRETED', 'accumulation_types', 'empty_map', 'is_channels_last', 'matrix_product', 'on_its_device',
-    'strides_in_units', 'tuned']
+    'INTERPRETED', 'accumulation_types', 'empty_map', 'is_channels_last', 'matmul', 'on_its_device', 'strides_in_units',
+    'tuned']
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'  # Triton's interpreter: the kernels run on the CPU, slowly
 
@@ -19,8 +19,8 @@ INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'  # Triton's interpreter:
 def accumulation_types(x: torch.Tensor) -> dict[str, Any]:
     """The arguments ACC and PRECISION of a kernel that computes with `x`: sums are float32, or float64 for float64.
 
-    Matrix products of float32 numbers are TF32 products only where that is lost in the rounding of a bfloat16 result
-    (11 bits against 8). Else they keep float32's precision: three TF32 products where tensor cores take them.
+    Matmuls of float32 numbers use TF32 only where its error is lost in the rounding of a bfloat16 result (11 bits and
+    8). Otherwise they keep float32's precision, with three TF32 matmuls on tensor cores.
     """
     if x.dtype == torch.float64:
         return dict(ACC=tl.float64, PRECISION='ieee')
@@ -30,12 +30,12 @@ def accumulation_types(x: torch.Tensor) -> dict[str, Any]:
 
 
 @triton.jit
-def matrix_product(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    if ACC == tl.float64:  # which tl.dot takes in newer releases only
-        product = tl.sum(a[:, :, None].to(ACC) * b[None, :, :].to(ACC), 1)
+def matmul(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    if ACC == tl.float64:  # which tl.dot supports only in newer releases
+        out = tl.sum(a[:, :, None].to(ACC) * b[None, :, :].to(ACC), 1)
     else:
-        product = tl.dot(a, b, input_precision=PRECISION, out_dtype=ACC)
-    return product
+        out = tl.dot(a, b, input_precision=PRECISION, out_dtype=ACC)
+    return out
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
@@ -46,8 +46,8 @@ def is_channels_last(x: torch.Tensor) -> bool:
 def strides_in_units(*maps: torch.Tensor) -> tuple[int, list[tuple[int, ...]]]:
     """(unit, strides of each map): the strides of samples, rows and columns are given in this unit.
 
-    The compiler loads 16 bytes at a time where it knows that addresses are multiples of them; of a number that it is
-    passed it knows whether 16 divides it, but channels come in eights too. Eights in channels-last memory, else ones.
+    The compiler loads 16 bytes at a time if it knows that addresses are multiples of 16 bytes. It only knows whether an
+    argument is a multiple of 16, but channels may be multiples of 8: so units are 8 in channels-last memory, else 1.
     """
     steps = [(x.stride(0), x.stride(2), x.stride(3)) for x in maps]
     unit = math.gcd(8, *(step for steps_of_map in steps for step in steps_of_map))
@@ -72,20 +72,13 @@ def on_its_device(function: Callable) -> Callable:
     return launch
 
 
-def tuned(configs: list[triton.Config], key: list[str], fitting: Callable[..., list[triton.Config]]):
+def tuned(configs: list[triton.Config], key: list[str], fit: Callable[..., list[triton.Config]]):
     """`triton.autotune` over `configs`, once per process and per value of the arguments `key`.
 
-    Only for kernels that sum each output in one order whatever the tile, so that results do not depend on the choice.
-    Of the configs `fitting(configs, arguments)` are tried; the interpreter, which has nothing to time, takes the first.
+    Only for kernels that sum each output in the same order for any tile, so that results do not depend on the choice.
+    It tries the configs that `fit(configs, arguments, **kwargs)` returns; the interpreter uses the first.
     """
     if INTERPRETED:
-        return triton.heuristics({name: partial(_get, value) for name, value in configs[0].kwargs.items()})
-
-    def prune(configs: list[triton.Config], named_args, **kwargs) -> list[triton.Config]:
-        return fitting(configs, named_args)
-
-    return triton.autotune(configs, key=key, prune_configs_by=dict(early_config_prune=prune))
-
-
-def _get(value: int, arguments: dict[str, Any]) -> int:
-    return value
+        return triton.heuristics({
+            name: lambda _, value=value: value for name, value in configs[0].kwargs.items()})
+    return triton.autotune(configs, key=key, prune_configs_by=dict(early_config_prune=fit))

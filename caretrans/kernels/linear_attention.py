@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from ..models.attention import EPS, check_shapes
-from .launch import accumulation_types, matrix_product, on_its_device
+from .launch import accumulation_types, matmul, on_its_device
 
 __all__ = ['attend', 'attend_backward_into', 'attend_into']
 
@@ -97,7 +97,7 @@ def _sum_keys(
         keys = _positive(_load(k, k_c, k_n, n, D, stop, float('-inf'), BLOCK_D, ACC)) / N
         values = _load(v, v_c, v_n, n, E, stop, 0., BLOCK_E, ACC)
         turned = _turn(keys, rotation, r_s, r_c, r_n, n, D, stop, False, BLOCK_D, BLOCK_N, ACC)
-        context += matrix_product(turned, tl.trans(values), ACC, PRECISION)
+        context += matmul(turned, tl.trans(values), ACC, PRECISION)
         mass += tl.sum(keys, 1)
     return context, mass
 
@@ -155,7 +155,7 @@ def _forward(
             n = first + tl.arange(0, BLOCK_N)
             queries = _positive(_load(q, q_c, q_n, n, D, stop, float('-inf'), BLOCK_D, ACC))
             turned = _turn(queries, rotation, r_s, r_c, r_n, n, D, stop, False, BLOCK_D, BLOCK_N, ACC)
-            values = matrix_product(tl.trans(context), turned, ACC, PRECISION)
+            values = matmul(tl.trans(context), turned, ACC, PRECISION)
             weight = tl.sum(mass[:, None] * queries, 0) + eps
             _store(out, out_c, out_n, n, E, stop, values / weight[None, :], BLOCK_E)
 
@@ -176,14 +176,14 @@ def _query_gradients(
         grad = _load(g, g_c, g_n, n, E, stop, 0., BLOCK_E, ACC)
         weight = tl.sum(mass[:, None] * queries, 0) + eps
         turned = _turn(queries, rotation, r_s, r_c, r_n, n, D, stop, False, BLOCK_D, BLOCK_N, ACC)
-        values = matrix_product(tl.trans(context), turned, ACC, PRECISION)
+        values = matmul(tl.trans(context), turned, ACC, PRECISION)
         grad = grad / weight[None, :]  # of the numerator
         dweight = -tl.sum(grad * (values / weight[None, :]), 0)
-        dturned = matrix_product(context, grad, ACC, PRECISION)
+        dturned = matmul(context, grad, ACC, PRECISION)
         dqueries = _turn(dturned, rotation, r_s, r_c, r_n, n, D, stop, True, BLOCK_D, BLOCK_N, ACC)
         dqueries += mass[:, None] * dweight[None, :]
         _store(dq, dq_c, dq_n, n, D, stop, dqueries * _slope(x), BLOCK_D)
-        dcontext += matrix_product(turned, tl.trans(grad), ACC, PRECISION)
+        dcontext += matmul(turned, tl.trans(grad), ACC, PRECISION)
         dmass += tl.sum(queries * dweight[None, :], 1)
     return dcontext, dmass
 
@@ -199,10 +199,10 @@ def _key_gradients(
         n = first + tl.arange(0, BLOCK_N)
         x = _load(k, k_c, k_n, n, D, stop, float('-inf'), BLOCK_D, ACC)
         values = _load(v, v_c, v_n, n, E, stop, 0., BLOCK_E, ACC)
-        dturned = matrix_product(dcontext, values, ACC, PRECISION)
+        dturned = matmul(dcontext, values, ACC, PRECISION)
         dkeys = _turn(dturned, rotation, r_s, r_c, r_n, n, D, stop, True, BLOCK_D, BLOCK_N, ACC) + dmass[:, None]
         _store(dk, dk_c, dk_n, n, D, stop, dkeys / N * _slope(x), BLOCK_D)
-        dvalues = matrix_product(
+        dvalues = matmul(
             tl.trans(dcontext),
             _turn(_positive(x) / N, rotation, r_s, r_c, r_n, n, D, stop, False, BLOCK_D, BLOCK_N, ACC), ACC, PRECISION)
         _store(dv, dv_c, dv_n, n, E, stop, dvalues, BLOCK_E)
