@@ -253,17 +253,6 @@ def _release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _make_reference(bench: TrainingBench, subject: Subject) -> tuple[First, str]:
-    """The first step in float64, and the name of that; in float32 where float64 does not fit."""
-    try:
-        return Candidate(bench, subject, Mode(), torch.float64).make_first(), 'float64'
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-    _release(bench.device)
-    return Candidate(bench, subject, Mode()).make_first(), 'float32'
-
-
 def _measure_error(first: First, reference: First) -> float:
     """The larger error, of the loss or of the gradient.
 
@@ -341,8 +330,16 @@ def _measure(bench: TrainingBench, modes: Sequence[Mode], report: Callable[[], N
     """
     subject = Subject.make(bench)
     torch.compiler.reset()  # PyTorch compiles one function only so many times
-    reference, precision = _make_reference(bench, subject)
+    try:
+        reference, precision = Candidate(bench, subject, Mode(), torch.float64).make_first(), 'float64'
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reference, precision = None, 'float32'
     _release(bench.device)
+    if reference is None:
+        reference = Candidate(bench, subject, Mode()).make_first()
+        _release(bench.device)
     published = _prepare(bench, subject, modes[0], reference)
     measured = [published, *(_prepare(bench, subject, mode, reference, published.error) for mode in modes[1:])]
     timed = {m.mode.name: m for m in measured if m.candidate is not None} | {AGAIN: published}
