@@ -1,5 +1,6 @@
 """Small commands: python -m caretrans predict | convert | shard | bench-loader | compare. See --help of each."""
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -112,7 +113,7 @@ def _bench_loader(as_json: bool, **options: Any) -> int:
     from .bench.loaders import bench_loader, describe_bench
 
     result = bench_loader(**options)
-    print(json.dumps(result.to_dict()) if as_json else describe_bench(result))
+    print(json.dumps(dataclasses.asdict(result)) if as_json else describe_bench(result))
     return 0
 
 

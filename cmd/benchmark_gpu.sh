@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Measure everything that needs a GPU: its tests, then the tables of docs/gpu.md, a folder for each.
+# Measure everything that needs a GPU: its tests, then the tables of docs/gpu.md, a folder for each step.
 #   bash cmd/benchmark_gpu.sh [FOLDER]     runs/gpu if not given
 # MODELS='care_s0 care_s1'   which models (default: all three)
 # STEPS='tests infer'        which steps (default: tests published infer compile paper profile train compare)
-# CIFAR10=FOLDER             of data/cifar10_from_npm.py; by default compare downloads torchvision's into data/cifar10
+# CIFAR10=FOLDER             a folder of images with train/ and val/; by default torchvision's download in data/cifar10
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$root"
@@ -12,7 +12,7 @@ steps="${STEPS:-tests published infer compile paper profile train compare}"
 read -ra models <<< "${MODELS:-care_s0 care_s1 care_s2}"
 failed=()
 mkdir -p "$folder"
-step() {  # NAME COMMAND: a step that fails is named at the end, the others run
+step() {  # NAME COMMAND: a step that fails is named at the end, the others still run
     [[ " $steps " == *" $1 "* ]] || return 0
     echo "== $1: ${*:2}"
     "${@:2}" 2>&1 | tee "$folder/$1.txt" || failed+=("$1")

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,6 @@ class LoaderBench:
     files: int
     mean_bytes: int
     policies: list[Policy]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def _open_images(data: str, images: int) -> Dataset:

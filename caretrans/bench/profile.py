@@ -22,7 +22,7 @@ import torch.nn as nn
 from ..kernels.modules import KernelModule
 from ..measure.counts import OUTSIDE, list_parts
 from ..measure.tables import format_table
-from ..measure.timing import synchronise
+from ..measure.timing import synchronise, time_block
 from .record import Record
 
 __all__ = ['KINDS', 'Profile', 'describe_profile', 'find_attention', 'list_profile', 'profile_call']
@@ -44,14 +44,12 @@ class Profile:
     Attributes:
         cells: {(part of the network, kind of `KINDS`): milliseconds}.
         modules: {(part, kind, name of a module): milliseconds of its own}.
-        calls: {the same: calls of it in a call of the network}.
         total_ms: Of a whole call, without hooks.
         profiled_ms: The same with hooks; the difference is what the hooks cost.
         runs: Calls that were profiled.
     """
     cells: dict[Cell, float]
     modules: dict[Owner, float]
-    calls: dict[Owner, float]
     total_ms: float
     profiled_ms: float
     runs: int
@@ -106,7 +104,7 @@ def _list_owners(model: nn.Module) -> dict[str, Owner]:
 # Measurement ----------------------------------------------------------------------------------------------------------
 
 class _Clock:
-    """Notes at each change which module runs from then on."""
+    """Marks the time whenever another module begins to run, or runs again."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -118,18 +116,30 @@ class _Clock:
             now = torch.cuda.Event(enable_timing=True)
             now.record()
         else:
-            if self.device.type != 'cpu':
-                synchronise(self.device)
+            synchronise(self.device)
             now = time.perf_counter()
         self.marks.append((now, self.stack[-1]))
 
-    def enter(self, owner: Owner) -> None:
-        self.stack.append(owner)
-        self.mark()
+    @contextmanager
+    def attached(self, model: nn.Module | None) -> Iterator[None]:
+        """Hooks in the modules of a network."""
+        handles: list[Any] = []
+        for name, owner in (_list_owners(model) if model is not None else {}).items():
+            def enter(*_: Any, owner: Owner = owner) -> None:
+                self.stack.append(owner)
+                self.mark()
 
-    def leave(self) -> None:
-        self.stack.pop()
-        self.mark()
+            def leave(*_: Any) -> None:
+                self.stack.pop()
+                self.mark()
+
+            module = model.get_submodule(name)
+            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def sum_up(self) -> Counter:
         """Milliseconds of each owner."""
@@ -138,36 +148,6 @@ class _Clock:
         for (start, owner), (end, _) in zip(self.marks, self.marks[1:], strict=False):
             sums[owner] += start.elapsed_time(end) if self.device.type == 'cuda' else 1e3 * (end - start)
         return sums
-
-
-@contextmanager
-def _hooked(model: nn.Module | None, clock: _Clock, calls: Counter) -> Iterator[None]:
-    handles: list[Any] = []
-    for name, owner in (_list_owners(model) if model is not None else {}).items():
-        def enter(*_: Any, owner: Owner = owner) -> None:
-            calls[owner] += 1
-            clock.enter(owner)
-
-        module = model.get_submodule(name)
-        handles += [module.register_forward_pre_hook(enter),
-                    module.register_forward_hook(lambda *_: clock.leave(), always_call=True)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _time(call: Callable[[], Any], runs: int, device: torch.device) -> list[float]:
-    """Milliseconds of each call, waited for."""
-    times = []
-    for _ in range(runs):
-        synchronise(device)
-        start = time.perf_counter()
-        call()
-        synchronise(device)
-        times.append(1e3 * (time.perf_counter() - start))
-    return times
 
 
 def profile_call(
@@ -185,31 +165,25 @@ def profile_call(
     """
     if runs < 1:
         raise ValueError(f'runs={runs}, it must be at least 1.')
-    _time(call, warmup, device)
-    plain, profiled = _time(call, runs, device), []
+    time_block(call, warmup, device)
+    plain = time_block(call, runs, device)
     sums: list[Counter] = []
-    calls: Counter = Counter()
     for _ in range(runs):
         clock = _Clock(device)
-
-        def timed(clock: _Clock = clock) -> None:
+        with clock.attached(model):
             clock.mark()
             call()
             clock.mark()
-
-        with _hooked(model, clock, calls):
-            profiled += _time(timed, 1, device)
         sums.append(clock.sum_up())
-    plain += _time(call, runs, device)
-    owners = list(dict.fromkeys(owner for run in sums for owner in run))
+    plain += time_block(call, runs, device)
+    modules = {owner: statistics.median(run[owner] for run in sums) for owner in sums[0]}
     cells: dict[Cell, list[Owner]] = defaultdict(list)
-    for owner in owners:
+    for owner in modules:
         cells[owner[:2]].append(owner)
     return Profile(
-        {cell: statistics.median(sum(run[owner] for owner in members) for run in sums)
-         for cell, members in cells.items()},
-        {owner: statistics.median(run[owner] for run in sums) for owner in owners},
-        {owner: calls[owner] / runs for owner in owners}, statistics.median(plain), statistics.median(profiled), runs)
+        {cell: statistics.median(sum(run[owner] for owner in owners) for run in sums)
+         for cell, owners in cells.items()},
+        modules, 1e3 * statistics.median(plain), statistics.median(sum(run.values()) for run in sums), runs)
 
 
 # Records and text -----------------------------------------------------------------------------------------------------
@@ -237,6 +211,5 @@ def describe_profile(profile: Profile, top: int = 10) -> str:
         *format_table(['ms per call', *by_part, 'all', 'share'], rows), '',
         f'A call takes {profile.total_ms:.3f} ms, {profile.profiled_ms:.3f} ms with the hooks of the profiler '
         f'({overhead:+.0%}; medians of {2 * profile.runs} and {profile.runs} runs). The cells are as profiled.', '',
-        'The longest modules, ms per call without the modules inside, calls:',
-        *(f'{profile.modules[owner]:9.3f}  {profile.calls[owner]:5.0f}  {owner[1]:15}  {owner[2] or owner[0]}'
-          for owner in longest)])
+        'The longest modules, ms per call without the modules inside:',
+        *(f'{profile.modules[owner]:9.3f}  {owner[1]:15}  {owner[2] or owner[0]}' for owner in longest)])

@@ -23,6 +23,7 @@ TILES = [  # positions, channels, warps; channels-last memory first
 CONFIGS = [triton.Config(dict(BLOCK_P=p, BLOCK_C=c), num_warps=warps) for p, c, warps in TILES]
 TAPS = tl.constexpr(64)  # room for the weight gradients of a channel: 49 of the 7x7 kernel, and the bias
 PROGRAMS = 512  # of weight gradients; enough to fill a large GPU
+POSITIONS_OF_A_PROGRAM = 256  # of weight gradients, at least
 
 
 def convolve_in_torch(
@@ -208,7 +209,7 @@ def sum_weight_gradients(
     long_chs, local_chs = len(weights[0]) if len(weights) == 4 else 0, len(weights[-1])
     block_c = 8 if is_channels_last(x) or INTERPRETED else 1
     blocks = 2 * (triton.cdiv(long_chs, block_c) + triton.cdiv(local_chs, block_c))
-    splits = max(1, min(PROGRAMS // blocks, triton.cdiv(B * H * W, 256)))
+    splits = max(1, min(PROGRAMS // blocks, triton.cdiv(B * H * W, POSITIONS_OF_A_PROGRAM)))
     dtype = accumulation_types(x)['ACC']
     sums = torch.empty(
         splits, 2 * (long_chs + local_chs), TAPS.value, device=x.device,

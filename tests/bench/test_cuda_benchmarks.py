@@ -1,24 +1,21 @@
-"""Ways to run a network, profiles, bounds and training steps on a GPU. No test asserts a speed."""
-import dataclasses
+"""Setups, profiles, rooflines and training steps on a GPU. No test asserts a speed."""
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import timm
 import torch
-from photos import FRUIT
 
-from caretrans.bench.backends import Setup, check_output, prepare
-from caretrans.bench.bounds import FUSIONS, bound_time, describe_bounds, list_layers, trace_operations
+from caretrans.bench.backends import check_output, prepare
 from caretrans.bench.config import BenchConfig, list_setups
 from caretrans.bench.device_rates import measure_rates
 from caretrans.bench.growth import measure_growth
 from caretrans.bench.infer import build_network, run_inference, take_batch
-from caretrans.bench.setups import KERNELS
-from caretrans.bench.profiling import describe_profile, profile_call, profile_forward
+from caretrans.bench.profile import describe_profile, profile_call
 from caretrans.bench.report import describe_result
-from caretrans.bench.training import TrainingBench, bench_training, describe_training
-from caretrans.bench.training_curves import compare_curves, describe_curves
-from caretrans.bench.training_ways import list_ways
-from caretrans.config import TrainConfig, read_recipe
+from caretrans.bench.roofline import bound_time, describe_roofline, trace_layers
+from caretrans.bench.setups import KERNELS, Setup
+from caretrans.bench.train import TrainingBench, bench_training, describe_training, list_modes
 from caretrans.kernels import why_unavailable
 from caretrans.measure.counts import OUTSIDE
 
@@ -40,32 +37,29 @@ def test_all_kernels_are_checked_and_timed(dtype):
     result = run_inference(config)
     print('\n'.join(describe_result(result)))
     assert not result.failures
-    assert [(r['backend'], r['kernels']) for r in result.records if r['model'] == 'care_s0'] == [
+    assert [(r.backend, r.kernels) for r in result.records if r.model == 'care_s0'] == [
         ('eager', 'torch'), *((backend, kernels) for backend in ('fused', 'cudagraph') for kernels in KERNELS)]
-    assert {r['kernels'] for r in result.records if r['model'] != 'care_s0'} == {'torch'}
+    assert {r.kernels for r in result.records if r.model != 'care_s0'} == {'torch'}
 
 
 @needs_kernels
-@pytest.mark.parametrize('kernels', [kernels for kernels in KERNELS if kernels != 'torch'])
-def test_a_compiled_network_with_kernels_is_right(kernels):
+def test_a_compiled_network_with_kernels_is_right():
     network = take_batch(build_network('care_s0', (96, 96)), 4)
-    runner = prepare(network, Setup('compile', 'bfloat16', 'channels_last', CUDA, kernels=kernels))
+    runner = prepare(network, Setup('compile', 'bfloat16', 'channels_last', CUDA, kernels='triton'))
     print(check_output(network, runner, 'bfloat16'))
-    assert runner.kernels == kernels
+    assert runner.kernels == 'triton'
 
 
 @needs_kernels
-def test_kernels_of_ours_in_a_cuda_graph_are_told_by_kind():
+def test_mixers_with_kernels_are_a_kind_of_their_own():
     network = take_batch(build_network('care_s0', (96, 96)), 4)
-    runner = prepare(network, Setup('cudagraph', 'bfloat16', 'channels_last', CUDA, kernels='triton+expansion'))
-    profile = profile_call(runner.run, CUDA, runs=3)
+    runner = prepare(network, Setup('fused', 'bfloat16', 'channels_last', CUDA, kernels='triton'))
+    profile = profile_call(runner.run, CUDA, runner.module, runs=3)
     print(describe_profile(profile))
-    names = {name for _, name, _ in profile.operations}
-    assert {'_forward', '_convolve', '_expand'} <= names
-    assert {'attention', 'conv depth-wise', 'conv 1x1'} <= set(profile.sum_by(1))
+    assert {'mixer', 'conv 1x1', 'conv depth-wise'} <= set(profile.sum_by(1))
 
 
-def test_the_published_way_is_without_kernels():
+def test_the_published_setup_is_without_kernels():
     setup, = list_setups(BenchConfig(published=True), CUDA)[0]
     assert str(setup) == 'eager tf32 nchw' and setup.kernels == 'torch'
 
@@ -75,8 +69,10 @@ def network():
     return timm.create_model('care_s0').eval().to(CUDA), torch.randn(8, 3, 224, 224, device=CUDA)
 
 
-def test_kernels_are_told_by_part_and_kind(network):
-    profile = profile_forward(*network, runs=3)
+@torch.inference_mode()
+def test_time_is_told_by_part_and_kind(network):
+    model, images = network
+    profile = profile_call(partial(model, images), CUDA, model, runs=3)
     print(describe_profile(profile))
     assert {('stages.2', 'attention'), ('stages.0', 'conv depth-wise'), ('stages.3', 'conv 1x1'),
             ('head', 'linear')} <= {cell for cell, ms in profile.cells.items() if ms > 0}
@@ -84,63 +80,35 @@ def test_kernels_are_told_by_part_and_kind(network):
     assert outside < 0.1 * profile.busy_ms and profile.busy_ms < 1.2 * profile.profiled_ms
 
 
-def test_kernels_of_a_cuda_graph_are_told_by_name(network):
-    model, images = network
-    with torch.inference_mode():
-        for _ in range(3):
-            model(images)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            model(images)
-    eager, replayed = profile_forward(model, images, runs=3), profile_forward(lambda _: graph.replay(), images, runs=3)
-    print(describe_profile(replayed))
-    assert replayed.busy_ms == pytest.approx(eager.busy_ms, rel=0.3) and len(replayed.sum_by(1)) > 2
-
-
-def test_generated_kernels_are_told(network):
-    profile = profile_forward(torch.compile(network[0]), network[1], runs=3)
-    print(describe_profile(profile))
-    assert profile.sum_by(1)['generated'] > 0
-
-
+@torch.inference_mode()
 @pytest.mark.parametrize('dtype', ['float32', 'tf32', 'bfloat16'])
-def test_the_bound_is_below_what_is_measured(network, dtype):
+def test_the_roofline_is_below_what_is_measured(network, dtype):
     model, images = network
-    rates = measure_rates(CUDA, dtype)
-    operations = trace_operations(model.cpu(), (224, 224), 8, torch.bfloat16 if dtype == 'bfloat16' else torch.float32)
-    model = model.to(CUDA, torch.bfloat16 if dtype == 'bfloat16' else torch.float32)
-    profile = profile_forward(model, images.to(next(model.parameters()).dtype), runs=3)
-    print(describe_bounds(operations, rates, profile))
-    bounds = [1e3 * bound_time(list_layers(operations, fusion), rates) for fusion in FUSIONS]
-    assert profile.total_ms > bounds[1] > bounds[2] > 0
+    rates, number = measure_rates(CUDA, dtype), torch.bfloat16 if dtype == 'bfloat16' else torch.float32
+    trace = trace_layers(model, (224, 224), 8, number)
+    profile = profile_call(partial(model.to(number), images.to(number)), CUDA, model, runs=3)
+    print(describe_roofline(trace, rates, profile))
+    assert profile.total_ms > 1e3 * bound_time(trace.layers, rates) > 0
 
 
 @pytest.mark.parametrize('teacher', ['none', 'resnet18'])
-def test_all_ways_of_training_compute_the_same(teacher):
-    records = bench_training(dataclasses.replace(BENCH, teacher=teacher))
+def test_all_training_modes_compute_the_same(teacher):
+    records = bench_training(replace(BENCH, teacher=teacher))
     print(describe_training(records))
-    assert [record['way'] for record in records] == list(list_ways(CUDA))
-    assert all(record['median_ms'] for record in records), [record['notes'] for record in records]
+    assert [record.way for record in records] == list(list_modes(CUDA))
+    assert all(record.median_ms for record in records), [record.notes for record in records]
 
 
 def test_a_batch_that_does_not_fit_is_halved():
     free = torch.cuda.mem_get_info()[0]
     torch.cuda.set_per_process_memory_fraction(min(2 ** 31 / free, 1.))
     try:
-        record, = bench_training(dataclasses.replace(BENCH, batch=256, img_size=224), ['published'])
+        record, = bench_training(replace(BENCH, batch=256, img_size=224), ['published'])
     finally:
         torch.cuda.set_per_process_memory_fraction(1.)
-    assert 2 <= record['batch'] < 256 and 'did not fit' in ' '.join(record['notes'])
-
-
-@pytest.mark.parametrize('way', ['channels_last+bf16', pytest.param('channels_last+bf16+kernels', marks=needs_kernels)])
-def test_curves_of_a_faster_way_are_within_noise(way):
-    config = TrainConfig(**{**read_recipe('care_s0_fruit14'), 'data': str(FRUIT), 'batch_size': 32, 'img_size': 64})
-    comparison = compare_curves(config, way, CUDA, steps=60)
-    print(describe_curves(comparison))
-    assert comparison.is_within_noise
+    assert 2 <= record.batch < 256 and 'did not fit' in ' '.join(record.notes)
 
 
 def test_growth_is_measured():
     records = measure_growth('care_s0', (224, 512), CUDA, torch.bfloat16, batch=4, rounds=2)
-    assert all(record['median_ms'] > 0 for record in records)
+    assert all(record.median_ms > 0 for record in records)

@@ -1,5 +1,4 @@
 """Loaders: the same images whatever was interrupted and whoever loads them, and an account of those that are lost."""
-import json
 import os
 import shutil
 import signal
@@ -11,12 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from photos import FRUIT, copy_images
-from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch.utils.data import IterableDataset
 
-from caretrans.__main__ import main
-from caretrans.bench.loader import describe_bench, make_photographs
 from caretrans.config import TrainConfig
 from caretrans.data import check_labels, find_labels, list_classes, open_dataset
 from caretrans.data.loaders import build_eval_loader, build_train_loader
@@ -275,16 +271,3 @@ def test_streams_are_checked_as_they_come(small_data):
     with pytest.raises(DataError, match='train_img_sizes needs images by index'):
         config = TrainConfig(img_size=32, batch_size=4, workers=0, train_img_sizes=[32, 64])
         build_train_loader(Stream(images, 16), config, EVAL, config.split_steps(1))
-
-
-def test_the_benchmark_makes_photographs_and_compares_both_loaders(tmp_path, capsys):
-    make_photographs([str(FRUIT)], (500, 400), tmp_path, 3)
-    made = [Image.open(path) for path in sorted(tmp_path.glob('train/*/*.jpg'))]
-    assert [image.size for image in made] == [(500, 400)] * 3
-    assert main(['bench-loader', str(tmp_path), '--images', '24', '--rounds', '2', '--img-size', '32', '--batch-size',
-                 '4', '--auto-augment', '', '--json']) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result['files'] == 3 and len(result['policies'][0]['ours']['rounds']) == 2
-    assert '| crop, flip | ' in describe_bench(result)
-    assert main(['bench-loader', '--photos', str(tmp_path / 'none')]) == 2
-    assert 'No JPEGs' in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The kernels, interpreted on the CPU: tests/test_kernels.py runs this in a process of its own.
+"""The kernels, interpreted on the CPU: tests/kernels/test_kernels.py runs this in a process of its own.
 
 Triton reads TRITON_INTERPRET when it is first imported, and a process that interprets can do nothing else with it.
 """
@@ -11,7 +11,6 @@ import caretrans.kernels.linear_attention as linear_attention
 import pytest
 import torch
 import torch.nn as nn
-from caretrans.kernels.expansion import expand
 from caretrans.kernels.launch import INTERPRETED
 from caretrans.kernels.mixer import mix_with_attention, mix_with_strips
 from caretrans.models.attention import linear_attention as attend_in_torch
@@ -19,8 +18,7 @@ from caretrans.models.care import CareBlock
 from caretrans.models.mlla import MllaBlock, MllaStage, rotary_code
 from definitions import assert_linear_attention, random_rotation
 from kernel_checks import (
-    ATTENTIONS, EXPANSIONS, MIXERS, check_attention, check_expansion, check_mixer, error_of, expansion_inputs,
-    run, run_with_parameters, slice_of)
+    ATTENTIONS, MIXERS, check_attention, check_mixer, error_of, run, run_with_parameters, slice_of)
 from reference import filled_model
 
 attend = linear_attention.attend
@@ -45,7 +43,7 @@ class Launches:
 
 
 def test_this_process_interprets():
-    assert INTERPRETED and caretrans.kernels.available('cpu')
+    assert INTERPRETED and not caretrans.kernels.why_unavailable('cpu')
     assert 'interpreter' in caretrans.kernels.why_unavailable('cuda')
 
 
@@ -58,7 +56,7 @@ def test_linear_attention_equals_its_definition(shape, rotated, channels_last):
 
 
 @pytest.mark.parametrize('dtype', DTYPES[1:], ids=str)
-@pytest.mark.parametrize('shape, rotated', [case for case in ATTENTIONS if case[0][2] in (16, 24, 32)], ids=str)
+@pytest.mark.parametrize('shape, rotated', [((2, 2, 16, 16, 33), False), ((1, 1, 24, 16, 33), True)], ids=str)
 def test_linear_attention_in_lower_precision(shape, rotated, dtype):
     check_attention(attend, shape, dtype, rotated=rotated)
 
@@ -69,15 +67,15 @@ def test_linear_attention_at_small_weights_and_large(rotate):
 
 
 @pytest.mark.parametrize('rotated', [False, True])
-@pytest.mark.parametrize('scale', [100., 1e4])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_large_queries_and_keys_do_not_overflow(dtype, scale, rotated):
-    check_attention(attend, (1, 2, 16, 16, 70), dtype, scale=scale, rotated=rotated)
+def test_large_queries_and_keys_do_not_overflow(dtype, rotated):
+    for scale in 100., 1e4:
+        check_attention(attend, (1, 1, 16, 16, 33), dtype, scale=scale, rotated=rotated)
 
 
 @pytest.mark.parametrize('rotated', [False, True])
-@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize('shape', [(1, 2, 16, 16, 100), (1, 1, 32, 24, 131)], ids=str)
+@pytest.mark.parametrize('shape, dtype', [
+    ((1, 2, 16, 16, 100), torch.float64), ((1, 1, 32, 24, 131), torch.bfloat16)], ids=str)
 def test_heads_split_over_programs(monkeypatch, shape, dtype, rotated):
     monkeypatch.setattr(linear_attention, 'POSITIONS_OF_A_PROGRAM', 30)
     launches = [Launches(monkeypatch, linear_attention, name) for name in ('_forward', '_backward')]
@@ -178,9 +176,10 @@ def test_convolutions_are_written_completely_and_nothing_else_is():
 
 @pytest.mark.parametrize('channels_last', [False, True])
 @pytest.mark.parametrize('strips', [False, True])
-@pytest.mark.parametrize('shape', [(1, 17, 17), (2, 14, 20)], ids=str)
+@pytest.mark.parametrize('shape', [(1, 5, 7), (2, 3, 7)], ids=str)
 def test_gradients_of_weights_are_summed_over_splits(monkeypatch, shape, strips, channels_last):
     """Splits whose lengths are no multiples of those of the tiles: the last tile of each reaches into the next."""
+    monkeypatch.setattr(depthwise, 'POSITIONS_OF_A_PROGRAM', 20)
     launches = Launches(monkeypatch, depthwise, '_weight_gradients')
     sizes = [(11, 1), (1, 11), (3, 3), (7, 7)] if strips else [(3, 3), (7, 7)]
     x = slice_of(9 if strips else 6, 2, shape, channels_last, torch.float64, 'cpu')
@@ -197,39 +196,26 @@ def test_gradients_of_weights_are_summed_over_splits(monkeypatch, shape, strips,
     assert splits > 1
 
 
-# Expansion ------------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize('channels_last', [False, True])
-@pytest.mark.parametrize('shape', EXPANSIONS, ids=str)
-def test_expansion_equals_its_convolutions(shape, channels_last, dtype):
-    check_expansion(shape, dtype, channels_last)
-
-
-def test_few_programs_take_many_tiles(monkeypatch):
-    import caretrans.kernels.expansion as expansion
-    monkeypatch.setattr(expansion, 'PROGRAMS', 2)
-    check_expansion((2, 6, 100, 18, 20), torch.float64)
-
-
 # Modules, operators ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('make', BLOCKS.values(), ids=BLOCKS)
-def test_a_block_trains_as_it_does_in_torch(make):
+def test_a_block_trains_as_it_does_in_torch_also_compiled_to_one_graph(make):
     block = make().double().train()
     with_kernels = copy.deepcopy(block)
     assert {placement.runs for placement in caretrans.kernels.use_kernels(with_kernels)} >= {'triton'}
-    x = slice_of(16, 0, (2, 4, 5), True, torch.float64, 'cpu')
-    assert error_of(run(with_kernels, [x]), run(block, [x])) <= 1e-10
+    compiled = torch.compile(copy.deepcopy(with_kernels), fullgraph=True, backend='aot_eager')
+    x = slice_of(16, 0, (2, 2, 3), True, torch.float64, 'cpu')
+    found = run(with_kernels, [x])
+    assert error_of(found, run(block, [x])) <= 1e-10 and error_of(run(compiled, [x]), found) <= 1e-12
     assert list(with_kernels.state_dict()) == list(block.state_dict())
 
 
 def test_a_network_trains_as_it_does_in_torch():
     """One block per stage, on images that are not square."""
-    network = filled_model('mlla_t', num_classes=7, depths=(1, 1, 1, 1)).double().train()
+    network = filled_model('mlla_t', num_classes=7, depths=(1, 1, 1, 1), width=32).double().train()
     with_kernels = copy.deepcopy(network)
     assert [placement.runs for placement in caretrans.kernels.use_kernels(with_kernels)] == 4 * ['triton']
-    x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    x = torch.randn(2, 3, 32, 64, dtype=torch.float64)
     assert error_of(run_with_parameters(with_kernels, x), run_with_parameters(network, x)) <= 1e-10
 
 
@@ -278,19 +264,14 @@ def test_a_fused_block_runs_as_kernels(num_heads):
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.3)
     fused = block.fuse()
-    placements = caretrans.kernels.use_kernels(fused, parts=caretrans.kernels.PARTS)
-    runs = {placement.name: placement.runs for placement in placements}
-    assert {name: runs[name] for name in ('mixer', 'inter1', 'inter2')} == dict.fromkeys(
-        ('mixer', 'inter1', 'inter2'), 'triton')
+    runs = {placement.name: placement.runs for placement in caretrans.kernels.use_kernels(fused)}
+    assert runs == dict(mixer='triton')
     x = slice_of(32, 1, (1, 4, 5), True, torch.float32, 'cpu')
     with torch.no_grad():
         assert error_of([fused(x)], [copy.deepcopy(block).double()(x.double())]) <= 1e-5
         with torch.autocast('cpu', dtype=torch.bfloat16):
-            hidden, expected = fused.inter1(x[:, 8:]), block.fuse().inter1(x[:, 8:])
             compiled = torch.compile(fused, fullgraph=True, backend='aot_eager')(x)
             assert error_of([compiled], [fused(x)]) <= 1e-5
-        assert hidden.dtype == expected.dtype == torch.bfloat16
-        assert error_of([hidden], [expected]) <= 3e-2
 
 
 def test_a_local_convolution_that_is_no_joined_one_stays():
@@ -300,31 +281,14 @@ def test_a_local_convolution_that_is_no_joined_one_stays():
     assert placement.runs == 'torch' and 'larger than 3x3' in placement.reason
 
 
-def test_normalisations_must_be_folded_into_expansions():
-    placements = caretrans.kernels.use_kernels(CareBlock(4, (2, 2), 0), parts=['expansion'])
-    assert {(p.name, p.runs) for p in placements} == {('mixer', 'torch'), ('inter1', 'torch'), ('inter2', 'torch')}
-    assert all('folded' in p.reason for p in placements if p.part == 'expansion')
-
-
-@pytest.mark.parametrize('make', BLOCKS.values(), ids=BLOCKS)
-def test_a_compiled_block_is_one_graph(make):
-    block = make().double().train()
-    caretrans.kernels.use_kernels(block)
-    compiled = torch.compile(copy.deepcopy(block), fullgraph=True, backend='aot_eager')
-    x = slice_of(16, 0, (2, 2, 3), True, torch.float64, 'cpu')
-    assert error_of(run(compiled, [x]), run(block, [x])) <= 1e-12
-
-
 def test_operators_keep_the_rules_of_pytorch():
     """Schemas, shapes and strides under FakeTensor, autograd, and what torch.compile traces: PyTorch's own checks."""
     q, k, v = (torch.randn(1, 2, 4, 9, requires_grad=True) for _ in range(3))
-    for rotate in None, random_rotation(2, 4, 9):
-        torch.library.opcheck(attend, (q, k, v, 1e-6, rotate))
+    torch.library.opcheck(attend, (q, k, v, 1e-6, random_rotation(2, 4, 9)))
+    torch.library.opcheck(attend, (q, k, v, 1e-6, None), test_utils=('test_schema', 'test_faketensor'))
     x = slice_of(9, 2, (1, 2, 3), True, torch.float32, 'cpu').requires_grad_()
     weights = [torch.randn(3, 1, *size, requires_grad=True) for size in ((11, 1), (1, 11), (3, 3), (7, 7))]
     biases = [torch.randn(3, requires_grad=True) for _ in weights]
     torch.library.opcheck(mix_with_strips, (x, weights, biases))
     qk = torch.randn(1, 6, 2, 3, requires_grad=True)
     torch.library.opcheck(mix_with_attention, (x, qk, weights[2:], biases[2:], 1, 1e-6))
-    x, parameters = expansion_inputs((1, 3, 6, 4, 4), torch.float32, True, 'cpu')
-    torch.library.opcheck(expand, (x, *parameters, torch.float32))
