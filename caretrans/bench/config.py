@@ -112,8 +112,9 @@ class BenchConfig(InferFlags, TrainFlags, AccuracyFlags, CommonFlags):
             self._follow_paper()
         if self.bench == 'accuracy' and not self.checkpoint:
             raise ConfigError('--bench accuracy evaluates a trained network: give its file with --checkpoint.')
-        if self.plots_file and 'infer' not in self.list_benches():
-            raise ConfigError(f'--plots {self.plots} with --bench {self.bench}: one file needs --bench infer.')
+        if self.plots_file and ('infer' not in self.list_benches() or len(self.batch_size) > 1 or len(
+                self.img_size) > 1):
+            raise ConfigError(f'--plots {self.plots}: one picture needs --bench infer, one batch and one size.')
         self.sizes = [parse_size(size) for size in self.img_size]
         for name in ('backend', 'dtype', 'kernels', 'batch_size', 'img_size'):
             values = getattr(self, name)

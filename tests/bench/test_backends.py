@@ -39,9 +39,10 @@ def networks():
 
 
 @pytest.fixture(autouse=True)
-def quick_compiler(monkeypatch):
+def quick_compiler():
     """Without optimisation of the code around the kernels, which takes a quarter of the time."""
-    monkeypatch.setattr(torch._inductor.config.aot_inductor, 'compile_wrapper_opt_level', 'O0')
+    with torch._inductor.config.patch({'aot_inductor.compile_wrapper_opt_level': 'O0'}):
+        yield
 
 
 @pytest.fixture

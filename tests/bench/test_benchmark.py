@@ -60,7 +60,7 @@ def read(folder):
     (['--checkpoint', 'x.pth', '--model', 'care_*', '--bench', 'profile'], 'with 3 models'),
     (['--checkpoint', 'not/there.pth'], 'not/there.pth'),
     (['--check', '--readme', 'none.md'], 'none.md does not exist'),
-    (['--plots', 'a.png', '--bench', 'train'], '--plots a.png with --bench train'),
+    (['--plots', 'a.png', '--bench', 'train'], '--plots a.png: one picture needs --bench infer'),
     # flags of another bench
     (['--bench', 'train', '--backend', 'eager', 'fused'],
      '--backend eager fused with --bench train: it is for --bench infer, profile, accuracy; remove it'),
