@@ -250,8 +250,12 @@ def describe_roofline(
     if free:
         lines.append('Assumed to be free, but measured: ' + ', '.join(
             f'{kind} {ms:.3f} ms' for kind, ms in free.items()) + '.')
-    faster = [f'{b.kind} of {b.part}' for b in bounds if cells.get((b.part, b.kind), b.ms) < b.ms]
-    if faster:
-        lines.append(f'Measured faster than the roofline: {", ".join(faster)}. The rates were measured while the '
-                     f'machine was busy, or maps stay in a cache.')
+    above = sorted(((cells[b.part, b.kind] - b.ms, f'{b.kind} of {b.part}') for b in bounds
+                    if (b.part, b.kind) in cells), reverse=True)
+    if above and above[-1][0] < 0:
+        lines.append(f'Measured faster than the roofline: {", ".join(name for ms, name in above if ms < 0)}. The rates '
+                     f'were measured while the machine was busy, or maps stay in a cache.')
+    if above:
+        lines.append('Farthest above the roofline: ' + ', '.join(
+            f'{name} by {ms:.3f} ms' for ms, name in above[:5]) + '.')
     return '\n'.join(lines)
