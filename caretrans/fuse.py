@@ -1,29 +1,16 @@
 """Fuse a network for inference: the same function with fewer operations and parameters."""
 import copy
-from collections.abc import Callable
 
 import torch
 import torch.nn as nn
 from timm.utils import reparameterize_model
 
 from .models.backbone import Backbone
-from .models.care import CareTransformer
-from .models.casvit import CasVit
 from .models.folding import InferenceModule
-from .models.inference.care_bmm import rewrite_for_bmm
-from .models.inference.care_phone import rewrite_for_phone
-from .models.inference.casvit_phone import rewrite_casvit_for_phone
-from .models.inference.mlla_phone import rewrite_mlla_for_phone
-from .models.mlla import Mlla
 
 __all__ = ['FORMS', 'fuse', 'is_fused', 'measure_fusion_error', 'to_form']
 
-FORMS = ('trained', 'fused', 'phone', 'bmm')  # of a network for inference; see `to_form`
-REWRITES: dict[type[nn.Module], dict[str, Callable[[nn.Module], nn.Module]]] = {  # of fused networks
-    CareTransformer: dict(phone=rewrite_for_phone, bmm=rewrite_for_bmm),
-    CasVit: dict(phone=rewrite_casvit_for_phone),
-    Mlla: dict(phone=rewrite_mlla_for_phone),
-}
+FORMS = ('trained', 'fused', 'phone', 'bmm')  # see `to_form`
 
 
 def is_fused(model: nn.Module) -> bool:
@@ -32,10 +19,10 @@ def is_fused(model: nn.Module) -> bool:
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """A copy of `model` for inference alone, by exact rewrites; `model` stays as it is.
+    """A copy of `model` for inference only, by exact algebra; `model` is not changed.
 
-    What is rewritten, and why that is exact: `caretrans.models.folding` and, for CARE, `care_fused`. timm's
-    `reparameterize_model(model)` gives the same network, without the checks.
+    `caretrans.models.folding` and, for CARE, `models.inference.care_fused` explain what is fused and why that is exact.
+    timm's `reparameterize_model(model)` returns the same network, without the checks.
 
     Args:
         model: A network of this package in evaluation mode, on any device, in any dtype.
@@ -69,9 +56,9 @@ def to_form(model: nn.Module, form: str = 'fused') -> nn.Module:
     """A copy of any network for inference that computes the same.
 
     Args:
-        form: 'trained', with nothing rewritten; 'fused', ours by `fuse` and others reparameterised as their authors do;
-            'phone', ours with the operations that phones like as well (`caretrans.models.*_phone`); 'bmm', the CARE
-            Transformer with those that XNNPACK likes (`caretrans.models.inference.care_bmm`), others fused.
+        form: 'trained', a plain copy; 'fused', our networks by `fuse` and others reparameterised as their authors do;
+            'phone', ours with operations that phones prefer as well (`caretrans.models.inference.*phone`); 'bmm', the
+            CARE Transformer with operations that XNNPACK prefers (`models.inference.care_bmm`), others fused.
     """
     if form not in FORMS:
         raise ValueError(f'form is {form!r}, choose from {", ".join(FORMS)}.')
@@ -79,9 +66,8 @@ def to_form(model: nn.Module, form: str = 'fused') -> nn.Module:
         return copy.deepcopy(model)
     if not isinstance(model, Backbone):
         return reparameterize_model(model)
-    fused = fuse(model)
-    forms = next((forms for kind, forms in REWRITES.items() if isinstance(model, kind)), {})
-    return forms[form](fused) if form in forms else fused
+    convert = model.inference_forms.get(form)
+    return convert(fuse(model)) if convert else fuse(model)
 
 
 @torch.no_grad()

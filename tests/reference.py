@@ -22,6 +22,7 @@ import torch.nn as nn
 
 import caretrans  # noqa: F401 (registers the models)
 
+SHALLOW = (1, 1, 2, 1)  # depths
 DATA = Path(__file__).parent / 'data' / 'reference'
 
 
@@ -81,11 +82,16 @@ def published_model(name: str, dtype: torch.dtype = torch.float32, **kwargs: Any
 
 
 def filled_model(name: str, gain: float = 0.5, **kwargs: Any) -> nn.Module:
-    """Any model with lively weights: filled from our own key names, in evaluation mode.
+    """Any model with weights filled from our own key names, in evaluation mode.
 
-    Fresh weights would not do to compare two ways of running a network: their layer scale of 1e-6 hides the blocks.
+    Fresh weights would hide errors: their layer scale of 1e-6 switches the blocks off.
     """
     model = timm.create_model(name, **kwargs)
     filled = {key: fill_tensor(key, value.shape, gain) for key, value in model.state_dict().items()}
     model.load_state_dict(filled)
     return model.eval()
+
+
+def shallow_model(name: str, gain: float = 0.5, **kwargs: Any) -> nn.Module:
+    """`filled_model` with few blocks, for tests in which the depth does not matter."""
+    return filled_model(name, gain, **{'depths': SHALLOW, **kwargs})

@@ -11,6 +11,7 @@ from timm.models import model_entrypoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import caretrans  # noqa: F401 (registers the models)
+from reference import SHALLOW
 
 MODELS = [  # without aliases
     name for name in timm.list_models(name_matches_cfg=True)
@@ -30,8 +31,8 @@ each_care_model = pytest.mark.parametrize('name', CARE)
 
 
 def on_meta(name: str, **kwargs: Any) -> nn.Module:
-    """A model without weights, for what concerns only its structure and shapes."""
-    return timm.create_model(name, device='meta', **kwargs).eval()
+    """A model without weights and with few blocks, for what concerns only its structure and shapes."""
+    return timm.create_model(name, device='meta', **{'depths': SHALLOW, **kwargs}).eval()
 
 
 def images(*shape: int, device: str = 'cpu') -> torch.Tensor:

@@ -19,7 +19,7 @@ from ..evaluation.evaluate import load_for_evaluation
 from ..fuse import to_form
 from ..measure.sample_network import SAMPLE_IMAGES, randomize, load_sample_images
 from ..models.folding import fold_pixels
-from ..models.inference.care_phone import watch_least_mass
+from ..models.inference.phone import watch_least_mass
 from .config import ExportConfig, Job
 
 __all__ = ['Cases', 'ExportedNetwork', 'Source', 'build_network', 'load_cases', 'load_source']

@@ -62,6 +62,7 @@ class Backbone(nn.Module):
     and calls `set_heads`. Its `published_keys` are the glossary from the published checkpoints to its own names, and
     `computed_keys` the ends of the published keys of what is computed here; `load_state_dict` takes both layouts.
     `mmpretrain_keys` are the glossary from the published names to those of a converter for mmpretrain, if there is one.
+    `inference_forms` has for some of `caretrans.fuse.FORMS` what makes that form of the fused network.
     See timm's documentation of feature extraction for what the methods are for.
 
     With two heads, `head` and `head_dist`, the output is their mean, in training and in evaluation: trained on plain
@@ -75,6 +76,7 @@ class Backbone(nn.Module):
     published_keys: Table = ()
     computed_keys: Tuple[str, ...] = ()
     mmpretrain_keys: Table = ()
+    inference_forms: Dict[str, Callable[[nn.Module], nn.Module]] = {}
     init_module = staticmethod(init_weights)
 
     def __init__(self, distilled: bool) -> None:

@@ -25,8 +25,11 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 
 from .attention import linear_attention
 from .backbone import Backbone, build_backbone, check_image_size, make_cfg
+from .care_ablations import ablate_block
 from .folding import NormConv
+from .inference.care_bmm import to_bmm_form
 from .inference.care_fused import FusedBlock, FusedHead, FusedStem
+from .inference.care_phone import to_phone_form
 
 __all__ = ['CareTransformer']
 
@@ -290,6 +293,7 @@ class CareTransformer(Backbone):
     """
 
     published_keys = PUBLISHED_KEYS
+    inference_forms = {'phone': to_phone_form, 'bmm': to_bmm_form}
 
     def __init__(
             self,
@@ -314,15 +318,12 @@ class CareTransformer(Backbone):
         self.in_chans = in_chans
         self.drop_rate = drop_rate
 
-        block = CareBlock
-        if ablation:
-            from .care_ablations import ablated_block
-            block = ablated_block(ablation)
+        make_block = ablate_block(CareBlock, ablation) if ablation else CareBlock
         stages, self.feature_info, in_chs = [], [], None
         for i, rates in enumerate(calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)):
             last_stage = i == len(depths) - 1
             blocks = [
-                block(
+                make_block(
                     slice_chs[i], ratios[i], num_heads[i], drop_rate, rate, ls_init_value,
                     last=last_stage and j == depths[i] - 1, **dd)
                 for j, rate in enumerate(rates)]

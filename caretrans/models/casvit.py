@@ -23,7 +23,7 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 
 from .backbone import Backbone, build_backbone, check_image_size, init_linear, make_cfg, register_alias
 from .folding import ConvNorm, NormConv
-from .mmpretrain_keys import MMPRETRAIN_KEYS
+from .inference.phone import to_phone_form
 
 __all__ = ['CasVit']
 
@@ -190,6 +190,26 @@ PUBLISHED_KEYS = (  # part of a published key, part of ours; both between dots, 
 )
 
 
+MMPRETRAIN_KEYS = (  # part of a published key, part of one in BackboneHub's `casvit_to_mmpretrain.py`
+    ('^patch_embed.0', '^backbone.downsample_layers.0.conv1.conv'),
+    ('^patch_embed.1', '^backbone.downsample_layers.0.conv1.bn'),
+    ('^patch_embed.3', '^backbone.downsample_layers.0.conv2.conv'),
+    ('^patch_embed.4', '^backbone.downsample_layers.0.conv2.bn'),
+    *((f'^network.{2 * i}', f'^backbone.stages.{i}') for i in range(4)),
+    *((f'^network.{2 * i + 1}', f'^backbone.downsample_layers.{i + 1}') for i in range(3)),
+    *((f'attn.oper_{x}.0.block.0', f'attn.oper_{x}.0.block.0.conv') for x in 'qk'),  # before what becomes block.1
+    *((f'attn.oper_{x}.0.block.1', f'attn.oper_{x}.0.block.0.bn') for x in 'qk'),
+    *((f'attn.oper_{x}.0.block.3', f'attn.oper_{x}.0.block.1.conv') for x in 'qk'),
+    *((f'attn.oper_{x}.1.block.1', f'attn.oper_{x}.1.block.1.conv') for x in 'qk'),
+    ('local_perception.network.0', 'local_perception.network.0.conv'),
+    ('local_perception.network.1', 'local_perception.network.0.bn'),
+    ('local_perception.network.2', 'local_perception.network.1.conv'),
+    ('local_perception.network.4', 'local_perception.network.2'),
+    ('^norm', '^backbone.norm3'),
+    ('^head', '^head.fc'),
+)
+
+
 class CasVit(Backbone):
     """CAS-ViT: BatchNorm of the last map, its mean, and one linear head, or two with `distilled`.
 
@@ -209,6 +229,7 @@ class CasVit(Backbone):
     """
 
     published_keys, mmpretrain_keys = PUBLISHED_KEYS, MMPRETRAIN_KEYS
+    inference_forms = {'phone': to_phone_form}
     init_module = staticmethod(init_linear)
 
     def __init__(

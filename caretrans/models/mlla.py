@@ -25,6 +25,7 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from .attention import linear_attention
 from .backbone import Backbone, build_backbone, check_image_size, init_linear, make_cfg, register_alias
 from .folding import ConvNorm, ResidualConv
+from .inference.mlla_phone import to_phone_form
 from .rotary import make_rotations, rotary_code
 
 __all__ = ['Mlla']
@@ -202,6 +203,7 @@ class Mlla(Backbone):
     """
 
     published_keys = PUBLISHED_KEYS
+    inference_forms = {'phone': to_phone_form}
     computed_keys = ('.attn.rope.rotations',)  # tie a checkpoint to the size of its images
     init_module = staticmethod(init_linear)
 

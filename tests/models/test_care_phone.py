@@ -11,7 +11,8 @@ from caretrans.fuse import FORMS, fuse, to_form
 from caretrans.models.attention import linear_attention
 from caretrans.models.care import CareTransformer, LinearAttention, StripConv
 from caretrans.models.folding import fold_pixels
-from caretrans.models.inference.care_phone import ConvMixer, CrossConv, PhoneAttention, watch_least_mass
+from caretrans.models.inference.care_phone import ConvMixer, CrossConv, PhoneAttention
+from caretrans.models.inference.phone import watch_least_mass
 
 CARE = [name for name in timm.list_models('care_*')]
 

@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from reference import filled_model, published_model
+from reference import SHALLOW, shallow_model
 from registered import CARE, MODELS, gmacs, one_of_each_file
 from timm.utils import reparameterize_model
 from torch.optim.swa_utils import AveragedModel
@@ -22,7 +22,7 @@ FLOAT32 = 5e-6  # measured 5e-7, as the unfused network
 
 @pytest.fixture(scope='module', params=[*CARE, *(name for name in one_of_each_file() if name not in CARE)])
 def model(request):
-    return filled_model(request.param)
+    return shallow_model(request.param)
 
 
 def test_fused_equals_unfused_in_float64(model):
@@ -55,7 +55,7 @@ def test_fused_has_no_norms_of_batches_and_one_head(model):
 @pytest.mark.parametrize('name', MODELS)
 def test_every_model_is_fused(name):
     """With fresh weights, but for the statistics and the scales of norms."""
-    model = timm.create_model(name).eval()
+    model = timm.create_model(name, depths=SHALLOW).eval()
     with torch.no_grad():
         for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
             for value in norm.running_mean, norm.running_var, norm.weight, norm.bias:
@@ -66,7 +66,7 @@ def test_every_model_is_fused(name):
 @pytest.mark.parametrize('name', one_of_each_file())
 class TestOneOfEachFile:
     def test_the_original_stays(self, name):
-        model = filled_model(name)
+        model = shallow_model(name)
         before = copy.deepcopy(model)
         fused = fuse(model)
         for parameter in fused.parameters():
@@ -77,39 +77,39 @@ class TestOneOfEachFile:
         assert not any(p.requires_grad for p in fused.parameters())
 
     def test_any_size_dtype_and_features(self, name):
-        model = filled_model(name)
+        model = shallow_model(name)
         fused = fuse(model)
         x = torch.randn(2, 3, 65, 96)
         torch.testing.assert_close(fused.forward_features(x), model.forward_features(x), rtol=1e-4, atol=1e-4)
         assert measure_fusion_error(model, fuse(copy.deepcopy(model).bfloat16()), x) < 0.1
         with pytest.raises(ValueError, match='31 x 64'):
             fused(torch.zeros(1, 3, 31, 64))
-        extractor = timm.create_model(name, features_only=True).eval()
+        extractor = timm.create_model(name, features_only=True, depths=SHALLOW).eval()
         for found, expected in zip(fuse(extractor)(x), extractor(x), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
     def test_graphs_of_the_fused_network_compute_the_same(self, name):
-        fused, x = fuse(filled_model(name)), torch.randn(2, 3, 64, 96)
+        fused, x = fuse(shallow_model(name)), torch.randn(2, 3, 64, 96)
         for graph in torch.jit.script(fused), torch.fx.symbolic_trace(fused), torch.export.export(fused, (x,)).module():
             torch.testing.assert_close(graph(x), fused(x))
 
     def test_training_is_refused_before_and_after(self, name):
-        model = timm.create_model(name)
+        model = timm.create_model(name, depths=SHALLOW)
         with pytest.raises(ValueError, match=r'training mode.*call eval\(\)'):
             fuse(model)
-        for fused in fuse(model.eval()), reparameterize_model(timm.create_model(name)):
+        for fused in fuse(model.eval()), reparameterize_model(timm.create_model(name, depths=SHALLOW)):
             with pytest.raises(RuntimeError, match='for inference alone'):
                 fused.train()
             assert not fused.eval().training
 
     def test_one_part_in_training_mode_is_enough_to_refuse(self, name):
-        model = timm.create_model(name).eval()
+        model = timm.create_model(name, depths=SHALLOW).eval()
         model.stages[1].train()
         with pytest.raises(ValueError, match='training mode'):
             fuse(model)
 
     def test_fusing_twice_or_what_is_wrapped_is_refused(self, name):
-        model = timm.create_model(name).eval()
+        model = timm.create_model(name, depths=SHALLOW).eval()
         with pytest.raises(ValueError, match='fused already'):
             fuse(fuse(model))
         for wrapped in AveragedModel(model).eval(), torch.compile(model), torch.jit.script(model):
@@ -118,7 +118,7 @@ class TestOneOfEachFile:
 
     def test_a_fused_network_is_not_saved_as_a_checkpoint(self, name, tmp_path):
         with pytest.raises(ValueError, match='fused networks are not saved'):
-            save_checkpoint(tmp_path / 'fused.pth', fuse(timm.create_model(name).eval()), arch=name)
+            save_checkpoint(tmp_path / 'fused.pth', fuse(timm.create_model(name, depths=SHALLOW).eval()), arch=name)
         assert not list(tmp_path.iterdir())
 
 
@@ -138,14 +138,14 @@ def test_a_head_put_in_from_outside_is_refused():
 
 def test_without_heads_and_without_classes():
     x = torch.randn(1, 3, 64, 64)
-    model = filled_model('care_s0', num_classes=0)
+    model = shallow_model('care_s0', num_classes=0)
     torch.testing.assert_close(fuse(model)(x), model(x), rtol=1e-4, atol=1e-4)
     assert is_fused(fuse(model)) and not is_fused(model)
 
 
 @pytest.mark.parametrize('ablation', ABLATIONS)
 def test_ablations_are_fused_too(ablation):
-    model = filled_model('care_s0', ablation=ablation).double()
+    model = shallow_model('care_s0', ablation=ablation).double()
     assert measure_fusion_error(model, fuse(model)) < EXACT
 
 
@@ -213,7 +213,7 @@ def take_one_head_alone(monkeypatch):
     lose_a_shift, forget_the_eps_of_a_norm, fold_into_the_wrong_side, leave_the_layer_scale_out,
     scale_the_weight_but_not_the_bias, put_the_3x3_into_a_corner, take_one_head_alone], ids=lambda f: f.__name__)
 def test_a_wrong_rewrite_is_noticed(break_it, monkeypatch):
-    model = published_model('care_s0', torch.float64)
+    model = shallow_model('care_s0').double()
     assert measure_fusion_error(model, fuse(model)) < EXACT
     break_it(monkeypatch)
     assert measure_fusion_error(model, fuse(model)) > 1e6 * EXACT
@@ -234,7 +234,7 @@ def take_one_linear_head_alone(monkeypatch):
     ('casvit_xs', take_one_linear_head_alone), ('mlla_t', lose_a_shift), ('mlla_t', forget_the_residual),
     ('mlla_t', take_one_linear_head_alone)], ids=lambda value: getattr(value, '__name__', value))
 def test_a_wrong_rewrite_of_other_networks_is_noticed(name, break_it, monkeypatch):
-    model = filled_model(name, distilled=True).double()
+    model = shallow_model(name, distilled=True).double()
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     assert measure_fusion_error(model, fuse(model), images) < EXACT
     break_it(monkeypatch)

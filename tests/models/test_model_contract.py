@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from reference import filled_model
+from reference import SHALLOW, shallow_model
 from registered import (
     CARE, MODELS, assert_same, classifiers_of, each_care_model, each_file, each_model, images, on_meta)
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -59,7 +59,7 @@ def test_feature_info_tells_modules_channels_and_reductions(name):
 @pytest.mark.parametrize('out_indices', [None, (0,), (1, 3), (-1,), (0, 1, 2, 3)])
 def test_features_only_gives_the_maps_asked_for(name, out_indices):
     kwargs = {} if out_indices is None else dict(out_indices=out_indices)
-    model = timm.create_model(name, features_only=True, device='meta', **kwargs)
+    model = on_meta(name, features_only=True, **kwargs)
     maps = model(images(1, 3, 64, 96, device='meta'))
     expected = [model.feature_info.info[i] for i in out_indices or range(len(model.feature_info.info))]
     assert [tuple(m.shape) for m in maps] == [
@@ -69,8 +69,9 @@ def test_features_only_gives_the_maps_asked_for(name, out_indices):
 @each_file
 @pytest.mark.parametrize('feature_cls', ['list', 'dict', 'getter', 'hook', 'fx'])
 def test_every_kind_of_features_only_gives_the_intermediates(name, feature_cls):
-    model = filled_model(name)
-    extractor = timm.create_model(name, features_only=True, feature_cls=feature_cls, out_indices=(0, 2, 3)).eval()
+    model = shallow_model(name)
+    extractor = timm.create_model(
+        name, features_only=True, feature_cls=feature_cls, out_indices=(0, 2, 3), depths=SHALLOW).eval()
     keys = {key: re.sub(r'^(model|graph_module)\.|(?<=^stages)_', lambda m: '' if m[1] else '.', key)
             for key in extractor.state_dict()}  # wrapped as `model.`, `graph_module.`, flattened to `stages_0.`
     state = model.state_dict()
@@ -86,7 +87,7 @@ def test_every_kind_of_features_only_gives_the_intermediates(name, feature_cls):
 
 @each_file
 def test_forward_intermediates_takes_indices(name):
-    model = filled_model(name)
+    model = shallow_model(name)
     x = images(1, 3, 64, 64)
     with torch.no_grad():
         final, maps = model.forward_intermediates(x, norm=True)
@@ -101,7 +102,7 @@ def test_forward_intermediates_takes_indices(name):
 
 @each_file
 def test_forward_intermediates_can_stop_early(name):
-    model = filled_model(name)
+    model = shallow_model(name)
     x = images(1, 3, 64, 64)
     ran = []
     for i, stage in enumerate(model.stages):
@@ -124,7 +125,7 @@ def test_forward_intermediates_refuses_what_it_has_not(name):
 
 @each_file
 def test_prune_intermediate_layers_keeps_what_is_asked_for(name):
-    model = filled_model(name)
+    model = shallow_model(name)
     x = images(2, 3, 64, 64)
     with torch.no_grad():
         maps = model.forward_intermediates(x, norm=True, intermediates_only=True)
@@ -177,7 +178,7 @@ def test_grad_checkpointing_changes_neither_outputs_nor_gradients(name):
     x = images(2, 3, 64, 64)
     results = []
     for enable in (False, True):
-        model = filled_model(name, drop_rate=0.1, drop_path_rate=0.1).train()
+        model = shallow_model(name, drop_rate=0.1, drop_path_rate=0.1).train()
         model.set_grad_checkpointing(enable)
         inputs = x.clone().requires_grad_()
         torch.manual_seed(1)
@@ -190,7 +191,7 @@ def test_grad_checkpointing_changes_neither_outputs_nor_gradients(name):
 
 @each_file
 def test_grad_checkpointing_keeps_no_activations_of_blocks(name):
-    model = filled_model(name).train()
+    model = shallow_model(name, depths=(2, 2, 6, 2)).train()
     kept = []
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
@@ -231,7 +232,7 @@ def test_drop_rate_sits_in_both_interactions_and_both_heads(name):
 
 @pytest.mark.parametrize('name', CARE[:1])
 def test_drop_path_of_the_last_care_block_zeroes_whole_samples(name):
-    model = filled_model(name, drop_path_rate=0.5).train()
+    model = shallow_model(name, drop_path_rate=0.5).train()
     features = model.forward_features(images(16, 3, 32, 32))
     zeroed = (features == 0).flatten(1).all(dim=1)
     assert 0 < zeroed.sum() < 16
@@ -260,9 +261,10 @@ def test_device_and_dtype_are_constructor_arguments(name):
 
 @each_file
 def test_dtype_argument_gives_the_same_network(name):
-    model = timm.create_model(name, dtype=torch.float64).eval()
+    model = timm.create_model(name, dtype=torch.float64, depths=SHALLOW).eval()
     assert model(images(1, 3, 64, 64).double()).dtype == torch.float64
-    for (key, value), other in zip(model.named_parameters(), timm.create_model(name).parameters(), strict=True):
+    for (key, value), other in zip(
+            model.named_parameters(), timm.create_model(name, depths=SHALLOW).parameters(), strict=True):
         if value.numel() > 300:
             found, expected = value.std().item(), other.std().item()
             assert found == pytest.approx(expected, rel=0.2, abs=1e-9), f'{key}: not initialised alike'
@@ -297,12 +299,12 @@ def test_pretrained_cfg_of_care_is_the_published_evaluation(name):
 
 @each_file
 def test_copies_pickles_and_saved_states_compute_the_same(name):
-    model = filled_model(name, num_classes=6)
+    model = shallow_model(name, num_classes=6)
     x = images(1, 3, 64, 64)
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
-    loaded = timm.create_model(name, num_classes=6).eval()
+    loaded = timm.create_model(name, num_classes=6, depths=SHALLOW).eval()
     loaded.load_state_dict(torch.load(file, weights_only=True))
     with torch.no_grad():
         for other in copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded:
@@ -312,7 +314,7 @@ def test_copies_pickles_and_saved_states_compute_the_same(name):
 
 @each_file
 def test_every_image_of_a_batch_is_on_its_own_in_evaluation(name):
-    model = filled_model(name)
+    model = shallow_model(name)
     x = images(3, 3, 64, 64)
     with torch.no_grad():
         assert_same(model(x), torch.cat([model(image[None]) for image in x]))
@@ -337,7 +339,7 @@ def test_images_of_any_size_from_32_by_32(name, height, width):
 @each_file
 @pytest.mark.parametrize('height, width', [(32, 32), (33, 47), (63, 65)])
 def test_small_and_odd_images_give_finite_outputs_and_gradients(name, height, width):
-    model = filled_model(name).train()
+    model = shallow_model(name).train()
     out = model(images(2, 3, height, width))
     out.sum().backward()
     assert out.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters())

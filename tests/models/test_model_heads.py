@@ -4,14 +4,14 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from reference import filled_model
+from reference import SHALLOW, shallow_model
 from registered import (
     CARE, assert_same, classifiers_of, each_care_model, each_file, each_model, images, on_meta, one_of_each_file)
 
 
 @each_model
 def test_forward_is_features_then_head(name):
-    model = filled_model(name)
+    model = shallow_model(name)
     x = images(2, 3, 64, 96)
     with torch.no_grad():
         features = model.forward_features(x)
@@ -43,7 +43,7 @@ def test_pooling_that_leaves_nothing_to_classify_is_refused(name):
 @each_file
 @pytest.mark.parametrize('arguments', [(7, 'catavgmax'), (7, '')])
 def test_refused_reset_leaves_the_model_as_it_was(name, arguments):
-    model = filled_model(name)
+    model = shallow_model(name)
     x = images(1, 3, 64, 64)
     with torch.no_grad():
         expected = model(x)
@@ -54,7 +54,7 @@ def test_refused_reset_leaves_the_model_as_it_was(name, arguments):
 
 @each_file
 def test_reset_classifier_keeps_features_device_dtype_and_mode(name):
-    model = filled_model(name).double()
+    model = shallow_model(name).double()
     x = images(2, 3, 64, 64).double()
     with torch.no_grad():
         expected = model.forward_features(x)
@@ -73,7 +73,7 @@ def test_reset_classifier_keeps_features_device_dtype_and_mode(name):
 
 @each_file
 def test_reset_classifier_changes_the_pooling_only_when_asked(name):
-    model = filled_model(name, global_pool='max')
+    model = shallow_model(name, global_pool='max')
     x = images(2, 3, 64, 96)
     with torch.no_grad():
         features = model.forward_features(x)
@@ -100,7 +100,7 @@ def test_get_classifier_gives_the_linear_layers(name):
 @each_model
 def test_plain_labels_train_every_parameter_of_both_heads(name):
     """Without distillation the mean of the heads is trained: plain cross entropy, and nothing to set."""
-    model = timm.create_model(name, num_classes=10).train()
+    model = timm.create_model(name, num_classes=10, depths=SHALLOW).train()
     logits = model(images(4, 3, 64, 64))
     assert logits.shape == (4, 10)
     F.cross_entropy(logits, torch.arange(4)).backward()
@@ -112,7 +112,7 @@ def test_plain_labels_train_every_parameter_of_both_heads(name):
 
 
 def two_headed(name, **kwargs):
-    return timm.create_model(name, **kwargs, **({} if name in CARE else dict(distilled=True)))
+    return timm.create_model(name, depths=SHALLOW, **kwargs, **({} if name in CARE else dict(distilled=True)))
 
 
 @each_file

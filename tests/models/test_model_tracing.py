@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from reference import filled_model
+from reference import SHALLOW, shallow_model
 from registered import one_of_each_file
 from timm.models._features import FeatureGetterNet
 from torch.export import Dim, export
@@ -31,7 +31,7 @@ def fresh_compiler():
 
 @some_models
 def test_scripted_model_computes_the_same_at_any_size(name):
-    model = filled_model(name)
+    model = shallow_model(name)
     scripted = torch.jit.script(model)
     with torch.no_grad():
         for size in (64, 96), (33, 47):
@@ -43,7 +43,7 @@ def test_scripted_model_computes_the_same_at_any_size(name):
 
 @first_models
 def test_scripted_model_trains_on_the_mean_of_the_heads(name):
-    model = filled_model(name).train()
+    model = shallow_model(name).train()
     if model.distilled:
         model.set_distilled_training(True)
     torch.jit.script(model)(torch.randn(2, 3, 64, 64)).sum().backward()
@@ -52,7 +52,7 @@ def test_scripted_model_trains_on_the_mean_of_the_heads(name):
 
 @some_models
 def test_scripted_features_compute_the_same(name):
-    extractor = FeatureGetterNet(filled_model(name), out_indices=(0, 2)).eval()
+    extractor = FeatureGetterNet(shallow_model(name), out_indices=(0, 2)).eval()
     scripted = torch.jit.script(extractor)
     x = torch.randn(1, 3, 65, 96)
     with torch.no_grad():
@@ -62,7 +62,7 @@ def test_scripted_features_compute_the_same(name):
 
 @some_models
 def test_traced_model_computes_the_same_at_any_size(name):
-    model = filled_model(name)
+    model = shallow_model(name)
     traced = torch.jit.trace(model, torch.randn(1, 3, 64, 64))
     x = torch.randn(2, 3, 96, 101)
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_traced_model_computes_the_same_at_any_size(name):
 def test_fx_traces_in_evaluation_and_training(name):
     x = torch.randn(2, 3, 64, 96)
     for training in False, True:
-        model = filled_model(name).train(training)
+        model = shallow_model(name).train(training)
         traced = torch.fx.symbolic_trace(model)
         model.load_state_dict(model.state_dict())
         with torch.no_grad():
@@ -84,7 +84,7 @@ def test_fx_traces_in_evaluation_and_training(name):
 
 @some_models
 def test_exported_model_takes_batches_and_sizes_of_its_range(name):
-    model = filled_model(name)
+    model = shallow_model(name)
     side = Dim.AUTO(min=64, max=512) if callable(Dim.AUTO) else Dim.AUTO  # PyTorch 2.6 takes no range
     sizes = {0: Dim('batch', min=1, max=64), 2: side, 3: side}
     exported = export(model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=(sizes,)).module()
@@ -96,7 +96,7 @@ def test_exported_model_takes_batches_and_sizes_of_its_range(name):
 
 @pytest.mark.parametrize('name', sorted(set(SOME) - set(one_of_each_file())))  # the rest is below
 def test_compiled_model_is_one_graph_and_computes_the_same(name):
-    model = filled_model(name)
+    model = shallow_model(name)
     compiled = torch.compile(model, backend='eager', fullgraph=True)
     with torch.no_grad():
         x = torch.randn(2, 3, 64, 64)
@@ -105,7 +105,7 @@ def test_compiled_model_is_one_graph_and_computes_the_same(name):
 
 @first_models
 def test_compiled_model_takes_batches_and_sizes_without_compiling_each(name):
-    model = filled_model(name)
+    model = shallow_model(name)
     graphs = []
 
     def backend(graph, example_inputs):
@@ -124,7 +124,7 @@ def test_compiled_training_is_one_graph_with_the_same_gradients(name):
     x = torch.randn(2, 3, 64, 64)
     results = []
     for compile_it in False, True:
-        model = filled_model(name).train()
+        model = shallow_model(name).train()
         run = torch.compile(model, backend='aot_eager', fullgraph=True) if compile_it else model
         logits = run(x)
         F.cross_entropy(logits, torch.arange(2)).backward()
@@ -134,7 +134,7 @@ def test_compiled_training_is_one_graph_with_the_same_gradients(name):
 
 
 def test_compiled_distilled_training_is_one_graph():
-    model = filled_model('care_s0').train()
+    model = shallow_model('care_s0').train()
     model.set_distilled_training(True)
     x = torch.randn(2, 3, 64, 64)
     pair = torch.compile(model, backend='eager', fullgraph=True)(x)
@@ -146,7 +146,7 @@ def test_compiled_distilled_training_is_one_graph():
 @pytest.mark.parametrize('kwargs', [
     dict(drop_rate=0.1, drop_path_rate=0.1), dict(features_only=True)], ids=['drop', 'features'])
 def test_no_graph_breaks_under_autocast_checkpointing_and_dropping(name, kwargs):
-    model = timm.create_model(name, **kwargs).train()
+    model = timm.create_model(name, depths=SHALLOW, **kwargs).train()
     model.set_grad_checkpointing('features_only' not in kwargs)
 
     def run(x):

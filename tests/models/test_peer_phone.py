@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from caretrans.fuse import fuse, is_fused, to_form
 from caretrans.models.attention import linear_attention
 from caretrans.models.casvit import CasVit
-from caretrans.models.inference.care_phone import watch_least_mass
+from caretrans.models.inference.phone import watch_least_mass
 from caretrans.models.inference.mlla_phone import PhoneRotaryAttention, make_rotary_tables
 from caretrans.models.mlla import Mlla, RotaryLinearAttention, rotary_code, to_map, to_tokens
 

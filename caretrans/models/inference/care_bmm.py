@@ -17,7 +17,7 @@ import torch.nn as nn
 from ..attention import EPS
 from ..folding import InferenceModule
 
-__all__ = ['BmmAttention', 'SlicedMixer', 'rewrite_for_bmm']
+__all__ = ['BmmAttention', 'SlicedMixer', 'to_bmm_form']
 
 
 class BmmAttention(InferenceModule):
@@ -72,7 +72,7 @@ class SlicedMixer(InferenceModule):
         return x[:, :self.memory_chs], torch.cat([self.long_range(attn), self.local(local)], dim=1)
 
 
-def rewrite_for_bmm(model: nn.Module) -> nn.Module:
+def to_bmm_form(model: nn.Module) -> nn.Module:
     """A copy of a fused network with the operations of XNNPACK; the network itself stays.
 
     Args:

@@ -1,39 +1,25 @@
-"""The CARE Transformer for phones: the fused network with fewer and safer operations still.
+"""The CARE Transformer for phones: the fused network with fewer operations that are also safer in float16.
 
-Phones compute in float16, whose largest number is 65504 and whose least normal one is 6.1e-5, and their compilers pay
-for every change of shape. So
+- Attention is written with softmax and logarithms: no sum over positions that overflows, no small denominator, no
+  feature that cancels to 0. Queries, keys and values leave one convolution, head by head, so that two reshapes remain.
+- The 11x1 and the 1x11 convolution of the early stages are one 11x11 cross, and that is one convolution with the local
+  range beside it, whose 7x7 gets a border of zeros: 2 % more multiply-adds of care_s0 for 12 operations fewer.
 
-- attention is written with softmax and logarithms: no sum over positions that overflows, no small denominator, no
-  feature that cancels to 0; queries, keys and values leave one convolution, head by head, so that two reshapes remain;
-- the 11x1 and the 1x11 convolution of the early stages are one 11x11 cross, and that is one convolution with the local
-  range beside it, whose 7x7 gets a border of zeros: 2 % more multiply-adds of care_s0 for 12 operations less.
-
-Both are exact algebra but for one number: attention goes without its eps of 1e-6. That moves an output by the part
-eps / denominator of itself; `watch_least_mass` says what the denominators are.
+Both are exact algebra but for one number: attention has no eps of 1e-6. That moves an output by the fraction
+eps / denominator of itself; `watch_least_mass` shows the denominators.
 """
 import copy
-from contextlib import contextmanager
-from typing import Iterator, List, Tuple
+from typing import Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..attention import positive_feature
-from ..care import LinearAttention
 from ..folding import InferenceModule, join_depthwise
-from ..mlla import RotaryLinearAttention, to_map, to_tokens
 from .care_fused import FusedBlock, FusedMixer
+from .phone import log_feature, use_mean_pool
 
-__all__ = [
-    'ConvMixer', 'CrossConv', 'MeanPool', 'PhoneAttention', 'log_feature', 'rewrite_for_phone', 'watch_least_mass']
-
-HALF_MAX = torch.finfo(torch.float16).max
-
-
-def log_feature(shifted: torch.Tensor) -> torch.Tensor:
-    """1 + log phi(t) of t + 1, for phi(t) = elu(t) + 1: without an exponential, and exact where phi vanishes."""
-    return shifted.clamp(-HALF_MAX, 1.) + shifted.clamp(1., HALF_MAX).log()
+__all__ = ['ConvMixer', 'CrossConv', 'PhoneAttention', 'to_phone_form']
 
 
 class PhoneAttention(InferenceModule):
@@ -111,15 +97,8 @@ class ConvMixer(InferenceModule):
         return memory, self.conv(features)
 
 
-class MeanPool(InferenceModule):
-    """Global average pooling without a reshape: (B, C, H, W) to (B, C)."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.mean(dim=(2, 3))
-
-
-def rewrite_for_phone(model: nn.Module) -> nn.Module:
-    """A copy of a fused network with the operations of phones; the network itself stays.
+def to_phone_form(model: nn.Module) -> nn.Module:
+    """A copy of a fused network with the operations that phones prefer; the network itself stays.
 
     Args:
         model: What `caretrans.fuse.fuse` returned.
@@ -131,32 +110,5 @@ def rewrite_for_phone(model: nn.Module) -> nn.Module:
     for mixer in [module for module in model.modules() if hasattr(module, 'long_range')]:
         mixer.long_range = PhoneAttention(mixer.long_range) if hasattr(mixer.long_range, 'qk') \
             else CrossConv(mixer.long_range)
-    if getattr(model.global_pool, 'pool_type', '') == 'avg':
-        model.global_pool = MeanPool()
+    use_mean_pool(model)
     return model
-
-
-@contextmanager
-def watch_least_mass(model: nn.Module) -> Iterator[List[float]]:
-    """The denominators of the attention of a network as trained or fused, the least of each call, while it runs.
-
-        with watch_least_mass(model) as masses:
-            model(images)
-        least = min(masses, default=math.inf)
-    """
-    masses: List[float] = []
-
-    def look(module: nn.Module, args: tuple) -> None:
-        x = args[0]
-        qk = module.qk(x) if isinstance(module, LinearAttention) else to_map(module.qk(to_tokens(x)))
-        q, k = positive_feature(qk).reshape(
-            len(x), 2 * module.num_heads, module.head_chs, -1).chunk(2, dim=1)
-        masses.append((k.mean(dim=-1).unsqueeze(-2) @ q).min().item())
-
-    hooks = [module.register_forward_pre_hook(look) for module in model.modules()
-             if isinstance(module, (LinearAttention, RotaryLinearAttention))]
-    try:
-        yield masses
-    finally:
-        for hook in hooks:
-            hook.remove()

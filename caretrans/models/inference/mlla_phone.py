@@ -1,19 +1,18 @@
-"""MLLA for phones: the fused network with fewer and safer operations still.
+"""MLLA for phones: the fused network with fewer operations that are also safer in float16.
 
-Its maps stay channels first, so that nothing is transposed: linear layers are 1x1 convolutions, LayerNorms look along
-the channels, in the words that Core ML's converter knows as one operation, and their scales and shifts are in the
-convolutions behind them. Both projections of a block are one convolution.
+Its maps stay channels first, so that nothing is transposed: linear layers are 1x1 convolutions, LayerNorms run along
+the channels in the form that Core ML's converter recognises as one operation, and their scales and shifts move into the
+convolutions after them. Both projections of a block are one convolution.
 
-The linear attention is written for float16, as that of `care_phone.py` is: features by their logarithms, queries by a
-softmax over channels, keys as parts of their mean, so that no sum overflows and no denominator is small. Its rotary
-code is two products with constant tables and one with a small matrix; nothing is cut into pairs.
+The linear attention is written for float16 like that of `care_phone.py`: features by their logarithms, queries by a
+softmax over channels, keys as fractions of their mean, so that no sum overflows and no denominator is small. Its rotary
+code is two elementwise products with constant tables and one matmul with a small matrix; nothing is split into pairs.
 
-The residual stream holds an eighth of what it holds in the network as trained. LayerNorm does not see that, ReLU hands
-it on, and squares, which some programs take one by one, reach as far as values of 2,000 instead of 255 before float16
-ends.
+The residual stream holds an eighth of its values in the original network. LayerNorm does not see that, ReLU passes it
+through, and squares, which some programs compute separately, stay finite in float16 up to 2,000 instead of 255.
 
-All is exact algebra but for the eps of 1e-6 in the denominator, which is left out: `care_phone.watch_least_mass` says
-what the denominators are.
+All is exact algebra but for the eps of 1e-6 in the denominator, which is missing: `phone.watch_least_mass` shows the
+denominators.
 """
 import copy
 import math
@@ -23,10 +22,10 @@ import torch
 import torch.nn as nn
 
 from ..folding import InferenceModule, fold_norm_into_head, make_pointwise, scale_outputs
-from ..mlla import MllaBlock, MllaStage, RotaryLinearAttention, rotary_code
-from .care_phone import MeanPool, log_feature
+from ..rotary import rotary_code
+from .phone import log_feature, use_mean_pool
 
-__all__ = ['ChannelNorm', 'PhoneMllaBlock', 'PhoneRotaryAttention', 'make_rotary_tables', 'rewrite_mlla_for_phone']
+__all__ = ['ChannelNorm', 'PhoneMllaBlock', 'PhoneRotaryAttention', 'make_rotary_tables', 'to_phone_form']
 
 STREAM = 1 / 8  # what the residual stream is multiplied with
 
@@ -62,7 +61,7 @@ class PhoneRotaryAttention(InferenceModule):
     Departure: no eps in the denominator; see above.
     """
 
-    def __init__(self, attention: RotaryLinearAttention) -> None:
+    def __init__(self, attention: nn.Module) -> None:
         super().__init__()
         linear = attention.qk
         chs, heads, size = linear.in_features, attention.num_heads, attention.head_chs
@@ -144,7 +143,7 @@ def _keep(conv: nn.Conv2d) -> nn.Conv2d:
 class PhoneMllaBlock(InferenceModule):
     """MllaBlock, channels first: a map (B, C, H, W) and the tables of its rotary code to the same shape as the map."""
 
-    def __init__(self, block: MllaBlock) -> None:
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.cpe1, self.cpe2 = _keep(block.cpe1), _keep(block.cpe2)
         self.norm1, self.norm2 = ChannelNorm(block.norm1), ChannelNorm(block.norm2)
@@ -168,7 +167,7 @@ class PhoneMllaBlock(InferenceModule):
 class PhoneMllaStage(InferenceModule):
     """MllaStage of such blocks, with one pair of tables: maps (B, in_chs, H, W) to (B, C, H', W')."""
 
-    def __init__(self, stage: MllaStage) -> None:
+    def __init__(self, stage: nn.Module) -> None:
         super().__init__()
         self.downsample = copy.deepcopy(stage.downsample)
         for name, conv in list(self.downsample.named_children()):
@@ -186,8 +185,8 @@ class PhoneMllaStage(InferenceModule):
         return x
 
 
-def rewrite_mlla_for_phone(model: nn.Module) -> nn.Module:
-    """A copy of a fused MLLA with the operations of phones; the network itself stays.
+def to_phone_form(model: nn.Module) -> nn.Module:
+    """A copy of a fused MLLA with the operations that phones prefer; the network itself stays.
 
     Args:
         model: What `caretrans.fuse.fuse` returned.
@@ -198,9 +197,7 @@ def rewrite_mlla_for_phone(model: nn.Module) -> nn.Module:
     model.stages = nn.Sequential(*[PhoneMllaStage(stage) for stage in model.stages])
     norm = model.norm
     model.norm = ScaledNorm(norm)
-    if getattr(model.global_pool, 'pool_type', '') == 'avg':
-        model.global_pool = MeanPool()
-        if isinstance(model.head, nn.Linear):
-            model.head = fold_norm_into_head(norm, model.head)
-            model.norm = ChannelNorm(norm)
+    if use_mean_pool(model) and isinstance(model.head, nn.Linear):
+        model.head = fold_norm_into_head(norm, model.head)
+        model.norm = ChannelNorm(norm)
     return model
