@@ -28,7 +28,7 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     available = [kind for kind, module in (('cuda', torch.cuda), ('mps', torch.backends.mps)) if module.is_available()]
     kind = (available + ['cpu'])[0] if name == 'auto' else name
     if kind.split(':')[0] not in available + ['cpu']:
-        raise ConfigError(f'device={name}, but this machine has only {", ".join(available + ["cpu"])}.')
+        raise ConfigError(f'device={name}, but there is only {", ".join(available + ["cpu"])} here.')
     if kind != 'cuda' and local_rank and kind.startswith('cuda'):
         raise ConfigError(f'device={name}, but each process needs its own GPU: use device=cuda.')
     if kind != 'cuda':
