@@ -70,7 +70,7 @@ class Running:
 
 
 def start_script(
-        script: str, flags: Sequence[str], stdout: Path, stderr: Path, processes: int = 1, **variables: str) -> Running:
+        script: str, flags: Sequence[str], stdout: Path, stderr: Path, processes: int = 1) -> Running:
     """Start a Python script of the repository, or '-m' and a module; both outputs are appended to files."""
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(PRELOADED)
@@ -81,7 +81,7 @@ def start_script(
     finally:
         os.environ.clear()
         os.environ.update(before)
-    environment = dict(ENVIRONMENT, **variables)
+    environment = dict(ENVIRONMENT)
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]

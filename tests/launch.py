@@ -1,6 +1,7 @@
 """Training and evaluation as real processes, as users start them: one or several, killed or stopped on the way."""
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -11,24 +12,40 @@ from typing import Any
 import torch
 from forkserver import ENVIRONMENT, ROOT, Running, start_script
 
+from caretrans.config import TrainConfig, parse_train_config
+
 __all__ = [
-    'ENVIRONMENT', 'ROOT', 'SHELL_ENVIRONMENT', 'command', 'kill', 'list_differences', 'read_tensors', 'run', 'start',
-    'wait_for']
+    'ENVIRONMENT', 'ROOT', 'SHELL_ENVIRONMENT', 'command', 'configure', 'kill', 'list_differences', 'read_tensors',
+    'run', 'start', 'wait_for']
 
 # So that scripts in cmd/ find the Python of these tests.
 SHELL_ENVIRONMENT = dict(ENVIRONMENT, PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}')
 
 
+def configure(*flags: Any) -> TrainConfig:
+    """The config of a command line of train.py."""
+    return parse_train_config([str(flag) for flag in flags])
+
+
 def command(script: str, *flags: Any) -> list[str]:
-    """The command line of a script of the repository, for a process without the server of `forkserver`."""
+    """The command line of a script of the repository, for a new interpreter."""
     return [sys.executable, script, *map(str, flags)]
 
 
 def run(script: str, *flags: Any, processes: int = 1, code: int = 0, **variables: str) -> tuple[str, str]:
-    """Run a script to its end; its exit code must be `code`. Returns (stdout, stderr)."""
+    """Run a script to its end; its exit code must be `code`. Returns (stdout, stderr).
+
+    Code ('-c') and `variables`, which imports may depend on, get a new interpreter.
+    """
+    if script == '-c' or variables:
+        done = subprocess.run(
+            command(script, *flags), cwd=ROOT, capture_output=True, text=True, timeout=600,
+            env=dict(ENVIRONMENT, **variables))
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout, done.stderr
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ('stdout', 'stderr')]
-        found = start_script(script, [str(flag) for flag in flags], *files, processes, **variables).wait(timeout=600)
+        found = start_script(script, [str(flag) for flag in flags], *files, processes).wait(timeout=600)
         out, err = (file.read_text() if file.exists() else '' for file in files)
     assert found == code, out + err
     return out, err
