@@ -10,7 +10,7 @@ from caretrans.progress import show_messages
 from caretrans.training.run import train
 
 
-def main() -> int:
+def run() -> int:
     is_primary = find_processes().is_primary
     show_messages(is_primary)
     with shared_errors():  # all processes have the same command line
@@ -33,5 +33,9 @@ def main() -> int:
     return 0
 
 
+def main() -> int:
+    return run_command('train.py', run, find_processes().is_primary)
+
+
 if __name__ == '__main__':
-    sys.exit(run_command('train.py', main, find_processes().is_primary))
+    sys.exit(main())

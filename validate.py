@@ -35,7 +35,7 @@ def build_parser() -> FlagParser:
     return parser
 
 
-def main() -> int:
+def run() -> int:
     processes = find_processes()
     show_messages(processes.is_primary)
     with shared_errors():  # all processes have the same command line
@@ -49,5 +49,9 @@ def main() -> int:
     return 0
 
 
+def main() -> int:
+    return run_command('validate.py', run, find_processes().is_primary)
+
+
 if __name__ == '__main__':
-    sys.exit(run_command('validate.py', main, find_processes().is_primary))
+    sys.exit(main())

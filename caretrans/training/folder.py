@@ -122,23 +122,21 @@ def _lock(path: Path, patience: float = 0.) -> int | None:
         return None
     file = os.open(path / '.lock', os.O_RDWR | os.O_CREAT, 0o644)
     end = time.monotonic() + patience
-    try:
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= end:
-                    raise
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() < end:
                 time.sleep(0.1)
-    except BlockingIOError:
-        holder = os.pread(file, 200, 0).decode(errors='replace') or 'unknown'
-        os.close(file)
-        raise ConfigError(
-            f'Another process is training into {path} ({holder}): stop it, or choose another --output.') from None
-    except OSError:
-        os.close(file)
-        return None
+                continue
+            holder = os.pread(file, 200, 0).decode(errors='replace') or 'unknown'
+            os.close(file)
+            raise ConfigError(
+                f'Another process is training into {path} ({holder}): stop it, or choose another --output.') from None
+        except OSError:
+            os.close(file)
+            return None
     os.ftruncate(file, 0)
     os.pwrite(file, f'process {os.getpid()} on {platform.node()}'.encode(), 0)
     return file

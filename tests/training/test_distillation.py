@@ -161,11 +161,6 @@ def test_weights_that_cannot_be_downloaded_are_named_with_the_remedy(monkeypatch
         build_teacher(TrainConfig(teacher='regnety_160.deit_in1k'), 1000)
 
 
-def test_a_checkpoint_needs_the_name_of_its_teacher():
-    with pytest.raises(ConfigError, match='name its model with --teacher'):
-        TrainConfig(teacher_checkpoint='file.pth')
-
-
 @pytest.mark.parametrize('loss', ['ce', 'bce'])
 @pytest.mark.parametrize('smoothing', [0., 0.1])
 @pytest.mark.parametrize('mixup', [0., 0.8])

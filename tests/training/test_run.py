@@ -125,7 +125,7 @@ def test_weights_that_are_not_finite_are_never_saved(data, tmp_path, monkeypatch
         original(self, *arguments)
         self.stepper.optimizer.step = lambda: self.model.stem.conv.weight.data.fill_(float('nan'))
     monkeypatch.setattr(Trainer, '__init__', spoil)
-    with pytest.raises(TrainingError, match='stem.conv.weight is not finite, so no checkpoint|loss is nan'):
+    with pytest.raises(TrainingError, match='stem.conv.weight is not finite; no checkpoint|loss is nan'):
         run(data, tmp_path / 'run', '--save-steps', 1)
     assert not (tmp_path / 'run' / 'last.pth.tar').exists()
 
