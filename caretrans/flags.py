@@ -1,7 +1,7 @@
 """Command lines from typed settings, and the flags that several commands share.
 
 A settings class is a dataclass whose fields are made with `setting`. `check_settings` brings their values into the
-declared types, `add_flags` gives a parser one flag per field, and `parse_flags` does both.
+declared types, `add_flags` adds one flag per field to a parser, and `parse_flags` does both.
 """
 import argparse
 import dataclasses

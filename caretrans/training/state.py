@@ -57,7 +57,7 @@ class Division:
 
 
 def gather_train_state(state: TrainState, modules: dict[str, nn.Module], processes: Processes) -> dict[str, Any]:
-    """The checkpoint entry with the train state of all processes; all of them call it.
+    """The entry 'standing' of a checkpoint: the train state of all processes, which all call this function.
 
     Args:
         modules: The model, and its average if there is one, by name. Until the end of an epoch every process has its

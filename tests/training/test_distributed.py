@@ -152,8 +152,8 @@ def test_two_machines_connect_and_survive_the_death_of_a_process(data, one_proce
     os.kill(int(oldest.stdout), 9)
     for machine in machines:
         assert wait_for(lambda: False, machine) is False and machine.returncode == 0, logs[0].read_text()
-    said = logs[0].read_text() + logs[1].read_text()
-    assert said.count('resumes from /') >= 1 and said.count('epoch 2/2') == 1
+    printed = logs[0].read_text() + logs[1].read_text()
+    assert printed.count('resumes from /') >= 1 and said.count('epoch 2/2') == 1
     assert measure_difference(read_tensors(folder / 'last.pth.tar'), one_process) < 1e-6
 
 
