@@ -74,7 +74,7 @@ def _check_value(item: dataclasses.Field, value: Any) -> Any:
     except (TypeError, ValueError):
         raise ConfigError(f'{item.name} is {value!r} but must be of type {wanted.__name__}.') from None
     if converted not in item.metadata.get('choices', [converted]):
-        raise ConfigError(f'{item.name} is {value!r}; choose from {", ".join(item.metadata["choices"])}.')
+        raise ConfigError(f'{item.name} is {value!r}, choose from {", ".join(item.metadata["choices"])}.')
     least, most = item.metadata.get('bounds', (None, None))
     if least is not None and converted < least or most is not None and converted > most:
         raise ConfigError(

@@ -34,8 +34,8 @@ def sample_run(tmp_path_factory):
     """A short version of `bash cmd/train.sh` in a new interpreter: (its folder, its output)."""
     folder = tmp_path_factory.mktemp('runs') / 'sample'
     return folder, subprocess.run(
-        command('train.py', '--recipe', 'care_s0_fruit14', '--epochs', 3, '--warmup-epochs', 1, '--img-size', 64,
-                '--val-img-size', 96, '--val-interval', 2, '--output', folder),
+        command('train.py', '--recipe', 'care_s0_fruit14', '--epochs', 3, '--warmup-epochs', 1, '--img-size', 48,
+                '--val-img-size', 64, '--val-interval', 2, '--output', folder),
         cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
@@ -52,7 +52,7 @@ def test_care_s0_learns_real_images(sample_run):
 
 def test_a_run_records_its_results_and_prints_the_next_command(sample_run):
     folder, printed = sample_run
-    assert yaml.safe_load((folder / 'config.yaml').read_text())['img_size'] == 64
+    assert yaml.safe_load((folder / 'config.yaml').read_text())['img_size'] == 48
     environment = json.loads((folder / 'environment.json').read_text())
     assert environment['torch'] in torch.__version__ and environment['num_classes'] == 14 and environment['threads']
     assert [row['epoch'] for row in read_rows(folder)] == ['1', '2', '3']
@@ -67,7 +67,7 @@ def test_evaluation_of_the_best_checkpoint_reproduces_its_score(sample_run):
     folder, _ = sample_run
     best = max(read_rows(folder), key=lambda row: float(row['val_top1'] or 0))
     result = json.loads(run('validate.py', folder / 'best.pth.tar', '--json', '--batch-size', 50)[0])
-    assert result['images'] == 661 and result['eval_config']['input_size'] == [3, 96, 96]
+    assert result['images'] == 661 and result['eval_config']['input_size'] == [3, 64, 64]
     assert result['top1'] == pytest.approx(float(best['val_top1']), abs=0.16)  # one borderline image of 661
     assert result['loss'] == pytest.approx(float(best['val_loss']), rel=1e-4)
     printed = subprocess.run(
@@ -99,7 +99,7 @@ def test_prediction_names_the_classes_of_files_and_folders(sample_run, tmp_path,
 def test_a_checkpoint_converts_to_the_published_layout_and_back(sample_run, tmp_path, capsys):
     source, published, ours = sample_run[0] / 'best.pth.tar', tmp_path / 'p.pth.tar', tmp_path / 'o.safetensors'
     assert main(['convert', str(source), str(published), '--to', 'published']) == 0
-    assert '--img-size 96 --crop-pct 1.0 --interpolation bicubic' in capsys.readouterr().out
+    assert '--img-size 64 --crop-pct 1.0 --interpolation bicubic' in capsys.readouterr().out
     assert main(['convert', str(published), str(ours), '--to', 'caretrans']) == 0
     assert 'token_mixer' in ''.join(torch.load(published, weights_only=True))
     before, after = read_checkpoint(source).state_dict, read_checkpoint(ours).state_dict
