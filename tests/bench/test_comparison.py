@@ -245,7 +245,7 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(data, tmp_path):
     before = (first / 'result.json').stat().st_mtime_ns
     time.sleep(0.01)
     out, _ = run('-m', 'caretrans', *command, '--output', broken)
-    assert 'run 1 of 1: care_s0, seed 42' in out and 'goes on from' in out
+    assert 'run 1 of 1: care_s0, seed 42' in out and 'resumes from' in out
     assert (first / 'result.json').stat().st_mtime_ns == before
     for name in (first.name, second.name):
         assert not list_differences(*(read_tensors(folder / name / 'last.pth.tar') for folder in (whole, broken)))
