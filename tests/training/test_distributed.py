@@ -153,7 +153,7 @@ def test_two_machines_connect_and_survive_the_death_of_a_process(data, one_proce
     for machine in machines:
         assert wait_for(lambda: False, machine) is False and machine.returncode == 0, logs[0].read_text()
     printed = logs[0].read_text() + logs[1].read_text()
-    assert printed.count('resumes from /') >= 1 and said.count('epoch 2/2') == 1
+    assert printed.count('resumes from /') >= 1 and printed.count('epoch 2/2') == 1
     assert measure_difference(read_tensors(folder / 'last.pth.tar'), one_process) < 1e-6
 
 
