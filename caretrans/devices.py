@@ -1,4 +1,4 @@
-"""What a measured figure needs beside it: the processor or the GPU, and the versions of what computed it."""
+"""Devices: choosing and describing them, and the versions of the packages that compute on them."""
 import os
 import platform
 from collections.abc import Iterator, Sequence
@@ -11,31 +11,32 @@ import torch
 from .errors import ConfigError
 
 __all__ = [
-    'autocast', 'count_cores', 'describe_device', 'describe_cpu', 'list_versions', 'resolve_device',
-    'use_threads']
+    'autocast', 'count_cores', 'describe_cpu', 'describe_device', 'list_versions', 'resolve_device', 'use_threads']
 
 PACKAGES = ('torch', 'timm', 'numpy', 'triton', 'onnx', 'onnxruntime', 'onnxruntime-gpu', 'openvino', 'nncf')
 AMP_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of that name; 'auto' is cuda, else mps, else cpu. Process `local_rank` of a machine gets its own GPU.
+    """The device of that name; 'auto' is cuda, else mps, else cpu.
 
+    Args:
+        local_rank: Number of this process on its machine; with cuda, each process gets its own GPU.
     Raises:
-        ConfigError: There is no such device here.
+        ConfigError: This machine has no such device.
     """
     available = [kind for kind, module in (('cuda', torch.cuda), ('mps', torch.backends.mps)) if module.is_available()]
     kind = (available + ['cpu'])[0] if name == 'auto' else name
     if kind.split(':')[0] not in available + ['cpu']:
         raise ConfigError(f'device={name}, but there is only {", ".join(available + ["cpu"])} here.')
     if kind != 'cuda' and local_rank and kind.startswith('cuda'):
-        raise ConfigError(f'device={name}, but each process takes a GPU of its own: give device=cuda.')
+        raise ConfigError(f'device={name}, but each process needs its own GPU: use device=cuda.')
     if kind != 'cuda':
         return torch.device(kind)
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f'Process {local_rank} of this machine has no GPU of its own, there are {torch.cuda.device_count()}: '
-            f'start as many processes as GPUs.')
+            f'No GPU for process {local_rank} of this machine, which has {torch.cuda.device_count()}: start as many '
+            f'processes as GPUs.')
     torch.cuda.set_device(local_rank)
     return torch.device('cuda', local_rank)
 
@@ -46,7 +47,7 @@ def autocast(device: torch.device, amp: str) -> AbstractContextManager:
 
 
 def describe_cpu() -> str:
-    """The name of the processor, as the system gives it."""
+    """The name of the CPU, as reported by the system."""
     try:
         lines = Path('/proc/cpuinfo').read_text().splitlines()
         return next(line.split(':')[1].strip() for line in lines if line.startswith('model name'))
@@ -55,7 +56,7 @@ def describe_cpu() -> str:
 
 
 def count_cores() -> int:
-    """The cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
@@ -66,7 +67,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def list_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """The versions of Python and of those packages that are installed."""
+    """The versions of Python and of the installed ones among `packages`."""
     found = dict(python=platform.python_version())
     for name in packages:
         try:
@@ -78,7 +79,7 @@ def list_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
 
 @contextmanager
 def use_threads(number: int) -> Iterator[None]:
-    """Let PyTorch take so many threads of the processor, inside of the context."""
+    """Limit PyTorch to `number` CPU threads inside the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

@@ -1,11 +1,12 @@
-"""The processes of a run: which one this is, and what they tell one another.
+"""Processes of a run: which one this is, and the collective operations between them.
 
-Started by torchrun, which sets RANK, LOCAL_RANK, WORLD_SIZE and where to meet; alone without them. Figures and flags
-travel over gloo on the CPU, gradients over NCCL where the device is a GPU.
+torchrun starts them and sets RANK, LOCAL_RANK, WORLD_SIZE and the rendezvous; without these variables there is one
+process. Figures and flags travel over gloo on the CPU, gradients over NCCL if the device is a GPU.
 """
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -13,14 +14,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ['Processes', 'find_processes', 'join_processes', 'leave_processes']
+from .errors import CaretransError
+
+__all__ = ['Processes', 'find_processes', 'join_processes', 'leave_processes', 'shared_errors']
 
 
 @dataclass(frozen=True)
 class Processes:
     """This process among those of the run.
 
-    Every method is called by all processes at the same place, and is free when there is but one.
+    All processes call every method at the same place; with one process the methods cost nothing.
     """
 
     rank: int = 0
@@ -29,7 +32,7 @@ class Processes:
 
     @property
     def is_primary(self) -> bool:
-        """Whether this is the one that prints and writes."""
+        """Whether this process prints and writes files."""
         return self.rank == 0
 
     @property
@@ -37,11 +40,11 @@ class Processes:
         return self.world_size == 1
 
     def largest(self, values: Sequence[float]) -> list[float]:
-        """Each value's maximum over the processes."""
+        """The maximum of each value over the processes."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """Each value's sum over the processes, in float64."""
+        """The sum of each value over the processes, in float64."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
     def _reduce(self, values: Sequence[float], operation: Any) -> list[float]:
@@ -52,7 +55,7 @@ class Processes:
         return tensor.tolist()
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of every process, in the order of their ranks, everywhere."""
+        """The values of all processes in the order of their ranks, on every process."""
         if self.is_alone:
             return [value]
         values = [None] * self.world_size
@@ -60,7 +63,7 @@ class Processes:
         return values
 
     def share(self, value: Any) -> Any:
-        """The value of the primary process, everywhere."""
+        """The value of the primary process, on every process."""
         if self.is_alone:
             return value
         values = [value]
@@ -68,37 +71,47 @@ class Processes:
         return values[0]
 
     def first(self, function: Callable[[], Any], keep: bool = False) -> Any:
-        """Call a function on the primary process alone; its value, or what it raises, comes everywhere.
+        """Call a function on the primary process only; every process returns its value or raises its error.
 
         Args:
-            keep: The value stays where it is, the others get None.
+            keep: Whether the value stays on the primary process and the others return None.
         """
         value, error = _try(function) if self.is_primary else (None, None)
         shared, error = self.share((None if keep else value, error))
-        return _give(value if keep else shared, error)
+        return _settle(value if keep else shared, error)
 
     def together(self, function: Callable[[], Any]) -> Any:
-        """Call a function on every process; where it fails on one, all raise what the first of them did."""
+        """Call a function on every process; if any fails, all raise the error of the lowest rank that failed."""
         value, error = _try(function)
-        return _give(value, next((found for found in self.gather(error) if found is not None), None))
+        return _settle(value, next((found for found in self.gather(error) if found is not None), None))
 
 
 def _try(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
     try:
         return function(), None
-    except Exception as error:  # on its way to the other processes, then raised
+    except Exception as error:  # sent to the other processes, then raised
         return None, error
 
 
-def _give(value: Any, error: Exception | None) -> Any:
-    if error is not None:
-        error.is_shared = True  # by all processes: one of them says it
-        raise error
+def _settle(value: Any, error: Exception | None) -> Any:
+    with shared_errors():
+        if error is not None:
+            raise error
     return value
 
 
+@contextmanager
+def shared_errors() -> Iterator[None]:
+    """Mark errors inside the context as raised by every process, so that only the primary one prints them."""
+    try:
+        yield
+    except CaretransError as error:
+        error.is_shared = True
+        raise
+
+
 def find_processes() -> Processes:
-    """The place of this process as torchrun set it, without talking to the others."""
+    """The rank of this process as set by torchrun, without contacting the others."""
     world_size = int(os.environ.get('WORLD_SIZE', 1)) if 'RANK' in os.environ else 1
     if world_size == 1:
         return Processes()
@@ -106,11 +119,11 @@ def find_processes() -> Processes:
 
 
 def join_processes(device: torch.device, timeout: float = 1800.) -> Processes:
-    """Meet the other processes of the run, if there are any.
+    """Connect to the other processes of the run, if there are any.
 
     Args:
-        device: Of this process; gradients travel over NCCL for cuda.
-        timeout: Seconds after which a process that does not answer is given up.
+        device: Device of this process; with cuda, gradients travel over NCCL.
+        timeout: Seconds to wait for a process that does not answer.
     """
     processes = find_processes()
     if not processes.is_alone and not dist.is_initialized():
@@ -120,9 +133,9 @@ def join_processes(device: torch.device, timeout: float = 1800.) -> Processes:
 
 
 def leave_processes() -> None:
-    """Let go of the other processes."""
+    """Disconnect from the other processes."""
     if dist.is_available() and dist.is_initialized():
-        # The threads of gloo need the interpreter to let go of their last tensors; PyTorch 2.6 holds it, waiting for
-        # them for ever.
+        # gloo's threads need the interpreter to release their last tensors, while PyTorch 2.6 holds it and waits for
+        # them: a deadlock without this pause.
         time.sleep(0.2)
         dist.destroy_process_group()

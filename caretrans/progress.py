@@ -1,4 +1,4 @@
-"""Progress of long work: a bar in a terminal, plain lines elsewhere."""
+"""Progress reports: a bar in a terminal, plain lines elsewhere."""
 import logging
 import sys
 import time
@@ -10,27 +10,27 @@ __all__ = ['Progress', 'show_messages']
 
 
 def show_messages(everything: bool = True) -> None:
-    """Let scripts print to stderr what the package says: which checkpoint was loaded, which heads are fresh.
+    """Print the log messages of the package to stderr: which checkpoint was loaded, which heads are new.
 
     Args:
-        everything: Else errors alone, for processes that repeat what another one says.
+        everything: Whether to print all messages; else only errors, for processes that would repeat the same messages.
     """
     logging.basicConfig(level=logging.WARNING if everything else logging.ERROR, format='%(message)s', stream=sys.stderr)
     logging.getLogger(__package__).setLevel(logging.INFO if everything else logging.ERROR)
 
 
 class Progress:
-    """Counts towards a total, with figures such as loss or lr, the rate and the time left.
+    """A counter towards a total that shows figures such as loss or lr, the rate and the time left.
 
         with Progress(total=1000, unit='images') as progress:
             progress.update(32, loss=2.3)
             progress.write('a line that stays')
 
     Args:
-        total: What is counted, in all.
-        unit: Its name, plural.
+        total: Number of units.
+        unit: Name of what is counted, plural.
         interval: Seconds between plain lines.
-        stream: Where to write; stdout if not given. A bar when it is a terminal.
+        stream: Output, stdout by default; a terminal gets a bar.
     """
 
     def __init__(
@@ -50,20 +50,20 @@ class Progress:
             self.bar.close()
 
     def describe(self, label: str) -> None:
-        """Name the part of the work that begins, e.g. 'epoch 3/15'."""
+        """Name the part of the work that starts, e.g. 'epoch 3/15'."""
         self.label = label
         if self.bar is not None:
             self.bar.set_description(label)
 
     def skip(self, amount: int) -> None:
-        """Count `amount` as done before: it says nothing about the rate."""
+        """Count `amount` as already done; it does not enter the rate."""
         self.count = self.skipped = amount
         if self.bar is not None:
             self.bar.initial = self.bar.n = amount
             self.bar.refresh()
 
     def update(self, amount: int, **figures: float) -> None:
-        """Count `amount` more; `figures` are shown beside the bar, or in the next plain line when one is due."""
+        """Count `amount` more; show `figures` beside the bar, or in a plain line if one is due."""
         self.count += amount
         shown = {name: f'{value:.4g}' for name, value in figures.items()}
         if self.bar is not None:

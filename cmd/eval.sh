@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Evaluate a checkpoint: top-1, top-5, loss, images, images/s. One process for each visible GPU, or NPROC of them.
+# Evaluate a checkpoint: top-1, top-5, loss, images, images/s. Runs one process per visible GPU, or NPROC of them.
 #   bash cmd/eval.sh CHECKPOINT [DATA] [flags of validate.py, e.g. --json]
 #   NPROC=2 bash cmd/eval.sh CHECKPOINT [DATA] --device cpu
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 NPROC="${NPROC:-$("$python" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}"
 if ! [[ "$NPROC" =~ ^[1-9][0-9]*$ ]]; then
-    echo "NPROC is '$NPROC', it must be a number of processes from 1 on." >&2
+    echo "NPROC is '$NPROC' but must be a positive number of processes." >&2
     exit 2
 fi
 if [ "$NPROC" -eq 1 ]; then

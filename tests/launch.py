@@ -3,43 +3,62 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from forkserver import ENVIRONMENT, ROOT, Running, start_script
 
-ROOT = Path(__file__).parent.parent
-ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS='1', GOMP_SPINCOUNT='10000')
-TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node']
+from caretrans.config import TrainConfig, parse_train_config
+
+__all__ = [
+    'ENVIRONMENT', 'ROOT', 'SHELL_ENVIRONMENT', 'command', 'configure', 'kill', 'list_differences', 'read_tensors',
+    'run', 'start', 'wait_for']
+
+# So that scripts in cmd/ find the Python of these tests.
+SHELL_ENVIRONMENT = dict(ENVIRONMENT, PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}')
 
 
-def command(script: str, *flags: Any, processes: int = 1) -> list[str]:
-    """The command line of a script of the repository, under torchrun for several processes."""
-    launcher = [*TORCHRUN, str(processes)] if processes > 1 else []
-    return [sys.executable, *launcher, script, *map(str, flags)]
+def configure(*flags: Any) -> TrainConfig:
+    """The config of a command line of train.py."""
+    return parse_train_config([str(flag) for flag in flags])
+
+
+def command(script: str, *flags: Any) -> list[str]:
+    """The command line of a script of the repository, for a new interpreter."""
+    return [sys.executable, script, *map(str, flags)]
 
 
 def run(script: str, *flags: Any, processes: int = 1, code: int = 0, **variables: str) -> tuple[str, str]:
-    """Run it to its end, which must be `code`: (stdout, stderr)."""
-    done = subprocess.run(
-        command(script, *flags, processes=processes), cwd=ROOT, capture_output=True, text=True, timeout=600,
-        env=dict(ENVIRONMENT, **variables))
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout, done.stderr
+    """Run a script to its end; its exit code must be `code`. Returns (stdout, stderr).
+
+    Code ('-c') and `variables`, which imports may depend on, get a new interpreter.
+    """
+    if script == '-c' or variables:
+        done = subprocess.run(
+            command(script, *flags), cwd=ROOT, capture_output=True, text=True, timeout=600,
+            env=dict(ENVIRONMENT, **variables))
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout, done.stderr
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ('stdout', 'stderr')]
+        found = start_script(script, [str(flag) for flag in flags], *files, processes).wait(timeout=600)
+        out, err = (file.read_text() if file.exists() else '' for file in files)
+    assert found == code, out + err
+    return out, err
 
 
-def start(script: str, *flags: Any, log: Path, processes: int = 1) -> subprocess.Popen:
-    """Start it, with its output in a file, and with Ctrl-C as in a terminal, where the tests run in the background."""
-    with open(log, 'ab') as file:
-        return subprocess.Popen(
-            command(script, *flags, processes=processes), cwd=ROOT, stdout=file, stderr=file, env=ENVIRONMENT,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+def start(script: str, *flags: Any, log: Path, processes: int = 1) -> Running:
+    """Start a script, with both outputs appended to `log`."""
+    Path(log).touch()
+    return start_script(script, [str(flag) for flag in flags], log, log, processes)
 
 
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen, timeout: float = 120.) -> bool:
-    """Whether `condition` came true while the process ran."""
+def wait_for(condition: Callable[[], Any], process: Any, timeout: float = 120.) -> bool:
+    """Whether `condition` became true while the process ran."""
     end = time.monotonic() + timeout
     while process.poll() is None:
         if condition():
@@ -49,17 +68,18 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen, timeout: f
     return False
 
 
-def kill(process: subprocess.Popen, number: int = signal.SIGKILL) -> int:
+def kill(process: Any, number: int = signal.SIGKILL) -> int:
+    """Send a signal and return the exit code."""
     process.send_signal(number)
     return process.wait(timeout=120)
 
 
 def read_tensors(path: Path, entry: str | None = None) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint, or with `entry` those of another entry of it."""
+    """The weights of a checkpoint, or another of its entries."""
     return torch.load(path, weights_only=True)[entry or 'state_dict']
 
 
 def list_differences(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The largest difference of each tensor that is not the same bit for bit."""
+    """The largest difference of each tensor that is not bit-identical."""
     assert a.keys() == b.keys()
     return {key: (a[key].double() - b[key].double()).abs().max().item() for key in a if not torch.equal(a[key], b[key])}

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import Compose
 
 from ..errors import DataError, list_names
+from ..flags import CHANNEL_ORDERS
 from .shard_reader import ShardReader
 
 __all__ = [
@@ -19,7 +20,6 @@ __all__ = [
     'list_classes', 'name_image', 'open_dataset']
 
 INFO = '_info.json'  # beside WebDataset shards, as timm reads it
-CHANNEL_ORDERS = ['rgb', 'bgr']
 
 
 def _list_synonyms(split: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Training, from a config to a run folder."""
+"""Training: from a config to a run folder."""
 from .run import TrainResult, train
 from .trainer import Trainer, build_model
 

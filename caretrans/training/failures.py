@@ -1,4 +1,4 @@
-"""What goes wrong in the middle of a run, said in one line with what to do."""
+"""Failures during a run, explained in one line with a remedy."""
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,10 +19,10 @@ IN_WORKER = re.compile(r'Caught \w+ in DataLoader worker')
 
 @contextmanager
 def explain_failures(trainer: Trainer, folder: RunFolder | None) -> Iterator[None]:
-    """Turn whatever ends a run into a `TrainingError`; errors that explain themselves pass.
+    """Turn the known causes that end a run into a `TrainingError`; other errors pass unchanged.
 
     Args:
-        folder: Of the run, on the primary process alone.
+        folder: Run folder, on the primary process only.
     """
     try:
         yield
@@ -33,26 +33,26 @@ def explain_failures(trainer: Trainer, folder: RunFolder | None) -> Iterator[Non
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f'Out of memory with {trainer.device_batch} images at a time on {trainer.device}: '
-            f'take --device-batch {max(trainer.device_batch // 2, 1)}.') from error
+            f'use --device-batch {max(trainer.device_batch // 2, 1)}.') from error
     except OSError as error:
         raise TrainingError(f'{error.filename or "A file"}: {error.strerror or error}.') from error
     except Exception as error:
         text = str(error)
         if any(sign in text for sign in LOST_CONNECTION):
             raise TrainingError(
-                f'Process {trainer.processes.rank} lost its connection to another one, which ended or cannot be '
-                f'reached: see what that one says.') from error
+                f'Process {trainer.processes.rank} lost its connection to another process, which ended or cannot be '
+                f'reached: see the message of that process.') from error
         if DIED.search(text):
             raise TrainingError(
-                f'A process that loads images died ({" ".join(text.split())[:200]}). Killed means most often that '
-                f'memory ran out: take fewer --workers; a bus error, that /dev/shm is too small.') from error
-        if IN_WORKER.search(text):  # with the traceback of the worker; its last line is the error
+                f'An image loading process died ({" ".join(text.split())[:200]}). If it was killed, memory most likely '
+                f'ran out: use fewer --workers. After a bus error, /dev/shm is too small.') from error
+        if IN_WORKER.search(text):  # the text is the worker's traceback, and its last line the error
             raise TrainingError(text.strip().splitlines()[-1]) from error
         raise
 
 
 def _explain_non_finite(error: NonFiniteError, trainer: Trainer, folder: RunFolder | None) -> TrainingError:
-    """With the figures and the images of the processes whose loss it is; all of them come here."""
+    """The error with the figures and images of the processes whose loss is not finite; all processes call it."""
     names = trainer.train_loader.name_images(error.step) if error.is_local else []
     found = trainer.processes.gather((str(error), error.is_local, names))
     message = next((text for text, is_local, _ in found if is_local), str(error))

@@ -1,4 +1,4 @@
-"""The folder of a training run: settings, versions, curves and checkpoints."""
+"""Run folders: settings, versions, curves and checkpoints of a training run."""
 import csv
 import json
 import logging
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import yaml
-from torch.utils.tensorboard import SummaryWriter
 
 from ..checkpoint.load import save_checkpoint
 from ..config import TrainConfig
@@ -22,18 +21,18 @@ from ..errors import ConfigError, list_names
 
 __all__ = ['RunFolder', 'describe_environment', 'find_run', 'list_checkpoints']
 
-# What may be another when a run goes on: where things are and how they are computed, not what is computed.
+# Settings that may change when a run resumes: where things are and how they are computed, not what is computed.
 FREE = {
     'data', 'dataset_download', 'workers', 'device', 'output', 'resume', 'save_steps', 'val_interval', 'on_nan',
     'max_skips', 'max_unreadable', 'compile', 'kernels', 'grad_checkpointing', 'teacher_checkpoint', 'device_batch'}
 PLACES = {'data', 'teacher_checkpoint'}
-CHECKPOINTS = ('next.pth.tar', 'last.pth.tar', 'previous.pth.tar')  # the first there is goes on; see RunFolder.save
+CHECKPOINTS = ('next.pth.tar', 'last.pth.tar', 'previous.pth.tar')  # newest first; see RunFolder.save_step
 
 _logger = logging.getLogger(__name__)
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, git commit, machine: what a figure needs beside it."""
+    """Versions, git commit and machine, to report beside measured figures."""
     root = Path(__file__).parents[2]
     git = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=root, capture_output=True, text=True) \
         if (root / '.git').exists() and shutil.which('git') else None
@@ -47,7 +46,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def list_checkpoints(path: Path) -> list[Path]:
-    """The checkpoints from which a run can go on, the newest first."""
+    """The checkpoints from which a run can resume, newest first."""
     return [path / name for name in CHECKPOINTS if (path / name).exists()]
 
 
@@ -58,18 +57,18 @@ def _read_settings(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _list_changes(there: dict[str, Any], config: TrainConfig, free: set) -> list[str]:
-    return [f'{name} {there.get(name)!r} there, {value!r} here' for name, value in config.to_dict().items()
-            if name not in free and name in there and there[name] != value]
+def _list_changes(saved: dict[str, Any], config: TrainConfig, free: set) -> list[str]:
+    return [f'{name} {saved[name]!r} there, {value!r} here' for name, value in config.to_dict().items()
+            if name not in free and name in saved and saved[name] != value]
 
 
 def find_run(config: TrainConfig) -> tuple[Path, list[Path]]:
-    """Where a run writes, and the checkpoints from which it goes on, the newest first; none for a new run.
+    """The folder of a run, and the checkpoints from which it resumes, newest first; none for a new run.
 
-    That is `config.output`; or without it, an unfinished run under runs/ of the same settings, else a new folder there.
+    The folder is `config.output`, or else an unfinished run of the same settings under runs/, or else a new one there.
 
     Raises:
-        ConfigError: The folder holds a finished run, one of other settings, or any if `config.resume` is off.
+        ConfigError: The folder contains a finished run, one of other settings, or any run if `config.resume` is off.
     """
     if not config.output:
         stem = f'{config.model}-{Path(config.data or config.dataset).name}-'
@@ -83,18 +82,19 @@ def find_run(config: TrainConfig) -> tuple[Path, list[Path]]:
     path = Path(config.output)
     found, settings = list_checkpoints(path), _read_settings(path)
     if (path / 'result.json').exists():
-        raise ConfigError(f'{path} holds a finished run: give another --output, or remove it.')
+        raise ConfigError(f'{path} holds a finished run: choose another --output, or remove it.')
     if not found and (path / 'summary.csv').exists() and len((path / 'summary.csv').read_text().splitlines()) > 1:
-        raise ConfigError(f'{path} holds a run without checkpoints to go on from: give another --output, or remove it.')
+        raise ConfigError(
+            f'{path} holds a run without checkpoints to resume from: choose another --output, or remove it.')
     if not found:
         return path, []
     if not config.resume:
-        raise ConfigError(f'{path} holds a run already: give another --output, or let it go on with --resume.')
+        raise ConfigError(f'{path} already holds a run: choose another --output, or resume it with --resume.')
     changes = _list_changes(settings, config, FREE)
     if changes:
         raise ConfigError(
-            f'{path} holds a run of other settings ({list_names(changes, 5)}): go on with those of its config.yaml, '
-            f'or give another --output.')
+            f'{path} holds a run of other settings ({list_names(changes, 5)}): use those of its config.yaml, or choose '
+            f'another --output.')
     return path, found
 
 
@@ -109,13 +109,12 @@ def _is_locked(path: Path) -> bool:
 
 
 def _lock(path: Path, patience: float = 0.) -> int | None:
-    """Hold a folder as long as this process lives; None where the file system has no locks.
+    """Lock a folder for the lifetime of this process: its file descriptor, None if the file system has no locks.
 
     Args:
-        patience: Seconds for which another process may still hold it: one that was killed takes a moment to end.
-
+        patience: Seconds to wait for another process to release it; a killed one takes a moment to end.
     Raises:
-        ConfigError: Another process holds it.
+        ConfigError: Another process holds the lock.
     """
     try:
         import fcntl
@@ -123,23 +122,21 @@ def _lock(path: Path, patience: float = 0.) -> int | None:
         return None
     file = os.open(path / '.lock', os.O_RDWR | os.O_CREAT, 0o644)
     end = time.monotonic() + patience
-    try:
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= end:
-                    raise
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() < end:
                 time.sleep(0.1)
-    except BlockingIOError:
-        holder = os.pread(file, 200, 0).decode(errors='replace') or 'unknown'
-        os.close(file)
-        raise ConfigError(
-            f'Another process is training into {path} ({holder}): stop it, or give another --output.') from None
-    except OSError:
-        os.close(file)
-        return None
+                continue
+            holder = os.pread(file, 200, 0).decode(errors='replace') or 'unknown'
+            os.close(file)
+            raise ConfigError(
+                f'Another process is training into {path} ({holder}): stop it, or choose another --output.') from None
+        except OSError:
+            os.close(file)
+            return None
     os.ftruncate(file, 0)
     os.pwrite(file, f'process {os.getpid()} on {platform.node()}'.encode(), 0)
     return file
@@ -150,50 +147,45 @@ class RunFolder:
 
     Args:
         path: From `find_run`.
-        config: Of the run.
-        facts: What was derived from the config: batches, parameters, classes.
-        is_new: Whether the run begins here; else it goes on, and `restore` follows.
+        config: Settings of the run.
+        facts: Facts derived from the settings, for environment.json.
+        is_new: Whether the run starts here; else it resumes, and the caller calls `restore`.
     Raises:
-        ConfigError: The folder cannot be written, or another process writes there.
+        ConfigError: The folder cannot be written, or another process is training into it.
     """
 
     def __init__(self, path: Path, config: TrainConfig, facts: dict[str, Any], is_new: bool = True) -> None:
         self.path = path
-        self.rows: list[dict[str, Any]] = []  # of summary.csv, one for each epoch
-        self.best: dict[str, Any] | None = None
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self.rows: list[dict[str, float | None]] = []  # of summary.csv, one per epoch
+        self.best: dict[str, float | None] | None = None
         try:
             path.mkdir(parents=True, exist_ok=True)
             self.lock = _lock(path, patience=5.)
-            for part in path.glob('.*.part'):  # of a run that was killed while it wrote
+            for part in path.glob('.*.part'):  # temporary files of a run that was killed while writing
                 part.unlink()
             if is_new:
                 (path / 'config.yaml').write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
-            self._log_start({**describe_environment(), **facts}, is_new)
-            self._start_table()
+            environment, contents = path / 'environment.json', {**describe_environment(), **facts}
+            if not is_new and environment.exists():
+                before = json.loads(environment.read_text())
+                contents = {**before, 'resumed': [*before.get('resumed', []), contents]}
+            environment.write_text(json.dumps(contents, indent=2) + '\n')
+            for file in [path / 'summary.csv', *path.glob('events.out.tfevents.*')]:
+                file.unlink(missing_ok=True)
+            self.events = SummaryWriter(str(path))
         except OSError as error:
-            raise ConfigError(f'{path} cannot be written ({error}): give another --output.') from None
+            raise ConfigError(f'{path} cannot be written ({error}): choose another --output.') from None
 
-    def _log_start(self, facts: dict[str, Any], is_new: bool) -> None:
-        file = self.path / 'environment.json'
-        contents = facts
-        if not is_new and file.exists():
-            contents = json.loads(file.read_text())
-            contents.setdefault('resumed', []).append(facts)
-        file.write_text(json.dumps(contents, indent=2) + '\n')
-
-    def _start_table(self) -> None:
-        for file in [self.path / 'summary.csv', *self.path.glob('events.out.tfevents.*')]:
-            file.unlink(missing_ok=True)
-        self.events = SummaryWriter(str(self.path))
-
-    def restore(self, rows: list[dict[str, Any]], best: dict[str, Any] | None) -> None:
-        """Take up the rows of a checkpoint: table and TensorBoard hold these and no others."""
+    def restore(self, rows: list[dict[str, float | None]], best: dict[str, float | None] | None) -> None:
+        """Load the rows of a checkpoint; summary.csv and TensorBoard then contain exactly these."""
         for row in rows:
             self.rows.append(row)
             self._publish(row)
         self.best = best
 
-    def _publish(self, row: dict[str, Any]) -> None:
+    def _publish(self, row: dict[str, float | None]) -> None:
         with open(self.path / 'summary.csv', 'a', newline='') as file:
             writer = csv.DictWriter(file, row.keys())
             if row is self.rows[0]:
@@ -204,46 +196,46 @@ class RunFolder:
                 self.events.add_scalar(name, value, row['epoch'])
         self.events.flush()
 
-    def log_epoch(self, row: dict[str, Any], model: torch.nn.Module, resume: dict[str, Any], **meta: Any) -> None:
-        """End an epoch: best.pth.tar if its top-1 is the best so far, last.pth.tar, then the row is published.
+    def log_epoch(
+            self, row: dict[str, float | None], model: torch.nn.Module, resume: dict[str, Any], **meta: Any) -> None:
+        """Finish an epoch: write best.pth.tar if its top-1 is the best so far, last.pth.tar, then table and events.
 
         Args:
-            row: Of the same names each time, None for what was not measured.
-            model, meta: As in `save_checkpoint`.
-            resume: What going on needs besides, in last.pth.tar alone.
+            row: Figures of the epoch, always with the same names; None for what was not measured.
+            model, meta: See `save_checkpoint`.
+            resume: Entries needed to resume, in last.pth.tar only.
         """
         self.rows.append(row)
-        meta = dict(meta, metrics={k: v for k, v in row.items() if v is not None})
-        if self.is_best(row):
+        if row['val_top1'] is not None and (self.best is None or row['val_top1'] > self.best['val_top1']):
             self.best = row
-            save_checkpoint(self.path / 'best.pth.tar', model, **meta)
+            save_checkpoint(self.path / 'best.pth.tar', model, **meta, metrics=self._metrics())
         self.save_step(model, resume, **meta)
-        self._publish(row)  # last: a row in the table is in a checkpoint too
+        self._publish(row)  # last, so that every row of the table is in a checkpoint too
 
-    def is_best(self, row: dict[str, Any]) -> bool:
-        return row.get('val_top1') is not None and (self.best is None or row['val_top1'] > self.best['val_top1'])
+    def _metrics(self) -> dict[str, float]:
+        return {name: value for name, value in self.rows[-1].items() if value is not None} if self.rows else {}
 
     def save_step(self, model: torch.nn.Module, resume: dict[str, Any], **meta: Any) -> None:
-        """Write last.pth.tar alone; the one before it becomes previous.pth.tar once the new one is safe."""
+        """Write last.pth.tar; the previous one becomes previous.pth.tar once the new one is complete."""
         new, last, previous = (self.path / name for name in CHECKPOINTS)
-        save_checkpoint(new, model, **meta, **resume, best=self.best, rows=self.rows)
+        save_checkpoint(new, model, **meta, metrics=self._metrics(), **resume, best=self.best, rows=self.rows)
         if last.exists():
             os.replace(last, previous)
         os.replace(new, last)
 
-    def list_images(self, images: list[tuple[str, str]], name: str = 'unreadable.txt') -> Path:
-        """Write names and reasons of images into a file."""
+    def list_images(self, images: list[tuple[str, str]], name: str) -> Path:
+        """Write the names of images, and the reasons, to a text file."""
         path = self.path / name
         path.write_text(''.join(f'{image}\t{reason}\n' for image, reason in images))
         return path
 
     def finish(self) -> None:
-        """Mark the run as done: the same command begins a new one."""
+        """Mark the run as finished with result.json."""
         (self.path / 'result.json').write_text(json.dumps(dict(last=self.rows[-1], best=self.best), indent=2) + '\n')
 
     def draw_curves(self) -> Path:
         """Draw loss, top-1 and learning rate over the epochs into curves.png."""
-        from matplotlib.figure import Figure  # slow to import, and wanted once
+        from matplotlib.figure import Figure  # slow to import
 
         figure = Figure(figsize=(12, 3.5), layout='constrained')
         panels = figure.subplots(1, 3)
@@ -263,13 +255,13 @@ class RunFolder:
         return path
 
     def close(self) -> None:
-        """Draw the curves of what was logged, and let go of the files; on a full disk without the curves."""
+        """Draw the curves and close the files; a full disk only causes a warning."""
         try:
             if self.rows:
                 self.draw_curves()
             self.events.close()
         except OSError as error:
-            _logger.warning(f'{self.path}: curves and events are not complete ({error.strerror or error}).')
+            _logger.warning(f'{self.path}: curves and events are incomplete ({error.strerror or error}).')
         if self.lock is not None:
             os.close(self.lock)
             self.lock = None

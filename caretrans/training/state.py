@@ -1,6 +1,6 @@
-"""Where a run stands, put into a checkpoint and taken out again: all that the same numbers need.
+"""Train state: the progress of a run, saved in checkpoints so that a resumed run computes the same numbers.
 
-Random numbers need nothing: they depend on seed, epoch and step alone (see randomness.py).
+Random numbers are not part of it: they depend only on seed, epoch and step (see `caretrans.seeds`).
 """
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,24 +10,24 @@ import torch.nn as nn
 
 from ..distributed import Processes
 
-__all__ = ['TrainState', 'describe_world_change', 'gather_train_state', 'get_statistics', 'restore_train_state']
+__all__ = ['Division', 'TrainState', 'describe_world_change', 'gather_train_state', 'restore_train_state']
 
-Statistics = dict[str, torch.Tensor]
+OF_ONE_PROCESS = ('images', 'counted', 'loss_total', 'unreadable')
 
 
 @dataclass
 class TrainState:
-    """How far a run has come.
+    """Progress of a run.
 
     Attributes:
-        epoch: Finished epochs.
-        step: Optimizer steps made in the epoch after these.
-        images, counted, loss_total: In these steps and this process: images seen, those of steps that were not left
-            out, sum of their losses.
-        seconds, waited: In these steps: time passed, and that of it in which data were waited for.
-        lr: Rate of the last step.
-        trained: Figures of the training half of the epoch, when it is done and the evaluation is not.
-        unreadable: (name, reason) of training images found unreadable in this epoch.
+        epoch: Number of finished epochs.
+        step: Number of optimizer steps in the current epoch.
+        images, counted, loss_total: Over these steps in this process: images seen, images of steps that were not
+            skipped, sum of their losses.
+        seconds, waited: Over these steps: elapsed time, and the part of it spent waiting for data.
+        lr: Learning rate of the last step.
+        trained: Training figures of the current epoch, once only its evaluation remains.
+        unreadable: (name, reason) of the training images found unreadable in the current epoch.
     """
 
     epoch: int = 0
@@ -41,36 +41,40 @@ class TrainState:
     trained: dict[str, float] | None = None
     unreadable: list[tuple[str, str]] = field(default_factory=list)
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Forget the epoch before."""
-        self.__init__(epoch=epoch)
+
+@dataclass(frozen=True)
+class Division:
+    """Division of an optimizer step over processes and passes; it may change when a run resumes.
+
+    Attributes:
+        streams: Whether images are read in order, without an index.
+    """
+    world_size: int
+    device_batch: int
+    accumulation: int
+    streams: bool
+    workers: int
 
 
-OF_ONE_PROCESS = ('images', 'counted', 'loss_total', 'unreadable')
-
-
-def get_statistics(module: nn.Module) -> Statistics:
-    """The running statistics of BatchNorm, which are each process's own until the end of an epoch."""
-    return {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
-
-
-def gather_train_state(standing: TrainState, modules: dict[str, nn.Module], processes: Processes) -> dict[str, Any]:
-    """What a checkpoint holds of all processes; called by all of them.
+def gather_train_state(state: TrainState, modules: dict[str, nn.Module], processes: Processes) -> dict[str, Any]:
+    """The entry 'standing' of a checkpoint: the train state of all processes, which all call this function.
 
     Args:
-        modules: The model, and its average if there is one, by name.
+        modules: The model, and its average if there is one, by name. Until the end of an epoch every process has its
+            own running statistics of BatchNorm.
     """
-    mine = dict({name: getattr(standing, name) for name in OF_ONE_PROCESS}, statistics={
-        name: {key: value.cpu() for key, value in get_statistics(module).items()} for name, module in modules.items()}
-        if not processes.is_alone else {})
-    common = {name: value for name, value in asdict(standing).items() if name not in OF_ONE_PROCESS}
+    mine = {name: getattr(state, name) for name in OF_ONE_PROCESS}
+    mine['statistics'] = {} if processes.is_alone else {
+        name: {key: buffer.cpu() for key, buffer in module.named_buffers() if buffer.is_floating_point()}
+        for name, module in modules.items()}
+    common = {name: value for name, value in asdict(state).items() if name not in OF_ONE_PROCESS}
     return dict(common, world_size=processes.world_size, processes=processes.gather(mine))
 
 
 def restore_train_state(saved: dict[str, Any], modules: dict[str, nn.Module], processes: Processes) -> TrainState:
-    """The standing of this process from what `gather_train_state` gave; puts the statistics into the modules.
+    """The train state of this process from the entry of `gather_train_state`; loads the statistics into `modules`.
 
-    Where the number of processes is another, statistics become their mean and sums go to the first process.
+    If the number of processes has changed, statistics become their mean and sums go to the primary process.
     """
     parts = saved['processes']
     common = {name: value for name, value in saved.items() if name not in ('processes', 'world_size')}
@@ -88,25 +92,21 @@ def restore_train_state(saved: dict[str, Any], modules: dict[str, nn.Module], pr
         buffers = dict(modules[name].named_buffers())
         for key, value in values.items():
             buffers[key].copy_(value)
-    standing = TrainState(**common, **{name: mine[name] for name in OF_ONE_PROCESS})
-    standing.unreadable = [tuple(entry) for entry in standing.unreadable]
-    return standing
+    unreadable = [tuple(entry) for entry in mine['unreadable']]
+    return TrainState(**{**common, **{name: mine[name] for name in OF_ONE_PROCESS}, 'unreadable': unreadable})
 
 
-def describe_world_change(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """One line on what other processes, batches or, for data that stream, workers mean; '' where nothing differs.
-
-    Args:
-        before, after: world_size, device_batch, accumulation, streams and workers of both.
-    """
-    changed = {name for name in before if before[name] != after[name]} - (set() if after['streams'] else {'workers'})
+def describe_world_change(before: Division, after: Division) -> str:
+    """One line on the effects of other processes, batches or, for streamed data, workers; '' if nothing changed."""
+    changed = {name for name, value in asdict(before).items() if value != getattr(after, name)}
+    changed -= set() if after.streams else {'workers'}
     if not changed:
         return ''
-    images = 'data that stream come in another order' if after['streams'] and changed & {'workers', 'world_size'} else \
+    images = 'streamed data come in another order' if after.streams and changed & {'workers', 'world_size'} else \
         'the images of each step are the same'
-    seen = f'BatchNorm sees {after["device_batch"]} images at a time' + (
-        f' instead of {before["device_batch"]}' if 'device_batch' in changed else ' as before')
+    seen = f'BatchNorm sees {after.device_batch} images at a time' + (
+        f' instead of {before.device_batch}' if 'device_batch' in changed else ' as before')
     statistics = ', its running statistics start from their mean' if 'world_size' in changed else ''
-    return (f'The run goes on with {after["world_size"]} process(es) instead of {before["world_size"]}: {images}, '
-            f'{seen}{statistics}, and sums are rounded in another order: the result is not bit for bit that of an '
+    return (f'The run resumes with {after.world_size} process(es) instead of {before.world_size}: {images}, {seen}'
+            f'{statistics}, and sums are rounded in another order, so the result is not bit-identical to that of an '
             f'unchanged run.')

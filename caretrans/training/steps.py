@@ -1,4 +1,4 @@
-"""One epoch of training: no flags, no files, no globals."""
+"""Optimizer steps over one epoch: no flags, no files, no globals."""
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -20,15 +20,15 @@ from ..errors import TrainingError
 
 __all__ = ['NonFiniteError', 'Step', 'Stepper', 'train_steps']
 
-LEAST_SCALE = 2. ** -14  # of the loss in float16; below, every step overflowed for a long time
+LEAST_SCALE = 2. ** -14  # loss scale in float16; reached only after a long series of steps that all overflowed
 
 
 class NonFiniteError(TrainingError):
     """A loss or a gradient is not finite.
 
     Attributes:
-        step: Optimizer step of the epoch.
-        is_local: Whether the loss of this process is one of them.
+        step: Number of the optimizer step in the epoch.
+        is_local: Whether the loss of this process is not finite.
     """
 
     def __init__(self, message: str, step: int, is_local: bool) -> None:
@@ -38,14 +38,15 @@ class NonFiniteError(TrainingError):
 
 @dataclass
 class Stepper:
-    """What an optimizer step needs, and how many were made.
+    """Optimizer, schedule, loss scaler and clipping of a run, and the number of steps so far.
 
     Attributes:
-        scheduler: Told after every step how many were made, for schedules per step.
-        scaler: Of the loss, in float16.
-        clip: Gradients are clipped at this value, None for not at all.
+        scheduler: Updated after every step, for schedules per step.
+        scaler: Loss scaler, for float16.
+        clip: Threshold of gradient clipping, None for no clipping.
         clip_mode: 'norm', 'value' or 'agc' (adaptive), as in timm.
-        max_skips: Steps that may be left out because something is not finite.
+        max_skips: Maximum number of steps skipped because a loss or gradient is not finite.
+        skipped: Number of steps skipped so far; `steps` includes them.
     """
 
     optimizer: torch.optim.Optimizer
@@ -66,17 +67,17 @@ class Stepper:
         return max(group['lr'] for group in self.optimizer.param_groups)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of one forward pass."""
+        """Accumulate the gradient of one forward pass."""
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def measure_gradient(self) -> torch.Tensor:
-        """The norm of the whole gradient, unscaled, the same on every process."""
+        """The norm of the whole unscaled gradient, equal on all processes."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         return get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
     def update(self, norm: torch.Tensor) -> None:
-        """Clip the gradient, whose norm is `norm`, update the weights and the rate."""
+        """Clip the gradient, whose norm is `norm`, and update the weights and the learning rate."""
         if self.clip is not None:
             parameters = [p for p in self.parameters if p.grad is not None]
             if self.clip_mode == 'norm':
@@ -86,11 +87,11 @@ class Stepper:
         if self.scaler is None:
             self.optimizer.step()
         else:
-            self.scaler.step(self.optimizer)  # which leaves out a step that overflowed
+            self.scaler.step(self.optimizer)  # skips a step that overflowed
         self._finish()
 
     def skip(self) -> None:
-        """Leave out this step, as one of those that may be."""
+        """Drop the gradient of this step and count it as skipped."""
         self.skipped += 1
         self._finish()
 
@@ -104,8 +105,8 @@ class Stepper:
 
 
 class Step(NamedTuple):
-    """What an optimizer step did: its number in the epoch, this process's images and loss (their mean), the rate it
-    used, the norm of its gradient, whether it was left out, and whether some process wants to stop."""
+    """Result of an optimizer step: its number in the epoch, this process's number of images and their mean loss, the
+    learning rate, the gradient norm, whether it was skipped, and whether any process was asked to stop."""
     number: int
     images: int
     loss: float
@@ -116,7 +117,7 @@ class Step(NamedTuple):
 
 
 class _BufferGuard:
-    """Keeps the running statistics of the last good step, for one that is left out has spoiled them already."""
+    """A copy of the running statistics after the last good step; the forward pass of a skipped step changes them."""
 
     def __init__(self, module: nn.Module) -> None:
         self.buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
@@ -143,13 +144,15 @@ def train_steps(
 ) -> Iterator[Step]:
     """Train on the passes of an epoch; yields after every optimizer step.
 
-    The processes agree at every step on whether all is finite and whether to stop, so that none is left waiting.
+    At every step the processes agree on whether all losses and gradients are finite and whether to stop, so that none
+    waits for another.
 
     Args:
         task: Forward pass and loss, from `timm.task`.
-        wants_stop: Whether this process was asked to stop.
+        wants_stop: Returns whether this process was asked to stop.
     Raises:
-        NonFiniteError: A loss or gradient is not finite, and no more steps may be left out.
+        NonFiniteError: A loss or gradient is not finite, and no more steps may be skipped.
+        TrainingError: The loss scale fell so low that no step can succeed.
     """
     task.train()
     stepper.optimizer.zero_grad()
@@ -167,34 +170,27 @@ def train_steps(
         if not last:
             continue
         norm, lr = stepper.measure_gradient(), stepper.lr
-        mean, size = torch.stack([total / images, norm.float()]).tolist()  # waits for the device, once in a step
-        # In float16 the scaler sees to gradients that overflow.
+        mean, size = torch.stack([total / images, norm.float()]).tolist()  # waits for the device, once per step
+        # In float16 the scaler handles gradients that overflow.
         is_finite = math.isfinite(mean) and (math.isfinite(size) or stepper.scaler is not None)
         bad, stop = processes.largest([not is_finite, wants_stop()])
         if bad:
             if stepper.skipped >= stepper.max_skips:
-                raise NonFiniteError(_describe_failure(mean, size, stepper), number, not math.isfinite(mean))
+                scale = f'loss scale {stepper.scaler.get_scale():g}' if stepper.scaler else 'no loss scaler'
+                skipped = f', after {stepper.skipped} skipped steps' if stepper.skipped else ''
+                raise NonFiniteError(
+                    f'The loss is {mean}, the gradient norm {size:.4g}, at step {stepper.steps} (learning rate '
+                    f'{stepper.lr:.3g}, {scale}){skipped}.', number, not math.isfinite(mean))
             guard.restore()
             stepper.skip()
         else:
             stepper.update(norm)
             if guard is not None:
                 guard.keep()
-        _check_scale(stepper)
+        if stepper.scaler is not None and stepper.scaler.get_scale() < LEAST_SCALE:
+            raise TrainingError(
+                f'The loss scale fell to {stepper.scaler.get_scale():g} at step {stepper.steps} (learning rate '
+                f'{stepper.lr:.3g}): every gradient overflows float16. Start a run with --amp bf16 or a lower rate, '
+                f'with the last checkpoint of this one as --checkpoint.')
         yield Step(number, images, mean, lr, size, bool(bad), bool(stop))
         images, total = 0, 0.
-
-
-def _describe_failure(loss: float, norm: float, stepper: Stepper) -> str:
-    scale = 'no loss scaler' if stepper.scaler is None else f'loss scale {stepper.scaler.get_scale():g}'
-    skipped = f', after {stepper.skipped} steps were left out' if stepper.skipped else ''
-    return (f'The loss is {loss}, the norm of its gradient {norm:.4g}, at step {stepper.steps} '
-            f'(learning rate {stepper.lr:.3g}, {scale}){skipped}.')
-
-
-def _check_scale(stepper: Stepper) -> None:
-    if stepper.scaler is not None and stepper.scaler.get_scale() < LEAST_SCALE:
-        raise TrainingError(
-            f'The loss scale fell to {stepper.scaler.get_scale():g} at step {stepper.steps} (learning rate '
-            f'{stepper.lr:.3g}): every gradient overflows float16. Begin a run with --amp bf16 or a lower rate, '
-            f'from the last checkpoint of this one by --checkpoint.')

@@ -1,7 +1,7 @@
-"""Everything a training run needs, built from its config and checked before the first step."""
+"""Data, model, loss, optimizer and schedule of a run, built from its config and checked before the first step."""
 import inspect
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import timm
@@ -23,13 +23,19 @@ from ..errors import CheckpointError, ConfigError, DataError
 from ..kernels import describe_placements, use_kernels, why_unavailable
 from ..seeds import seed_everything
 from .losses import SelfDistillationTask, build_task
+from .state import Division
 from .steps import Stepper
 
 __all__ = ['Trainer', 'build_mixup', 'build_model', 'build_schedule', 'check_kernels', 'put_kernels']
 
 
 def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
-    """The model of a run, with the weights of `config.checkpoint` if there is one."""
+    """The model of a run, with the weights of `config.checkpoint` if there is one.
+
+    Raises:
+        ConfigError: No such model, or it does not fit the settings.
+        CheckpointError: The checkpoint cannot be loaded.
+    """
     if not timm.is_model(config.model):
         near = ', '.join(timm.list_models(f'*{config.model.split("_")[0]}*')[:8]) or 'none'
         raise ConfigError(f'No model {config.model!r}; near: {near}.')
@@ -41,50 +47,50 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     if config.checkpoint:
         load_checkpoint(model, config.checkpoint, new_heads=config.new_heads)
     if getattr(model, 'in_chans', 3) != 3:
-        raise ConfigError(f'The model takes {model.in_chans} channels, the images have 3: leave in_chans out.')
+        raise ConfigError(f'The model takes {model.in_chans} channels, but images have 3: remove in_chans.')
     if config.grad_checkpointing:
         if not hasattr(model, 'set_grad_checkpointing'):
-            raise ConfigError(f'{config.model} has no gradient checkpointing: leave --grad-checkpointing out.')
+            raise ConfigError(f'{config.model} has no gradient checkpointing: omit --grad-checkpointing.')
         model.set_grad_checkpointing(True)
     return model
 
 
 def check_kernels(config: TrainConfig, device: torch.device) -> None:
-    """Refuse kernels that cannot run, before any data are read.
+    """Refuse kernels that cannot run, before any data is read.
 
     Raises:
-        ConfigError: Not on this device, or the model has no parts for them.
+        ConfigError: The device cannot run them, or no part of the model uses them.
     """
     if not config.kernels:
         return
     reason = why_unavailable(device)
     if reason:
-        raise ConfigError(f'kernels with device={device}: {reason}: leave --kernels out.')
+        raise ConfigError(f'kernels with device={device}: {reason}: omit --kernels.')
     if not use_kernels(build_model(replace(config, checkpoint=''), num_classes=1), parts=()):
-        raise ConfigError(f'kernels: {config.model} has no parts for them: leave --kernels out.')
+        raise ConfigError(f'kernels: no part of {config.model} uses them: omit --kernels.')
 
 
 def put_kernels(model: nn.Module, config: TrainConfig) -> str:
-    """Let Triton kernels run in a model that is on its device, if the config says so; its state dict stays.
+    """Use Triton kernels in a model that is on its device, if the config says so; the state dict stays the same.
 
     Returns:
         Which kernels run, and where.
     Raises:
-        ConfigError: Not one runs.
+        ConfigError: No kernel runs.
     """
     if not config.kernels:
         return 'torch'
     placements = use_kernels(model)
     lines = describe_placements(placements)
     if not any(placement.runs == 'triton' for placement in placements):
-        raise ConfigError(f'kernels: none runs in {config.model} ({"; ".join(lines) or "it has no parts for them"}): '
-                          f'leave --kernels out.')
-    import triton  # not everywhere
+        raise ConfigError(f'kernels: none runs in {config.model} ({"; ".join(lines) or "no part uses them"}): '
+                          f'omit --kernels.')
+    import triton  # not on every machine
     return f'triton {triton.__version__} ({"; ".join(lines)})'
 
 
 def build_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
-    """Mixup and CutMix of whole batches, or None when both are off."""
+    """Mixup and CutMix of whole batches, or None if both are off."""
     if not config.mixup and not config.cutmix:
         return None
     return Mixup(
@@ -93,7 +99,7 @@ def build_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
 
 
 def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int):
-    """The learning rate over the run: (schedule, epochs in all, cool-down included)."""
+    """The learning rate schedule: (scheduler, total number of epochs including cool-down)."""
     return create_scheduler_v2(
         optimizer, sched='cosine', num_epochs=config.epochs, cooldown_epochs=config.cooldown_epochs,
         min_lr=config.min_lr, warmup_lr=config.warmup_lr, warmup_epochs=config.warmup_epochs,
@@ -104,10 +110,11 @@ class Trainer:
     """Data, model, loss, optimizer and schedule of a run.
 
     Attributes:
-        model: The weights that are trained, without wrappers.
+        model: The trained weights, without wrappers.
         ema: Their average over the steps, or None.
         kernels: Which kernels run.
-        task: Forward pass and loss; compiled as asked, and distributed after `distribute`.
+        task: Forward pass and loss; compiled if the config says so, and distributed after `distribute`.
+        splits: For each training image size, (images per pass and process, passes per step).
     Raises:
         ConfigError, DataError, CheckpointError: The settings, the data or the checkpoint cannot work.
     """
@@ -119,10 +126,7 @@ class Trainer:
         self.device_batch, self.accumulation = self.splits[0]
         self._open_data()
         try:
-            self._build_model()
-            self._build_loaders()
-            self._build_task()
-            self._build_optimizer()
+            self._build()
         except (CheckpointError, ConfigError, DataError):
             raise
         except torch.OutOfMemoryError as error:
@@ -138,39 +142,36 @@ class Trainer:
         self.classes = list_classes(self.train_set)
         self.val_set = open_dataset(config.data, config.val_split, classes=self.classes, **options)
         if self.classes is None and config.num_classes is None:
-            raise ConfigError(f'{config.dataset} does not name its classes: give their number with --num-classes.')
+            raise ConfigError(f'{config.dataset} does not name its classes: set their number with --num-classes.')
         self.num_classes = config.num_classes or len(self.classes)
         if self.classes and len(self.classes) != self.num_classes:
-            raise ConfigError(f'num_classes={self.num_classes}, but the data have {len(self.classes)}: leave it out.')
+            raise ConfigError(
+                f'num_classes={self.num_classes}, but the data has {len(self.classes)} classes: omit --num-classes.')
         for dataset in (self.train_set, self.val_set):
             check_labels(dataset, self.num_classes)
 
-    def _build_model(self) -> None:
-        config = self.config
-        if config.sync_bn and self.device.type == 'cpu' and not self.processes.is_alone:
-            raise ConfigError("sync_bn needs GPUs, PyTorch's SyncBatchNorm does not run on cpu: leave --sync-bn out.")
+    def _build(self) -> None:
+        config, device, processes = self.config, self.device, self.processes
+        if config.sync_bn and device.type == 'cpu' and not processes.is_alone:
+            raise ConfigError("sync_bn needs GPUs, PyTorch's SyncBatchNorm does not run on cpu: omit --sync-bn.")
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         model = build_model(config, self.num_classes)
         if config.sync_bn:
             model = convert_sync_batchnorm(model)
-        self.model = model.to(self.device, memory_format=self.memory_format)
+        self.model = model.to(device, memory_format=self.memory_format)
         self.kernels = put_kernels(self.model, config)  # before its average, compiled and distributed forms are made
 
-    def _build_loaders(self) -> None:
-        config = self.config
         self.eval_config = resolve_eval_config(
             self.model, img_size=config.val_img_size or config.img_size, crop_pct=config.crop_pct,
             crop_mode=config.crop_mode)
         self.train_loader = build_train_loader(
-            self.train_set, config, self.eval_config, self.splits, self.processes, self.device)
+            self.train_set, config, self.eval_config, self.splits, processes, device)
         if not self.train_loader.steps:
             raise DataError(f'The {len(self.train_set)} training images do not fill a batch of {config.batch_size}.')
         self.val_loader = build_eval_loader(
-            self.val_set, self.eval_config, self.device_batch, config.workers, self.processes, self.device)
+            self.val_set, self.eval_config, self.device_batch, config.workers, processes, device)
 
-    def _build_task(self) -> None:
-        config = self.config
-        self.task = build_task(config, self.model, self.device, self.memory_format)
+        self.task = build_task(config, self.model, device, self.memory_format)
         self.mixup = build_mixup(config, self.num_classes)
         self.ema: nn.Module | None = None
         if config.ema:
@@ -180,53 +181,56 @@ class Trainer:
             self.task.compile_ema()
         self.eval_model = self.task.get_eval_model(ema=config.ema)
 
-    def _build_optimizer(self) -> None:
-        config = self.config
         optimizer = create_optimizer_v2(self.model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay)
         self.schedule, self.epochs = build_schedule(config, optimizer, self.train_loader.steps)
         self.stepper = Stepper(
-            optimizer, self.schedule, torch.amp.GradScaler(self.device.type) if config.amp == 'fp16' else None,
+            optimizer, self.schedule, torch.amp.GradScaler(device.type) if config.amp == 'fp16' else None,
             clip=config.clip_grad, clip_mode=config.clip_mode,
             max_skips=config.max_skips if config.on_nan == 'skip' else 0)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Set what depends on the epoch: the rate, unless steps change it, and whether the average teaches."""
+        """Set what depends on the epoch: the learning rate, unless it changes per step, and self-distillation."""
         if not self.config.step_schedule:
             self.schedule.step(epoch)
         if isinstance(self.task, SelfDistillationTask):
             self.task.set_epoch(epoch)
 
     def distribute(self) -> None:
-        """Connect the gradients of the processes, which keep BatchNorm's statistics each to itself in an epoch."""
-        if not self.processes.is_alone:
-            options = inspect.signature(DistributedDataParallel.__init__).parameters
-            leave_buffers = 'forward_sync_buffers' if 'forward_sync_buffers' in options else 'broadcast_buffers'
-            is_cuda = self.device.type == 'cuda'
-            # Looking for unused parameters keeps the order of the first sums, which otherwise changes after a step and
-            # would make a run that goes on differ in its last bits. On GPUs it would cost time and save nothing.
-            self.task.prepare_distributed(
-                device_ids=[self.device.index] if is_cuda else None, find_unused_parameters=not is_cuda,
-                **{leave_buffers: False})
+        """Average the gradients over the processes; within an epoch each keeps its own BatchNorm statistics."""
+        if self.processes.is_alone:
+            return
+        options = inspect.signature(DistributedDataParallel.__init__).parameters
+        leave_buffers = 'forward_sync_buffers' if 'forward_sync_buffers' in options else 'broadcast_buffers'
+        is_cuda = self.device.type == 'cuda'
+        # Looking for unused parameters keeps the summation order of the first step. Otherwise the order changes after
+        # it, and the last bits of a resumed run differ. On GPUs it would cost time and not help.
+        self.task.prepare_distributed(
+            device_ids=[self.device.index] if is_cuda else None, find_unused_parameters=not is_cuda,
+            **{leave_buffers: False})
 
     @property
     def modules(self) -> dict[str, nn.Module]:
         """The model, and its average if there is one."""
         return dict(model=self.model, **({'ema': self.ema} if self.ema is not None else {}))
 
+    @property
+    def division(self) -> Division:
+        return Division(
+            self.processes.world_size, self.device_batch, self.accumulation, self.train_loader.sampler is None,
+            self.config.workers)
+
     def describe(self) -> dict[str, Any]:
-        """What was derived from the settings."""
+        """Facts derived from the settings, for environment.json."""
         config = self.config
         sizes = dict(zip(config.list_sizes(), self.splits, strict=True)) if config.train_img_sizes else None
         return dict(
-            model=config.model, parameters=sum(p.numel() for p in self.model.parameters()),
+            asdict(self.division), model=config.model, parameters=sum(p.numel() for p in self.model.parameters()),
             train_images=len(self.train_set), val_images=len(self.val_set), num_classes=self.num_classes,
-            device=str(self.device), kernels=self.kernels, world_size=self.processes.world_size,
-            batch_size=config.batch_size, device_batch=self.device_batch, accumulation=self.accumulation,
-            size_batches=sizes, epochs=self.epochs, steps_per_epoch=self.train_loader.steps, lr=config.lr,
-            streams=self.train_loader.sampler is None, workers=config.workers, eval_config=self.eval_config)
+            device=str(self.device), kernels=self.kernels, batch_size=config.batch_size, size_batches=sizes,
+            epochs=self.epochs, steps_per_epoch=self.train_loader.steps, lr=config.lr, eval_config=self.eval_config)
 
     def checkpoint_meta(self) -> dict[str, Any]:
-        """What a checkpoint says beside the weights."""
+        """Everything `save_checkpoint` stores besides the weights and the resume state."""
         config = self.config
         settings = dict(config.to_dict(), data=os.path.abspath(config.data) if config.data else '')
         return dict(
@@ -234,14 +238,14 @@ class Trainer:
             config=settings, ema=self.ema)
 
     def resume_state(self) -> dict[str, Any]:
-        """What going on from this point needs beside the weights."""
+        """State of optimizer and scaler, which a resumed run needs besides the weights."""
         scaler = self.stepper.scaler
         return dict(
             optimizer=self.stepper.optimizer.state_dict(), steps=self.stepper.steps, skipped=self.stepper.skipped,
             scaler=scaler.state_dict() if scaler is not None else None)
 
     def load_state(self, weights: dict[str, Any], averaged: dict[str, Any] | None, meta: dict[str, Any]) -> None:
-        """Take up the weights and the state of a checkpoint of the same run."""
+        """Load the weights and the `resume_state` of a checkpoint of the same run."""
         self.model.load_state_dict(weights)
         if self.ema is not None:
             self.ema.load_state_dict(averaged)

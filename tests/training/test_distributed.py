@@ -1,4 +1,4 @@
-"""Several processes, on the CPU over gloo: the same numbers as one, and scripts that start and stop them."""
+"""Several processes on the CPU over gloo: the same numbers as one, and the scripts that start and stop them."""
 import os
 import shutil
 import subprocess
@@ -8,19 +8,18 @@ from signal import SIGTERM
 
 import pytest
 import torch
-from launch import ENVIRONMENT, ROOT, kill, list_differences, read_tensors, run, start, wait_for
-from photos import copy_images
+from launch import (
+    ROOT, SHELL_ENVIRONMENT, configure, kill, list_differences, read_tensors, run, start, wait_for)
+
+from caretrans.distributed import Processes
+from caretrans.training import Trainer
+from caretrans.training.steps import train_steps
 
 FLAGS = [
     '--recipe', 'care_s0_fruit14', '--epochs', 2, '--warmup-epochs', 1, '--batch-size', 8, '--device-batch', 4,
     '--img-size', 32, '--val-img-size', 32, '--workers', 1, '--device', 'cpu', '--drop-path', 0.1, '--mixup', 0.8,
     '--cutmix', 1.0, '--random-erasing', 0.5, '--auto-augment', 'rand-m9-mstd0.5-inc1', '--no-channels-last',
     '--model-args', 'depths=[1,1,1,1]']
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory) -> Path:
-    return copy_images(tmp_path_factory.mktemp('data'), per_class=24)
 
 
 def train(data, folder, *flags, processes=1):
@@ -30,7 +29,7 @@ def train(data, folder, *flags, processes=1):
 
 @pytest.fixture(scope='module')
 def one_process(data, tmp_path_factory):
-    """The weights of one process that makes each step of two forward passes."""
+    """The weights of one process that does two forward passes per step."""
     return train(data, tmp_path_factory.mktemp('one') / 'run')[0]
 
 
@@ -38,55 +37,43 @@ def is_statistic(key: str) -> bool:
     return key.endswith(('running_mean', 'running_var', 'num_batches_tracked'))
 
 
-def test_two_processes_end_with_the_weights_of_one_with_the_same_global_batch(data, one_process, tmp_path):
-    """To 1e-6, and to the bit where the sums happen to be rounded alike.
+def measure_difference(weights, others) -> float:
+    """The largest difference of a weight, without the statistics of BatchNorm."""
+    return max((value for key, value in list_differences(weights, others).items() if not is_statistic(key)), default=0.)
 
-    BatchNorm normalises each forward pass by its own 4 images in both. Only its running statistics differ: one process
-    updates them twice a step, two update theirs once and average them at the end of the epoch.
+
+def test_two_processes_end_with_the_weights_of_one_with_the_same_global_batch(data, one_process, tmp_path):
+    """Within 1e-6; bit-identical where the sums happen to be rounded the same.
+
+    In both, BatchNorm normalises each forward pass by its own 4 images. Only its running statistics differ: one process
+    updates them twice per step, two processes once each, and they average them at the end of the epoch.
     """
     two, out, _ = train(data, tmp_path / 'run', processes=2)
     assert 'batch of 8 = 4 images x 1 forward pass(es) x 2 processes' in out
-    differences = list_differences(two, one_process)
-    weights = {key: value for key, value in differences.items() if not is_statistic(key)}
-    print('largest difference of a weight', max(weights.values(), default=0.))
-    assert max(weights.values(), default=0.) < 1e-6
-    assert any(is_statistic(key) for key in differences)
+    print('largest difference of a weight', measure_difference(two, one_process))
+    assert measure_difference(two, one_process) < 1e-6
+    assert any(is_statistic(key) for key in list_differences(two, one_process))
     assert out.count('epoch 2/2') == 1, 'one process prints'
 
 
 def test_statistics_are_the_mean_of_the_processes(data, tmp_path):
-    """After an epoch with a rate of next to nothing they are those of the images, whoever saw them."""
+    """With a learning rate near zero they depend on the images alone, whichever process saw them."""
     flags = ['--epochs', 1, '--warmup-epochs', 0, '--lr', 1e-12, '--min-lr', 1e-12, '--mixup', 0, '--cutmix', 0]
     two, _, _ = train(data, tmp_path / 'two', *flags, processes=2)
-    script = tmp_path / 'alone.py'
-    script.write_text(ALONE.format(flags=[str(flag) for flag in (data, *FLAGS, *flags)], folder=str(tmp_path)))
-    subprocess.run([os.sys.executable, script], cwd=ROOT, env=dict(ENVIRONMENT, PYTHONPATH=str(ROOT)), check=True)
-    halves = [torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in (0, 1)]
+    halves = []
+    for rank in (0, 1):  # each half of the images of every step, as the two processes take them
+        trainer = Trainer(configure(data, *FLAGS, *flags), Processes(rank, 2), torch.device('cpu'))
+        trainer.schedule.step_update(0)
+        for _ in train_steps(trainer.task, trainer.train_loader.run(0), trainer.stepper):
+            pass
+        trainer.train_loader.close()
+        halves.append(trainer.model.state_dict())
     for key in (key for key in two if key.endswith(('running_mean', 'running_var'))):
         assert torch.allclose(two[key], (halves[0][key] + halves[1][key]) / 2, rtol=1e-5, atol=1e-6), key
         assert not torch.allclose(halves[0][key], halves[1][key], rtol=1e-5, atol=1e-6), key
 
 
-ALONE = '''
-"""Each half of the images of every step by itself, as the two processes take them."""
-import torch
-from caretrans.config import parse_train_config
-from caretrans.distributed import Processes
-from caretrans.engine import train_steps
-from caretrans.training import Trainer
-
-for rank in (0, 1):
-    config = parse_train_config({flags})
-    trainer = Trainer(config, Processes(rank, 2), torch.device('cpu'))
-    trainer.schedule.step_update(0)
-    for _ in train_steps(trainer.task, trainer.train_loader.run(0), trainer.stepper):
-        pass
-    torch.save(trainer.model.state_dict(), f'{folder}/{{rank}}.pt')
-    trainer.train_loader.close()
-'''
-
-
-def test_an_error_is_said_once_and_ends_all_processes(data, tmp_path):
+def test_an_error_is_printed_once_and_ends_all_processes(data, tmp_path):
     broken = shutil.copytree(data, tmp_path / 'broken')
     shutil.rmtree(broken / 'val' / 'orange')
     out, err = run('train.py', broken, *FLAGS, '--output', tmp_path / 'run', processes=2, code=1)
@@ -102,12 +89,12 @@ def test_unreadable_images_are_counted_over_all_processes(data, tmp_path, share,
     image.write_bytes(b'')
     out, err = run(
         'train.py', bad, *FLAGS, '--max-unreadable', share, '--output', tmp_path / 'run', processes=2, code=code)
-    assert code or out.count(f'1 of 48 training images could not be read, others took their place: {image}') == 2
+    assert code or out.count(f'1 of 48 training images could not be read and were replaced by others: {image}') == 2
     assert err.count('1 of 48 training images cannot be read') == bool(code), err
 
 
 def test_all_processes_are_stopped_in_an_evaluation(data, tmp_path):
-    """SIGTERM to every process there is, workers too, as a scheduler sends it: a checkpoint, and soon an end."""
+    """SIGTERM to every process including the workers, as a scheduler sends it: a checkpoint and a quick end."""
     many = shutil.copytree(data, tmp_path / 'many')
     for image in list((many / 'val').rglob('*.jpg')):
         for i in range(60):
@@ -118,47 +105,44 @@ def test_all_processes_are_stopped_in_an_evaluation(data, tmp_path):
     assert wait_for((folder / 'last.pth.tar').exists, process), log.read_text()
     time.sleep(2)  # into the evaluation of some 3,000 images
     began = time.monotonic()
-    subprocess.run(['pkill', '-TERM', '-f', f'python[^ ]* -u .*train.py .*{folder}'], check=True)
-    process.wait(timeout=60)
+    for pid in process.list_children():
+        os.kill(pid, SIGTERM)
+    kill(process, SIGTERM)
     assert time.monotonic() - began < 15 and 'Asked to stop' in log.read_text(), log.read_text()
     assert 'Alarm clock' not in log.read_text()
     assert torch.load(folder / 'last.pth.tar', weights_only=True)['standing']['trained']
 
 
 def script(*flags, log: Path, **variables: str) -> subprocess.Popen:
-    """Start cmd/train.sh, with the Python of these tests, its output in a file."""
-    path = f'{Path(os.sys.executable).parent}:{os.environ["PATH"]}'
+    """Start cmd/train.sh with its output in a file."""
     with open(log, 'ab') as file:
         return subprocess.Popen(
             ['bash', 'cmd/train.sh', *map(str, flags)], cwd=ROOT, stdout=file, stderr=file,
-            env=dict(ENVIRONMENT, PATH=path, **variables))
+            env=dict(SHELL_ENVIRONMENT, **variables))
 
 
-def test_the_script_stops_well_and_goes_on(data, one_process, tmp_path):
-    """SIGTERM to cmd/train.sh with two processes: a checkpoint, exit code 0, and the same command ends the run."""
+def test_the_script_stops_cleanly_and_resumes(data, one_process, tmp_path):
+    """SIGTERM to cmd/train.sh with two processes: a checkpoint and exit code 0; the same command finishes the run."""
     folder, log = tmp_path / 'run', tmp_path / 'log.txt'
     process = script(data, *FLAGS, '--output', folder, log=log, NPROC='2')
     assert wait_for(lambda: 'steps per epoch' in log.read_text(), process), log.read_text()
     assert kill(process, SIGTERM) == 0, log.read_text()
     assert log.read_text().count('Asked to stop') == 1 and (folder / 'last.pth.tar').exists()
     assert script(data, *FLAGS, '--output', folder, log=log, NPROC='2').wait(timeout=300) == 0, log.read_text()
-    assert log.read_text().count('goes on from /') == 1
-    weights = {k: v for k, v in list_differences(read_tensors(folder / 'last.pth.tar'), one_process).items()
-               if not is_statistic(k)}
-    assert max(weights.values(), default=0.) < 1e-6
+    assert log.read_text().count('resumes from /') == 1
+    assert measure_difference(read_tensors(folder / 'last.pth.tar'), one_process) < 1e-6
 
 
 @pytest.mark.parametrize('name', ['train', 'eval'])
-def test_a_number_of_processes_that_is_none_is_refused(name):
-    path = f'{Path(os.sys.executable).parent}:{os.environ["PATH"]}'
+def test_an_invalid_number_of_processes_is_refused(name):
     done = subprocess.run(
         ['bash', f'cmd/{name}.sh', 'x'], cwd=ROOT, capture_output=True, text=True,
-        env=dict(ENVIRONMENT, PATH=path, NPROC='0'))
-    assert done.returncode == 2 and done.stderr == "NPROC is '0', it must be a number of processes from 1 on.\n"
+        env=dict(SHELL_ENVIRONMENT, NPROC='0'))
+    assert done.returncode == 2 and done.stderr == "NPROC is '0' but must be a positive number of processes.\n"
 
 
-def test_two_machines_meet_and_outlive_the_death_of_a_process(data, one_process, tmp_path):
-    """Two launchers on this machine play them; a process of one is killed, all start again from the checkpoint."""
+def test_two_machines_connect_and_survive_the_death_of_a_process(data, one_process, tmp_path):
+    """Simulated by two launchers; a process of one is killed, and all restart from the checkpoint."""
     folder, logs = tmp_path / 'run', [tmp_path / '0.txt', tmp_path / '1.txt']
     flags = [data, *FLAGS, '--output', folder, '--save-steps', 1]
     where = dict(NPROC='1', NNODES='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='29517', MAX_RESTARTS='3')
@@ -168,28 +152,25 @@ def test_two_machines_meet_and_outlive_the_death_of_a_process(data, one_process,
     os.kill(int(oldest.stdout), 9)
     for machine in machines:
         assert wait_for(lambda: False, machine) is False and machine.returncode == 0, logs[0].read_text()
-    said = logs[0].read_text() + logs[1].read_text()
-    assert said.count('goes on from /') >= 1 and said.count('epoch 2/2') == 1
-    weights = {k: v for k, v in list_differences(read_tensors(folder / 'last.pth.tar'), one_process).items()
-               if not is_statistic(k)}
-    assert max(weights.values(), default=0.) < 1e-6
+    printed = logs[0].read_text() + logs[1].read_text()
+    assert printed.count('resumes from /') >= 1 and printed.count('epoch 2/2') == 1
+    assert measure_difference(read_tensors(folder / 'last.pth.tar'), one_process) < 1e-6
 
 
-def test_the_slurm_script_starts_every_node_and_queues_again_when_stopped(data, tmp_path):
-    """Stand-ins for srun and scontrol note what they were asked; there is no Slurm here."""
+def test_the_slurm_script_starts_every_node_and_requeues_when_stopped(data, tmp_path):
+    """Fake srun and scontrol record their arguments."""
     for name, line in dict(
             scontrol='echo "$@" >> "$NOTES"; [ "$1" = requeue ] || echo 127.0.0.1',
             srun='echo "$NNODES $MASTER_ADDR ${@: -1}" >> "$NOTES"; shift; export NODE_RANK=0; exec "$@"').items():
         (tmp_path / name).write_text(f'#!/usr/bin/env bash\n{line}\n')
         (tmp_path / name).chmod(0o755)
     notes, log, folder = tmp_path / 'notes', tmp_path / 'log.txt', tmp_path / 'run'
-    path = f'{tmp_path}:{Path(os.sys.executable).parent}:{os.environ["PATH"]}'
     with open(log, 'ab') as file:
         process = subprocess.Popen(
             ['bash', 'cmd/train.sbatch', *map(str, [data, *FLAGS, '--output', folder])], cwd=ROOT, stdout=file,
             stderr=file, env=dict(
-                ENVIRONMENT, PATH=path, NOTES=str(notes), SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_NUM_NODES='1',
-                SLURM_JOB_NODELIST='n[1]', SLURM_JOB_ID='7', NPROC='1'))
+                SHELL_ENVIRONMENT, PATH=f'{tmp_path}:{SHELL_ENVIRONMENT["PATH"]}', NOTES=str(notes), NPROC='1',
+                SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_NUM_NODES='1', SLURM_JOB_NODELIST='n[1]', SLURM_JOB_ID='7'))
     assert wait_for(lambda: 'steps per epoch' in log.read_text(), process), log.read_text()
     assert kill(process, SIGTERM) == 0, log.read_text()
     assert 'Asked to stop' in log.read_text() and (folder / 'last.pth.tar').exists()

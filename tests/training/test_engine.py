@@ -1,4 +1,4 @@
-"""An epoch of training, against the same written out."""
+"""Optimizer steps, compared with the same computation written out."""
 import copy
 import io
 import math
@@ -45,7 +45,7 @@ def doubled(batches):
 
 
 def test_accumulated_steps_equal_the_large_batch():
-    """Exactly, for networks that see each image by itself; BatchNorm sees the small batches."""
+    """Exact for networks without BatchNorm, which sees the small batches."""
     small = doubled(make_batches(4, 6))
     large = [tuple(torch.cat(part) for part in zip(*small[i:i + 2], strict=True)) for i in (0, 2)]
     accumulated, at_once = make_model(), make_model()
@@ -84,12 +84,12 @@ def spoil(batches, *numbers):
     return batches
 
 
-def test_a_loss_that_is_not_finite_stops_training_and_says_where():
+def test_a_loss_that_is_not_finite_stops_training_and_names_the_step():
     model = make_model()
     with pytest.raises(NonFiniteError, match=r'loss is nan.* at step 2 \(learning rate 0.1, no loss scaler\)') as error:
         run_epoch(model, spoil(doubled(make_batches(3, 6)), 2))
     assert error.value.step == 2 and error.value.is_local
-    assert all(torch.isfinite(p).all() for p in model.parameters()), 'the step was not made'
+    assert all(torch.isfinite(p).all() for p in model.parameters()), 'the step did not change them'
 
 
 def test_a_gradient_that_is_not_finite_stops_training_too():
@@ -101,12 +101,12 @@ def test_a_gradient_that_is_not_finite_stops_training_too():
         def forward(self, x):
             return self.weight.abs().sqrt() + x.flatten(1)[:, :5]  # the slope of the root is infinite at 0
 
-    with pytest.raises(NonFiniteError, match='norm of its gradient (inf|nan)'):
+    with pytest.raises(NonFiniteError, match='gradient norm (inf|nan)'):
         run_epoch(Root(), make_batches(1, 6))
 
 
-def test_bad_steps_are_skipped_as_often_as_is_allowed():
-    """As if these batches had not been there, running statistics included."""
+def test_bad_steps_are_skipped_up_to_the_limit():
+    """As if these batches did not exist, including the running statistics."""
     def make():
         torch.manual_seed(0)
         return nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 5)).double()
@@ -118,7 +118,7 @@ def test_bad_steps_are_skipped_as_often_as_is_allowed():
     for key, value in expected.state_dict().items():
         if 'num_batches' not in key:
             assert torch.equal(model.state_dict()[key], value), key
-    with pytest.raises(NonFiniteError, match='after 2 steps were left out'):
+    with pytest.raises(NonFiniteError, match='after 2 skipped steps'):
         run_epoch(make(), spoil(doubled(make_batches(5, 6)), 1, 2, 3), max_skips=2)
 
 

@@ -1,4 +1,4 @@
-"""Nothing is lost: killed, stopped or with a damaged checkpoint, the same command ends with the same numbers."""
+"""Resuming: killed, stopped or with a damaged checkpoint, the same command ends with bit-identical results."""
 import csv
 import json
 import random
@@ -11,12 +11,11 @@ from signal import SIGSTOP, SIGTERM
 import pytest
 import torch
 import yaml
-from launch import ENVIRONMENT, ROOT, command, kill, list_differences, read_tensors, run, start, wait_for
-from photos import copy_images
+from launch import (
+    ENVIRONMENT, ROOT, command, configure, kill, list_differences, read_tensors, run, start, wait_for)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import caretrans.training.run
-from caretrans.config import parse_train_config
 from caretrans.errors import CheckpointError, ConfigError, Preempted
 from caretrans.training.run import train
 
@@ -30,13 +29,8 @@ TIMES = ('images_per_s', 'seconds', 'data_wait')
 
 
 @pytest.fixture(scope='module')
-def data(tmp_path_factory) -> Path:
-    return copy_images(tmp_path_factory.mktemp('data'), per_class=24)
-
-
-@pytest.fixture(scope='module')
 def undisturbed(data, tmp_path_factory) -> Path:
-    """The folder of a run that nothing happened to."""
+    """The folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp('runs') / 'undisturbed'
     run('train.py', data, *FLAGS, '--output', folder)
     return folder
@@ -44,7 +38,7 @@ def undisturbed(data, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='module')
 def stopped(data, tmp_path_factory) -> Path:
-    """The folder of a run that SIGTERM stopped in its second epoch, in the middle."""
+    """The folder of a run that SIGTERM stopped in the middle of its second epoch."""
     folder = tmp_path_factory.mktemp('runs') / 'stopped'
     log = folder.with_name('log.txt')
     process = start('train.py', data, *FLAGS, '--output', folder, log=log)
@@ -58,13 +52,13 @@ def stopped(data, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def half_way(stopped, tmp_path) -> Path:
-    """A copy of that folder."""
+    """A copy of `stopped`."""
     return shutil.copytree(stopped, tmp_path / 'half')
 
 
-def go_on(data: Path, folder: Path, *flags) -> str:
-    """Train in this process with the flags of `FLAGS` and others over them."""
-    train(parse_train_config([str(flag) for flag in (data, *FLAGS, '--output', folder, *flags)]))
+def resume(data: Path, folder: Path, *flags) -> None:
+    """Train in this process with `FLAGS` and `flags` over them."""
+    train(configure(data, *FLAGS, '--output', folder, *flags))
 
 
 def read_rows(folder: Path):
@@ -73,7 +67,7 @@ def read_rows(folder: Path):
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:
-    """Weights, their average, optimizer, scaler, scores, table and events: nothing differs, nothing is there twice."""
+    """Weights, average, optimizer, scaler, scores, table and events: nothing differs and nothing is duplicated."""
     for name in ('last.pth.tar', 'best.pth.tar'):
         for entry in ('state_dict', 'state_dict_ema'):
             assert not list_differences(read_tensors(folder / name, entry), read_tensors(expected / name, entry))
@@ -92,9 +86,9 @@ def assert_same_run(folder: Path, expected: Path) -> None:
 # Killed and stopped ---------------------------------------------------------------------------------------------------
 
 def kill_somewhere(process: subprocess.Popen, folder: Path, log: Path, seconds: float, while_writing: bool) -> str:
-    """Kill the run `seconds` after it began to train, or then in the middle of the next checkpoint: where it was.
+    """Kill the run `seconds` after it began to train, or in the middle of the checkpoint after that.
 
-    '' when the run was quicker than that.
+    Returns where it was; '' if it ended before.
     """
     begun = log.read_text().count('steps per epoch') + 1
     if not wait_for(lambda: log.read_text().count('steps per epoch') == begun, process):
@@ -110,7 +104,7 @@ def kill_somewhere(process: subprocess.Popen, folder: Path, log: Path, seconds: 
 
 
 def test_ten_kills_at_random_moments_change_nothing(data, undisturbed, tmp_path):
-    """At least three of them in the middle of writing a checkpoint: its file lies there in part, not yet renamed."""
+    """At least three of them while a checkpoint is written: its temporary file is not yet renamed."""
     seed = random.randrange(10 ** 6)
     chance, tally = random.Random(seed), []
     folder, log = tmp_path / 'run-0', tmp_path / 'log.txt'
@@ -120,7 +114,7 @@ def test_ten_kills_at_random_moments_change_nothing(data, undisturbed, tmp_path)
         where = kill_somewhere(process, folder, log, chance.uniform(0, 0.8), while_writing=len(tally) % 3 == 1)
         if where:
             tally.append(where)
-        else:  # it ended before: another run takes the other kills
+        else:  # it ended before: another run gets the other kills
             assert process.wait() == 0, log.read_text()[-3000:]
             assert_same_run(folder, undisturbed)
             folder = tmp_path / f'run-{len(tally)}'
@@ -131,94 +125,92 @@ def test_ten_kills_at_random_moments_change_nothing(data, undisturbed, tmp_path)
     assert not list(folder.glob('.*.part'))
 
 
-def test_a_run_that_was_asked_to_stop_goes_on_as_if_it_had_not_been(data, undisturbed, half_way):
-    standing = torch.load(half_way / 'last.pth.tar', weights_only=True)['standing']
-    assert standing['epoch'] == 1 and standing['step'] < 6
-    go_on(data, half_way)
+def test_a_stopped_run_resumes_as_if_it_had_not_been_stopped(data, undisturbed, half_way):
+    state = torch.load(half_way / 'last.pth.tar', weights_only=True)['standing']
+    assert state['epoch'] == 1 and state['step'] < 6
+    resume(data, half_way)
     assert_same_run(half_way, undisturbed)
     assert len(json.loads((half_way / 'environment.json').read_text())['resumed']) == 1
 
 
-def test_a_kill_between_the_renames_of_a_checkpoint_loses_nothing(data, undisturbed, half_way):
-    """The new file is whole and not yet called last.pth.tar, the one before is called previous.pth.tar already."""
+def test_a_kill_between_the_renames_of_a_checkpoint_changes_nothing(data, undisturbed, half_way):
+    """The new file is complete but not yet renamed to last.pth.tar; the previous one already is previous.pth.tar."""
     (half_way / 'last.pth.tar').rename(half_way / 'next.pth.tar')
     (half_way / 'previous.pth.tar').write_bytes(b'older')
-    go_on(data, half_way)
+    resume(data, half_way)
     assert_same_run(half_way, undisturbed)
     assert not (half_way / 'next.pth.tar').exists()
 
 
 @pytest.fixture
 def stop_after(monkeypatch):
-    """Make the next run believe in a SIGTERM after so many looks for one; `None` ends that."""
+    """Simulate a SIGTERM that the next run sees after so many checks; `None` ends that."""
     call = caretrans.training.run.StopRequest.__call__
 
-    def set_looks(looks):
+    def set_checks(checks):
         counter = iter(range(10 ** 9))
-        monkeypatch.setattr(caretrans.training.run.StopRequest, '__call__', call if looks is None else (
-            lambda self: next(counter) >= looks))
-    return set_looks
+        monkeypatch.setattr(caretrans.training.run.StopRequest, '__call__', call if checks is None else (
+            lambda self: next(counter) >= checks))
+    return set_checks
 
 
-def test_a_stop_during_evaluation_is_heard_too(data, undisturbed, tmp_path, stop_after):
+def test_a_run_stops_during_evaluation(data, undisturbed, tmp_path, stop_after):
     stop_after(6)  # steps of an epoch
     with pytest.raises(Preempted, match='in epoch 1 after step 6'):
-        go_on(data, tmp_path / 'run')
+        resume(data, tmp_path / 'run')
     stop_after(None)
-    go_on(data, tmp_path / 'run')
+    resume(data, tmp_path / 'run')
     assert_same_run(tmp_path / 'run', undisturbed)
 
 
 @pytest.mark.parametrize('flags', [
     ['--amp', 'fp16'], ['--amp', 'bf16', '--clip-grad', 1], ['--no-step-schedule'], ['--workers', 0],
     ['--train-img-sizes', 32, 48, '--device-batch', 8], ['--opt', 'sgd']], ids=lambda flags: flags[0])
-def test_every_way_to_train_goes_on_to_the_bit(data, tmp_path, stop_after, flags):
+def test_every_mode_of_training_resumes_bit_for_bit(data, tmp_path, stop_after, flags):
     flags = [*flags, '--epochs', 2, '--val-interval', 2]
-    go_on(data, tmp_path / 'expected', *flags)
+    resume(data, tmp_path / 'expected', *flags)
     stop_after(8)  # 6 steps, the end of the epoch, a step
     with pytest.raises(Preempted, match='in epoch 2 after step 2'):
-        go_on(data, tmp_path / 'run', *flags)
+        resume(data, tmp_path / 'run', *flags)
     stop_after(None)
-    go_on(data, tmp_path / 'run', *flags)
+    resume(data, tmp_path / 'run', *flags)
     mine, theirs = (torch.load(tmp_path / name / 'last.pth.tar', weights_only=True) for name in ('run', 'expected'))
     assert not list_differences(mine['state_dict'], theirs['state_dict']) and mine['scaler'] == theirs['scaler']
     assert read_rows(tmp_path / 'run') == read_rows(tmp_path / 'expected')
 
 
-def test_three_processes_go_on_with_the_statistics_of_each(data, tmp_path):
-    """Killed by force in the middle of an epoch, where each process has running statistics of its own.
+def test_three_processes_resume_with_their_own_statistics(data, tmp_path):
+    """Killed in the middle of an epoch, when each process has its own running statistics.
 
-    Three, because two sums of two are rounded alike in any order.
+    Three, because a sum of two is rounded the same in any order.
     """
     flags = [data, *FLAGS, '--batch-size', 12, '--device-batch', 4, '--save-steps', 1, '--epochs', 2]
     expected, folder, log = tmp_path / 'expected', tmp_path / 'run', tmp_path / 'log.txt'
     run('train.py', *flags, '--output', expected, processes=3)
     process = start('train.py', *flags, '--output', folder, log=log, processes=3)
     assert wait_for((folder / 'last.pth.tar').exists, process), log.read_text()
-    subprocess.run(['pkill', '-KILL', '-f', str(folder)], check=True)
-    process.wait()
-    standing = torch.load(folder / 'last.pth.tar', weights_only=True)['standing']
-    first, second, _ = (part['statistics']['model']['stem.norm.running_mean'] for part in standing['processes'])
-    assert standing['step'] < 4 and not torch.equal(first, second)
+    kill(process)
+    state = torch.load(folder / 'last.pth.tar', weights_only=True)['standing']
+    first, second, _ = (part['statistics']['model']['stem.norm.running_mean'] for part in state['processes'])
+    assert state['step'] < 4 and not torch.equal(first, second)
     out, _ = run('train.py', *flags, '--output', folder, processes=3)
-    assert out.count('goes on from') == 1
+    assert out.count('resumes from') == 1
     assert not list_differences(read_tensors(folder / 'last.pth.tar'), read_tensors(expected / 'last.pth.tar'))
     assert read_rows(folder) == read_rows(expected)
 
 
-def test_another_number_of_processes_goes_on_and_says_what_differs(data, undisturbed, half_way, tmp_path, capsys):
+def test_another_number_of_processes_resumes_and_reports_what_differs(data, undisturbed, half_way, tmp_path, capsys):
     """From one to two and back to one, in the middle of epochs."""
     log = tmp_path / 'log.txt'
     process = start('train.py', data, *FLAGS, '--output', half_way, log=log, processes=2)
     before = (half_way / 'last.pth.tar').stat().st_mtime_ns
-    assert wait_for(lambda: 'goes on from' in log.read_text()
+    assert wait_for(lambda: 'resumes from' in log.read_text()
                     and any(path.stat().st_mtime_ns > before for path in half_way.glob('last.pth.tar')), process), \
         log.read_text()
-    subprocess.run(['pkill', '-KILL', '-f', str(half_way)], check=True)
-    process.wait()
-    assert 'goes on with 2 process(es) instead of 1' in log.read_text()
-    go_on(data, half_way)
-    assert 'goes on with 1 process(es) instead of 2: the images of each step are the same' in capsys.readouterr().out
+    kill(process)
+    assert 'resumes with 2 process(es) instead of 1' in log.read_text()
+    resume(data, half_way)
+    assert 'resumes with 1 process(es) instead of 2: the images of each step are the same' in capsys.readouterr().out
     expected = read_tensors(undisturbed / 'last.pth.tar')
     differences = list_differences(read_tensors(half_way / 'last.pth.tar'), expected)
     weights = {key: value for key, value in differences.items() if 'running' not in key and 'num_batches' not in key}
@@ -229,10 +221,10 @@ def test_another_number_of_processes_goes_on_and_says_what_differs(data, undistu
 
 # Damaged and changed --------------------------------------------------------------------------------------------------
 
-def test_of_a_checkpoint_cut_in_half_the_one_before_is_taken(data, undisturbed, half_way, capsys):
+def test_a_truncated_checkpoint_is_replaced_by_the_one_before(data, undisturbed, half_way, capsys):
     last = half_way / 'last.pth.tar'
     last.write_bytes(last.read_bytes()[:last.stat().st_size // 2])
-    go_on(data, half_way)
+    resume(data, half_way)
     printed = capsys.readouterr().out
     assert 'is truncated' in printed and 'previous.pth.tar' in printed
     assert_same_run(half_way, undisturbed)
@@ -241,36 +233,36 @@ def test_of_a_checkpoint_cut_in_half_the_one_before_is_taken(data, undisturbed, 
 def test_a_run_with_nothing_but_damaged_checkpoints_is_refused(data, half_way):
     for name in ('last.pth.tar', 'previous.pth.tar'):
         (half_way / name).write_bytes(b'PK')
-    with pytest.raises(CheckpointError, match='No checkpoint to go on from'):
-        go_on(data, half_way)
+    with pytest.raises(CheckpointError, match='No checkpoint to resume from'):
+        resume(data, half_way)
 
 
 @pytest.mark.parametrize('flags, message', [
     (['--model', 'care_s1'], "model 'care_s0' there, 'care_s1' here"),
     (['--lr', 1e-3], 'lr 0.004 there, 0.001 here'),
     (['--no-ema'], 'ema True there, False here'),
-    (['--no-resume'], 'holds a run already'),
+    (['--no-resume'], 'already holds a run'),
 ], ids=lambda value: value[0] if isinstance(value, list) else '')
 def test_a_run_of_other_settings_is_refused(data, half_way, flags, message):
     with pytest.raises(ConfigError, match=message):
-        go_on(data, half_way, *flags)
+        resume(data, half_way, *flags)
 
 
 def test_a_run_on_other_classes_is_refused(data, half_way, tmp_path):
     other = shutil.copytree(data, tmp_path / 'other')
     for split in ('train', 'val'):
         shutil.copytree(other / split / 'orange', other / split / 'third')
-    with pytest.raises(ConfigError, match=r'was trained on 2 classes \(kaiser, orange\), the data have 3'):
-        go_on(other, half_way)
+    with pytest.raises(ConfigError, match=r'was trained on 2 classes \(kaiser, orange\), the data has 3'):
+        resume(other, half_way)
 
 
-def test_settings_that_change_no_number_may_change(data, undisturbed, half_way, tmp_path):
+def test_settings_without_effect_on_the_numbers_may_change(data, undisturbed, half_way, tmp_path):
     moved = shutil.copytree(data, tmp_path / 'moved')
-    go_on(moved, half_way, '--workers', 0, '--save-steps', 5)
+    resume(moved, half_way, '--workers', 0, '--save-steps', 5)
     assert_same_run(half_way, undisturbed)
 
 
-def test_a_full_disk_ends_the_run_with_a_clear_line_and_leaves_the_checkpoint(data, undisturbed, half_way):
+def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_checkpoint(data, undisturbed, half_way):
     before = (half_way / 'last.pth.tar').read_bytes()
     line = ' '.join(f"'{part}'" for part in command('train.py', data, *FLAGS, '--output', half_way))
     done = subprocess.run(  # no file of more than 5 MB can be written
@@ -278,31 +270,31 @@ def test_a_full_disk_ends_the_run_with_a_clear_line_and_leaves_the_checkpoint(da
     assert done.returncode == 2, done.stdout + done.stderr
     assert 'could not be written' in done.stderr and 'make room for' in done.stderr
     assert (half_way / 'last.pth.tar').read_bytes() == before and not list(half_way.glob('.*.part'))
-    go_on(data, half_way)
+    resume(data, half_way)
     assert_same_run(half_way, undisturbed)
 
 
 def test_a_folder_in_use_or_finished_is_refused(data, undisturbed, half_way, tmp_path):
     with pytest.raises(ConfigError, match='holds a finished run'):
-        go_on(data, undisturbed)
+        resume(data, undisturbed)
     log = tmp_path / 'log.txt'
     process = start('train.py', data, *FLAGS, '--output', half_way, log=log)
-    assert wait_for(lambda: 'goes on from' in log.read_text(), process), log.read_text()
+    assert wait_for(lambda: 'resumes from' in log.read_text(), process), log.read_text()
     process.send_signal(SIGSTOP)  # so that it does not end meanwhile
     with pytest.raises(ConfigError, match=r'Another process is training into .* \(process \d+ on .*stop it'):
-        go_on(data, half_way)
+        resume(data, half_way)
     kill(process)
 
 
 def test_without_a_folder_the_same_command_finds_its_unfinished_run(data, tmp_path, monkeypatch, stop_after):
     monkeypatch.chdir(tmp_path)
     flags = [*FLAGS, '--recipe', ROOT / 'caretrans/recipes/care_s0_fruit14.yaml', '--epochs', 2]
-    config = parse_train_config([str(flag) for flag in (data, *flags)])
+    config = configure(data, *flags)
     stop_after(0)
     with pytest.raises(Preempted):
         train(config)
     stop_after(None)
-    other = parse_train_config([str(flag) for flag in (data, *flags, '--lr', 0.001)])
+    other = configure(data, *flags, '--lr', 0.001)
     assert train(other).folder != train(config).folder
     folders = list((tmp_path / 'runs').iterdir())
     assert len(folders) == 2 and all((folder / 'result.json').exists() for folder in folders)

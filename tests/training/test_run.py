@@ -1,22 +1,20 @@
-"""What may go wrong in a run of days, and what it says then; and the ways to compute a step."""
+"""Failures during long runs and their messages; modes of computing a step."""
 import os
 import random
 import re
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from launch import ENVIRONMENT, ROOT, kill, list_differences, read_tensors, start, wait_for
+from launch import configure, kill, list_differences, read_tensors, run as run_script, start, wait_for
 from photos import copy_images
 
 import caretrans.training.run
 import caretrans.training.folder
 from caretrans.checkpoint import read_checkpoint
-from caretrans.config import parse_train_config
 from caretrans.data import samples
 from caretrans.distributed import Processes
 from caretrans.errors import TrainingError
@@ -35,20 +33,24 @@ def data(tmp_path) -> Path:
 
 
 def run(data, folder, *flags):
-    return train(parse_train_config([str(flag) for flag in (data, *FLAGS, '--output', folder, *flags)]))
+    return train(configure(data, *FLAGS, '--output', folder, *flags))
+
+
+def build(data, *flags):
+    return Trainer(configure(data, *FLAGS, *flags), Processes(), torch.device('cpu'))
 
 
 # Images that cannot be read -------------------------------------------------------------------------------------------
 
-def test_unreadable_images_are_counted_listed_and_left_out(data, tmp_path, capsys):
+def test_unreadable_images_are_counted_listed_and_skipped(data, tmp_path, capsys):
     for split in ('train', 'val'):
         bad = sorted((data / split / 'kaiser').glob('*.jpg'))[3]
         bad.write_bytes(bad.read_bytes()[:1000])
     run(data, tmp_path / 'run', '--max-unreadable', 0.05, '--workers', 2, '--epochs', 2)
     printed = capsys.readouterr().out
     train_image, val_image = (sorted((data / split / 'kaiser').glob('*.jpg'))[3] for split in ('train', 'val'))
-    assert printed.count(f'1 of 40 training images could not be read, others took their place: {train_image}') == 2
-    assert f'1 of 40 validation images could not be read and are left out: {val_image}' in printed
+    assert printed.count(f'1 of 40 training images could not be read and were replaced by others: {train_image}') == 2
+    assert f'1 of 40 validation images could not be read and are skipped: {val_image}' in printed
     for epoch in (1, 2):
         listed = (tmp_path / 'run' / f'unreadable-epoch-{epoch}.txt').read_text()
         assert listed.startswith(f'{train_image}\t') and listed.count('\n') == 1
@@ -69,7 +71,7 @@ def test_more_than_the_set_share_of_unreadable_images_stops_the_run(data, tmp_pa
 # Losses that are not finite -------------------------------------------------------------------------------------------
 
 def spoil_step(monkeypatch, *steps):
-    """Make the images of these steps of the run not a number."""
+    """Set the images of these steps of the run to NaN."""
     original = caretrans.training.run.train_steps
     seen = []
 
@@ -84,16 +86,15 @@ def spoil_step(monkeypatch, *steps):
     monkeypatch.setattr(caretrans.training.run, 'train_steps', spoiled)
 
 
-def test_a_loss_that_is_not_finite_stops_with_all_that_helps(data, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_with_a_helpful_message(data, tmp_path, monkeypatch):
     spoil_step(monkeypatch, 13)
     with pytest.raises(TrainingError) as error:
         run(data, tmp_path / 'run', '--epochs', 2, '--amp', 'fp16')
     message = str(error.value)
     for part in ('The loss is nan', 'at step 13', 'learning rate 0.00', 'loss scale ', 'Its 4 images are listed in',
-                 f'Last good checkpoint: {tmp_path}/run/last.pth.tar', 'the same command goes on from it'):
+                 f'Last good checkpoint: {tmp_path}/run/last.pth.tar', 'the same command resumes from it'):
         assert part in message, message
-    trainer = Trainer(
-        parse_train_config([str(flag) for flag in (data, *FLAGS)]), Processes(), torch.device('cpu'))
+    trainer = build(data)
     trainer.train_loader.epoch = 1
     listed = [line.strip() for line in (tmp_path / 'run' / 'nonfinite-images.txt').read_text().splitlines()]
     assert listed == trainer.train_loader.name_images(3) and all(Path(name).exists() for name in listed)
@@ -108,12 +109,12 @@ def test_some_steps_may_be_skipped(data, tmp_path, monkeypatch, capsys):
         kept.append(step) if not step.skipped else None, count(self, step)))
     result = run(data, tmp_path / 'run', '--on-nan', 'skip', '--max-skips', 2)
     printed = capsys.readouterr().out
-    assert 'step 3 was left out: loss nan' in printed and '(2 of 2)' in printed
+    assert 'step 3 was skipped: loss nan' in printed and '(2 of 2)' in printed
     losses = [float(loss) for loss in re.findall(r'loss ([0-9.]+)  val', printed)]
     assert losses == [pytest.approx(result.last['train_loss'], abs=1e-3)] and result.last['train_loss'] == \
         pytest.approx(sum(step.loss for step in kept) / 8)
     spoil_step(monkeypatch, 3, 5)
-    with pytest.raises(TrainingError, match='after 1 steps were left out'):
+    with pytest.raises(TrainingError, match='after 1 skipped steps'):
         run(data, tmp_path / 'other', '--on-nan', 'skip', '--max-skips', 1)
 
 
@@ -124,7 +125,7 @@ def test_weights_that_are_not_finite_are_never_saved(data, tmp_path, monkeypatch
         original(self, *arguments)
         self.stepper.optimizer.step = lambda: self.model.stem.conv.weight.data.fill_(float('nan'))
     monkeypatch.setattr(Trainer, '__init__', spoil)
-    with pytest.raises(TrainingError, match='stem.conv.weight is not finite, so no checkpoint|loss is nan'):
+    with pytest.raises(TrainingError, match='stem.conv.weight is not finite; no checkpoint|loss is nan'):
         run(data, tmp_path / 'run', '--save-steps', 1)
     assert not (tmp_path / 'run' / 'last.pth.tar').exists()
 
@@ -132,7 +133,7 @@ def test_weights_that_are_not_finite_are_never_saved(data, tmp_path, monkeypatch
 # Data that come late, or never ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('slow, warns', [('images', True), ('steps', False)])
-def test_waiting_for_data_is_said_with_what_to_change(data, tmp_path, monkeypatch, capsys, slow, warns):
+def test_waiting_for_data_is_reported_with_a_remedy(data, tmp_path, monkeypatch, capsys, slow, warns):
     def slowed(function):
         def wait(*arguments):
             time.sleep(0.05)
@@ -146,11 +147,11 @@ def test_waiting_for_data_is_said_with_what_to_change(data, tmp_path, monkeypatc
     assert ('The device waited for data' in printed and '--workers than 0' in printed) == warns
 
 
-def test_an_error_inside_a_worker_is_the_one_that_is_said(data, tmp_path, monkeypatch):
+def test_an_error_inside_a_worker_is_reported(data, tmp_path, monkeypatch):
     def fail(*arguments):
-        raise RuntimeError('the reader says why')
+        raise RuntimeError('the cause')
     monkeypatch.setattr(samples, 'read_image', fail)
-    with pytest.raises(TrainingError, match='^RuntimeError: the reader says why There is no checkpoint yet'):
+    with pytest.raises(TrainingError, match='^RuntimeError: the cause There is no checkpoint yet'):
         run(data, tmp_path / 'run', '--workers', 1)
 
 
@@ -158,22 +159,22 @@ def test_a_worker_that_dies_in_an_evaluation_ends_the_run_too(data, tmp_path, mo
     def die(*arguments):
         os.kill(os.getpid(), 9)
     monkeypatch.setattr(samples.EvalTransform, '__call__', die)
-    with pytest.raises(TrainingError, match='A process that loads images died .* same command'):
+    with pytest.raises(TrainingError, match='An image loading process died .* same command'):
         run(data, tmp_path / 'run', '--workers', 1)
 
 
-def test_a_disk_that_fills_up_is_said_whatever_file_it_is(data, tmp_path, monkeypatch, caplog):
+def test_a_full_disk_is_reported_for_any_file(data, tmp_path, monkeypatch, caplog):
     def fill(*arguments):
         raise OSError(28, 'No space left on device', 'a file')
     monkeypatch.setattr(caretrans.training.folder.RunFolder, 'draw_curves', fill)
-    assert run(data, tmp_path / 'run').last['epoch'] == 1, 'the weights are there'
-    assert 'curves and events are not complete (No space left on device)' in caplog.text
+    assert run(data, tmp_path / 'run').last['epoch'] == 1, 'the weights are saved'
+    assert 'curves and events are incomplete (No space left on device)' in caplog.text
     monkeypatch.setattr(caretrans.training.folder.RunFolder, '_publish', fill)
     with pytest.raises(TrainingError, match='^a file: No space left on device. Last good checkpoint: .*last.pth.tar'):
         run(data, tmp_path / 'other')
 
 
-def test_memory_that_runs_out_names_a_smaller_batch_which_goes_on(data, tmp_path, monkeypatch):
+def test_out_of_memory_names_a_smaller_batch_that_resumes(data, tmp_path, monkeypatch):
     original, steps = Stepper.update, []
 
     def update(self, norm):
@@ -182,43 +183,40 @@ def test_memory_that_runs_out_names_a_smaller_batch_which_goes_on(data, tmp_path
             raise torch.OutOfMemoryError('CUDA out of memory')
         return original(self, norm)
     monkeypatch.setattr(Stepper, 'update', update)
-    with pytest.raises(TrainingError, match='Out of memory with 4 images .* take --device-batch 2'):
+    with pytest.raises(TrainingError, match='Out of memory with 4 images .* use --device-batch 2'):
         run(data, tmp_path / 'run', '--save-steps', 1)
     assert run(data, tmp_path / 'run', '--save-steps', 1, '--device-batch', 2).last['epoch'] == 1
 
 
 def test_a_worker_that_dies_ends_the_run_with_the_reason(data, tmp_path):
-    """Killed as the kernel does when memory runs out: an end within seconds, not a wait for ever."""
+    """Killed as by the kernel when memory runs out: the run ends within seconds instead of waiting forever."""
     folder, log = tmp_path / 'run', tmp_path / 'log.txt'
     process = start(
         'train.py', data, *FLAGS, '--workers', 2, '--epochs', 300, '--val-interval', 300, '--output', folder, log=log)
     assert wait_for((folder / 'last.pth.tar').exists, process), log.read_text()
-    children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
-    workers = [pid for pid in children if 'train.py' in Path(f'/proc/{pid}/cmdline').read_text()]
     began = time.monotonic()
-    os.kill(int(random.choice(workers)), 9)
+    os.kill(random.choice(process.list_children()), 9)
     assert process.wait(timeout=60) == 2 and time.monotonic() - began < 30
-    said = log.read_text()
-    assert 'A process that loads images died' in said and 'fewer --workers' in said
-    assert 'the same command goes on from it' in said and 'Traceback' not in said
+    printed = log.read_text()
+    assert 'An image loading process died' in printed and 'fewer --workers' in printed
+    assert 'the same command resumes from it' in printed and 'Traceback' not in printed
 
 
-def test_ctrl_c_says_how_to_go_on(data, tmp_path):
+def test_ctrl_c_tells_how_to_resume(data, tmp_path):
     log = tmp_path / 'log.txt'
     process = start('train.py', data, *FLAGS, '--epochs', 300, '--output', tmp_path / 'run', log=log)
     assert wait_for(lambda: 'epoch 1/' in log.read_text(), process)
     assert kill(process, 2) == 130
-    assert 'the same command goes on' in log.read_text() and 'Traceback' not in log.read_text()
+    assert 'the same command resumes' in log.read_text() and 'Traceback' not in log.read_text()
 
 
-# Ways to compute a step -----------------------------------------------------------------------------------------------
+# Modes of computing a step --------------------------------------------------------------------------------------------
 
 def train_one_step(data, *flags):
-    """A step from the same weights on the same images: the trainer after it."""
-    trainer = Trainer(
-        parse_train_config([str(flag) for flag in (data, *FLAGS, *flags)]), Processes(), torch.device('cpu'))
+    """The trainer after one step from the same weights on the same images."""
+    trainer = build(data, *flags)
     trainer.schedule.step_update(0)
-    if trainer.stepper.scaler is not None:  # low enough for the first step not to overflow
+    if trainer.stepper.scaler is not None:  # low enough that the first step does not overflow
         trainer.stepper.scaler = torch.amp.GradScaler('cpu', init_scale=16.)
     next(train_steps(trainer.task, trainer.train_loader.run(0), trainer.stepper, trainer.config.amp, trainer.mixup,
                      trainer.memory_format))
@@ -233,13 +231,11 @@ def get_change(trainer, start):
     (['--channels-last'], 1e-4), (['--grad-checkpointing'], 1e-6), (['--sync-bn'], 1e-6),
     (['--compile', '--ema'], 1e-3), (['--amp', 'bf16'], 0.2), (['--amp', 'fp16'], 0.05)],
     ids=lambda value: value[0][2:] if isinstance(value, list) else '')
-def test_a_step_computed_in_another_way_is_the_same_step(data, flags, tolerance):
-    """Plain gradient descent, so that a change of the weights is the gradient: largest difference over largest."""
+def test_every_mode_computes_the_same_step(data, flags, tolerance):
+    """Plain gradient descent, so that the change of the weights is the gradient; error relative to the largest."""
     same = ['--opt', 'sgd', '--lr', 1, '--drop-path', 0.1]
     plain, other = train_one_step(data, *same), train_one_step(data, *same, *flags)
-    start = [p.detach().clone() for p in Trainer(
-        parse_train_config([str(flag) for flag in (data, *FLAGS, *same)]), Processes(), torch.device('cpu')
-    ).model.parameters()]
+    start = [p.detach().clone() for p in build(data, *same).model.parameters()]
     expected, found = get_change(plain, start), get_change(other, start)
     error = (found - expected).abs().max() / expected.abs().max()
     print(flags, f'{error:.1e}')
@@ -257,10 +253,8 @@ def test_the_average_of_the_weights_is_kept_and_evaluated(data, tmp_path):
     assert list_differences(averaged, last)
     checkpoint = read_checkpoint(tmp_path / 'run' / 'last.pth.tar')
     assert checkpoint.entry == 'state_dict_ema'
-    done = subprocess.run(
-        ['python', 'validate.py', tmp_path / 'run' / 'last.pth.tar', '--json'], cwd=ROOT, capture_output=True,
-        text=True, env=dict(ENVIRONMENT, PATH=f'{Path(os.sys.executable).parent}:{os.environ["PATH"]}'))
-    assert f'"top1": {result.last["val_top1"]}' in done.stdout, done.stdout + done.stderr
+    out, _ = run_script('validate.py', tmp_path / 'run' / 'last.pth.tar', '--json')
+    assert f'"top1": {result.last["val_top1"]}' in out
 
 
 def test_a_teacher_from_a_file_trains_the_second_head(data, tmp_path, capsys):
@@ -273,10 +267,10 @@ def test_a_teacher_from_a_file_trains_the_second_head(data, tmp_path, capsys):
     assert 'state_dict' in torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=True)
 
 
-# Data that do not fit -------------------------------------------------------------------------------------------------
+# Data that does not fit -----------------------------------------------------------------------------------------------
 
 def test_classes_of_training_and_validation_must_be_the_same(data, tmp_path):
     shutil.move(data / 'val' / 'orange', data / 'val' / 'lemon')
     with pytest.raises(ValueError, match='missing orange; unknown lemon'):
         run(data, tmp_path / 'run')
-    assert not (tmp_path / 'run').exists(), 'nothing is written before everything is checked'
+    assert not (tmp_path / 'run').exists(), 'nothing is written before all checks'

@@ -1,49 +1,42 @@
-"""The main job as a user runs it: train on real photographs, then evaluate and predict with what came out."""
+"""The main use: train on real images, then evaluate and predict with the checkpoint."""
 import csv
 import json
 import math
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
-from photos import FRUIT, copy_images
+from launch import ENVIRONMENT, ROOT, command, configure, run
+from photos import FRUIT
 
-import caretrans
 from caretrans.__main__ import main
 from caretrans.checkpoint import read_checkpoint
-from caretrans.config import TrainConfig, parse_train_config
+from caretrans.config import TrainConfig
 from caretrans.training.losses import build_task
 from caretrans.training.run import train
 from caretrans.training.trainer import build_model
 
-ROOT = Path(caretrans.__file__).parent.parent
 FLOOR = 25  # percent top-1 after three short epochs; chance is 7
 
 
-def run(*command, code=0):
-    """The standard output of a Python command at the root; it must exit with `code`, which 2 is for bad input."""
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == code, done.stdout + done.stderr
-    if code:
-        lines = [line for line in done.stderr.splitlines() if not line.startswith('Loaded ')]
-        assert len(lines) == 1, done.stderr
-        return lines[0]
-    return done.stdout
+def refuse(*flags):
+    """The one line of a script that exits with 2, for bad input."""
+    line, = (line for line in run(*flags, code=2)[1].splitlines() if not line.startswith('Loaded '))
+    return line
 
 
 @pytest.fixture(scope='module')
 def sample_run(tmp_path_factory):
-    """A short version of `bash cmd/train.sh`: (its folder, what it printed)."""
+    """A short version of `bash cmd/train.sh` in a new interpreter: (its folder, its output)."""
     folder = tmp_path_factory.mktemp('runs') / 'sample'
-    return folder, run(
-        'train.py', '--recipe', 'care_s0_fruit14', '--epochs', 3, '--warmup-epochs', 1, '--img-size', 64,
-        '--val-img-size', 96, '--val-interval', 2, '--output', folder)
+    return folder, subprocess.run(
+        command('train.py', '--recipe', 'care_s0_fruit14', '--epochs', 3, '--warmup-epochs', 1, '--img-size', 48,
+                '--val-img-size', 64, '--val-interval', 2, '--output', folder),
+        cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def read_rows(folder: Path):
@@ -51,15 +44,15 @@ def read_rows(folder: Path):
         return list(csv.DictReader(file))
 
 
-def test_care_s0_learns_real_photographs(sample_run):
+def test_care_s0_learns_real_images(sample_run):
     last = read_rows(sample_run[0])[-1]
     assert float(last['val_top1']) > FLOOR
     assert float(last['train_loss']) < float(read_rows(sample_run[0])[0]['train_loss']) < math.log(14)
 
 
-def test_a_run_leaves_what_it_did_and_says_what_to_type_next(sample_run):
+def test_a_run_records_its_results_and_prints_the_next_command(sample_run):
     folder, printed = sample_run
-    assert yaml.safe_load((folder / 'config.yaml').read_text())['img_size'] == 64
+    assert yaml.safe_load((folder / 'config.yaml').read_text())['img_size'] == 48
     environment = json.loads((folder / 'environment.json').read_text())
     assert environment['torch'] in torch.__version__ and environment['num_classes'] == 14 and environment['threads']
     assert [row['epoch'] for row in read_rows(folder)] == ['1', '2', '3']
@@ -70,14 +63,16 @@ def test_a_run_leaves_what_it_did_and_says_what_to_type_next(sample_run):
     assert 'optimizer' in read_checkpoint(folder / 'last.pth.tar').meta
 
 
-def test_evaluation_of_the_best_checkpoint_gives_its_score_again(sample_run):
+def test_evaluation_of_the_best_checkpoint_reproduces_its_score(sample_run):
     folder, _ = sample_run
     best = max(read_rows(folder), key=lambda row: float(row['val_top1'] or 0))
-    result = json.loads(run('validate.py', folder / 'best.pth.tar', '--json', '--batch-size', 50))
-    assert result['images'] == 661 and result['eval_config']['input_size'] == [3, 96, 96]
-    assert result['top1'] == pytest.approx(float(best['val_top1']), abs=0.16)  # one image on the edge, of 661
+    result = json.loads(run('validate.py', folder / 'best.pth.tar', '--json', '--batch-size', 50)[0])
+    assert result['images'] == 661 and result['eval_config']['input_size'] == [3, 64, 64]
+    assert result['top1'] == pytest.approx(float(best['val_top1']), abs=0.16)  # one borderline image of 661
     assert result['loss'] == pytest.approx(float(best['val_loss']), rel=1e-4)
-    printed = run('validate.py', folder / 'best.pth.tar', FRUIT)
+    printed = subprocess.run(
+        command('validate.py', folder / 'best.pth.tar', FRUIT), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE,
+        text=True, check=True).stdout
     assert f'top-1 {result["top1"]:.3f} %' in printed and '661 images' in printed and 'crop_pct 1.0' in printed
 
 
@@ -104,58 +99,51 @@ def test_prediction_names_the_classes_of_files_and_folders(sample_run, tmp_path,
 def test_a_checkpoint_converts_to_the_published_layout_and_back(sample_run, tmp_path, capsys):
     source, published, ours = sample_run[0] / 'best.pth.tar', tmp_path / 'p.pth.tar', tmp_path / 'o.safetensors'
     assert main(['convert', str(source), str(published), '--to', 'published']) == 0
-    assert '--img-size 96 --crop-pct 1.0 --interpolation bicubic' in capsys.readouterr().out
+    assert '--img-size 64 --crop-pct 1.0 --interpolation bicubic' in capsys.readouterr().out
     assert main(['convert', str(published), str(ours), '--to', 'caretrans']) == 0
     assert 'token_mixer' in ''.join(torch.load(published, weights_only=True))
     before, after = read_checkpoint(source).state_dict, read_checkpoint(ours).state_dict
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
-@pytest.fixture(scope='module')
-def tiny_data(tmp_path_factory):
-    return copy_images(tmp_path_factory.mktemp('data'), per_class=8)
-
-
-TINY = ['--recipe', 'care_s0_fruit14', '--epochs', '1', '--warmup-epochs', '0', '--batch-size', '8', '--img-size', '32',
-        '--val-img-size', '32', '--workers', '0', '--device', 'cpu']
+TINY = ['--recipe', 'care_s0_fruit14', '--epochs', 1, '--warmup-epochs', 0, '--batch-size', 24, '--img-size', 32,
+        '--val-img-size', 32, '--workers', 0, '--device', 'cpu']
+SHALLOW = ['--model-args', 'depths=[1,1,1,1]']
 
 
 def train_tiny(data, output, *flags):
-    train(parse_train_config([str(data), *TINY, '--output', str(output), *map(str, flags)]))
+    train(configure(data, *TINY, '--output', output, *flags))
     return read_checkpoint(output / 'last.pth.tar')
 
 
-def test_a_run_repeats_itself_bit_for_bit_from_its_seed(tiny_data, tmp_path):
+def test_a_run_repeats_itself_bit_for_bit_from_its_seed(data, tmp_path):
     seeds = dict(first=1, second=1, other=2)
     first, second, other = (
-        train_tiny(tiny_data, tmp_path / name, '--seed', seed).state_dict for name, seed in seeds.items())
+        train_tiny(data, tmp_path / name, '--seed', seed, *SHALLOW).state_dict for name, seed in seeds.items())
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert not torch.equal(first['stem.conv.weight'], other['stem.conv.weight'])
 
 
-def test_training_starts_from_a_checkpoint_of_other_classes(sample_run, tiny_data, tmp_path, capsys, caplog):
+def test_training_starts_from_a_checkpoint_of_other_classes(sample_run, data, tmp_path, capsys, caplog):
     caplog.set_level('INFO', 'caretrans')
     flags = ['--checkpoint', sample_run[0] / 'best.pth.tar', '--new-heads', '--lr', 1e-12, '--min-lr', 1e-12]
-    tuned = train_tiny(tiny_data, tmp_path / 'tuned', *flags)
-    said = capsys.readouterr().err + caplog.text
+    tuned = train_tiny(data, tmp_path / 'tuned', *flags)
+    printed = capsys.readouterr().err + caplog.text
     start = read_checkpoint(sample_run[0] / 'best.pth.tar').state_dict
-    assert 'The heads of care_s0 are fresh' in said and 'entry state_dict' in said
+    assert 'The heads of care_s0 are fresh' in printed and 'entry state_dict' in printed
     assert tuned.state_dict['head.fc.weight'].shape == (2, 1024) and tuned.meta['class_names'] == ['kaiser', 'orange']
     assert torch.allclose(tuned.state_dict['stem.conv.weight'], start['stem.conv.weight'], atol=1e-6)
 
 
 @pytest.mark.parametrize('flags', [
-    ['--mixup', 0.8, '--cutmix', 1.0], ['--device-batch', 4], ['--amp', 'bf16'], ['--amp', 'fp16'],
+    ['--mixup', 0.8, '--cutmix', 1.0], ['--device-batch', 12], ['--amp', 'bf16'], ['--amp', 'fp16'],
     ['--auto-augment', 'rand-m9-mstd0.5-inc1', '--random-erasing', 1], ['--no-step-schedule', '--drop-path', 0.1],
     ['--no-channels-last', '--drop', 0.1], ['--ema'], ['--grad-checkpointing'], ['--sync-bn'], ['--clip-grad', 1],
     ['--clip-grad', 0.01, '--clip-mode', 'agc'], ['--loss', 'bce', '--mixup', 0.8], ['--train-img-sizes', 32, 64],
     ['--model', 'mobilenetv2_035', '--model-args', 'drop_path_rate=0.1'],
 ], ids=lambda flags: '-'.join(str(flag) for flag in flags[:3])[2:])
-def test_every_way_to_train_runs(tiny_data, tmp_path, flags):
-    if '--model' in flags:
-        flags = flags + ['--recipe', tmp_path / 'empty.yaml']
-        (tmp_path / 'empty.yaml').write_text('')
-    assert train_tiny(tiny_data, tmp_path / 'run', *flags).meta['epoch'] == 1
+def test_every_mode_of_training_runs(data, tmp_path, flags):
+    assert train_tiny(data, tmp_path / 'run', *SHALLOW, *flags).meta['epoch'] == 1
 
 
 def test_plain_labels_train_both_heads():
@@ -174,29 +162,28 @@ def test_plain_labels_train_both_heads():
     ([FRUIT, '--model', 'care_s7'], "No model 'care_s7'; near: care_s0"),
     ([FRUIT, '--model-args', 'width=3'], "unexpected keyword argument 'width'"),
     ([FRUIT, '--model-args', 'ablation=foo'], "Unknown ablation 'foo'"),
-    ([FRUIT, '--model-args', 'in_chans=1'], 'takes 1 channels, the images have 3'),
+    ([FRUIT, '--model-args', 'in_chans=1'], 'takes 1 channels, but images have 3'),
     ([FRUIT, '--opt', 'nonsense'], 'These settings do not work'),
     ([FRUIT, '--auto-augment', 'nonsense'], 'These settings do not work'),
-    ([FRUIT, '--mixup', 0.8, '--batch-size', 5], 'an even number for mixup and cutmix: take 4 or 6'),
+    ([FRUIT, '--mixup', 0.8, '--batch-size', 5], 'an even number for mixup and cutmix: use 4 or 6'),
     ([FRUIT, '--teacher', 'resnet18', '--teacher-checkpoint', 'gone.pth'], 'gone.pth: no such file'),
     ([FRUIT, '--model', 'resnet18', '--teacher', 'resnet18'], 'resnet18 has no second head'),
-    ([FRUIT, '--num-classes', 20], 'num_classes=20, but the data have 14'),
+    ([FRUIT, '--num-classes', 20], 'num_classes=20, but the data has 14'),
     ([FRUIT, '--batch-size', 1000, '--device-batch', 100], '732 training images do not fill a batch of 1000'),
     ([FRUIT, '--batch-size', 1000], '732 training images do not fill a batch of 1000'),
-    ([FRUIT, '--batch-size', 31, '--device-batch', 12], 'take 30 or 32'),
+    ([FRUIT, '--batch-size', 31, '--device-batch', 12], 'use 30 or 32'),
     ([FRUIT, '--device', 'cuda:9'] if not torch.cuda.is_available() else [FRUIT, '--device', 'xpu'], 'there is only'),
     ([FRUIT, '--recipe', 'mine'], "No recipe 'mine'"),
     ([FRUIT, '--checkpoint', 'gone.pth'], 'gone.pth: no such file'),
     ([FRUIT, '--output', '/proc/run'], '/proc/run cannot be written'),
 ], ids=lambda value: str(value)[:30])
 def test_bad_input_is_one_line_and_exit_code_2(flags, message):
-    assert message in run('train.py', *flags, code=2)
+    assert message in refuse('train.py', *flags)
 
 
 def test_a_run_is_not_written_over_another(sample_run):
-    message = run('train.py', '--recipe', 'care_s0_fruit14', '--output', sample_run[0], code=2)
-    assert 'holds a finished run' in message
+    assert 'holds a finished run' in refuse('train.py', '--recipe', 'care_s0_fruit14', '--output', sample_run[0])
 
 
-def test_evaluation_refuses_other_classes(sample_run, tiny_data):
-    assert 'missing anjou' in run('validate.py', sample_run[0] / 'best.pth.tar', tiny_data, code=2)
+def test_evaluation_refuses_other_classes(sample_run, data):
+    assert 'missing anjou' in refuse('validate.py', sample_run[0] / 'best.pth.tar', data)
