@@ -196,12 +196,11 @@ def find_labels(dataset: Dataset) -> set[int] | None:
 
 
 def check_labels(dataset: Dataset, num_classes: int) -> None:
-    """Refuse labels that a model of `num_classes` cannot learn; those of streams are checked as they come.
+    """Refuse labels that a model of `num_classes` cannot learn; those of streams are checked by the loaders.
 
     Raises:
         DataError: There are labels below 0 or from `num_classes` on; the message lists them.
     """
-    dataset.expected_classes = num_classes  # the loaders look at it
     wrong = sorted(label for label in find_labels(dataset) or () if not 0 <= label < num_classes)
     if wrong:
         raise DataError(

@@ -554,7 +554,7 @@ def _require_counts(
     if len(found) != plan.edition.classes or _count_images(found) != wanted:
         differ = [f'{wnid} {found.get(wnid, [0])[0]} instead of {images}' for wnid, images in sorted(expected.items())
                   if found.get(wnid, [0])[0] != images]
-        differ = f'differing: {list_names(differ)}' if differ else 'with the devkit archive this message would list them'
+        differ = f'differing: {list_names(differ)}' if differ else 'the devkit archive is needed to list them'
         raise DataError(
             f'{plan.target / split}: has {len(found):,} classes with {_count_images(found):,} images, not '
             f'{plan.edition.classes:,} with {wanted:,}; {differ}. Check the archive; remove these folders, {AGAIN}.')
