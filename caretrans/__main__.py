@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .checkpoint.load import LAYOUTS, convert_checkpoint
+from .checkpoint import LAYOUTS, convert_checkpoint
 from .config import CROP_MODES, number
 from .data.datasets import CHANNEL_ORDERS
 from .errors import CheckpointError, ConfigError, DataError

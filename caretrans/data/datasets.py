@@ -12,7 +12,6 @@ from torch.utils.data import Dataset
 from torchvision.transforms import Compose
 
 from ..errors import DataError, list_names
-from .shard_reader import ShardReader
 
 __all__ = [
     'CHANNEL_ORDERS', 'build_eval_transform', 'check_labels', 'describe_classes', 'find_labels',
@@ -41,6 +40,7 @@ def _split_folder(root: Path, split: str) -> Path:
 
 def _open_shards(root: str, split: str, **options: Any) -> IterableImageDataset:
     """A split of WebDataset shards that an `_info.json` describes; for shards elsewhere, what timm's reader finds."""
+    from .shard_reader import ShardReader  # webdataset is needed for shards only
     path = Path(root) / INFO
     if path.is_file():
         try:

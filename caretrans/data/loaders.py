@@ -25,7 +25,6 @@ from ..seeds import derive_seed, seed_everything
 from .datasets import build_eval_transform, name_image
 from .decode import CropTransform
 from .samples import Batch, EvalTransform, Sample, Samples, ShardSamples, StreamedSamples, collate, start_worker
-from .shard_reader import ShardReader
 
 __all__ = ['EvalLoader', 'Pass', 'TrainLoader', 'build_eval_loader', 'build_train_loader']
 
@@ -273,7 +272,7 @@ def _make_samples(
 ) -> Dataset:
     if not isinstance(dataset, IterableDataset):
         return Samples(dataset, transforms, replace=True)
-    if not isinstance(dataset.reader, ShardReader):
+    if not hasattr(dataset.reader, 'read_mixed'):
         dataset.set_loader_cfg(num_workers=config.workers)
         return StreamedSamples(dataset, transforms[0], config.seed, processes.rank)
     readers = processes.world_size * max(config.workers, 1)
@@ -332,7 +331,7 @@ def build_eval_loader(
 ) -> EvalLoader:
     """Images resized and cropped as `eval_config` says, this process's share of them."""
     transform = EvalTransform(build_eval_transform(eval_config, as_uint8=True))
-    if isinstance(getattr(dataset, 'reader', None), ShardReader):
+    if hasattr(getattr(dataset, 'reader', None), 'read_mixed'):
         samples: Dataset = ShardSamples(dataset.reader, transform, 0, processes.rank, processes.world_size)
     elif isinstance(dataset, IterableDataset):
         for name, alone in (('dist_rank', 0), ('dist_num_replicas', 1)):  # timm's readers take a part by themselves
