@@ -1,8 +1,10 @@
-"""A miniature ILSVRC 2012: real photographs, packed and labelled as the real one is."""
+"""A miniature ILSVRC 2012: real images, packed and labelled as the real one is."""
 import hashlib
 import io
 import json
+import sys
 import tarfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +13,7 @@ import numpy as np
 import scipy.io
 from photos import FRUIT
 
-from caretrans.data.imagenet_archives import ILSVRC2012, Archive, Edition
+from caretrans.data.imagenet import ILSVRC2012, Archive, Edition, main
 
 WNIDS = {1: 'n02119789', 2: 'n03000684', 3: 'n01440764'}  # by ILSVRC id: not in the order of the WordNet ids
 TRAIN_IMAGES = {'n02119789': 3, 'n03000684': 4, 'n01440764': 5}
@@ -51,19 +53,19 @@ def pack_devkit(val_ids: list[int] = VAL_IDS) -> bytes:
     return pack({f'{data}/meta.mat': meta.getvalue(), f'{data}/ILSVRC2012_validation_ground_truth.txt': truth}, 'w:gz')
 
 
-def photographs(split: str) -> list[bytes]:
+def read_images(split: str) -> list[bytes]:
     return [path.read_bytes() for path in sorted((FRUIT / split).glob('*/*.jpg'))[::40]]
 
 
 def train_tars() -> dict[str, bytes]:
-    photos, tars = iter(photographs('train')), {}
+    photos, tars = iter(read_images('train')), {}
     for wnid, count in TRAIN_IMAGES.items():
         tars[f'{wnid}.tar'] = pack({f'{wnid}_{i}.JPEG': next(photos) for i in range(10, 10 + count)})
     return tars
 
 
 def val_images() -> dict[str, bytes]:
-    return {f'ILSVRC2012_val_{i:08d}.JPEG': photo for i, photo in enumerate(photographs('val')[:len(VAL_IDS)], 1)}
+    return {f'ILSVRC2012_val_{i:08d}.JPEG': photo for i, photo in enumerate(read_images('val')[:len(VAL_IDS)], 1)}
 
 
 def build_miniature(folder: Path, **replaced: bytes) -> Miniature:
@@ -90,3 +92,15 @@ def build_miniature(folder: Path, **replaced: bytes) -> Miniature:
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             files.update({f'train/{name[:-4]}/{info.name}': tar.extractfile(info).read() for info in tar})
     return Miniature(archives, edition, description, files)
+
+
+def run(arguments: Sequence[object]) -> int:
+    """The command, for the edition that the first argument, `Miniature.json`, describes."""
+    description, *flags = map(str, arguments)
+    fields = json.loads(Path(description).read_text())
+    edition = Edition(**{key: Archive(**value) if isinstance(value, dict) else value for key, value in fields.items()})
+    return main(flags, edition)
+
+
+if __name__ == '__main__':
+    sys.exit(run(sys.argv[1:]))

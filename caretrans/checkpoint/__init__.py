@@ -3,8 +3,9 @@
     model, checkpoint = create_from_checkpoint('CARETrans_S0.pth.tar')  # the model is read from the file, or inferred
 """
 from ..errors import CheckpointError
+from .convert import convert_checkpoint
 from .file import Checkpoint, read_checkpoint
-from .load import LAYOUTS, convert_checkpoint, create_from_checkpoint, load_checkpoint, save_checkpoint
+from .load import LAYOUTS, create_from_checkpoint, load_checkpoint, save_checkpoint
 
 __all__ = [
     'LAYOUTS', 'Checkpoint', 'CheckpointError', 'convert_checkpoint', 'create_from_checkpoint', 'load_checkpoint',

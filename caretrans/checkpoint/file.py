@@ -270,21 +270,21 @@ def _check_types(value: Any, name: str = '', tensors: bool = True) -> None:
 
 
 def _write(path: Path, data: bytes | memoryview) -> None:
-    """Put `data` aside, flush it to the disk, then rename it to `path`."""
-    aside = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    """Write `data` to a temporary file, flush it to the disk, then rename it to `path`."""
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
-        with open(aside, 'wb') as file:
+        with open(temporary, 'wb') as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
     except OSError as error:
         raise CheckpointError(
             f'{path}: could not be written ({error.strerror or error}): make room for {len(data) / 1e6:.1f} MB or '
             f'choose another folder; a file that was there is unchanged.') from error
     finally:
         with suppress(OSError):
-            aside.unlink()
+            temporary.unlink()
     with suppress(OSError):  # Windows and some network file systems cannot flush a folder; the file itself is safe
         folder = os.open(path.parent, os.O_RDONLY)
         try:

@@ -23,13 +23,11 @@ from timm.utils import get_state_dict, unwrap_model
 from ..errors import CheckpointError, list_names
 from ..fuse import is_fused
 from ..models.backbone import resolve_alias
-from ..models.published_keys import rename_keys
-from .file import Checkpoint, is_plain, read_checkpoint, write_safetensors, write_torch
-from .layout import Layout, Shapes, find_models, get_shapes, list_models, match_layout, sort_as_published
-from .preparation import read_settings, resolve_settings
+from .file import Checkpoint, read_checkpoint, write_torch
+from .layout import Layout, Shapes, find_models, get_shapes, match_layout
 
 __all__ = [
-    'Checkpoint', 'CheckpointError', 'convert_checkpoint', 'create_from_checkpoint', 'load_checkpoint',
+    'Checkpoint', 'CheckpointError', 'create_from_checkpoint', 'load_checkpoint',
     'read_checkpoint', 'save_checkpoint']
 
 TORCH_ENDINGS = ('.pth', '.pth.tar', '.pt')
@@ -46,7 +44,7 @@ _logger = logging.getLogger(__name__)
 
 # Which model it is ----------------------------------------------------------------------------------------------------
 
-def _choose_model(checkpoint: Checkpoint, model_name: str | None = None) -> str:
+def choose_model(checkpoint: Checkpoint, model_name: str | None = None) -> str:
     """The name asked for, or the one that the file states, or the one whose shapes its weights have; no alias."""
     path, args = checkpoint.path, checkpoint.meta.get('args')
     stated = checkpoint.meta.get('arch') or (args.get('model') if isinstance(args, dict) else None)
@@ -73,7 +71,7 @@ def _choose_model(checkpoint: Checkpoint, model_name: str | None = None) -> str:
     return names[0]
 
 
-def _build_model(checkpoint: Checkpoint, model_name: str, **model_args: Any) -> nn.Module:
+def build_model(checkpoint: Checkpoint, model_name: str, **model_args: Any) -> nn.Module:
     """The model for as many heads, classes and image channels as the weights have, with other arguments of the file."""
     layout = match_layout(model_name.partition('.')[0], checkpoint.state_dict)
     files = layout.match_keys(checkpoint.state_dict)
@@ -130,7 +128,7 @@ def create_from_checkpoint(
         CheckpointError: As for `load_checkpoint`; or the model is not known, or not the one that the file states.
     """
     checkpoint = read_checkpoint(path, entry)
-    model = _build_model(checkpoint, _choose_model(checkpoint, model_name), **model_args)
+    model = build_model(checkpoint, choose_model(checkpoint, model_name), **model_args)
     _load(model, checkpoint, new_heads)
     return model, checkpoint
 
@@ -138,7 +136,7 @@ def create_from_checkpoint(
 def _load(model: nn.Module, checkpoint: Checkpoint, new_heads: bool) -> None:
     model = unwrap_model(model)
     layout = Layout.of(model)
-    tensors = _match_strictly(layout, checkpoint, new_heads)
+    tensors = match_strictly(layout, checkpoint, new_heads)
     heads = {key: value for key, value in model.state_dict().items() if new_heads and layout.is_head(key)}
     model.load_state_dict({**tensors, **heads})
     _logger.info(
@@ -149,7 +147,7 @@ def _load(model: nn.Module, checkpoint: Checkpoint, new_heads: bool) -> None:
         _logger.info('The heads of %s are fresh: train them', layout.model_name)
 
 
-def _match_strictly(layout: Layout, checkpoint: Checkpoint, skip_heads: bool = False) -> dict[str, torch.Tensor]:
+def match_strictly(layout: Layout, checkpoint: Checkpoint, skip_heads: bool = False) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint under the keys of `layout`, which they fit exactly."""
     path, name = checkpoint.path, layout.model_name
     files = layout.match_keys(checkpoint.state_dict)
@@ -252,137 +250,3 @@ def save_checkpoint(
     if class_names is not None:
         contents['class_names'] = list(class_names)
     write_torch(path, dict(contents, **rest))
-
-
-def convert_checkpoint(
-        source: PathLike, target: PathLike, layout: str, entry: str | None = None, overwrite: bool = False,
-        model_name: str | None = None, **settings: Any) -> str:
-    """Write the weights of `source` to `target` in another layout or another format.
-
-    Args:
-        source, entry: See `read_checkpoint`.
-        target: `.pth`, `.pth.tar`, `.pt` or `.safetensors`, which decides the format.
-        layout: 'published', the weights alone under the official keys in the official order (safetensors has an
-            order of its own; the tables of MLLA come after `lepe`, their official place is not known); 'mmpretrain',
-            of CAS-ViT alone, that of the converter for mmpretrain, in an entry `state_dict`; or 'caretrans', ours,
-            with what else the file says in numbers and texts.
-        overwrite: Replace `target` if it is there.
-        model_name: See `create_from_checkpoint`; for 'caretrans' what its tag says of evaluation is written down.
-        settings: img_size, crop_pct, crop_mode, interpolation, channel_order, None for none. Of 'caretrans', how the
-            network is evaluated from now on; one for BGR images becomes one for RGB images, exactly: the inputs of its
-            first convolution are reversed, and mean and std. Of 'published', img_size alone: side of the images,
-            pixels, that checkpoints of MLLA are tied to; by default that of the tables of the source, if it has any,
-            else that at which it was evaluated in training, else 224.
-    Returns:
-        One line about what was converted.
-    Raises:
-        CheckpointError: `source` is not exactly a model of ours, has no such layout, no use for one of `settings`, or
-            `target` is there or cannot be written.
-        ValueError: Another `layout`.
-    """
-    target = Path(target)
-    _check_target(target, layout, overwrite)
-    checkpoint = read_checkpoint(source, entry)
-    model_name, tagged = _choose_model(checkpoint, model_name), model_name and '.' in model_name
-    name = model_name.partition('.')[0]
-    if name not in list_models():
-        raise CheckpointError(f'{source}: is a checkpoint of {name}, which is none of ours: it has one layout.')
-    model = _build_model(checkpoint, model_name, device='meta')
-    tensors, meta = _match_strictly(Layout.of(model), checkpoint), {}
-    settings = {key: value for key, value in settings.items() if value is not None}
-    eval_config = resolve_settings(model, checkpoint, model_name if tagged else None, **settings)
-    if layout == 'caretrans':
-        meta = {key: value for key, value in checkpoint.meta.items() if is_plain(value)}
-        meta.update(arch=name, num_classes=model.num_classes, version=FORMAT_VERSION)
-        if settings or tagged or 'channel_order' in eval_config:
-            meta['eval_config'] = _turn_to_rgb(checkpoint, model, tensors, eval_config)
-    else:
-        _check_settings(checkpoint, model, layout, settings)
-        tensors = _publish(model, tensors, checkpoint, eval_config, keep_tables='img_size' not in settings)
-    if layout == 'mmpretrain':
-        tensors = _rename_for_mmpretrain(model, name, tensors, checkpoint)
-    summary = (f'{name}, {model.num_classes} classes: {len(tensors)} tensors from {source}'
-               f'{f", entry {checkpoint.entry}," if checkpoint.entry else ""} to {target} in the {layout} layout')
-    if layout != 'caretrans' and (tagged or read_settings(checkpoint)):
-        summary += _describe_settings(model, eval_config)
-    if target.suffix == '.safetensors':
-        write_safetensors(target, tensors, meta)
-    else:
-        write_torch(target, tensors if layout == 'published' else dict(meta, state_dict=tensors))
-    return summary
-
-
-def _check_target(target: Path, layout: str, overwrite: bool) -> None:
-    if layout not in LAYOUTS:
-        raise ValueError(f'layout must be {", ".join(LAYOUTS[:-1])} or {LAYOUTS[-1]}, not {layout!r}.')
-    if not target.name.endswith((*TORCH_ENDINGS, '.safetensors')):
-        raise CheckpointError(f'{target}: let the name end in {", ".join(TORCH_ENDINGS)} or .safetensors.')
-    if target.exists() and not overwrite:
-        raise CheckpointError(f'{target}: is there already: choose another name, or overwrite=True (--overwrite).')
-
-
-def _check_settings(checkpoint: Checkpoint, model: nn.Module, layout: str, settings: dict[str, Any]) -> None:
-    """CheckpointError when a layout of others has no place for one of `settings`."""
-    useless = [name for name in settings if name != 'img_size' or not model.computed_keys]
-    if useless:
-        raise CheckpointError(
-            f'{checkpoint.path}: {list_names(useless)} cannot be kept: the {layout} layout of '
-            f'{model.pretrained_cfg["architecture"]} has no place for it: leave it out, or take --to caretrans.')
-
-
-def _turn_to_rgb(
-        checkpoint: Checkpoint, model: nn.Module, tensors: dict[str, torch.Tensor],
-        eval_config: dict[str, Any]) -> dict[str, Any]:
-    """`eval_config` for RGB images; of a network for BGR images the first weights in `tensors` are reversed for it."""
-    if eval_config.get('channel_order', 'rgb') == 'rgb':
-        return eval_config
-    if model.in_chans != 3:
-        raise CheckpointError(
-            f'{checkpoint.path}: channel_order bgr is of 3 channels, it has {model.in_chans}: leave it out.')
-    key = f'{model.pretrained_cfg["first_conv"]}.weight'
-    tensors[key] = tensors[key].flip(1)
-    turned = dict(eval_config, mean=eval_config['mean'][::-1], std=eval_config['std'][::-1])
-    del turned['channel_order']
-    return turned
-
-
-def _publish(
-        model: nn.Module, tensors: dict[str, torch.Tensor], checkpoint: Checkpoint, eval_config: dict[str, Any],
-        keep_tables: bool) -> dict[str, torch.Tensor]:
-    """The weights under published keys in the published order, and what a published checkpoint holds beside them."""
-    try:
-        computed = model.compute_entries(*eval_config['input_size'][1:])
-    except ValueError as error:
-        raise CheckpointError(f'{checkpoint.path}: {error}: name a size (img_size, --img-size).') from None
-    if keep_tables:
-        computed.update({key: checkpoint.state_dict[key] for key in computed if key in checkpoint.state_dict})
-    tensors = {**rename_keys(tensors, model.published_keys, to_published=True), **computed}
-    return {key: tensors[key] for key in sort_as_published(tensors, model.published_keys)}
-
-
-def _rename_for_mmpretrain(
-        model: nn.Module, model_name: str, tensors: dict[str, torch.Tensor],
-        checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Published weights under the keys of the converter for mmpretrain."""
-    if not model.mmpretrain_keys:
-        raise CheckpointError(
-            f'{checkpoint.path}: is a checkpoint of {model_name}, and only CAS-ViT has a layout of mmpretrain: take '
-            f'--to published.')
-    if model.distilled:
-        raise CheckpointError(
-            f'{checkpoint.path}: has two heads, and the layout of mmpretrain has a place for one: take --to published.')
-    return rename_keys(tensors, model.mmpretrain_keys)
-
-
-def _describe_settings(model: nn.Module, settings: dict[str, Any]) -> str:
-    """The flags that stand for what the layouts of others have no place for."""
-    flags = (f'; it has no place for class names and settings, so evaluate it with --img-size '
-             f'{settings["input_size"][-1]} --crop-pct {settings["crop_pct"]} '
-             f'--interpolation {settings["interpolation"]}')
-    for name, usual in (('crop_mode', 'center'), ('channel_order', 'rgb')):
-        if settings.get(name, usual) != usual:
-            flags += f' --{name.replace("_", "-")} {settings[name]}'
-    for name in ('mean', 'std'):
-        if settings[name] != list(model.pretrained_cfg[name]):
-            flags += f', and {name} {settings[name]}, for which there is no flag'
-    return flags

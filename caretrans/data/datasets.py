@@ -13,7 +13,6 @@ from torchvision.transforms import Compose
 
 from ..errors import DataError, list_names
 from ..flags import CHANNEL_ORDERS
-from .shard_reader import ShardReader
 
 __all__ = [
     'CHANNEL_ORDERS', 'build_eval_transform', 'check_labels', 'describe_classes', 'find_labels',
@@ -41,6 +40,7 @@ def _split_folder(root: Path, split: str) -> Path:
 
 def _open_shards(root: str, split: str, **options: Any) -> IterableImageDataset:
     """A split of WebDataset shards that an `_info.json` describes; for shards elsewhere, what timm's reader finds."""
+    from .shard_reader import ShardReader  # webdataset is needed for shards only
     path = Path(root) / INFO
     if path.is_file():
         try:
@@ -196,12 +196,11 @@ def find_labels(dataset: Dataset) -> set[int] | None:
 
 
 def check_labels(dataset: Dataset, num_classes: int) -> None:
-    """Refuse labels that a model of `num_classes` cannot learn; those of streams are checked as they come.
+    """Refuse labels that a model of `num_classes` cannot learn; those of streams are checked by the loaders.
 
     Raises:
         DataError: There are labels below 0 or from `num_classes` on; the message lists them.
     """
-    dataset.expected_classes = num_classes  # the loaders look at it
     wrong = sorted(label for label in find_labels(dataset) or () if not 0 <= label < num_classes)
     if wrong:
         raise DataError(

@@ -1,7 +1,7 @@
 """Decoding for training: timm's random crop, taken from a JPEG by libjpeg-turbo and resized by PyTorch's uint8 kernels.
 
 The random numbers, the crop and the interpolation are timm's. The pixels are Pillow's to within rounding, and where a
-large photograph is decoded at a reduced scale to within what that scale keeps; docs/input-pipeline.md has both
+large image is decoded at a reduced scale to within what that scale keeps; docs/input-pipeline.md has both
 measured, and the time. Whatever is not a plain JPEG, or makes libjpeg-turbo complain, goes through Pillow exactly as in
 timm.
 """
@@ -71,7 +71,7 @@ def decode_crop(
     Returns:
         (3, *size) uint8, channels last in memory.
     Raises:
-        ValueError: Damaged, even where a decoder could go on.
+        ValueError: Damaged, even where a decoder could continue.
     """
     r = choose_reduction(box, size)
     height, width = ((side + r - 1) // r for side in image_size)

@@ -1,13 +1,13 @@
 """Loaders: images of a data set, decoded and augmented in workers as uint8, made floating point on the device.
 
 What a training loader gives is a function of (seed, epoch, step) alone: each image is augmented with a seed of its own,
-so that a run can go on in the middle of an epoch, and workers and processes may change without changing the images.
+so that a run can resume in the middle of an epoch, and workers and processes may change without changing the images.
 """
 import atexit
-import multiprocessing
 import os
 import signal
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -25,9 +25,10 @@ from ..seeds import derive_seed, seed_everything
 from .datasets import build_eval_transform, name_image
 from .decode import CropTransform
 from .samples import Batch, EvalTransform, Sample, Samples, ShardSamples, StreamedSamples, collate, start_worker
-from .shard_reader import ShardReader
 
 __all__ = ['EvalLoader', 'Pass', 'TrainLoader', 'build_eval_loader', 'build_train_loader']
+
+_workers: weakref.WeakSet = weakref.WeakSet()  # processes that the loaders of this module started
 
 # Training -------------------------------------------------------------------------------------------------------------
 
@@ -95,7 +96,7 @@ class _DeviceLoader:
             raise DataError(f'The model takes images of {channels} channels, the loaders give 3 (RGB): in_chans=3.')
         self.unreadable: list[tuple[str, str]] = []
         self.waited = 0.
-        self.num_classes: int | None = None
+        self.num_classes: int | None = None  # labels are checked against it
         self.prefetcher = PrefetchLoader(
             self, mean=tuple(eval_config['mean']), std=tuple(eval_config['std']), device=device,
             channels=channels, **erasing)
@@ -108,6 +109,12 @@ class _DeviceLoader:
         if self.num_classes is not None and not 0 <= int(targets.min()) <= int(targets.max()) < self.num_classes:
             wrong = sorted({label for label in targets.tolist() if not 0 <= label < self.num_classes})
             raise DataError(f'Labels {list_names(wrong)} are not below {self.num_classes}, the classes.')
+
+    def _start(self) -> Iterator[Batch]:
+        """An iterator over the data loader, with its workers noted so that they can be ended at exit."""
+        batches = iter(self.loader)
+        _workers.update(getattr(batches, '_workers', ()))
+        return batches
 
     def _prepare(self) -> None:
         """Called before each batch is moved to the device."""
@@ -143,7 +150,7 @@ class TrainLoader(_DeviceLoader):
     """Augmented training batches, one for each forward pass of this process.
 
     Attributes:
-        steps: Optimizer steps in an epoch; images that do not fill one are left out.
+        steps: Optimizer steps in an epoch; images that do not fill one are skipped.
     """
 
     def __init__(
@@ -208,33 +215,36 @@ class TrainLoader(_DeviceLoader):
     def _batches(self) -> Iterable[Batch]:
         if self.sampler is not None:
             self.sampler.set_epoch(self.epoch, self.start_step)
-            return self.loader
+            return self._start()
         first_pass = self.start_step * self.splits[0][1]
         if isinstance(self.samples, ShardSamples):
             self.samples.set_epoch(self.epoch, first_pass)
-            return self.loader
+            return self._start()
         self.samples.set_epoch(self.epoch)
         self.generator.manual_seed(derive_seed(self.seed, self.epoch))  # timm's readers draw their order from it
-        return islice(self.loader, first_pass, None)
+        return islice(self._start(), first_pass, None)
 
 
 @atexit.register
 def _end_workers() -> None:
-    """Before the interpreter ends them by SIGTERM, which they outlive for a while."""
-    if os.name == 'posix':
+    """End the workers of our loaders before the interpreter sends them SIGTERM, which they outlive for a while."""
+    running = [worker for worker in _workers if worker.is_alive()]
+    if running and os.name == 'posix':
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for child in multiprocessing.active_children():
-        child.kill()
+    for worker in running:
+        worker.kill()
 
 
 def build_train_loader(
         dataset: Dataset, config: TrainConfig, eval_config: dict[str, Any], splits: Sequence[tuple[int, int]],
         processes: Processes = Processes(), device: torch.device = torch.device('cpu'),  # noqa: B008 (immutable)
+        num_classes: int | None = None,
 ) -> TrainLoader:
     """The training loader of a data set.
 
     Args:
         splits: For each of the training sizes (`config.list_sizes()`), images per pass and process, and passes.
+        num_classes: Labels not below it raise a `DataError` as they come; None: any label.
     Raises:
         DataError: The data set is smaller than a batch, or streams and is to be seen at several sizes.
     """
@@ -252,7 +262,7 @@ def build_train_loader(
         raise DataError('train_img_sizes needs images by index: shards are read in order, so give one img_size.')
     samples = _make_samples(dataset, transforms, config, splits, processes)
     loader = TrainLoader(samples, config, eval_config, splits, processes, device)
-    loader.num_classes = getattr(dataset, 'expected_classes', None)
+    loader.num_classes = num_classes
     return loader
 
 
@@ -262,7 +272,7 @@ def _make_samples(
 ) -> Dataset:
     if not isinstance(dataset, IterableDataset):
         return Samples(dataset, transforms, replace=True)
-    if not isinstance(dataset.reader, ShardReader):
+    if not hasattr(dataset.reader, 'read_mixed'):
         dataset.set_loader_cfg(num_workers=config.workers)
         return StreamedSamples(dataset, transforms[0], config.seed, processes.rank)
     readers = processes.world_size * max(config.workers, 1)
@@ -307,7 +317,7 @@ class EvalLoader(_DeviceLoader):
                 samples, batch_sampler=[[Sample(index) for index in batch] for batch in batches], **options)
 
     def _batches(self) -> Iterable[Batch]:
-        return self.loader
+        return self._start()
 
     def run(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The batches, on the device."""
@@ -317,10 +327,11 @@ class EvalLoader(_DeviceLoader):
 def build_eval_loader(
         dataset: Dataset, eval_config: dict[str, Any], batch_size: int, workers: int,
         processes: Processes = Processes(), device: torch.device = torch.device('cpu'),  # noqa: B008 (immutable)
+        num_classes: int | None = None,
 ) -> EvalLoader:
     """Images resized and cropped as `eval_config` says, this process's share of them."""
     transform = EvalTransform(build_eval_transform(eval_config, as_uint8=True))
-    if isinstance(getattr(dataset, 'reader', None), ShardReader):
+    if hasattr(getattr(dataset, 'reader', None), 'read_mixed'):
         samples: Dataset = ShardSamples(dataset.reader, transform, 0, processes.rank, processes.world_size)
     elif isinstance(dataset, IterableDataset):
         for name, alone in (('dist_rank', 0), ('dist_num_replicas', 1)):  # timm's readers take a part by themselves
@@ -331,5 +342,5 @@ def build_eval_loader(
     else:
         samples = Samples(dataset, [transform], replace=False)
     loader = EvalLoader(samples, eval_config, batch_size, workers, processes, device)
-    loader.num_classes = getattr(dataset, 'expected_classes', None)
+    loader.num_classes = num_classes
     return loader

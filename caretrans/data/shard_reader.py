@@ -1,6 +1,6 @@
 """Reading WebDataset shards: timm's reader of their description, an order and a sharing-out that can be repeated.
 
-timm's own pipeline draws its order from the state of the workers, repeats or leaves out up to a shard of images per
+timm's own pipeline draws its order from the state of the workers, repeats or skips up to a shard of images per
 worker, decodes with Pillow, and only logs what it cannot read. Here the order depends on (seed, epoch, place) alone,
 the bytes of the images come out undecoded, and every image that is lost comes out as a record that says why.
 """

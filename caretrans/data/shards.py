@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from webdataset import TarWriter
-
 from ..errors import DataError, list_names
 from ..progress import Progress
 from .datasets import INFO, list_classes, open_dataset
@@ -104,7 +102,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_shard(path: Path, entries: Sequence[Entry]) -> None:
-    """Aside first, then renamed, so that a shard of that name is whole."""
+    """Write a temporary file and rename it, so that a shard of that name is whole."""
+    from webdataset import TarWriter
     partial = path.with_name(path.name + '.partial')
     with open(partial, 'wb') as file:
         writer = TarWriter(file, encoder=False, mtime=0., format='PAX_FORMAT')

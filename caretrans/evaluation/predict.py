@@ -47,7 +47,7 @@ def predict_images(
     """The likeliest classes of each image.
 
     Args:
-        images: Files and folders. A photograph is turned upright as its EXIF data say.
+        images: Files and folders. An image is turned upright as its EXIF data say.
         topk: How many classes, at most as many as there are.
         overrides: See `load_for_evaluation`.
     Yields:

@@ -165,11 +165,11 @@ class Trainer:
             self.model, img_size=config.val_img_size or config.img_size, crop_pct=config.crop_pct,
             crop_mode=config.crop_mode)
         self.train_loader = build_train_loader(
-            self.train_set, config, self.eval_config, self.splits, processes, device)
+            self.train_set, config, self.eval_config, self.splits, processes, device, self.num_classes)
         if not self.train_loader.steps:
             raise DataError(f'The {len(self.train_set)} training images do not fill a batch of {config.batch_size}.')
         self.val_loader = build_eval_loader(
-            self.val_set, self.eval_config, self.device_batch, config.workers, processes, device)
+            self.val_set, self.eval_config, self.device_batch, config.workers, processes, device, self.num_classes)
 
         self.task = build_task(config, self.model, device, self.memory_format)
         self.mixup = build_mixup(config, self.num_classes)

@@ -73,10 +73,10 @@ def test_a_conversion_overwrites_only_when_asked(tmp_path):
     source, target = tmp_path / 'a.pth', tmp_path / 'b.pth'
     save_checkpoint(source, make_tiny(1), arch='care_s0', model_args=TINY)
     target.write_text('precious')
-    with pytest.raises(CheckpointError, match='b.pth: is there already'):
+    with pytest.raises(CheckpointError, match='b.pth: already exists'):
         convert_checkpoint(source, target, 'published')
     assert target.read_text() == 'precious'
-    with pytest.raises(CheckpointError, match='a.pth: is there already'):
+    with pytest.raises(CheckpointError, match='a.pth: already exists'):
         convert_checkpoint(source, source, 'published')
     convert_checkpoint(source, source, 'published', overwrite=True)
     assert same(torch.load(source), publish(make_tiny(1).state_dict()))

@@ -1,7 +1,5 @@
 """ImageNet from its archives, on a miniature: extracted whole, resumed after an interruption, refused in one line."""
-import dataclasses
 import hashlib
-import json
 import os
 import shutil
 import signal
@@ -17,12 +15,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torchvision
-from miniature_ilsvrc import TRAIN_IMAGES, VAL_IDS, WNIDS, build_miniature, pack, pack_devkit, train_tars, val_images
+import miniature_ilsvrc
+from miniature_ilsvrc import (
+    TRAIN_IMAGES, VAL_IDS, WNIDS, build_miniature, pack, pack_devkit, run as main, train_tars, val_images)
 
-from caretrans.data import imagenet, imagenet_extraction, list_classes, open_dataset
-from caretrans.data.imagenet import main
-from caretrans.data.imagenet_archives import ILSVRC2012, read_devkit, read_edition
-from caretrans.data.imagenet_extraction import Record
+from caretrans.data import imagenet, list_classes, open_dataset
+from caretrans.data.imagenet import ILSVRC2012, Record, read_devkit
 
 ROOT = Path(imagenet.__file__).parents[2]
 SLOW = """import builtins, time
@@ -46,18 +44,19 @@ def target(tmp_path):
 
 
 def flags(miniature, target, *more):
-    return [str(flag) for flag in (miniature.folder, target, '--edition', miniature.json, *more)]
+    return [str(flag) for flag in (miniature.json, miniature.folder, target, *more)]
 
 
-def start(script, *arguments, slow_in=None):
-    """The script as a user starts it, from another folder; each image takes 0.15 s more with a folder to say so in."""
-    environment = {**os.environ, 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}', 'OMP_NUM_THREADS': '1'}
+def start(*command, slow_in=None):
+    """A process in another folder; with `slow_in`, a folder for a patch, each image takes 0.15 s more."""
+    paths = [str(ROOT), *([str(slow_in)] if slow_in else [])]
+    environment = {**os.environ, 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}', 'OMP_NUM_THREADS': '1',
+                   'PYTHONPATH': os.pathsep.join(paths)}
     if slow_in:
         (slow_in / 'sitecustomize.py').write_text(SLOW)
-        environment['PYTHONPATH'] = str(slow_in)
     return subprocess.Popen(
-        ['bash', str(script), *map(str, arguments)], cwd='/', env=environment, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        list(map(str, command)), cwd='/', env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def read_tree(folder):
@@ -81,13 +80,12 @@ def refusal(capsys, *arguments):
 
 # All is right ---------------------------------------------------------------------------------------------------------
 
-def test_the_script_makes_the_layout_of_imagenet_and_leaves_the_archives_alone(whole, target):
+def test_the_layout_of_imagenet_is_made_and_the_archives_are_unchanged(whole, target, capsys):
     contents, times = {path: path.read_bytes() for path in whole.folder.iterdir()}, read_times(whole.folder)
     whole.folder.chmod(0o555)
-    process = start(ROOT / 'data' / 'extract_ILSVRC.sh', *flags(whole, target))
-    out, err = process.communicate(timeout=120)
+    assert main(flags(whole, target)) == 0
     whole.folder.chmod(0o755)
-    assert process.returncode == 0 and err == ''
+    out = capsys.readouterr().out
     assert read_tree(target) == whole.files
     assert (contents, times) == ({path: path.read_bytes() for path in whole.folder.iterdir()}, read_times(whole.folder))
     assert out.splitlines()[-2:] == [f'{target}: train 3 classes, 12 images; val 3 classes, 6 images',
@@ -100,12 +98,19 @@ def test_the_script_makes_the_layout_of_imagenet_and_leaves_the_archives_alone(w
     assert [sorted(WNIDS.values())[labels[name]] for name in sorted(labels)] == [WNIDS[val_id] for val_id in VAL_IDS]
 
 
+def test_the_script_passes_its_arguments_on_and_knows_the_size_of_the_archives(whole, target):
+    process = start('bash', ROOT / 'data' / 'extract_ILSVRC.sh', whole.folder, target)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and len(err.splitlines()) == 1
+    assert f'{whole.folder}/ILSVRC2012_img_train.tar: has ' in err and ' of 147,897,477,120 bytes' in err
+    assert read_tree(target) == {}
+
+
 def test_a_second_run_opens_no_archive(whole, target, monkeypatch, capsys):
     assert main(flags(whole, target)) == 0
     printed, times = capsys.readouterr().out, read_times(target)
     monkeypatch.setattr(imagenet, 'compute_md5', None)
     monkeypatch.setattr(imagenet, 'list_members', None)
-    monkeypatch.setattr(imagenet_extraction, 'list_members', None)
     assert main(flags(whole, target)) == 0
     assert capsys.readouterr().out.splitlines() == printed.splitlines()[-2:]
     assert read_times(target) == times
@@ -199,22 +204,13 @@ def test_without_labels_the_remedy_is_named(whole, target, tmp_path, capsys):
 
 # Interruption ---------------------------------------------------------------------------------------------------------
 
-def build_repository(folder):
-    """What the script needs, around a copy of it: its default folder is then one of the test."""
-    (folder / 'data').mkdir(parents=True)
-    shutil.copy(ROOT / 'data' / 'extract_ILSVRC.sh', folder / 'data')
-    for name in ('cmd', 'caretrans', 'requirements.txt'):
-        (folder / name).symlink_to(ROOT / name)
-    return folder / 'data'
-
-
 @pytest.mark.parametrize('split, sent', [
     ('train', signal.SIGKILL), ('val', signal.SIGKILL), ('train', signal.SIGINT)])
-def test_after_a_kill_the_same_command_gives_the_whole(whole, tmp_path, split, sent):
-    data = build_repository(tmp_path / 'the repository')
-    for path in whole.folder.iterdir():
-        shutil.copy(path, data)
-    command = [data / 'extract_ILSVRC.sh', '--edition', whole.json, '--workers', 1]
+def test_after_a_kill_the_same_command_completes_the_target(whole, tmp_path, capsys, split, sent):
+    data = tmp_path / 'archives and target'
+    shutil.copytree(whole.folder, data)
+    arguments = [whole.json, '--folder', data, '--workers', 1]
+    command = [sys.executable, miniature_ilsvrc.__file__, *arguments]
     process, deadline = start(*command, slow_in=tmp_path), time.monotonic() + 120
     while not any((data / split).glob('.n*.partial/*')):
         assert process.poll() is None and time.monotonic() < deadline, 'it ended before it could be interrupted'
@@ -226,30 +222,29 @@ def test_after_a_kill_the_same_command_gives_the_whole(whole, tmp_path, split, s
     assert any('.partial/' in name for name in left) == (sent == signal.SIGKILL)
     assert len(left) < 18 and set(left) != set(whole.files)
     if sent == signal.SIGINT:
-        assert err == 'extract_ILSVRC.sh: stopped; the same command goes on from here\n'
-        again = start(*command)
-        assert 'MD5' not in again.communicate(timeout=120)[0] and again.returncode == 0
-    else:
-        assert main(['--folder', str(data), *map(str, command[1:])]) == 0
+        assert err == 'extract_ILSVRC.sh: stopped; run the same command again to resume\n'
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert sent == signal.SIGKILL or 'MD5' not in capsys.readouterr().out
     assert read_tree(data) == whole.files
 
 
 @pytest.mark.parametrize('workers', [1, 4])
 def test_an_interruption_at_any_image_can_be_resumed(whole, tmp_path, monkeypatch, workers):
-    copy, lock = imagenet_extraction._copy, threading.Lock()
+    copy, lock = imagenet._copy, threading.Lock()
     for last in range(1, 19, workers):
         target, left = tmp_path / str(last), iter(range(last))
 
         def copy_or_stop(*arguments, left=left):
             with lock:
-                going_on = next(left, None) is not None
-            if not going_on:
+                remaining = next(left, None) is not None
+            if not remaining:
                 raise KeyboardInterrupt
             copy(*arguments)
-        monkeypatch.setattr(imagenet_extraction, '_copy', copy_or_stop)
+        monkeypatch.setattr(imagenet, '_copy', copy_or_stop)
         stopped = main(flags(whole, target, '--workers', workers))
         assert stopped == (130 if last < 18 else 0) and set(read_tree(target)) <= set(whole.files)
-        monkeypatch.setattr(imagenet_extraction, '_copy', copy)
+        monkeypatch.setattr(imagenet, '_copy', copy)
         assert main(flags(whole, target)) == 0 and read_tree(target) == whole.files
 
 
@@ -295,7 +290,7 @@ def test_a_damaged_class_is_named_and_the_complete_ones_stay(whole, target, tmp_
     tars['n03000684.tar'] = damage(tars['n03000684.tar'])
     broken = build_miniature(tmp_path / 'broken', train=pack(tars))
     line = refusal(capsys, *flags(broken, target, '--workers', 1))
-    assert 'train, class n03000684: ' in line and 'again, then the same command goes on' in line
+    assert 'train, class n03000684: ' in line and 'again, then run the same command again' in line
     left = read_tree(target)
     assert set(left) == {name for name in whole.files if name.startswith('train/n02119789')}
     times = read_times(target / 'train' / 'n02119789')
@@ -399,18 +394,10 @@ def test_a_target_that_cannot_be_written_is_one_line(whole, target, monkeypatch,
 
     def fill_up(*arguments):
         raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(imagenet_extraction, '_copy', fill_up)
+    monkeypatch.setattr(imagenet, '_copy', fill_up)
     assert '[Errno 28] No space left on device: make room' in refusal(capsys, *flags(whole, target))
 
 
-def test_an_edition_is_read_strictly(whole, target, tmp_path, capsys):
-    example = (ROOT / 'data' / 'README.md').read_text().partition('```json')[2].partition('```')[0]
-    (tmp_path / 'edition.json').write_text(example)
-    assert read_edition(tmp_path / 'edition.json').devkit == ILSVRC2012.devkit
-    edition = dataclasses.asdict(whole.edition)
-    for fields in ({**edition, 'colour': 'red'}, {'classes': 3}, [], {**edition, 'val': {'name': 'a'}}):
-        (tmp_path / 'edition.json').write_text(json.dumps(fields))
-        assert 'does not describe an edition' in refusal(
-            capsys, whole.folder, target, '--edition', tmp_path / 'edition.json')
+def test_labels_without_their_split_are_refused(whole, target):
     with pytest.raises(SystemExit):
         main(flags(whole, target, '--only', 'train', '--val-labels', 'labels.txt'))

@@ -1,4 +1,5 @@
 """Loaders: the same images whatever was interrupted and whoever loads them, and an account of those that are lost."""
+import multiprocessing
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from torch.utils.data import IterableDataset
 
 from caretrans.config import TrainConfig
-from caretrans.data import check_labels, find_labels, list_classes, open_dataset
+from caretrans.data import check_labels, find_labels, list_classes, loaders, open_dataset
 from caretrans.data.loaders import build_eval_loader, build_train_loader
 from caretrans.data.samples import forget_open_tars
 from caretrans.distributed import Processes
@@ -265,9 +266,27 @@ def test_streams_are_checked_as_they_come(small_data):
     config = TrainConfig(img_size=32, batch_size=4, workers=0)
     for stream, classes, message in (
             (Stream(images, 16), 1, 'Labels 1 are not below 1'), (Stream(images[:9], 16), 2, 'ended after 2 of 4')):
-        check_labels(stream, classes)
+        check_labels(stream, classes)  # cannot know yet
         with pytest.raises(DataError, match=message):
-            passes(build_train_loader(stream, config, EVAL, [(4, 1)]))
+            passes(build_train_loader(stream, config, EVAL, [(4, 1)], num_classes=classes))
     with pytest.raises(DataError, match='train_img_sizes needs images by index'):
         config = TrainConfig(img_size=32, batch_size=4, workers=0, train_img_sizes=[32, 64])
         build_train_loader(Stream(images, 16), config, EVAL, config.split_steps(1))
+
+
+def test_at_exit_only_the_workers_of_our_loaders_end(small_data):
+    other = multiprocessing.get_context('spawn').Process(target=time.sleep, args=(60,))
+    other.start()
+    try:
+        batches = iter(load(small_data, workers=1).run(0))
+        next(batches)
+        ours = [child for child in multiprocessing.active_children() if child.pid != other.pid]
+        previous = signal.getsignal(signal.SIGCHLD)
+        loaders._end_workers()
+        for child in ours:
+            child.join(10)
+        signal.signal(signal.SIGCHLD, previous)
+        assert ours and not any(child.is_alive() for child in ours) and other.is_alive()
+    finally:
+        other.kill()
+        other.join()

@@ -265,7 +265,7 @@ def test_labels_of_shards_beyond_the_classes_stop_the_loader(shards):
     check_labels(dataset, 1)  # cannot know yet
     config = TrainConfig(img_size=32, batch_size=4, workers=0)
     with pytest.raises(DataError, match='Labels 1 are not below 1'):
-        passes(build_train_loader(dataset, config, EVAL, [(4, 1)]))
+        passes(build_train_loader(dataset, config, EVAL, [(4, 1)], num_classes=1))
 
 
 def test_more_workers_than_images_and_several_sizes_are_refused(shards):

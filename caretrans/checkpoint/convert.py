@@ -1,0 +1,149 @@
+"""Conversion of checkpoints to other layouts and formats."""
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from ..errors import CheckpointError, list_names
+from ..models.published_keys import rename_keys
+from .file import Checkpoint, PathLike, is_plain, read_checkpoint, write_safetensors, write_torch
+from .layout import Layout, list_models, sort_as_published
+from .load import FORMAT_VERSION, LAYOUTS, TORCH_ENDINGS, build_model, choose_model, match_strictly
+from .preparation import read_settings, resolve_settings
+
+__all__ = ['convert_checkpoint']
+
+
+def convert_checkpoint(
+        source: PathLike, target: PathLike, layout: str, entry: str | None = None, overwrite: bool = False,
+        model_name: str | None = None, **settings: Any) -> str:
+    """Write the weights of `source` to `target` in another layout or another format.
+
+    Args:
+        source, entry: See `read_checkpoint`.
+        target: `.pth`, `.pth.tar`, `.pt` or `.safetensors`, which decides the format.
+        layout: 'published', the weights alone under the official keys in the official order (safetensors has an
+            order of its own; the tables of MLLA come after `lepe`, their official place is not known); 'mmpretrain',
+            of CAS-ViT alone, that of the converter for mmpretrain, in an entry `state_dict`; or 'caretrans', ours,
+            with what else the file says in numbers and texts.
+        overwrite: Replace `target` if it exists.
+        model_name: See `create_from_checkpoint`; for 'caretrans' what its tag says of evaluation is written down.
+        settings: img_size, crop_pct, crop_mode, interpolation, channel_order, None for none. Of 'caretrans', how the
+            network is evaluated from now on; one for BGR images becomes one for RGB images, exactly: the inputs of its
+            first convolution are reversed, and mean and std. Of 'published', img_size alone: side of the images,
+            pixels, that checkpoints of MLLA are tied to; by default that of the tables of the source, if it has any,
+            else that at which it was evaluated in training, else 224.
+    Returns:
+        One line about what was converted.
+    Raises:
+        CheckpointError: `source` is not exactly a model of ours, has no such layout, no use for one of `settings`, or
+            `target` is there or cannot be written.
+        ValueError: Another `layout`.
+    """
+    target = Path(target)
+    _check_target(target, layout, overwrite)
+    checkpoint = read_checkpoint(source, entry)
+    model_name, tagged = choose_model(checkpoint, model_name), model_name and '.' in model_name
+    name = model_name.partition('.')[0]
+    if name not in list_models():
+        raise CheckpointError(f'{source}: is a checkpoint of {name}, which is none of ours: it has one layout.')
+    model = build_model(checkpoint, model_name, device='meta')
+    tensors, meta = match_strictly(Layout.of(model), checkpoint), {}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    eval_config = resolve_settings(model, checkpoint, model_name if tagged else None, **settings)
+    if layout == 'caretrans':
+        meta = {key: value for key, value in checkpoint.meta.items() if is_plain(value)}
+        meta.update(arch=name, num_classes=model.num_classes, version=FORMAT_VERSION)
+        if settings or tagged or 'channel_order' in eval_config:
+            meta['eval_config'] = _turn_to_rgb(checkpoint, model, tensors, eval_config)
+    else:
+        _check_settings(checkpoint, model, layout, settings)
+        tensors = _publish(model, tensors, checkpoint, eval_config, keep_tables='img_size' not in settings)
+    if layout == 'mmpretrain':
+        tensors = _rename_for_mmpretrain(model, name, tensors, checkpoint)
+    summary = (f'{name}, {model.num_classes} classes: {len(tensors)} tensors from {source}'
+               f'{f", entry {checkpoint.entry}," if checkpoint.entry else ""} to {target} in the {layout} layout')
+    if layout != 'caretrans' and (tagged or read_settings(checkpoint)):
+        summary += _describe_settings(model, eval_config)
+    if target.suffix == '.safetensors':
+        write_safetensors(target, tensors, meta)
+    else:
+        write_torch(target, tensors if layout == 'published' else dict(meta, state_dict=tensors))
+    return summary
+
+
+def _check_target(target: Path, layout: str, overwrite: bool) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f'layout must be {", ".join(LAYOUTS[:-1])} or {LAYOUTS[-1]}, not {layout!r}.')
+    if not target.name.endswith((*TORCH_ENDINGS, '.safetensors')):
+        raise CheckpointError(f'{target}: let the name end in {", ".join(TORCH_ENDINGS)} or .safetensors.')
+    if target.exists() and not overwrite:
+        raise CheckpointError(f'{target}: already exists: choose another name, or overwrite=True (--overwrite).')
+
+
+def _check_settings(checkpoint: Checkpoint, model: nn.Module, layout: str, settings: dict[str, Any]) -> None:
+    """CheckpointError when a layout of others has no place for one of `settings`."""
+    useless = [name for name in settings if name != 'img_size' or not model.computed_keys]
+    if useless:
+        raise CheckpointError(
+            f'{checkpoint.path}: {list_names(useless)} cannot be kept: the {layout} layout of '
+            f'{model.pretrained_cfg["architecture"]} has no place for it: leave it out, or take --to caretrans.')
+
+
+def _turn_to_rgb(
+        checkpoint: Checkpoint, model: nn.Module, tensors: dict[str, torch.Tensor],
+        eval_config: dict[str, Any]) -> dict[str, Any]:
+    """`eval_config` for RGB images; of a network for BGR images the first weights in `tensors` are reversed for it."""
+    if eval_config.get('channel_order', 'rgb') == 'rgb':
+        return eval_config
+    if model.in_chans != 3:
+        raise CheckpointError(
+            f'{checkpoint.path}: channel_order bgr is of 3 channels, it has {model.in_chans}: leave it out.')
+    key = f'{model.pretrained_cfg["first_conv"]}.weight'
+    tensors[key] = tensors[key].flip(1)
+    turned = dict(eval_config, mean=eval_config['mean'][::-1], std=eval_config['std'][::-1])
+    del turned['channel_order']
+    return turned
+
+
+def _publish(
+        model: nn.Module, tensors: dict[str, torch.Tensor], checkpoint: Checkpoint, eval_config: dict[str, Any],
+        keep_tables: bool) -> dict[str, torch.Tensor]:
+    """The weights under published keys in the published order, and what a published checkpoint holds beside them."""
+    try:
+        computed = model.compute_entries(*eval_config['input_size'][1:])
+    except ValueError as error:
+        raise CheckpointError(f'{checkpoint.path}: {error}: name a size (img_size, --img-size).') from None
+    if keep_tables:
+        computed.update({key: checkpoint.state_dict[key] for key in computed if key in checkpoint.state_dict})
+    tensors = {**rename_keys(tensors, model.published_keys, to_published=True), **computed}
+    return {key: tensors[key] for key in sort_as_published(tensors, model.published_keys)}
+
+
+def _rename_for_mmpretrain(
+        model: nn.Module, model_name: str, tensors: dict[str, torch.Tensor],
+        checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Published weights under the keys of the converter for mmpretrain."""
+    if not model.mmpretrain_keys:
+        raise CheckpointError(
+            f'{checkpoint.path}: is a checkpoint of {model_name}, and only CAS-ViT has a layout of mmpretrain: take '
+            f'--to published.')
+    if model.distilled:
+        raise CheckpointError(
+            f'{checkpoint.path}: has two heads, and the layout of mmpretrain has a place for one: take --to published.')
+    return rename_keys(tensors, model.mmpretrain_keys)
+
+
+def _describe_settings(model: nn.Module, settings: dict[str, Any]) -> str:
+    """The flags that stand for what the layouts of others have no place for."""
+    flags = (f'; it has no place for class names and settings, so evaluate it with --img-size '
+             f'{settings["input_size"][-1]} --crop-pct {settings["crop_pct"]} '
+             f'--interpolation {settings["interpolation"]}')
+    for name, usual in (('crop_mode', 'center'), ('channel_order', 'rgb')):
+        if settings.get(name, usual) != usual:
+            flags += f' --{name.replace("_", "-")} {settings[name]}'
+    for name in ('mean', 'std'):
+        if settings[name] != list(model.pretrained_cfg[name]):
+            flags += f', and {name} {settings[name]}, for which there is no flag'
+    return flags
