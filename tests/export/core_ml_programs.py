@@ -12,10 +12,7 @@ import torch
 import torch.nn.functional as F
 from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.mil import types
-from coremltools.models.neural_network.quantization_utils import quantize_weights
 
-from caretrans.export.config import Job
-from caretrans.export.source import Source, build_network
 
 logging.getLogger('coremltools').setLevel(logging.ERROR)
 
@@ -236,25 +233,3 @@ PROGRAM_CASES: dict[str, Case] = {
                                     squeeze_mask=[True, False, False]),
         lambda x: x[0, 2, :, :4]),
 }
-
-
-def save_network(source: Source, job: Job, path: Path) -> Path:
-    """The network of a job, converted by coremltools as it stands."""
-    network = build_network(source, job)
-    example = source.make_example(job)
-    program = torch.export.export(network, (example,)).run_decompositions({})
-    take = ct.ImageType if job.input == 'image' else ct.TensorType
-    settings: dict[str, Any] = dict(inputs=[take(name='input_1', shape=example.shape)])
-    if job.output == 'classes':
-        settings['classifier_config'] = ct.ClassifierConfig(source.class_names)
-    if job.format == 'mlmodel':
-        model = ct.convert(program, convert_to='neuralnetwork', **settings)
-        if job.precision == 'fp16':
-            model = quantize_weights(model, 16)
-    else:
-        precision = ct.precision.FLOAT16 if job.precision == 'fp16' else ct.precision.FLOAT32
-        model = ct.convert(
-            program, convert_to='mlprogram', compute_precision=precision,
-            minimum_deployment_target=getattr(ct.target, job.target), **settings)
-    model.save(str(path))
-    return path
