@@ -15,7 +15,7 @@ from caretrans.export.config import ExportConfig
 from caretrans.export.coreml import convert
 from caretrans.export.source import Source, name_classes
 
-# Of care_s0 at 224 x 224, which tools and phones show; a change of these numbers is a change of the program.
+# Of care_s0, which tools and phones show; a change of these numbers is a change of the program.
 OPERATIONS = {
     'mlpackage': dict(
         conv=141, add=76, split=42, gelu=37, concat=30, softmax=25, reshape=24, clip=24, matmul=24, mul=18, log=12,
@@ -40,12 +40,12 @@ def load(path):
 @pytest.mark.parametrize('format', ['mlpackage', pytest.param('mlmodel', marks=pytest.mark.slow)])
 def test_operations_of_a_whole_network_are_counted(format, programs):
     """Its program in float16 has as many reshapes as said, and no transposes."""
-    job = make_job(format, 'fp16', input='image', output='classes', size=(224, 224))
+    job = make_job(format, 'fp16', input='image', output='classes')
     program = programs.read(job, 'care_s0')
     assert program.operations == OPERATIONS[format] and sum(program.operations.values()) <= 471
     assert len(program.shape_changes) == (24 if format == 'mlpackage' else 26)
     assert not [line for line in program.shape_changes if 'transpose' in line or 'permute' in line]
-    result = check(job, program, 'care_s0', count=2)
+    result = check(job, program, 'care_s0')
     assert result.top1_agreement == 100 and result.max_error < 1e-2 * result.largest and result.exact_error < 1e-5
 
 

@@ -8,7 +8,7 @@ import pytest
 from launch import ROOT
 
 from caretrans.errors import ResultsError
-from caretrans.export.phone_results import COLUMNS, describe_results, format_row, make_row, read_results
+from caretrans.export.coreml.phone_results import COLUMNS, describe_results, format_row, make_row, read_results
 
 FILE = ROOT / 'coreml' / 'results.csv'
 HEADER = ','.join(column.name for column in COLUMNS)
