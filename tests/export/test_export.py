@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from exports import make_job, make_source
+from exports import change, make_job, make_source
 from launch import ENVIRONMENT, ROOT, kill, start, wait_for
 from reference import filled_model
 
@@ -43,17 +43,16 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture
 def convert(programs, monkeypatch):
-    """Let the converter of torch.export return a program made before, of this or another network."""
-    def play(name, spoil=lambda path: None):
-        monkeypatch.undo()
-        made, _ = programs.write(make_job('torch'), name)
+    """Let the converter of torch.export return a program made before, spoiled as asked."""
+    made, _ = programs.write(make_job('torch'), 'test_efficientnet')
 
+    def play(spoil=lambda path: None):
         def write(source, job, path):
             shutil.copy(made, path)
             spoil(path)
             return []
         monkeypatch.setattr(torch_export, 'write', write)
-    play('test_efficientnet')
+    play()
     return play
 
 
@@ -93,11 +92,12 @@ def test_json_is_one_object_with_the_latency_beside_eager(run, convert, tmp_path
     assert all(program['latency'][name] > 0 for name in ('median_ms', 'ratio', 'eager_ms'))
 
 
-def test_program_that_computes_something_else_is_not_kept(run, convert, tmp_path):
-    convert('care')
+def test_program_that_computes_something_else_is_not_kept(run, convert, monkeypatch, tmp_path):
+    source = change(make_source('test_efficientnet'), lambda model: model.classifier.weight.data.neg_())
+    monkeypatch.setattr('caretrans.export.run.load_source', lambda config: source)
     code, _, error = run(*RANDOM, '--output-dir', tmp_path, *FAST)
     assert code == 1 and list_left(tmp_path) == []
-    assert f'failed: {PROGRAM}:' in error and 'is labelled' in error
+    assert f'failed: {PROGRAM}:' in error and 'no file was written' in error
 
 
 @pytest.mark.parametrize('spoil, message', [
@@ -106,7 +106,7 @@ def test_program_that_computes_something_else_is_not_kept(run, convert, tmp_path
 def test_earlier_file_stays_when_an_export_fails(spoil, message, run, convert, tmp_path):
     assert run(*RANDOM, '--output-dir', tmp_path, *FAST)[0] == 0
     before = (tmp_path / PROGRAM).read_bytes()
-    convert('test_efficientnet', spoil)
+    convert(spoil)
     code, _, error = run(*RANDOM, '--output-dir', tmp_path, *FAST)
     assert code == 1 and message in error
     assert (tmp_path / PROGRAM).read_bytes() == before and len(list_left(tmp_path)) == 2
