@@ -283,12 +283,9 @@ def package(tmp_path):
     return save_operation(conv, tmp_path / 'a.mlpackage')
 
 
-def test_a_missing_package_is_named(tmp_path):
+def test_missing_files_are_named_with_the_remedy(package, tmp_path):
     with pytest.raises(ExportError, match='none.mlpackage cannot be read .* or export it again'):
         read_ml_program(tmp_path / 'none.mlpackage')
-
-
-def test_a_missing_weight_file_is_named_with_the_remedy(package):
     (package / 'Data' / 'com.apple.CoreML' / 'weights' / 'weight.bin').unlink()
     with pytest.raises(ExportError, match='a.mlpackage cannot be read .*weight.bin.* Copy it again as a whole'):
         read_ml_program(package)
@@ -318,17 +315,13 @@ def test_images_of_another_shape_are_refused(package):
         read_ml_program(package).run(values(1, 6, 7, 5))
 
 
-def test_an_unknown_operation_is_named(tmp_path):
-    path = save_operation(lambda x: mb.cumsum(x=x, name='odd'), tmp_path / 'a.mlpackage')
-    with pytest.raises(ExportError, match="odd is an operation 'cumsum', which the evaluator does not know"):
-        read_ml_program(path)
-
-
-def test_padding_that_is_not_documented_clearly_is_refused(tmp_path):
-    path = save_operation(
-        lambda x: mb.conv(x=x, weight=WEIGHT.numpy(), pad_type='same', strides=[2, 2]), tmp_path / 'a.mlpackage')
-    with pytest.raises(ExportError, match="padding 'same' .* strides .* is not modelled"):
-        read_ml_program(path)
+@pytest.mark.parametrize('operation, message', [
+    (lambda x: mb.cumsum(x=x, name='odd'), "odd is an operation 'cumsum', which the evaluator does not know"),
+    (lambda x: mb.conv(x=x, weight=WEIGHT.numpy(), pad_type='same', strides=[2, 2]),
+     "padding 'same' .* strides .* is not modelled")])
+def test_an_operation_that_cannot_be_evaluated_is_named(operation, message, tmp_path):
+    with pytest.raises(ExportError, match=message):
+        read_ml_program(save_operation(operation, tmp_path / 'a.mlpackage'))
 
 
 def test_operations_are_counted_and_changes_of_shape_listed(tmp_path):
