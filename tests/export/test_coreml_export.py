@@ -228,10 +228,10 @@ def test_failed_conversion_is_one_line_and_leaves_nothing(format, tmp_path, monk
 @pytest.fixture
 def converted(programs, monkeypatch):
     """Conversion returns a model that was converted before, for the format asked for."""
-    def make(source, job):
-        path, _ = programs.write(make_job(job.format), 'test_efficientnet')
-        return convert.import_coremltools().models.MLModel(str(path), skip_model_load=True)
-    monkeypatch.setattr(convert, '_convert', make)
+    made = {format: programs.write(make_job(format), 'test_efficientnet')[0] for format in ('mlpackage', 'mlmodel')}
+    load_model = convert.import_coremltools().models.MLModel
+    monkeypatch.setattr(
+        convert, '_convert', lambda source, job: load_model(str(made[job.format]), skip_model_load=True))
 
 
 def test_failed_saving_leaves_nothing(converted, tmp_path, monkeypatch):
