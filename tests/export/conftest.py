@@ -6,7 +6,7 @@ from exports import Programs
 
 
 def pytest_configure(config):
-    config.addinivalue_line('markers', 'slow: converts a network of full depth')
+    config.addinivalue_line('markers', 'slow: a large conversion, beyond what every change needs')
 
 
 @pytest.fixture(scope='session')
