@@ -1,4 +1,4 @@
-"""Export a network to Core ML and other runtimes, and prove that the programs compute what PyTorch computes.
+"""Export a network to Core ML and other runtimes, and verify that the programs compute what PyTorch computes.
 
     python coreml/export.py --model care_s1 --checkpoint CARETrans_S1.pth.tar
     python coreml/export.py --checkpoint runs/NAME/best.pth.tar --format mlpackage onnx --precision fp32
@@ -12,9 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from caretrans.errors import CheckpointError  # noqa: E402
-from caretrans.errors import ConfigError  # noqa: E402
-from caretrans.errors import DataError  # noqa: E402
+from caretrans.errors import run_command  # noqa: E402
 from caretrans.export.config import parse_export_config  # noqa: E402
 from caretrans.export.report import describe_exports  # noqa: E402
 from caretrans.export.run import export  # noqa: E402
@@ -23,20 +21,13 @@ from caretrans.progress import show_messages  # noqa: E402
 
 def main() -> int:
     show_messages()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleans up on the way out
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, which removes temporary files
     logging.getLogger('torch').setLevel(logging.ERROR)
     warnings.filterwarnings('ignore', module='torch|coremltools')
-    try:
-        config = parse_export_config(description=__doc__.splitlines()[0])
-        facts, exports = export(config, sys.stderr if config.json else None)
-    except (CheckpointError, ConfigError, DataError) as error:
-        print(f'export.py: {error}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    config = parse_export_config(description=__doc__.splitlines()[0])
+    facts, exports = export(config, sys.stderr if config.json else None)
     if config.json:
-        programs = [item.to_dict() for item in exports]
-        print(json.dumps(dict(facts, programs=programs), indent=2, allow_nan=False))
+        print(json.dumps({**vars(facts), 'programs': [item.to_dict() for item in exports]}, indent=2, allow_nan=False))
     else:
         print('\n'.join(describe_exports(facts, exports)))
     for item in exports:
@@ -46,4 +37,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(run_command('export.py', main))

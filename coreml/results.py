@@ -5,23 +5,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from caretrans.errors import ResultsError  # noqa: E402
-from caretrans.export.phone_results import describe_results, read_results  # noqa: E402
+from caretrans.errors import run_command  # noqa: E402
+from caretrans.export.coreml.phone_results import describe_results, read_results  # noqa: E402
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        'file', nargs='?', type=Path, default=Path(__file__).with_name('results.csv'), metavar='FILE')
+    parser.add_argument('file', nargs='?', type=Path, default=Path(__file__).with_name('results.csv'), metavar='FILE')
     file = parser.parse_args().file
-    try:
-        rows = read_results(file)
-    except ResultsError as error:
-        print(f'results.py: {error}', file=sys.stderr)
-        return 2
+    rows = read_results(file)
     print('\n'.join(describe_results(rows)) if rows else f'{file}: no rows yet')
     return 0
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(run_command('results.py', main))

@@ -1,1 +1,1 @@
-"""Export: programs for phones and other runtimes, each proven to compute what PyTorch computes before it is shipped."""
+"""Export: programs for phones and other runtimes, each verified against PyTorch before it is kept."""

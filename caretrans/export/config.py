@@ -1,12 +1,12 @@
-"""The settings of `coreml/export.py`: what is exported, to which formats, and how closely it must agree."""
+"""Settings of `coreml/export.py`: what is exported, to which formats, and how closely it must agree."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..measure.names import expand_models, parse_size
 from ..config import check_settings, parse_flags, setting
 from ..errors import ConfigError
-from .formats import FORMATS, Format, find_obstacle
+from ..measure.names import expand_models, parse_size
+from .formats.table import FORMATS, Format, find_obstacle
 
 __all__ = ['AIMED', 'COREML', 'TARGET', 'TOLERANCES', 'ExportConfig', 'Job', 'parse_export_config']
 
@@ -14,35 +14,31 @@ TARGET = 'iOS16'
 TARGETS = ('iOS15', 'iOS16', 'iOS17', 'iOS18', 'iOS26')
 COMPRESSIONS = ('none', 'int8', 'palette6', 'palette4')
 COREML = ('mlpackage', 'mlmodel')
-AIMED = ('mlpackage', 'executorch-coreml')  # at a system
+AIMED = ('mlpackage', 'executorch-coreml')  # formats with a target
 FORMS = {**dict.fromkeys([*COREML, 'executorch-coreml', 'coreai'], 'phone'), 'executorch': 'bmm', 'litert': 'bmm'}
 
-# Share of photographs, %, whose first answer must be that of PyTorch in float64. Rounding decides between classes that
-# are nearly equal; whatever else is wrong with a program changes more answers than these.
+# Share of images, %, whose top-1 class must be that of PyTorch in float64. Rounding decides between classes that are
+# nearly equal; any other mistake in a program changes more predictions than these.
 FLOORS = {'fp32': 99.5, 'fp16': 97., 'int8': 85., 'palette6': 85., 'palette4': 50.}
 
-# Largest error of an output, as a share of the largest output, up to which rounding may be the reason: several times
-# what was measured. Formats that quantise go by the first answers alone. The least that any bias lost from care_s0
-# makes is 4e-4, and a fifth of those changes no first answer of 24 photographs.
+# Largest error of an output, as a share of the largest output, that rounding may explain: several times what was
+# measured. Formats that quantize are judged by top-1 only. The loss of any one bias of care_s0 causes at least 4e-4,
+# and a fifth of them changes no top-1 class of 24 images.
 TOLERANCES = {'fp32': 1e-4, 'fp16': 2e-2}
-
-
-def _accept(job: 'Job') -> None:
-    """The check of formats without one."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One program to write, everything decided.
+    """One program to write, with everything decided.
 
     Attributes:
         size: Height and width of the images, pixels.
         input: 'image', pixels from 0 to 255 in RGB, or 'tensor', normalised as in evaluation.
         output: 'logits', 'probabilities', or 'classes', probabilities with labels.
-        target: The oldest system it is for, of Core ML.
-        compress: How the weights are stored, of Core ML.
-        unfused: Whether to export the network as it is trained.
-        floor: Least agreement of first answers, %.
+        target: The oldest system it is for, for Core ML.
+        compress: How the weights are stored, for Core ML.
+        unfused: Whether to export the original network.
+        floor: Least top-1 agreement, %.
     """
     format: str
     precision: str
@@ -57,7 +53,7 @@ class Job:
 
     @property
     def tolerance(self) -> float:
-        """Largest error of an output that is allowed, as a share of the largest output."""
+        """Largest allowed error of an output, as a share of the largest output."""
         return TOLERANCES.get(self.precision if self.compress == 'none' else self.compress, float('inf'))
 
     @property
@@ -65,47 +61,45 @@ class Job:
         return FORMATS[self.format]
 
     def get_form(self) -> str:
-        """Of the network, one of `caretrans.fuse.FORMS`."""
+        """The form of the network, one of `caretrans.fuse.FORMS`."""
         return 'trained' if self.unfused else FORMS.get(self.format, 'fused')
 
     def __str__(self) -> str:
-        parts = [self.format, self.precision] + [self.compress] * (self.compress != 'none') \
-            + ['unfused'] * self.unfused
-        return ' '.join(parts)
+        compress = '' if self.compress == 'none' else f' {self.compress}'
+        return f'{self.format} {self.precision}{compress}' + ' unfused' * self.unfused
 
 
 @dataclass
 class ExportConfig:
-    """Everything that decides what is exported. A flag exists for each field."""
+    """All settings of an export; each field is a flag."""
 
-    model: str = setting('', 'model of caretrans or timm, where the checkpoint does not say it')
-    checkpoint: str = setting('', 'weights: .pth, .pth.tar or .safetensors, published or of train.py')
+    model: str = setting('', 'model of caretrans or timm, if the checkpoint does not name it')
+    checkpoint: str = setting('', 'weights: .pth, .pth.tar or .safetensors, published or written by train.py')
     entry: str = setting('', 'entry of the file that holds the weights, e.g. state_dict_ema')
-    random_weights: bool = setting(False, 'export random weights, to look at speed; good for nothing else')
+    random_weights: bool = setting(False, 'export random weights, to measure speed only')
     format: list[str] = setting(['mlpackage'], 'one or more', choices=list(FORMATS))
-    output_dir: str = setting('', 'where programs and reports go; runs/export if not given')
+    output_dir: str = setting('', 'folder for programs and reports (default: runs/export)')
     input: str = setting(
-        '', 'image: RGB pixels from 0 to 255, normalised inside; tensor: normalised already; by default image for Core '
-        'ML, else tensor', choices=['', 'image', 'tensor'])
+        '', 'image: RGB pixels from 0 to 255, normalised in the program; tensor: normalised already (default: image '
+        'for Core ML, else tensor)', choices=['', 'image', 'tensor'])
     output: str = setting(
-        '', 'what comes out; by default classes (probabilities with labels) for Core ML, else logits',
+        '', 'output of the program (default: classes, i.e. probabilities with labels, for Core ML, else logits)',
         choices=['', 'logits', 'probabilities', 'classes'])
     precision: list[str] = setting(
-        [], 'one or more; by default what the format is made for: fp16 for Core ML, fp32 for the others',
-        choices=['fp16', 'fp32', 'int8'])
-    labels: str = setting('', 'text file with a class on each line; by default those of the checkpoint, or ImageNet')
-    img_size: str = setting('', 'pixels: a side, or HEIGHTxWIDTH; by default that of the checkpoint')
+        [], 'one or more (default: fp16 for Core ML, else fp32)', choices=['fp16', 'fp32', 'int8'])
+    labels: str = setting('', 'text file with a class on each line (default: those of the checkpoint, or ImageNet)')
+    img_size: str = setting('', 'pixels: a side, or HEIGHTxWIDTH (default: that of the checkpoint)')
     batch: int = setting(1, 'images at a time', bounds=(1, None))
-    target: str = setting(TARGET, 'oldest system of Core ML programs', choices=list(TARGETS))
+    target: str = setting(TARGET, 'oldest system for Core ML programs', choices=list(TARGETS))
     compress: str = setting('none', 'weights of Core ML programs', choices=list(COMPRESSIONS))
-    unfused: bool = setting(False, 'the network as it is trained, for comparison')
-    data: str = setting('', 'photographs to compare on, a folder with val/CLASS/*; by default the bundled ones')
-    images: int | None = setting(None, 'how many of them; by default all', bounds=(1, None))
+    unfused: bool = setting(False, 'export the original network, for comparison')
+    data: str = setting('', 'images to compare on, a folder with val/CLASS/* (default: the bundled ones)')
+    images: int | None = setting(None, 'number of them (default: all)', bounds=(1, None))
     floor: float | None = setting(
-        None, 'least share of first answers equal to those of PyTorch, %%; by default '
-        + ', '.join(f'{value:g} for {name}' for name, value in FLOORS.items()), bounds=(0, 100))
+        None, 'least share of images with the top-1 class of PyTorch, % (default: '
+        + ', '.join(f'{value:g} for {name}' for name, value in FLOORS.items()) + ')', bounds=(0, 100))
     latency: bool = setting(True, 'time programs beside PyTorch, where their runtime runs here')
-    threads: int = setting(1, 'threads of the processor', bounds=(1, None))
+    threads: int = setting(1, 'CPU threads', bounds=(1, None))
     json: bool = setting(False, 'print one JSON object instead of text')
 
     def __post_init__(self) -> None:
@@ -115,13 +109,12 @@ class ExportConfig:
                 raise ConfigError(f'{name} is {getattr(self, name)}: name each once.')
         if self.img_size:
             parse_size(self.img_size)
-        if self.model:
-            if len(expand_models([self.model])) != 1:
-                raise ConfigError(f'--model {self.model}: export one model at a time.')
+        if self.model and len(expand_models([self.model])) != 1:
+            raise ConfigError(f'--model {self.model}: export one model at a time.')
         if bool(self.checkpoint) == self.random_weights:
             raise ConfigError(
                 f'--checkpoint {self.checkpoint} with --random-weights: choose one.' if self.checkpoint else
-                'No weights: give a file with --checkpoint, or ask for --random-weights (to look at speed alone).')
+                'No weights: give a file with --checkpoint, or --random-weights (to measure speed only).')
         if self.random_weights and not self.model:
             raise ConfigError('--random-weights needs --model, e.g. --model care_s0.')
         if self.compress != 'none' and not set(self.format) & set(COREML):
@@ -131,17 +124,19 @@ class ExportConfig:
             raise ConfigError(f'--target {self.target} is for {" and ".join(AIMED)}, not for {" ".join(self.format)}.')
 
     def list_jobs(self, size: tuple[int, int]) -> list[Job]:
-        """What is to be written, format by format, precision by precision.
+        """The programs to write, format by format, precision by precision.
 
         Args:
-            size: Of the images, where no --img-size was given.
+            size: Of the images, unless --img-size is given.
         Raises:
-            ConfigError: Something that was asked for cannot be, or a package is missing; before any work.
+            ConfigError: A setting that a format does not have, or a missing package; before any work.
         """
         jobs = [self._make_job(FORMATS[name], precision, size)
                 for name in self.format for precision in self.precision or FORMATS[name].precisions[:1]]
         for job in jobs:
-            getattr(job.kind.load_module(), 'check', _accept)(job)
+            check = getattr(job.kind.load_module(), 'check', None)
+            if check is not None:
+                check(job)
         return jobs
 
     def _make_job(self, kind: Format, precision: str, size: tuple[int, int]) -> Job:
@@ -157,8 +152,8 @@ class ExportConfig:
         floor = FLOORS[compress if compress != 'none' else precision] if self.floor is None else self.floor
         return Job(
             kind.name, size=parse_size(self.img_size) if self.img_size else size, batch=self.batch,
-            target=self.target if kind.name in AIMED else TARGET,
-            compress=compress, unfused=self.unfused, floor=floor, **chosen)
+            target=self.target if kind.name in AIMED else TARGET, compress=compress, unfused=self.unfused, floor=floor,
+            **chosen)
 
     def get_folder(self) -> Path:
         return Path(self.output_dir or 'runs/export')

@@ -1,4 +1,4 @@
-"""What a program says of itself in its file: where it comes from, what made it, what goes in, what comes out."""
+"""Metadata in the files of programs: their origin, converter, input and output."""
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,37 +7,33 @@ import torch
 
 from .. import __version__
 from .config import AIMED, Job
-from .formats import list_versions
+from .formats.table import list_versions
 from .source import Source
 
 __all__ = ['describe', 'describe_input', 'read_class_names']
-
 
 SIDES = dict(  # by crop mode
     center='the shorter side', squash='each side, whatever the aspect',
     border='the longer side, the rest of a square in the mean colour')
 
 
-def _join(values: list[float]) -> str:
-    return ', '.join(f'{value:g}' for value in values)
-
-
 def describe_input(source: Source, job: Job) -> str:
-    """How photographs are made ready for a program, for people."""
+    """Preparation of images for a program, for people."""
     config = source.eval_config
     height, width = job.size
     text = (f'Resize ({config["interpolation"]}) until the centre crop of {height} x {width} pixels is '
             f'{100 * config["crop_pct"]:g} % of {SIDES[config["crop_mode"]]}, and crop. ')
-    figures = f'mean {_join(config["mean"])}, standard deviation {_join(config["std"])} of values from 0 to 1'
+    mean, std = (', '.join(f'{value:g}' for value in config[name]) for name in ('mean', 'std'))
+    figures = f'mean {mean}, standard deviation {std} of values from 0 to 1'
     if job.input == 'image':
-        return text + f'RGB pixels from 0 to 255 go in; the program normalises them: {figures}.'
+        return text + f'The input is RGB pixels from 0 to 255; the program normalises them: {figures}.'
     return text + f'Normalise before the program, per channel in RGB order: {figures}.'
 
 
 def describe(source: Source, job: Job) -> dict[str, str]:
     """Names and values for the metadata of a file, the same for every format.
 
-    `class_names` is a list in JSON, `training_metrics` an object; packages are called as pip calls them, with versions.
+    `class_names` is a list in JSON, `training_metrics` an object; packages have the names of pip, with versions.
     """
     height, width = job.size
     facts = dict(
@@ -47,7 +43,7 @@ def describe(source: Source, job: Job) -> dict[str, str]:
         checkpoint=Path(source.checkpoint).name or 'random weights', preprocessing=describe_input(source, job),
         class_names=json.dumps(source.class_names, ensure_ascii=False), caretrans=__version__,
         **list_versions(job.kind, job.precision))
-    facts['torch'] = torch.__version__  # with what it was built for
+    facts['torch'] = torch.__version__  # with the platform it was built for
     if source.sha256:
         facts['checkpoint_sha256'] = source.sha256
     if source.accuracy:
@@ -58,9 +54,9 @@ def describe(source: Source, job: Job) -> dict[str, str]:
 
 
 def read_class_names(facts: Mapping[str, str]) -> list[str]:
-    """The labels that a file names.
+    """The labels in the metadata of a file.
 
     Raises:
-        KeyError: It has no such metadata, because it is cut off or not ours.
+        KeyError: It has no such metadata, because it is truncated or not ours.
     """
     return json.loads(facts['class_names'])

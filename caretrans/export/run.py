@@ -1,4 +1,4 @@
-"""Export a network: check everything, write, read back, prove, time, report, and only then put it in its place."""
+"""Export of a network: check everything, write, read back, verify, time, report, and only then keep the file."""
 import json
 import logging
 import math
@@ -17,28 +17,69 @@ from ..devices import describe_device, list_versions, use_threads
 from ..errors import ConfigError, ExportError
 from ..measure.timing import compare_rounds, judge_noise, summarise, time_interleaved
 from ..progress import Progress
-from . import formats
-from .apple import Examination, examine, is_available
 from .config import COREML, TARGET, ExportConfig, Job
+from .coreml.apple import Examination, examine, is_available
+from .formats.table import list_versions as list_format_versions
+from .program import FormatModule, Program
 from .source import Cases, Source, load_cases, load_source
-from .verify import Program, Verification, VerificationError, verify
+from .verify import Verification, VerificationError, verify
 
-__all__ = ['Export', 'export']
+__all__ = ['Export', 'Facts', 'Timing', 'export', 'name_program']
 
 ROUNDS, RUNS = 10, 5  # of the timing
 
 _logger = logging.getLogger(__name__)
 
+
+@dataclass
+class Facts:
+    """What all programs of an export share.
+
+    Attributes:
+        weights: The checkpoint, or 'random'.
+        sha256: Of the checkpoint; '' for random weights.
+        data: The images that programs are compared on.
+        least_attention_mass: The least denominator of linear attention on them; None without such attention.
+    """
+    model: str
+    weights: str
+    sha256: str
+    data: str
+    device: str
+    versions: dict[str, str]
+    least_attention_mass: float | None
+
+
+@dataclass
+class Timing:
+    """Milliseconds of a program, and its speed-up over the original network in eager mode, interleaved with it.
+
+    Attributes:
+        ratio, ratio_p10, ratio_p90: Of the speed-up over rounds.
+        noise: Reasons not to rely on it.
+    """
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    mean_ms: float
+    ratio: float
+    ratio_p10: float
+    ratio_p90: float
+    threads: int
+    batch: int
+    eager_ms: float
+    noise: list[str]
+
+
 @dataclass
 class Export:
-    """A program that was written, and what was measured of it.
+    """A program that was written, and what was measured.
 
     Attributes:
         path: The file or folder.
         mib: Its size.
-        seconds: That writing it took.
-        core_ml: On a Mac, of Core ML programs: what Core ML itself computes there, where and how fast.
-        latency: Median, p10 and p90 in ms beside the network as trained, and how many times as fast it is.
+        seconds: Time to write it.
+        core_ml: On a Mac, for Core ML programs: the results of Core ML itself.
         failure: Why nothing was kept; then the rest may be missing.
     """
     job: Job
@@ -47,27 +88,48 @@ class Export:
     seconds: float = 0.
     program: Program | None = None
     verification: Verification | None = None
-    latency: dict[str, Any] | None = None
+    latency: Timing | None = None
     core_ml: Examination | None = None
     notes: list[str] = field(default_factory=list)
     failure: str = ''
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
-        program = self.program
+        """Plain values, for JSON; None for numbers that are not finite."""
         facts = dict(
             vars(self.job), form=self.job.get_form(), path=str(self.path), mib=self.mib, seconds=self.seconds,
-            failure=self.failure, notes=self.notes, latency=self.latency,
-            verification=None if self.verification is None else vars(self.verification),
-            core_ml=None if self.core_ml is None else asdict(self.core_ml))
-        if program is not None:
-            facts.update(
-                runner=program.runner, operations=program.operations, shape_changes=program.shape_changes)
+            failure=self.failure, notes=self.notes)
+        for name in ('latency', 'verification', 'core_ml'):
+            result = getattr(self, name)
+            facts[name] = None if result is None else asdict(result)
+        if self.program is not None:
+            facts.update({name: getattr(self.program, name) for name in ('runner', 'operations', 'shape_changes')})
         return _drop_infinite(facts)
 
 
+def _drop_infinite(value: Any) -> Any:
+    """Plain values with None in the place of numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _drop_infinite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_drop_infinite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+def name_program(source: Source, job: Job) -> str:
+    """The file name of a job: settings other than the default are part of it."""
+    kind = job.kind
+    named = [
+        (job.size != source.size, 'x'.join(str(side) for side in job.size)), (job.batch != 1, f'b{job.batch}'),
+        (job.precision != kind.precisions[0], job.precision), (job.compress != 'none', job.compress),
+        (job.unfused, 'unfused'), (job.input != kind.inputs[0], job.input), (job.output != kind.outputs[0], job.output),
+        (job.target != TARGET, job.target)]
+    return '-'.join([source.name, *(text for differs, text in named if differs)]) + kind.suffix
+
+
 def _check_folder(folder: Path, source: Source, jobs: Sequence[Job]) -> None:
-    """Make the folder, and a file in it, before any work is done; what stands in the place of a program must be one."""
+    """Create the folder, and a file in it, before any work; refuse to replace anything but an exported program."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -75,36 +137,13 @@ def _check_folder(folder: Path, source: Source, jobs: Sequence[Job]) -> None:
     except OSError as error:
         raise ConfigError(f'--output-dir {folder} cannot be written: {error.strerror}; name another.') from None
     for target in (folder / name_program(source, job) for job in jobs):
-        report = Path(f'{target}.json')
-        if target.is_symlink() or target.exists() and not report.is_file():
-            raise ConfigError(f'{target} is there and was not exported: move it away, or name another --output-dir.')
-
-
-def name_program(source: Source, job: Job) -> str:
-    """The name of the file of a job: what is not the default is part of it."""
-    parts = [source.name]
-    if job.size != source.size:
-        parts.append('x'.join(str(side) for side in job.size))
-    if job.batch != 1:
-        parts.append(f'b{job.batch}')
-    if job.precision != job.kind.precisions[0]:
-        parts.append(job.precision)
-    if job.compress != 'none':
-        parts.append(job.compress)
-    if job.unfused:
-        parts.append('unfused')
-    parts += [value for value, usual in [
-        (job.input, job.kind.inputs[0]), (job.output, job.kind.outputs[0]), (job.target, TARGET)] if value != usual]
-    return '-'.join(parts) + job.kind.suffix
-
-
-def _measure_size(path: Path) -> float:
-    files = [path] if path.is_file() else [file for file in path.rglob('*') if file.is_file()]
-    return sum(file.stat().st_size for file in files) / 2 ** 20
+        if target.is_symlink() or target.exists() and not Path(f'{target}.json').is_file():
+            raise ConfigError(
+                f'{target} already exists and was not exported: move it away, or name another --output-dir.')
 
 
 def _replace(new: Path, target: Path) -> None:
-    """Put a finished file or folder into its place; what was there goes, and comes back if that fails."""
+    """Move a finished file or folder to its place; an earlier one is removed, and restored if that fails."""
     old = new.with_name('old-' + new.name)
     if target.exists():
         target.replace(old)
@@ -116,8 +155,10 @@ def _replace(new: Path, target: Path) -> None:
         raise
 
 
-def _time(source: Source, job: Job, program: Program) -> dict[str, Any]:
-    """Milliseconds of a program and of the network as trained, eager, interleaved in one process."""
+# Programs -------------------------------------------------------------------------------------------------------------
+
+def _time(source: Source, job: Job, program: Program) -> Timing:
+    """Time a program and the original network, eager, interleaved in one process."""
     images = source.make_example(job)
     eager = source.normalise(torch.zeros_like(images, dtype=torch.uint8)) if job.input == 'image' else images
 
@@ -129,22 +170,23 @@ def _time(source: Source, job: Job, program: Program) -> dict[str, Any]:
         for _ in range(3):
             run()
     times = time_interleaved(runs, torch.device('cpu'), {name: RUNS for name in runs}, ROUNDS)
-    own = compare_rounds(times['eager'], times['eager again'])['ratio']
-    summary = summarise(times['program'])
-    return dict(
-        summary, **compare_rounds(times['eager'], times['program']), threads=torch.get_num_threads(), batch=job.batch,
+    summary, own = summarise(times['program']), compare_rounds(times['eager'], times['eager again'])['ratio']
+    return Timing(
+        **summary, **compare_rounds(times['eager'], times['program']), threads=torch.get_num_threads(), batch=job.batch,
         eager_ms=summarise(times['eager'])['median_ms'], noise=judge_noise(summary, own))
 
 
 def _make(source: Source, job: Job, cases: Cases, config: ExportConfig, progress: Progress, new: Path) -> Export:
-    """Write a program to `new`, read it back, and prove it."""
+    """Write a program to `new`, read it back, and verify it."""
     result = Export(job, new)
-    module = job.kind.load_module()
+    module: FormatModule = job.kind.load_module()
     start = time.perf_counter()
     with redirect_stdout(sys.stderr):  # remarks of the converters
         result.notes += module.write(source, job, new)
-        result.seconds, result.mib = time.perf_counter() - start, _measure_size(new)
-        result.program = module.read(source, job, new)
+        result.seconds = time.perf_counter() - start
+        files = [new] if new.is_file() else [file for file in new.rglob('*') if file.is_file()]
+        result.mib = sum(file.stat().st_size for file in files) / 2 ** 20
+        result.program = module.read(job, new)
     result.notes += result.program.notes
     result.verification = verify(source, job, result.program, cases, new.name, progress.update)
     if job.format in COREML and is_available():
@@ -160,6 +202,7 @@ def _make(source: Source, job: Job, cases: Cases, config: ExportConfig, progress
 
 
 def _export_job(source: Source, job: Job, cases: Cases, config: ExportConfig, progress: Progress) -> Export:
+    """Make a program under a temporary name, then move it to its place."""
     folder = config.get_folder()
     target = folder / name_program(source, job)
     before = progress.count
@@ -178,63 +221,39 @@ def _export_job(source: Source, job: Job, cases: Cases, config: ExportConfig, pr
     return result
 
 
-def _check_channels(source: Source, jobs: Sequence[Job]) -> None:
-    channels = source.eval_config['input_size'][0]
-    if channels != 3 and any(job.input == 'image' for job in jobs):
-        raise ConfigError(
-            f'--input image: {source.name} takes {channels} channels, an RGB image has 3. Take --input tensor.')
-
-
-def _list_versions(jobs: Sequence[Job]) -> dict[str, str]:
-    """Of PyTorch, and of what writes and runs the programs."""
-    found = list_versions(['timm', 'numpy'])
-    for job in jobs:
-        found.update(formats.list_versions(job.kind, job.precision))
-    return found
-
-
-def _drop_infinite(value: Any) -> Any:
-    """Plain values with None in the place of numbers that JSON does not know."""
-    if isinstance(value, dict):
-        return {key: _drop_infinite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_drop_infinite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write_report(facts: dict[str, Any], item: Export) -> None:
-    """As JSON beside a program that was kept."""
-    if not item.failure:
-        report = json.dumps({**facts, **item.to_dict()}, indent=2, allow_nan=False)
-        Path(f'{item.path}.json').write_text(report + '\n')
-
-
-def export(config: ExportConfig, stream: TextIO | None = None) -> tuple[dict[str, Any], list[Export]]:
-    """Write and prove all programs of a config; what fails leaves nothing behind, and the others go on.
+def export(config: ExportConfig, stream: TextIO | None = None) -> tuple[Facts, list[Export]]:
+    """Write and verify all programs of a config; one that fails leaves no file, and the others continue.
 
     Args:
-        stream: Where progress is shown; stdout if not given.
+        stream: For progress; stdout if not given.
     Returns:
-        What is true of all of them (model, weights, sha256, data, device, versions, least_attention_mass), and what
-        was made of each job. A report of each program, as JSON, is written beside it.
+        What all programs share, and the result of each. A report, as JSON, is written beside each program.
     Raises:
         CheckpointError, ConfigError, DataError: Something cannot work, found before anything was written.
     """
     source = load_source(config)
     jobs = config.list_jobs(source.size)
-    _check_channels(source, jobs)
+    channels = source.eval_config['input_size'][0]
+    if channels != 3 and any(job.input == 'image' for job in jobs):
+        raise ConfigError(
+            f'--input image: {source.name} takes {channels} channels, an RGB image has 3. Take --input tensor.')
     _check_folder(config.get_folder(), source, jobs)
+    versions = list_versions(['timm', 'numpy'])
+    for job in jobs:
+        versions.update(list_format_versions(job.kind, job.precision))
     with use_threads(config.threads):
-        _logger.info('Computing what %s makes of the photographs in float64.', source.name)
+        _logger.info('Computing the float64 outputs of %s.', source.name)
         cases = load_cases(source, jobs[0].size, config.data, config.images)
         source.accuracy = cases.describe_accuracy()
-        facts = dict(
-            model=source.name, weights=source.checkpoint or 'random', sha256=source.sha256, data=cases.name,
-            device=describe_device(torch.device('cpu')), versions=_list_versions(jobs),
-            least_attention_mass=cases.least_mass)
+        facts = Facts(
+            source.name, source.checkpoint or 'random', source.sha256, cases.name,
+            describe_device(torch.device('cpu')), versions, cases.least_mass)
         exports = []
         with Progress(len(cases) * len(jobs), 'images', stream=stream) as progress:
             for job in jobs:
-                exports.append(_export_job(source, job, cases, config, progress))
-                _write_report(facts, exports[-1])
+                result = _export_job(source, job, cases, config, progress)
+                exports.append(result)
+                if not result.failure:
+                    report = json.dumps({**vars(facts), **result.to_dict()}, indent=2, allow_nan=False)
+                    Path(f'{result.path}.json').write_text(report + '\n')
     return facts, exports

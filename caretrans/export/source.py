@@ -1,4 +1,4 @@
-"""What is exported: a checkpoint, the network made of it, and the photographs it is compared on."""
+"""The network that is exported, from a checkpoint or with random weights, and the images it is compared on."""
 import copy
 import hashlib
 from collections import Counter
@@ -17,28 +17,27 @@ from ..data.datasets import describe_classes, list_classes, open_dataset
 from ..errors import CheckpointError, ConfigError, DataError
 from ..evaluation.evaluate import load_for_evaluation
 from ..fuse import to_form
-from ..measure.sample_network import SAMPLE_IMAGES, randomize, load_sample_images
+from ..measure.sample_network import SAMPLE_IMAGES, load_sample_images, randomize
 from ..models.folding import fold_pixels
 from ..models.inference.phone import watch_least_mass
+from ..runtimes.tracing import trace_network
 from .config import ExportConfig, Job
 
-__all__ = ['Cases', 'ExportedNetwork', 'Source', 'build_network', 'load_cases', 'load_source']
-
-CALIBRATION = 256  # photographs of the training images, for int8
+__all__ = ['Cases', 'ExportedNetwork', 'Source', 'build_network', 'load_cases', 'load_source', 'trace']
 
 
 @dataclass
 class Source:
-    """A trained network and what is known of it.
+    """A trained network and its facts.
 
     Attributes:
         name: Of the model.
-        model: As trained, in evaluation mode, float32, on the CPU.
-        eval_config: How images are made ready: input_size, interpolation, crop_pct, mean, std.
+        model: The original network, in evaluation mode, float32, on the CPU.
+        eval_config: Preparation of images: input_size, interpolation, crop_pct, mean, std.
         class_names: For people, one for each output.
         checkpoint: The file; '' for random weights.
         sha256: Of the file.
-        accuracy: What was measured of the network as trained, in words; '' if nothing.
+        accuracy: Measured accuracy of the original network, in words; '' if unknown.
         meta: Of the file.
     """
     name: str
@@ -55,7 +54,7 @@ class Source:
         return tuple(self.eval_config['input_size'][1:])
 
     def normalise(self, pixels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """uint8 pixels (B, C, H, W) as evaluation hands them to the network."""
+        """uint8 pixels (B, C, H, W) as the network takes them in evaluation."""
         mean, std = (torch.tensor(self.eval_config[name], dtype=torch.float64)[:, None, None]
                      for name in ('mean', 'std'))
         return ((pixels.double() / 255 - mean) / std).to(dtype)
@@ -65,28 +64,30 @@ class Source:
         return pixels.float() if job.input == 'image' else self.normalise(pixels)
 
     def make_example(self, job: Job) -> torch.Tensor:
-        """Images (batch, C, H, W) as the program takes them: photographs, where they are installed."""
-        return self.make_ready(self._take_pixels(job, job.batch), job)
+        """Images (batch, C, H, W) as the program takes them; real ones where the bundled ones are installed."""
+        return self.make_calibration(job, job.batch)
 
-    def make_calibration(self, job: Job) -> torch.Tensor:
-        """Photographs that training used, (n, C, H, W) as the program takes them, for the ranges of int8."""
-        return self.make_ready(self._take_pixels(job, CALIBRATION), job)
-
-    def _take_pixels(self, job: Job, count: int) -> torch.Tensor:
+    def make_calibration(self, job: Job, count: int = 256) -> torch.Tensor:
+        """Training images, (count, C, H, W) as the program takes them, for the ranges of int8."""
         prepared = dict(self.eval_config, input_size=(self.eval_config['input_size'][0], *job.size))
-        if not SAMPLE_IMAGES.is_dir():
+        if SAMPLE_IMAGES.is_dir():
+            dataset = open_dataset(str(SAMPLE_IMAGES), 'train')
+            dataset.transform = create_transform(**prepared, is_training=False, use_prefetcher=True)
+            pixels = torch.stack([torch.as_tensor(dataset[i * len(dataset) // count][0]) for i in range(count)])
+        else:
             generator = torch.Generator().manual_seed(0)
-            return torch.randint(256, (count, *prepared['input_size']), dtype=torch.uint8, generator=generator)
-        dataset = open_dataset(str(SAMPLE_IMAGES), 'train')
-        dataset.transform = create_transform(**prepared, is_training=False, use_prefetcher=True)
-        return torch.stack([torch.as_tensor(dataset[i * len(dataset) // count][0]) for i in range(count)])
+            pixels = torch.randint(256, (count, *prepared['input_size']), dtype=torch.uint8, generator=generator)
+        return self.make_ready(pixels, job)
 
 
-def _name_classes(config: ExportConfig, count: int, own: list[str] | None = None) -> list[str]:
-    """The labels of a file, if one was given, else those of the checkpoint, else ImageNet's or numbers."""
-    if not config.labels:
-        names = describe_classes(own, count)
-    else:
+def name_classes(config: ExportConfig, count: int, own: list[str] | None = None) -> list[str]:
+    """The labels of a file, if given, else those of the checkpoint, else ImageNet's or numbers.
+
+    Several classes of one name get their numbers, because Core ML returns probabilities by name: of ImageNet's classes
+    two are cranes, the bird and the machine.
+    """
+    names = describe_classes(own, count)
+    if config.labels:
         try:
             names = Path(config.labels).read_text(encoding='utf-8').splitlines()
         except (OSError, UnicodeDecodeError) as error:
@@ -95,20 +96,12 @@ def _name_classes(config: ExportConfig, count: int, own: list[str] | None = None
         raise ConfigError(
             f'{config.labels or config.checkpoint} names {len(names)} classes, the network has {count}: '
             f'give a file with a class on each of {count} lines by --labels.')
-    return _make_distinct(names)
-
-
-def _make_distinct(names: list[str]) -> list[str]:
-    """Names with the number of the class where several share one: Core ML gives probabilities by name.
-
-    Of ImageNet's classes two are cranes, the bird and the machine.
-    """
     counts = Counter(names)
     return [f'{name} (class {number})' if counts[name] > 1 else name for number, name in enumerate(names)]
 
 
 def load_source(config: ExportConfig) -> Source:
-    """Load the checkpoint of a config, or make random weights under which all parts count.
+    """Load the checkpoint of a config, or make random weights with which all parts count.
 
     Raises:
         CheckpointError: The file cannot be read, is of another model, or takes images in another channel order.
@@ -121,7 +114,7 @@ def load_source(config: ExportConfig) -> Source:
                 f'`python -m caretrans convert {config.checkpoint} rgb.pth.tar --to caretrans` turns it round.')
         return Source(
             model.pretrained_cfg['architecture'], model, eval_config,
-            _name_classes(config, model.num_classes, loaded.meta.get('class_names')), config.checkpoint,
+            name_classes(config, model.num_classes, loaded.meta.get('class_names')), config.checkpoint,
             hashlib.sha256(Path(config.checkpoint).read_bytes()).hexdigest(), meta=loaded.meta)
     model = timm.create_model(config.model).eval()
     eval_config = resolve_eval_config(model)
@@ -129,15 +122,15 @@ def load_source(config: ExportConfig) -> Source:
     images = load_sample_images(model, size, 8)
     noise = torch.randn(8, model.in_chans, *size, generator=torch.Generator().manual_seed(0))
     randomize(model, noise if images is None else images)
-    return Source(config.model, model, eval_config, _name_classes(config, model.num_classes))
+    return Source(config.model, model, eval_config, name_classes(config, model.num_classes))
 
 
 # The network ----------------------------------------------------------------------------------------------------------
 
-class Normalisation(nn.Conv2d):
-    """Pixels from 0 to 255 to what evaluation makes of them, per channel: (B, C, H, W) to the same shape.
+class _Normalisation(nn.Conv2d):
+    """Pixels from 0 to 255 to normalised ones, per channel: (B, C, H, W) to the same shape.
 
-    A convolution, in which converters have nothing to change: they make a BatchNorm with an eps of two operations.
+    A convolution, which converters keep as it is: they split a BatchNorm with an eps into two operations.
     """
 
     def __init__(self, mean: list[float], std: list[float]) -> None:
@@ -148,8 +141,8 @@ class Normalisation(nn.Conv2d):
             self.bias.copy_(-mean / std)
 
 
-class Darkening(nn.Module):
-    """Pixels from 0 to 255 divided by 256, exact in float16; the weights behind them are normal numbers then."""
+class _Darkening(nn.Module):
+    """Pixels from 0 to 255 divided by 256, exact in float16, so that the weights behind it are normal numbers."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * (1 / 256)
@@ -169,31 +162,36 @@ class ExportedNetwork(nn.Module):
 
 
 def build_network(source: Source, job: Job) -> ExportedNetwork:
-    """The network that a job exports, with the normalisation and the softmax that it wants.
+    """The network that a job exports, with its normalisation and softmax.
 
-    The normalisation goes into the first convolution where that does not pad; else it stands before it. In float16 its
-    weights would be too small for pixels up to 255, which are made smaller first.
+    The normalisation is folded into the first convolution where that does not pad; else it precedes it. In float16
+    folded weights would be too small for pixels up to 255, so the pixels are scaled down first.
     """
     network = to_form(source.model, job.get_form())
     prepare: nn.Module = nn.Identity()
     if job.input == 'image':
         mean, std = source.eval_config['mean'], source.eval_config['std']
         name = source.model.pretrained_cfg.get('first_conv') or ''
-        conv = dict(network.named_modules()).get(name)  # a rewrite may have other names
+        conv = dict(network.named_modules()).get(name)  # another form may have other names
         if isinstance(conv, nn.Conv2d) and not any(conv.padding):
             half = job.precision == 'fp16'
-            prepare = Darkening() if half else prepare
+            prepare = _Darkening() if half else prepare
             network.set_submodule(name, fold_pixels(conv, mean, std, 255 / 256 if half else 255, half))
         else:
-            prepare = Normalisation(mean, std)
+            prepare = _Normalisation(mean, std)
     return ExportedNetwork(network, prepare, job.output != 'logits')
 
 
-# Photographs ----------------------------------------------------------------------------------------------------------
+def trace(source: Source, job: Job) -> torch.export.ExportedProgram:
+    """The network of a job as a program of torch.export, for images of its batch and size."""
+    return trace_network(build_network(source, job), source.make_example(job))
+
+
+# Images ---------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Cases:
-    """Photographs that programs are compared on, with what the network as trained makes of them in float64.
+    """Images to compare programs on, with the float64 logits of the original network.
 
     Attributes:
         name: Of the data.
@@ -212,57 +210,51 @@ class Cases:
         return len(self.pixels)
 
     def describe_accuracy(self) -> str:
-        """Top-1 of the network as trained, in float64, where the labels are its own; else ''."""
+        """Top-1 of the original network in float64, if the labels are its own; else ''."""
         if self.labels is None:
             return ''
         top1 = 100 * (self.logits.argmax(dim=-1) == self.labels).double().mean().item()
         return f'top-1 {top1:.2f} % on {self.name}'
 
     def select(self, count: int) -> 'Cases':
-        """So many of them, evenly spaced."""
+        """`count` of them at most, evenly spaced."""
         chosen = sorted({i * len(self) // count for i in range(count)})
         labels = None if self.labels is None else self.labels[chosen]
         return Cases(self.name, self.pixels[chosen], self.logits[chosen], labels, self.least_mass)
 
     def batches(self, size: int) -> Iterator[torch.Tensor]:
-        """The pixels in batches of one size, the last filled up with the first photographs."""
+        """The pixels in batches of one size, the last filled up with the first images."""
         for start in range(0, len(self), size):
-            chosen = [i % len(self) for i in range(start, start + size)]
-            yield self.pixels[chosen]
-
-
-def _compute_reference(source: Source, pixels: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
-    """Logits in float64, and the denominators of the attention."""
-    model = copy.deepcopy(source.model).double()
-    try:
-        with watch_least_mass(model) as masses:
-            return torch.cat([model(source.normalise(part, torch.float64)) for part in pixels.split(8)]), masses
-    except (RuntimeError, ValueError, AssertionError) as error:
-        size = 'x'.join(str(side) for side in pixels.shape[2:])
-        raise ConfigError(
-            f'--img-size {size}: {source.name} does not take such images: {" ".join(str(error).split())}') from error
+            yield self.pixels[[i % len(self) for i in range(start, start + size)]]
 
 
 @torch.no_grad()
 def load_cases(source: Source, size: tuple[int, int], data: str = '', count: int | None = None) -> Cases:
-    """Evenly spaced validation photographs, the bundled ones if no folder is named, and their float64 logits.
+    """Evenly spaced validation images, the bundled ones if no folder is named, and their float64 logits.
 
     Args:
-        count: How many; all if not given.
+        count: Number of images; all if not given.
     Raises:
-        DataError: There are no photographs there.
+        DataError: There are no images there.
         ConfigError: The network does not take images of this size.
     """
     folder = data or str(SAMPLE_IMAGES)
     if not Path(folder).is_dir():
-        raise DataError(f'No photographs at {folder}: name a folder with val/CLASS/*.jpg by --data.')
+        raise DataError(f'No images at {folder}: name a folder with val/CLASS/*.jpg by --data.')
     dataset = open_dataset(folder, 'val')
     prepared = dict(source.eval_config, input_size=(source.eval_config['input_size'][0], *size))
     dataset.transform = create_transform(**prepared, is_training=False, use_prefetcher=True)
     total = min(count or len(dataset), len(dataset))
     samples = [dataset[i * len(dataset) // total] for i in range(total)]
     pixels = torch.stack([torch.as_tensor(image) for image, _ in samples])
-    logits, masses = _compute_reference(source, pixels)
+    model = copy.deepcopy(source.model).double()
+    try:
+        with watch_least_mass(model) as masses:
+            logits = torch.cat([model(source.normalise(part, torch.float64)) for part in pixels.split(8)])
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ConfigError(
+            f'--img-size {size[0]}x{size[1]}: {source.name} does not take such images: '
+            f'{" ".join(str(error).split())}') from error
     own = source.meta.get('class_names')
     labels = torch.tensor([label for _, label in samples]) if own and own == list_classes(dataset) else None
     name = f'{folder}, {total} of {len(dataset)} validation images'

@@ -1,4 +1,4 @@
-"""ONNX programs and ONNX Runtime: convert, quantize to int8, run. ONNX Runtime's telemetry is switched off."""
+"""ONNX programs: convert, quantize to int8, run with ONNX Runtime, whose telemetry is switched off."""
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ def convert(program: torch.export.ExportedProgram, output: str = 'logits') -> An
     """A program of torch.export as an ONNX model with its weights, in opset `OPSET`.
 
     Args:
-        output: Name of what comes out; what goes in is `INPUT`.
+        output: Name of the output; the input is called `INPUT`.
     """
     with torch.no_grad(), quiet(''):
         converted = torch.onnx.export(
@@ -37,14 +37,14 @@ def export_onnx(model: nn.Module, images: torch.Tensor) -> bytes:
 
 
 def split_batches(images: torch.Tensor, batch: int) -> list[np.ndarray]:
-    """Images in batches of one size, at least one batch: a program may be made for that size alone."""
+    """Images in batches of one size, at least one batch: a program may accept only that size."""
     repeats = -(-batch // len(images))
     whole = images.repeat(repeats, 1, 1, 1)
     return [part.numpy() for part in whole.split(batch) if len(part) == batch]
 
 
 def quantize(program: bytes, batches: Sequence[np.ndarray]) -> bytes:
-    """Weights and activations as 8-bit integers, weights per channel, ranges of activations from photographs.
+    """Weights and activations as 8-bit integers, weights per channel, ranges of activations from images.
 
     Args:
         program: In float32.
@@ -73,6 +73,7 @@ def quantize(program: bytes, batches: Sequence[np.ndarray]) -> bytes:
 
 
 def import_onnxruntime() -> Any:
+    """onnxruntime, without telemetry."""
     os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')  # before it is loaded
     import onnxruntime
     return onnxruntime

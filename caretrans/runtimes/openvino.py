@@ -16,8 +16,8 @@ __all__ = ['compile_model', 'get_core', 'make_model', 'quantize']
 def get_core() -> Any:
     """OpenVINO's entry point, one for the life of the process.
 
-    It gives the process a stack of its own for signals and, when it goes, leaves that unmapped behind: the next signal
-    that Python handles there, such as the end of a child process, would then kill this one.
+    It sets a signal stack for the process and leaves it unmapped when destroyed: the next signal that Python handles,
+    such as the end of a child process, would then kill this one.
     """
     import openvino
     return openvino.Core()
@@ -34,7 +34,7 @@ def make_model(program: bytes) -> Any:
 
 
 def quantize(model: Any, batches: Sequence[np.ndarray]) -> Any:
-    """An OpenVINO model with weights and activations as 8-bit integers, ranges of activations from photographs."""
+    """An OpenVINO model with weights and activations as 8-bit integers, ranges of activations from images."""
     os.environ.setdefault('NNCF_CI', '1')  # its switch against telemetry; before it is loaded
     import nncf
 
@@ -43,11 +43,11 @@ def quantize(model: Any, batches: Sequence[np.ndarray]) -> Any:
 
 
 def compile_model(model: Any, threads: int, hint: str = 'f32') -> Any:
-    """A model for the processor, for latency: one stream, the format of numbers as asked for.
+    """A model for the CPU, for latency: one stream, the number format as asked for.
 
     Args:
         model: Of OpenVINO.
-        hint: 'f32', 'f16' or 'bf16', in OpenVINO's words; without one it takes bfloat16 where the processor has it.
+        hint: 'f32', 'f16' or 'bf16', in OpenVINO's words; without one it takes bfloat16 where the CPU has it.
     Raises:
         RuntimeError: It would compute in another format.
     """

@@ -1,4 +1,4 @@
-"""Converters say much that nobody asked for: progress bars, versions they were not tested with, what Linux lacks."""
+"""Silencing of converters, which print progress bars, untested versions and what Linux lacks."""
 import contextlib
 import io
 import logging

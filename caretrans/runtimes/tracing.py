@@ -1,5 +1,4 @@
-"""torch.export programs, from which other runtimes start."""
-
+"""Programs of torch.export, the input of other converters."""
 import torch
 import torch.nn as nn
 
@@ -16,13 +15,13 @@ def trace_network(network: nn.Module, images: torch.Tensor) -> torch.export.Expo
 def trace_any_size(network: nn.Module, images: torch.Tensor) -> tuple[torch.export.ExportedProgram, str]:
     """A network as a program of torch.export for any number of images of any size, where it computes the same for all.
 
-    The tracer takes a size of 1 for a constant, and is shown two oblong images. For the same reason the program checks
-    that images have 64 pixels at least: at 1/32 of the size, smaller ones have one position left.
+    The tracer takes a size of 1 for a constant, so it gets two oblong images. For the same reason the program checks
+    that images have at least 64 pixels: at 1/32 of the size, smaller ones have only one position.
 
     Args:
-        images: (B, C, H, W), for which it is traced where it cannot be for others.
+        images: (B, C, H, W); a network that cannot be traced for any size is traced for these.
     Returns:
-        The program, and a remark on the only images that go in; '' if any do.
+        The program, and a remark on the only images that it takes; '' if any.
     """
     _, chs, height, width = images.shape
     free = {number: torch.export.Dim.DYNAMIC for number in (0, 2, 3)}

@@ -1,10 +1,10 @@
-"""What only Apple's systems can tell, with stand-ins in the place of Core ML: the bookkeeping, not the calls to Apple.
+"""Measurements that need a Mac, with stand-ins for Core ML: the bookkeeping, not the calls to Apple.
 
-Classes of coremltools that need no Mac are the real ones: the benchmarker, the devices, the plan's devices.
+Classes of coremltools that need no Mac are the real ones: the benchmarker, the devices of a plan.
 """
-import asyncio
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace as Namespace
@@ -12,14 +12,15 @@ from types import SimpleNamespace as Namespace
 import numpy as np
 import pytest
 import torch
-from exports import make_cases, make_job, make_source, prove
+from exports import check, make_cases, make_job, make_source
 from launch import ROOT
 from PIL import Image
 
 from caretrans.errors import ExportError
-from caretrans.export import apple, coreml, run
+from caretrans.export import run
 from caretrans.export.config import ExportConfig
-from caretrans.export.phone_results import COLUMNS, read_results
+from caretrans.export.coreml import apple, convert
+from caretrans.export.coreml.phone_results import COLUMNS, read_results
 from caretrans.export.report import describe_exports
 
 PATH = Path('program.mlpackage')
@@ -27,7 +28,7 @@ PATH = Path('program.mlpackage')
 
 @pytest.fixture
 def perf_utils():
-    coreml.import_coremltools()
+    convert.import_coremltools()
     from coremltools.models.ml_program.experimental import perf_utils
     return perf_utils
 
@@ -67,21 +68,24 @@ def test_predictions_are_compared_like_those_of_any_program(settings, monkeypatc
     job = make_job('mlpackage', 'fp16', **settings)
     monkeypatch.setattr(apple, '_open', lambda path, units: CoreML(job))
     program = apple.read_by_core_ml(make_source(), job, PATH, 'cpu_and_ne')
-    result = prove(job, program, PATH)
+    result = check(job, program)
     assert program.runner == 'Core ML, compute units cpu_and_ne' and program.timed
     assert result.top1_agreement == 100 and result.max_error < 1e-4
 
 
-def test_a_mac_examines_each_program_before_it_is_kept(monkeypatch, tmp_path):
+def test_a_mac_examines_each_program_before_it_is_kept(monkeypatch, programs, tmp_path):
     placements = [apple.Placement('conv', 'Neural Engine', 141, 90.), apple.Placement('cast', 'CPU', 2, 0.5)]
     latency = apple.Latency(1.25, 1.1, 2.5, 80., 500, 50, 'all', 'MLModelBenchmarker')
+    job = make_job('mlpackage', 'fp16', input='image')
+    path, _ = programs.write(job)
     monkeypatch.setattr(run, 'is_available', lambda: True)
+    monkeypatch.setattr(run, 'load_source', lambda config: make_source())
+    monkeypatch.setattr(convert, 'write', lambda source, job, target: shutil.copytree(path, target) and [])
     monkeypatch.setattr(apple, 'list_placements', lambda path: placements)
     monkeypatch.setattr(apple, 'measure_latency', lambda path, job, images: latency)
+    monkeypatch.setattr(apple, '_open', lambda path, units: CoreML(job))
     config = ExportConfig(
         model='care_s0', random_weights=True, img_size='64', images=3, output='logits', output_dir=str(tmp_path))
-    job = make_job(format='mlpackage', precision='fp16', input='image')
-    monkeypatch.setattr(apple, '_open', lambda path, units: CoreML(job))
     facts, exports = run.export(config)
     text = '\n'.join(describe_exports(facts, exports))
     assert 'Core ML on this Mac: max error' in text and 'Neural Engine: 141 operations, 90.0 % of the' in text
@@ -102,20 +106,19 @@ def test_images_keep_rows_columns_and_colours():
 
 
 @pytest.mark.skipif(apple.is_available(), reason='Core ML is here')
-def test_elsewhere_core_ml_says_that_it_cannot_predict(tmp_path):
-    path = tmp_path / 'program.mlmodel'
+def test_elsewhere_core_ml_cannot_predict(programs):
     job = make_job('mlmodel')
-    coreml.write(make_source('test_efficientnet'), job, path)
+    path, _ = programs.write(job, 'test_efficientnet')
     for use in (lambda: apple.read_by_core_ml(make_source(), job, path), lambda: apple.list_placements(path),
                 lambda: apple.measure_latency(path, job, torch.zeros(1, 3, 64, 64))):
-        with pytest.raises(ExportError, match='program.mlmodel: Core ML cannot load it .* It runs on macOS alone'):
+        with pytest.raises(ExportError, match='.mlmodel: Core ML cannot load it .* It runs on macOS only'):
             use()
 
 
 # Where operations run -------------------------------------------------------------------------------------------------
 
 def make_device(name):
-    coreml.import_coremltools()
+    convert.import_coremltools()
     from coremltools.models import compute_device
     return object.__new__(getattr(compute_device, name))
 
@@ -156,7 +159,7 @@ def test_plan_becomes_a_table_of_operations_and_devices():
     assert [row.share for row in rows] == [75, pytest.approx(20), pytest.approx(5), None]
 
 
-def test_table_is_told_device_by_device():
+def test_table_lists_device_by_device():
     assert apple.describe_placements(apple.summarise_plan(Plan(OPERATIONS))) == [
         'Neural Engine: 3 operations, 75.0 % of the estimated cost',
         '  conv: 2 operations, 75.0 % of the estimated cost', '  reshape: 1 operations',
@@ -234,132 +237,41 @@ def test_failure_of_the_measurement_is_named(loaded, monkeypatch):
         apple.measure_latency(PATH, make_job('mlpackage'), torch.zeros(1, 3, 64, 64))
 
 
-# Connected devices ----------------------------------------------------------------------------------------------------
-
-@pytest.fixture
-def remote():
-    coreml.import_coremltools()
-    from coremltools.models.ml_program.experimental import remote_device
-    return remote_device
-
-
-@pytest.fixture
-def connect(remote, monkeypatch):
-    """Let devices (name, kind, state) be connected."""
-    def make(*devices):
-        found = [remote.Device(
-            name=name, type=remote.DeviceType(kind), identifier=name, udid=name, os_version='18.1',
-            os_build_number='22B', developer_mode_state='enabled', state=remote.DeviceState(state), session=None)
-            for name, kind, state in devices]
-        monkeypatch.setattr(remote.Device, 'get_devices', staticmethod(lambda: found))
-        return found
-    return make
-
-
-def test_one_connected_device_is_found(connect):
-    devices = connect(('Mac', 'mac', 'connected'), ('Ann', 'iphone', 'connected'), ('Bob', 'iphone', 'disconnected'))
-    assert apple.find_device() is devices[1]
-
-
-def test_several_devices_are_chosen_by_name(connect):
-    devices = connect(('Ann', 'iphone', 'connected'), ('Tab', 'ipad', 'connected'))
-    assert apple.find_device('Tab') is devices[1]
-    for name in ('', 'Eve'):
-        with pytest.raises(ExportError, match='Connected devices: Ann, Tab. Choose one by its name'):
-            apple.find_device(name)
-
-
-def test_no_device_is_named_with_what_to_do(connect):
-    connect()
-    with pytest.raises(ExportError, match='Connected devices: none. Connect one by cable, unlock it'):
-        apple.find_device()
-
-
-@pytest.mark.skipif(apple.is_available(), reason='devicectl may be here')
-def test_missing_tools_are_named():
-    with pytest.raises(ExportError, match="cannot be listed: The 'devicectl' command is required"):
-        apple.find_device()
-
-
-def test_device_is_prepared_measured_and_left(connect, loaded, remote, monkeypatch):
-    device, = connect(('Ann', 'iphone', 'connected'))
-    stopped, asked = [], []
-    ready = Namespace(session=Namespace(stop=lambda: stopped.append(True)))
-
-    async def prepare(self, credentials, working_directory):
-        asked.append((credentials.development_team, credentials.bundle_identifier, working_directory.is_dir()))
-        await asyncio.sleep(0)
-        return ready
-    monkeypatch.setattr(remote.Device, 'prepare_for_model_debugging', prepare)
-    images = make_source().normalise(make_cases().pixels[:1])
-    latency = apple.measure_on_device(
-        PATH, make_job('mlpackage'), images, device, 'TEAM', 'com.example.runner', warm_up=1, runs=3)
-    assert asked == [('TEAM', 'com.example.runner', True)] and stopped == [True]
-    assert loaded.where == [ready] and latency.median == 3 and latency.device == 'Ann (iphone 18.1)'
-    assert all(isinstance(inputs['input_1'], np.ndarray) for inputs in loaded.inputs)
-
-
-@pytest.mark.parametrize('settings, team, said', [
-    (dict(format='mlmodel'), 'TEAM', 'measures .mlpackage alone on devices'),
-    (dict(format='mlpackage', input='image'), 'TEAM', 'Export with --input tensor --output logits'),
-    (dict(format='mlpackage', output='classes'), 'TEAM', 'Export with --input tensor --output logits'),
-    (dict(format='mlpackage'), '', 'name the development team'),
-])
-def test_what_cannot_be_measured_on_a_device_is_refused(settings, team, said):
-    with pytest.raises(ExportError, match=said):
-        apple.measure_on_device(PATH, make_job(**settings), torch.zeros(1, 3, 64, 64), None, team)
-
-
 # The command ----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('phone', [False, True])
-def test_command_prints_a_row_for_the_results(phone, loaded, connect, remote, monkeypatch, capsys, tmp_path):
-    """coreml/measure.py, from a program that was exported here to a line that the file of results takes."""
-    path = tmp_path / 'program.mlpackage'
-    kind = dict(input='tensor', output='logits') if phone else dict(input='image', output='classes')
-    coreml.write(make_source('test_efficientnet'), make_job('mlpackage', 'fp16', **kind), path)
-    connect(('Ann', 'iphone', 'connected'))
+@pytest.fixture
+def measure(monkeypatch, capsys):
+    """Run coreml/measure.py on a Mac that is simulated: its exit code, stdout and stderr."""
+    def call(path, model='MacBook Air (M2)'):
+        monkeypatch.setattr('platform.mac_ver', lambda: ('15.1', ('', '', ''), 'arm64'))
+        monkeypatch.setattr('sys.argv', [
+            'measure.py', str(path), '--device-model', model, '--reporter', 'Nobody', '--runs', '11', '--warm-up', '2'])
+        monkeypatch.setattr('sys.path', list(sys.path))
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / 'coreml' / 'measure.py'), run_name='__main__')
+        return end.value.code, *capsys.readouterr()
+    return call
 
-    async def prepare(self, credentials, working_directory):
-        return Namespace(session=Namespace(stop=lambda: None))
-    monkeypatch.setattr(remote.Device, 'prepare_for_model_debugging', prepare)
+
+def test_command_prints_a_row_for_the_results(measure, loaded, monkeypatch, programs, tmp_path):
+    """From a program that was exported here to a line of the file of results."""
     monkeypatch.setattr(apple, 'list_placements', lambda path, units: apple.summarise_plan(Plan(OPERATIONS)))
-    monkeypatch.setattr('platform.mac_ver', lambda: ('15.1', ('', '', ''), 'arm64'))
-    where = ['--phone', '--team', 'TEAM', '--device-model', 'iPhone 15 Pro'] if phone else \
-        ['--device-model', 'MacBook Air (M2)']
-    monkeypatch.setattr('sys.argv', [
-        'measure.py', str(path), *where, '--reporter', 'Nobody', '--runs', '11', '--warm-up', '2'])
-    monkeypatch.setattr('sys.path', list(sys.path))
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / 'coreml' / 'measure.py'), run_name='__main__')
-    lines = capsys.readouterr().out.splitlines()
-    assert end.value.code == 0 and lines[-2].startswith('8.00 ms, median of 11')
-    assert (lines[0] == 'Neural Engine: 3 operations, 75.0 % of the estimated cost') is not phone
+    path, _ = programs.write(make_job('mlpackage', 'fp16', input='image', output='classes'))
+    code, text, _ = measure(path)
+    lines = text.splitlines()
+    assert code == 0 and lines[0] == 'Neural Engine: 3 operations, 75.0 % of the estimated cost'
+    assert lines[-2].startswith('8.00 ms, median of 11')
     results = tmp_path / 'results.csv'
     results.write_text(','.join(column.name for column in COLUMNS) + '\n' + lines[-1] + '\n')
     row, = read_results(results)
-    assert (row['model'], row['latency_ms'], row['runs'], row['warm_up']) == ('test_efficientnet', '8.000', '11', '2')
-    assert row['os'] == ('iOS 18.1' if phone else 'macOS 15.1') and row['input'] == kind['input']
+    assert (row['model'], row['latency_ms'], row['runs'], row['warm_up']) == ('care_s0', '8.000', '11', '2')
+    assert (row['os'], row['input']) == ('macOS 15.1', 'image')
 
 
-def test_command_checks_what_was_typed_before_it_measures(loaded, monkeypatch, capsys, tmp_path):
-    path = tmp_path / 'program.mlmodel'
-    coreml.write(make_source('test_efficientnet'), make_job('mlmodel'), path)
-    monkeypatch.setattr('platform.mac_ver', lambda: ('15.1', ('', '', ''), 'arm64'))
-    monkeypatch.setattr('sys.argv', ['measure.py', str(path), '--device-model', 'my phone', '--reporter', 'Nobody'])
-    monkeypatch.setattr('sys.path', list(sys.path))
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / 'coreml' / 'measure.py'), run_name='__main__')
-    assert end.value.code == 2 and "is 'my phone', it must be Apple's name of the device" in capsys.readouterr().err
+def test_command_names_wrong_flags_and_files_before_it_measures(measure, loaded, programs, tmp_path):
+    path, _ = programs.write(make_job('mlmodel'), 'test_efficientnet')
+    for args, message in ((path, 'my phone'), "is 'my phone', it must be Apple's name of the device"), (
+            (tmp_path / 'nowhere.mlpackage',), 'nowhere.mlpackage cannot be read'):
+        code, _, error = measure(*args)
+        assert code == 2 and error.startswith('measure.py: ') and message in error and error.count('\n') == 1
     assert not loaded.inputs
-
-
-def test_command_names_what_it_cannot_read(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr('sys.argv', [
-        'measure.py', str(tmp_path / 'nowhere.mlpackage'), '--device-model', 'MacBook', '--reporter', 'Nobody'])
-    monkeypatch.setattr('sys.path', list(sys.path))
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / 'coreml' / 'measure.py'), run_name='__main__')
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith('measure.py: ') and 'nowhere.mlpackage cannot be read' in error
-    assert error.count('\n') == 1

@@ -1,97 +1,66 @@
-"""care_s0 as saved for Core ML computes what PyTorch computes in float64, and a file that is broken is caught."""
+"""CARE as saved for Core ML computes what PyTorch computes in float64, and a file that is broken is caught."""
 import copy
-import functools
-import shutil
 
-import exports
 import pytest
 import torch
-from core_ml_programs import edit, save_network
-from exports import make_cases, make_source
+from core_ml_programs import edit
+from exports import change, check, make_cases, make_job, make_source
 
 from caretrans.errors import ExportError
-from caretrans.export import coreml
-from caretrans.export.mil_evaluator import read_ml_program
-from caretrans.export.network_evaluator import read_network
+from caretrans.export.coreml import convert
 from caretrans.export.source import build_network, load_cases
 from caretrans.export.verify import VerificationError, verify
 
-SIZE = (96, 96)
-SAMPLE_IMAGES = 64
+IMAGES = 64
 FEW = 4
 ERRORS = {'fp16': 1e-2, 'fp32': 3e-6}  # of the largest logit; measured 3e-3 and 9e-7
 EXACT = 1e-5  # likewise, against the network with weights of float16; measured 7e-7
-BOTH = pytest.mark.parametrize('format', ['mlpackage', 'mlmodel'])
+FORMATS = ['mlpackage', 'mlmodel']
+BOTH = pytest.mark.parametrize('job', [
+    make_job(format, 'fp16', input='image', output='classes') for format in FORMATS], ids=FORMATS)
+
+# care_s0 in full depth, (job, marks)
+WHOLE = [(make_job(format, 'fp16', input='image', output='classes', size=(96, 96)), marks)
+         for format, marks in (('mlpackage', ()), ('mlmodel', pytest.mark.slow))]
 
 
-@pytest.fixture(scope='module')
-def source():
-    return make_source()
-
-
-@pytest.fixture(scope='module')
-def cases():
-    return make_cases(size=SIZE, count=SAMPLE_IMAGES)
-
-
-make_job = functools.partial(exports.make_job, input='image', size=SIZE)
-
-
-def read(path, job):
-    if job.format == 'mlmodel':
-        return read_network(path, half=job.precision == 'fp16')
-    return read_ml_program(path)
-
-
-@pytest.fixture(scope='module')
-def saved(source, tmp_path_factory):
-    """Saves the network of a job once, and gives the path."""
-    paths = {}
-
-    def save(job):
-        if job not in paths:
-            paths[job] = save_network(source, job, tmp_path_factory.mktemp('saved') / f'care_s0.{job.format}')
-        return paths[job]
-    return save
-
-
-@BOTH
-@pytest.mark.parametrize('precision, output', [('fp16', 'classes'), ('fp32', 'logits')])
-def test_care_s0_equals_pytorch_in_float64(format, precision, output, source, cases, saved):
-    job = make_job(format, precision, output=output)
-    evaluator = read(saved(job), job)
-    result = verify(source, job, evaluator.to_program(), cases)
+@pytest.mark.parametrize('precision', ['fp16', 'fp32'])
+@pytest.mark.parametrize('format', FORMATS)
+def test_file_equals_pytorch_in_float64(format, precision, programs):
+    job = make_job(format, precision, input='image', output='classes')
+    program = programs.read(job)
+    result = check(job, program, count=IMAGES)
     assert result.max_error < ERRORS[precision] * result.largest
+    assert result.exact_error < EXACT
     assert not [line for line in result.findings if 'not finite' in line]
-    assert evaluator.labels == (source.class_names if output == 'classes' else None)
-    assert 'transpose' not in evaluator.operations
+    assert program.labels == make_source().class_names and not program.timed
+    assert not [kind for kind in program.operations if 'transpose' in kind or 'permute' in kind]
+    notes = ['computed in float32; a phone may compute it in float16']
+    assert program.notes == (notes if (format, precision) == ('mlmodel', 'fp32') else [])
 
 
-def compute_logits(program, kind, source, job, cases):
-    """Of the first photographs, by `run`, `run_exact` or `run_flushed`: (n, classes) float64."""
+def compute_logits(program, kind, job, name='care'):
+    """Of the first images, by `run`, `run_exact` or `run_flushed`: (n, classes) float64."""
     found = []
-    for pixels in cases.pixels[:FEW].split(1):
-        output = getattr(program, kind)(source.make_ready(pixels, job))
+    for pixels in make_cases(name, job.size, IMAGES).pixels[:FEW].split(1):
+        output = getattr(program, kind)(make_source(name).make_ready(pixels, job))
         found.append(program.get_logits())
         assert (found[-1].softmax(dim=-1) - output).abs().max() < 1e-3
     return torch.cat(found).double()
 
 
 @torch.no_grad()
-def compute_expected(source, job, cases):
-    """What the network gives in float64 when its weights are those of float16."""
-    network = build_network(source, job).half().double()
+def compute_expected(job, name='care'):
+    """The outputs of the network in float64 with weights of float16."""
+    network = build_network(make_source(name), job).half().double()
     network.probabilities = False
-    return network(source.make_ready(cases.pixels[:FEW], job).double())
+    return network(make_source(name).make_ready(make_cases(name, job.size, IMAGES).pixels[:FEW], job).double())
 
 
 @BOTH
-def test_an_exact_run_differs_from_pytorch_by_the_rounding_of_weights_alone(format, source, cases, saved):
-    job = make_job(format, 'fp16', output='classes')
-    program = read(saved(job), job).to_program()
-    expected = compute_expected(source, job, cases)
-    exact, rounded, flushed = (
-        compute_logits(program, kind, source, job, cases) for kind in ('run_exact', 'run', 'run_flushed'))
+def test_an_exact_run_differs_from_pytorch_by_the_rounding_of_weights_alone(job, programs):
+    program, expected = programs.read(job), compute_expected(job)
+    exact, rounded, flushed = (compute_logits(program, kind, job) for kind in ('run_exact', 'run', 'run_flushed'))
     largest = expected.abs().max()
     assert (exact - expected).abs().max() < EXACT * largest
     for other in (rounded, flushed):
@@ -129,7 +98,7 @@ def shift_padding(spec, items):
 
 
 def lose_bias(spec, items, number=0):
-    """A convolution loses its bias, the first if nothing is said."""
+    """A convolution loses its bias, by default the first."""
     chosen = of_type(items, 'conv', 'convolution')[number]
     if is_layer(chosen):
         chosen.convolution.hasBias = False
@@ -143,7 +112,7 @@ def lose_small_bias(spec, items):
 
 
 def swap_slices(spec, items):
-    """Queries and keys change places, wherever there are attentions: the slices that are equal in size."""
+    """Queries and keys are swapped in all attentions: the slices of equal size."""
     for item in of_type(items, 'split', 'splitND'):
         if is_layer(item):
             sizes = list(item.splitND.splitSizes)
@@ -193,79 +162,64 @@ def put_inverse_for_division(spec, items):
         items.insert(number, inverse)
 
 
-def save_broken(break_file, path, folder):
-    """Break a copy of what is saved; gives its path."""
-    broken = folder / path.name
-    (shutil.copytree if path.is_dir() else shutil.copy)(path, broken)
+def read_broken(break_file, job, programs, folder, name='care'):
+    broken = programs.copy(job, folder, name)
     edit(broken, break_file)
-    return broken
+    return convert.read(job, broken)
 
 
-def verify_broken(break_file, job, source, cases, saved, folder):
-    broken = save_broken(break_file, saved(job), folder)
-    return verify(source, job, read(broken, job).to_program(), cases, broken)
-
-
-@BOTH
-@pytest.mark.parametrize('break_file', [shift_padding, lose_bias, swap_slices])
-def test_a_break_changes_answers_and_is_refused(break_file, format, source, cases, saved, tmp_path):
-    job = make_job(format, 'fp16', output='classes')
-    with pytest.raises(VerificationError, match='first answers are those of PyTorch, at least 97 % must be') as caught:
-        verify_broken(break_file, job, source, cases, saved, tmp_path)
+@pytest.mark.parametrize('job, break_file, name', [
+    *((make_job(format, 'fp16', input='image', output='classes'), break_file, 'care')
+      for format in FORMATS for break_file in (shift_padding, lose_bias)),
+    *(pytest.param(job, swap_slices, 'care_s0', marks=marks) for job, marks in WHOLE)])
+def test_a_break_changes_predictions_and_is_refused(job, break_file, name, programs, tmp_path):
+    program = read_broken(break_file, job, programs, tmp_path, name)
+    with pytest.raises(VerificationError, match='have the top-1 class of PyTorch, at least 97 % must') as caught:
+        check(job, program, name, count=IMAGES)
     assert caught.value.verification.top1_agreement < 80
 
 
-@BOTH
-def test_a_lost_bias_that_rounding_hides_is_seen_in_an_exact_run(format, source, cases, saved, tmp_path):
-    job = make_job(format, 'fp16', output='classes')
-    program = read(save_broken(lose_small_bias, saved(job), tmp_path), job).to_program()
-    expected = compute_expected(source, job, cases)
-    errors = [(compute_logits(program, kind, source, job, cases) - expected).abs().max() / expected.abs().max()
+@pytest.mark.parametrize('job', [pytest.param(job, marks=marks) for job, marks in WHOLE])
+def test_a_lost_bias_that_rounding_hides_is_seen_in_an_exact_run(job, programs, tmp_path):
+    program = read_broken(lose_small_bias, job, programs, tmp_path, 'care_s0')
+    expected = compute_expected(job, 'care_s0')
+    errors = [(compute_logits(program, kind, job, 'care_s0') - expected).abs().max() / expected.abs().max()
               for kind in ('run', 'run_exact')]
     assert errors[0] < ERRORS['fp16'] and errors[1] > 100 * EXACT
 
 
 @BOTH
-def test_a_file_without_labels_is_refused_where_classes_are_wanted(format, source, saved):
-    path = saved(make_job(format, 'fp32'))
-    with pytest.raises(ExportError, match=f'care_s0.{format} has no labels, so it cannot give classes'):
-        coreml.read(source, make_job(format, 'fp32', output='classes'), path)
-
-
-@BOTH
-def test_a_network_in_float32_says_that_phones_may_round(format, saved):
-    job = make_job(format, 'fp32')
-    notes = coreml.evaluate(saved(job), job).notes
-    assert notes == (['computed in float32; a phone may compute it in float16'] if format == 'mlmodel' else [])
-
-
-@BOTH
-def test_an_overflow_is_refused_with_its_operation(format, source, cases, saved, tmp_path):
-    job = make_job(format, 'fp16', output='classes')
+def test_an_overflow_is_refused_with_its_operation(job, programs, tmp_path):
+    program = read_broken(put_exp_for_gelu, job, programs, tmp_path)
     with pytest.raises(VerificationError, match=r'outputs are not finite; gelu\w* \(\w+\): .* values are not finite'):
-        verify_broken(put_exp_for_gelu, job, source, cases, saved, tmp_path)
+        check(job, program)
 
 
 @BOTH
-def test_swapped_labels_are_refused(format, source, cases, saved, tmp_path):
-    job = make_job(format, 'fp16', output='classes')
-    first, second = source.class_names[:2]
-    with pytest.raises(VerificationError) as caught:
-        verify_broken(swap_labels, job, source, cases, saved, tmp_path)
-    assert f'class 0 is labelled {second!r}, it should be {first!r}' in str(caught.value)
+def test_swapped_labels_are_refused(job, programs, tmp_path):
+    program = read_broken(swap_labels, job, programs, tmp_path)
+    with pytest.raises(VerificationError, match="class 0 is labelled 'class 1', it should be 'class 0'"):
+        check(job, program)
 
 
-def test_an_inverse_with_its_silent_epsilon_is_refused_where_denominators_are_small(source, tmp_path_factory, tmp_path):
+@pytest.mark.parametrize('format', FORMATS)
+def test_a_file_without_labels_is_refused_where_classes_are_wanted(format, programs):
+    path, _ = programs.write(make_job(format, 'fp32'), 'test_efficientnet')
+    with pytest.raises(ExportError, match=f'.{format} has no labels, so it cannot name classes'):
+        convert.read(make_job(format, 'fp32', output='classes'), path)
+
+
+def test_an_inverse_with_its_silent_epsilon_is_refused_where_denominators_are_small(tmp_path):
     """Keys and queries that are all but 0 leave denominators of about 1e-4; the form that divides holds them."""
-    model = copy.deepcopy(source.model)
-    for module in model.modules():
-        if hasattr(module, 'qk'):
-            module.qk.bias.data -= 5
-    small = copy.copy(source)
-    small.model = model
-    cases = load_cases(small, (64, 64), count=SAMPLE_IMAGES)
-    job = make_job('mlpackage', 'fp32', size=(64, 64), unfused=True)
-    path = save_network(small, job, tmp_path_factory.mktemp('saved') / 'care_s0.mlpackage')
-    assert verify(small, job, read(path, job).to_program(), cases).top1_agreement == 100
-    with pytest.raises(VerificationError, match='first answers are those of PyTorch'):
-        verify_broken(put_inverse_for_division, job, small, cases, lambda job: path, tmp_path)
+    def shrink(model):
+        for module in model.modules():
+            if hasattr(module, 'qk'):
+                module.qk.bias.data -= 5
+    source = change(make_source(), shrink)
+    cases = load_cases(source, (64, 64), count=IMAGES)
+    job, path = make_job('mlpackage', 'fp32', unfused=True), tmp_path / 'care.mlpackage'
+    convert.write(source, job, path)
+    assert verify(source, job, convert.read(job, path), cases).top1_agreement == 100
+    edit(path, put_inverse_for_division)
+    with pytest.raises(VerificationError, match='have the top-1 class of PyTorch'):
+        verify(source, job, convert.read(job, path), cases)

@@ -1,4 +1,4 @@
-"""What formats need: packages that are missing or of other versions are named, with the remedy."""
+"""Packages that formats need: missing ones and other versions are named, with the remedy."""
 import importlib.metadata
 import importlib.util
 import json
@@ -10,17 +10,15 @@ from exports import make_job, make_source
 from launch import ENVIRONMENT, ROOT
 
 from caretrans import __version__
-from caretrans.export import formats
-from caretrans.export.formats import FORMATS, find_obstacle, list_versions
+from caretrans.export.formats import table
+from caretrans.export.formats.table import FORMATS, REMEDY, find_obstacle, list_versions
 from caretrans.export.metadata import describe
-
-REMEDY = '`bash cmd/export.sh` makes an environment that has it'
 
 
 @pytest.fixture
 def install(monkeypatch):
-    """Plays an environment in which everything is installed as pinned, but for what is said otherwise."""
-    pins = formats._read_pins()
+    """Simulate an environment in which everything is installed as pinned, except what is given."""
+    pins = table.read_pins()
 
     def play(missing=(), **versions):
         found = {**pins, **{name.replace('_', '-'): version for name, version in versions.items()}}
@@ -35,7 +33,7 @@ def install(monkeypatch):
 
 
 @pytest.mark.parametrize('form', FORMATS)
-def test_environment_as_pinned_has_all(form, install):
+def test_pinned_environment_has_everything(form, install):
     install()
     assert [find_obstacle(FORMATS[form], precision) for precision in ('', *FORMATS[form].precisions)] == \
         [''] * (1 + len(FORMATS[form].precisions))
@@ -78,21 +76,21 @@ def test_two_other_versions_are_both_named(install):
 def test_without_the_repository_nothing_is_compared(install, monkeypatch, tmp_path):
     install(executorch='0.1')
     assert find_obstacle(FORMATS['executorch'])
-    monkeypatch.setattr(formats, 'PINS', tmp_path / 'requirements.txt')
+    monkeypatch.setattr(table, 'PINS', tmp_path / 'requirements.txt')
     assert find_obstacle(FORMATS['executorch']) == ''
 
 
 def test_pins_hold_all_that_formats_of_that_environment_use():
-    pins = formats._read_pins()
+    pins = table.read_pins()
     for item in FORMATS.values():
         for precision in item.precisions if item.own_environment else ():
             assert {package.partition('==')[0] for package in item.get_packages(precision).values()} <= set(pins)
 
 
-# What files say -------------------------------------------------------------------------------------------------------
+# Metadata -------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('form', FORMATS)
-def test_every_format_says_the_same_and_names_its_converter(form, install):
+def test_every_format_has_the_same_metadata_and_names_its_converter(form, install):
     kind, source = FORMATS[form], make_source()
     install()
     facts = describe(source, make_job(form, kind.precisions[-1], target='iOS17'))
@@ -109,7 +107,7 @@ def test_every_format_says_the_same_and_names_its_converter(form, install):
 # Scripts --------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name', ['export', 'eval'])
-def test_script_without_python_says_so(name, tmp_path):
+def test_script_without_python_names_it(name, tmp_path):
     (tmp_path / 'dirname').symlink_to('/usr/bin/dirname')
     done = subprocess.run(
         ['/bin/bash', f'cmd/{name}.sh', '--format', 'litert'], cwd=ROOT, capture_output=True, text=True,
@@ -118,7 +116,7 @@ def test_script_without_python_says_so(name, tmp_path):
     assert done.stderr == 'No python3 on the PATH: install Python 3.10 or newer.\n'
 
 
-def test_installation_is_not_told_on_stdout(tmp_path):
+def test_installation_does_not_write_to_stdout(tmp_path):
     """A stand-in for Python that lacks everything until pip has run."""
     (tmp_path / 'cmd').mkdir()
     for name in ('env.sh', 'python.sh'):

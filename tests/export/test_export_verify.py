@@ -1,11 +1,12 @@
 """Verification notices what is wrong with a program."""
 import pytest
 import torch
-from exports import make_cases, make_job, make_source, prove
+from exports import check, make_cases, make_job, make_source
 
 from caretrans.errors import DataError
+from caretrans.export.program import Program
 from caretrans.export.source import build_network, load_cases
-from caretrans.export.verify import Program, VerificationError, compare
+from caretrans.export.verify import VerificationError, compare
 
 
 def make_program(job, change=lambda logits: logits, **kwargs):
@@ -22,7 +23,7 @@ def make_program(job, change=lambda logits: logits, **kwargs):
     dict(format='mlpackage', input='image', output='classes', batch=3)])
 def test_right_program_passes(kwargs):
     job = make_job(**kwargs)
-    result = prove(job, make_program(job, labels=make_source().class_names))
+    result = check(job, make_program(job, labels=make_source().class_names))
     assert result.images == 14
     assert result.max_error < 1e-5 * result.largest
     assert result.top1_agreement == result.top5_agreement == 100
@@ -31,27 +32,27 @@ def test_right_program_passes(kwargs):
 def test_wrong_normalisation_is_noticed():
     job = make_job(input='image')
     wrong = make_program(make_job(), lambda logits: logits)  # does not normalise
-    with pytest.raises(VerificationError, match='first answers are those of PyTorch, at least 99.5 % must be'):
-        prove(job, wrong)
+    with pytest.raises(VerificationError, match='have the top-1 class of PyTorch, at least 99.5 % must'):
+        check(job, wrong)
 
 
 @pytest.mark.parametrize('precision, shift, noticed', [
     ('fp32', 1e-2, True), ('fp32', 1e-5, False), ('fp16', 0.2, True), ('fp16', 1e-2, False), ('int8', 0.2, False)])
 def test_errors_that_rounding_does_not_explain_are_noticed(precision, shift, noticed):
-    """The same number more for each class changes no answer."""
+    """A constant added to all classes changes no prediction."""
     program = make_program(make_job(), lambda logits: logits + shift)
     job = make_job(format='onnx', precision=precision)
     if noticed:
         with pytest.raises(VerificationError, match='rounding does not explain it'):
-            prove(job, program)
+            check(job, program)
     else:
-        assert prove(job, program).top1_agreement == 100
+        assert check(job, program).top1_agreement == 100
 
 
 def test_swapped_classes_are_noticed():
     job = make_job()
     with pytest.raises(VerificationError, match='at least 99.5 %'):
-        prove(job, make_program(job, lambda logits: logits.flip(1)))
+        check(job, make_program(job, lambda logits: logits.flip(1)))
 
 
 def test_outputs_that_are_not_finite_are_noticed_with_their_operation():
@@ -59,23 +60,23 @@ def test_outputs_that_are_not_finite_are_noticed_with_their_operation():
     program = make_program(
         job, lambda logits: logits * float('inf'), find=lambda: ['op_7 (conv): 3 values are not finite'])
     with pytest.raises(VerificationError, match=r'outputs are not finite; op_7 \(conv\)'):
-        prove(job, program)
+        check(job, program)
 
 
-def test_one_photograph_that_is_not_finite_is_noticed():
+def test_one_image_that_is_not_finite_is_noticed():
     job, calls = make_job(floor=0.), []
 
     def spoil(logits):
         calls.append(1)
         return logits / (0. if len(calls) == 9 else 1.)
     with pytest.raises(VerificationError, match='not finite'):
-        prove(job, make_program(job, spoil))
+        check(job, make_program(job, spoil))
 
 
 def test_other_number_of_classes_is_noticed():
     job = make_job()
-    with pytest.raises(VerificationError, match='it gives 999 numbers an image, the network has 1000 classes'):
-        prove(job, make_program(job, lambda logits: logits[:, 1:]))
+    with pytest.raises(VerificationError, match='it returns 999 numbers per image, the network has 1000 classes'):
+        check(job, make_program(job, lambda logits: logits[:, 1:]))
 
 
 def test_swapped_labels_are_noticed():
@@ -83,18 +84,18 @@ def test_swapped_labels_are_noticed():
     labels = list(make_source().class_names)
     labels[3], labels[7] = labels[7], labels[3]
     with pytest.raises(VerificationError, match='its class 3 is labelled'):
-        prove(job, make_program(job, labels=labels))
+        check(job, make_program(job, labels=labels))
     with pytest.raises(VerificationError, match='it has 2 labels for 1000 classes'):
-        prove(job, make_program(job, labels=make_source().class_names[:2]))
+        check(job, make_program(job, labels=make_source().class_names[:2]))
 
 
 def lose_bias(network):
-    """Of the last expansion of the third stage: rounding to float16 hides it."""
+    """A bias of the last expansion of the third stage: rounding to float16 hides it."""
     network.network.stages[2].blocks[-1].inter1.expand.bias.data[3] += 0.02
 
 
 def make_half_program(job, spoil=lambda network: None):
-    """What reads a float16 file: weights are rounded, and with `run` outputs are, too."""
+    """A program read from a float16 file: weights are rounded, and outputs of `run` too."""
     network = build_network(make_source(), job)
     spoil(network)
     with torch.no_grad():
@@ -112,21 +113,21 @@ def make_half_program(job, spoil=lambda network: None):
 
 
 @pytest.mark.parametrize('output', ['logits', 'probabilities', 'classes'])
-def test_mistakes_below_the_rounding_are_noticed_where_it_can_be_left_out(output):
+def test_mistakes_below_the_rounding_are_noticed_where_it_can_be_skipped(output):
     job = make_job(format='mlpackage', precision='fp16', input='image', output=output)
-    result = prove(job, make_half_program(job))
+    result = check(job, make_half_program(job))
     assert result.compared == 'logits' and result.largest > 1
     assert 0 < result.exact_error < 1e-5
     wrong = make_half_program(job, lose_bias)
     wrong_without = Program(**{**vars(wrong), 'run_exact': None})
-    assert prove(job, wrong_without).exact_error is None  # goes unseen
-    with pytest.raises(VerificationError, match='without rounding, its logits differ .* it is another function'):
-        prove(job, wrong)
+    assert check(job, wrong_without).exact_error is None  # goes unseen
+    with pytest.raises(VerificationError, match='without rounding, its logits differ .* something else'):
+        check(job, wrong)
 
 
 def test_weights_that_converters_round_after_folding_are_not_held_to_those_of_the_file():
     job = make_job(format='mlpackage', precision='fp16', input='image', unfused=True)
-    result = prove(job, make_half_program(job))
+    result = check(job, make_half_program(job))
     assert result.exact_error is None and result.flushed_error is not None
 
 
@@ -134,14 +135,14 @@ def test_flushing_is_measured():
     job = make_job(format='mlpackage', precision='fp16', input='image')
     program = make_half_program(job)
     program = Program(**{**vars(program), 'get_logits': None})
-    result = prove(job, program)
+    result = check(job, program)
     assert result.flushed_error == pytest.approx(0.125, abs=0.02)
 
 
 def test_classifier_without_labels_is_noticed():
     job = make_job(format='mlpackage', output='classes')
     with pytest.raises(VerificationError, match='it names no classes'):
-        prove(job, make_program(job))
+        check(job, make_program(job))
 
 
 def test_figures_are_those_of_their_definition():
@@ -159,10 +160,10 @@ def test_figures_are_those_of_their_definition():
 
 def test_last_batch_is_filled_up_and_cut_again():
     job, sizes = make_job(batch=4), []
-    prove(job, make_program(job, lambda logits: sizes.append(len(logits)) or logits))
+    check(job, make_program(job, lambda logits: sizes.append(len(logits)) or logits))
     assert sizes == [4, 4, 4, 4]
 
 
-def test_photographs_that_are_not_there_are_named(tmp_path):
-    with pytest.raises(DataError, match='No photographs at .*nowhere: name a folder'):
+def test_missing_images_are_named(tmp_path):
+    with pytest.raises(DataError, match='No images at .*nowhere: name a folder'):
         load_cases(make_source(), (64, 64), str(tmp_path / 'nowhere'))

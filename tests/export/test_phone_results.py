@@ -8,7 +8,7 @@ import pytest
 from launch import ROOT
 
 from caretrans.errors import ResultsError
-from caretrans.export.phone_results import COLUMNS, describe_results, format_row, make_row, read_results
+from caretrans.export.coreml.phone_results import COLUMNS, describe_results, format_row, make_row, read_results
 
 FILE = ROOT / 'coreml' / 'results.csv'
 HEADER = ','.join(column.name for column in COLUMNS)
@@ -87,27 +87,17 @@ def test_wrong_cell_is_named_with_its_line_and_remedy(cells, said, tmp_path):
         read_results(write(tmp_path, format_row(ROW), line))
 
 
-@pytest.mark.parametrize('lines, said', [
-    (['a,b,c'], 'line 2: 3 cells for 23 columns'),
-    ([format_row(ROW), format_row(ROW)], 'line 3: it repeats an earlier row'),
-    (['"never closed'], 'line 2: unexpected end of data'),
-])
-def test_broken_lines_are_named(lines, said, tmp_path):
-    with pytest.raises(ResultsError, match=said):
-        read_results(write(tmp_path, *lines))
-
-
-def test_other_columns_are_refused(tmp_path):
-    header = HEADER.replace('latency_ms', 'latency')
-    with pytest.raises(ResultsError, match='line 1: its columns must be date,.*; latency_ms missing; latency unknown'):
-        read_results(write(tmp_path, header=header))
-    with pytest.raises(ResultsError, match='line 1: its columns must be'):
-        read_results(write(tmp_path, header=''))
-
-
-def test_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ResultsError, match='nowhere.csv cannot be read'):
-        read_results(tmp_path / 'nowhere.csv')
+@pytest.mark.parametrize('lines, message', [
+    ([HEADER, 'a,b,c'], 'line 2: 3 cells for 23 columns'),
+    ([HEADER, format_row(ROW), format_row(ROW)], 'line 3: it repeats an earlier row'),
+    ([HEADER, '"never closed'], 'line 2: unexpected end of data'),
+    ([HEADER.replace('latency_ms', 'latency')],
+     'line 1: its columns must be date,.*; latency_ms missing; latency unknown'),
+    ([''], 'line 1: its columns must be'), (None, 'results.csv cannot be read')])
+def test_damaged_files_are_named(lines, message, tmp_path):
+    path = tmp_path / 'results.csv' if lines is None else write(tmp_path, *lines[1:], header=lines[0])
+    with pytest.raises(ResultsError, match=message):
+        read_results(path)
 
 
 def test_row_comes_from_what_the_program_says_and_what_was_measured():

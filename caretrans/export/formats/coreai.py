@@ -1,6 +1,6 @@
-"""Programs of Core AI, the format that follows Core ML, run by Apple's own reference executor.
+"""Core AI programs, the format that succeeds Core ML, run by Apple's own reference executor.
 
-It computes on Linux too, slowly: a second judge of the numbers, made by Apple, and none of the speed.
+The executor also runs on Linux, slowly: it is an independent check of the numbers, and says nothing about speed.
 """
 import asyncio
 import hashlib
@@ -12,13 +12,12 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..errors import ExportError
-from ..runtimes.quiet import quiet
-from ..runtimes.tracing import trace_network
-from .config import Job
-from .metadata import describe, read_class_names
-from .source import Source, build_network
-from .verify import Program
+from ...runtimes.quiet import quiet
+from ...runtimes.tracing import trace_network
+from ..config import Job
+from ..metadata import describe, read_class_names
+from ..program import Program, reading
+from ..source import Source, build_network
 
 __all__ = ['read', 'write']
 
@@ -27,7 +26,7 @@ SHAPE_CHANGES = ('reshape', 'transpose', 'expand_dims', 'shrink_dims')
 NOTE = 'operations are those of the file, with the bodies of functions that it calls'
 
 
-class Half(nn.Module):
+class _Half(nn.Module):
     """A network that computes in float16, from float32 to float32."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -39,10 +38,11 @@ class Half(nn.Module):
 
 
 def write(source: Source, job: Job, path: Path) -> list[str]:
+    """Write a program for images of one shape."""
     network, images = build_network(source, job), source.make_example(job)
     with quiet(''):
         import coreai_torch
-        program = trace_network(Half(network) if job.precision == 'fp16' else network, images)
+        program = trace_network(_Half(network) if job.precision == 'fp16' else network, images)
         converter = coreai_torch.TorchConverter().add_exported_program(
             program.run_decompositions(coreai_torch.get_decomp_table()), input_names=[INPUT],
             output_names=[job.output])
@@ -51,8 +51,8 @@ def write(source: Source, job: Job, path: Path) -> list[str]:
     return [f'only images of shape {tuple(images.shape)}']
 
 
-class Executor:
-    """A program that is loaded, and the event loop that Core AI wants to be called in."""
+class _Executor:
+    """A loaded program, and the event loop in which Core AI must be called."""
 
     def __init__(self, asset: Any) -> None:
         self.loop = asyncio.new_event_loop()
@@ -72,23 +72,16 @@ def _close(loop: asyncio.AbstractEventLoop, context: Any) -> None:
     loop.close()
 
 
-def _check_whole(path: Path) -> None:
-    """Core AI ends the process when it is given half a program; it writes the SHA-256 of it beside it."""
-    code = path / 'main.mlirb'
-    if hashlib.sha256(code.read_bytes()).digest() != code.with_suffix('.hash').read_bytes():
-        raise ValueError(f'{code} has another SHA-256 than its .hash says.')
-
-
-def read(source: Source, job: Job, path: Path) -> Program:
+def read(job: Job, path: Path) -> Program:
     from coreai.authoring import AIModelAsset
-    try:
-        _check_whole(path)
+    with reading(path):
+        code = path / 'main.mlirb'  # a truncated one ends the process; Core AI writes the SHA-256 of it beside it
+        if hashlib.sha256(code.read_bytes()).digest() != code.with_suffix('.hash').read_bytes():
+            raise ValueError(f'the SHA-256 of {code} is not the one in its .hash')
         asset = AIModelAsset.load(path)
         labels = read_class_names(asset.metadata.creator_defined_metadata[FACTS])
         operations = dict(asset.summary().operation_distribution)
-        executor = Executor(asset)
-    except Exception as error:  # of MLIR, of Core AI
-        raise ExportError(f'{path} cannot be read: {type(error).__name__}. Export it again.') from error
+        executor = _Executor(asset)
     operations.pop('constant', None)
     changes = [name for name in SHAPE_CHANGES for _ in range(operations.get(name, 0))]
     return Program(

@@ -1,4 +1,4 @@
-"""The formats that a network can be exported to: what each is called, needs and allows."""
+"""Table of the formats that a network can be exported to. It imports nothing of the package: cmd/ reads it alone."""
 import importlib
 import importlib.metadata
 import importlib.util
@@ -9,23 +9,21 @@ from types import ModuleType
 
 __all__ = ['FORMATS', 'Format', 'find_obstacle', 'list_versions']
 
-PINS = Path(__file__).parent.parent.parent / 'coreml' / 'requirements.txt'  # of the repository; pip installs none
+PINS = Path(__file__).parents[3] / 'coreml' / 'requirements.txt'  # in the repository; pip installs none
+REMEDY = '`bash cmd/export.sh` makes an environment that has it'
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format; its module, of this package, writes and reads programs.
-
-        check(job) -> None                      optional; ConfigError for what cannot work: targets, combinations
-        write(source, job, path) -> List[str]   a finished file or folder at `path`; remarks for people
-        read(source, job, path) -> Program      what is in the file, ready to be run; ExportError where it is damaged
+    """A format and its limits.
 
     Attributes:
+        module: Of `caretrans.export`; it provides `program.FormatModule`.
         suffix: Of the file or folder.
-        precisions, inputs, outputs: What can be asked for, the default first.
+        precisions, inputs, outputs: Choices, the default first.
         packages: {module to import: what to pip install}.
-        precision_packages: {precision: packages that it needs besides}.
-        own_environment: Whether its packages clash with those of training, and cmd/export.sh makes another environment.
+        precision_packages: {precision: further packages}.
+        own_environment: Whether its packages clash with those of training, so that cmd/export.sh makes another one.
     """
     name: str
     module: str
@@ -41,7 +39,7 @@ class Format:
         return {**self.packages, **self.precision_packages.get(precision, {})}
 
     def load_module(self) -> ModuleType:
-        return importlib.import_module(f'.{self.module}', __package__)
+        return importlib.import_module(f'..{self.module}', __package__)
 
 
 _COREML = dict(
@@ -50,26 +48,26 @@ _COREML = dict(
 _ONNX = {'onnx': 'onnx', 'onnxscript': 'onnxscript'}
 
 FORMATS: dict[str, Format] = {item.name: item for item in [
-    Format('mlpackage', 'coreml', '.mlpackage', **_COREML),
-    Format('mlmodel', 'coreml', '.mlmodel', **_COREML),
-    Format('onnx', 'onnx_program', '.onnx', ('fp32', 'int8'), {**_ONNX, 'onnxruntime': 'onnxruntime'}),
-    Format('openvino', 'openvino_program', '.openvino', ('fp32', 'fp16', 'int8'), {
+    Format('mlpackage', 'coreml.convert', '.mlpackage', **_COREML),
+    Format('mlmodel', 'coreml.convert', '.mlmodel', **_COREML),
+    Format('onnx', 'formats.onnx', '.onnx', ('fp32', 'int8'), {**_ONNX, 'onnxruntime': 'onnxruntime'}),
+    Format('openvino', 'formats.openvino', '.openvino', ('fp32', 'fp16', 'int8'), {
         **_ONNX, 'openvino': 'openvino'}, precision_packages={'int8': {'nncf': 'nncf'}}),
-    Format('torch', 'torch_program', '.pt2', ('fp32',), {}),
-    Format('executorch', 'executorch_program', '.pte', ('fp32', 'int8'), {'executorch': 'executorch'},
+    Format('torch', 'formats.torch_export', '.pt2', ('fp32',), {}),
+    Format('executorch', 'formats.executorch', '.pte', ('fp32', 'int8'), {'executorch': 'executorch'},
            own_environment=True, precision_packages={'int8': {'torchao': 'torchao'}}),
-    Format('executorch-coreml', 'executorch_program', '.coreml.pte', ('fp16', 'fp32'), {
+    Format('executorch-coreml', 'formats.executorch', '.coreml.pte', ('fp16', 'fp32'), {
         'executorch': 'executorch', 'coremltools': 'coremltools==9.0'}, own_environment=True),
-    Format('litert', 'litert_program', '.tflite', ('fp32', 'int8'), {
+    Format('litert', 'formats.litert', '.tflite', ('fp32', 'int8'), {
         'litert_torch': 'litert-torch', 'ai_edge_litert': 'ai-edge-litert'}, own_environment=True,
         precision_packages={'int8': {'ai_edge_quantizer': 'ai-edge-quantizer'}}),
-    Format('coreai', 'coreai_program', '.aimodel', ('fp32', 'fp16'), {
+    Format('coreai', 'formats.coreai', '.aimodel', ('fp32', 'fp16'), {
         'coreai_torch': 'coreai-torch', 'coreai': 'coreai-core'}, own_environment=True),
 ]}
 
 
 def list_versions(item: Format, precision: str) -> dict[str, str]:
-    """{package: version installed} of torch and of what a format needs; without those that do not say theirs."""
+    """{package: installed version} of torch and of what a format needs; packages without a version are skipped."""
     found = {}
     for package in ['torch', *item.get_packages(precision).values()]:
         name = package.partition('==')[0]
@@ -80,7 +78,7 @@ def list_versions(item: Format, precision: str) -> dict[str, str]:
     return found
 
 
-def _read_pins() -> dict[str, str]:
+def read_pins() -> dict[str, str]:
     """{package: version} of the other environment; {} outside of the repository."""
     return dict(re.findall(r'^([\w-]+)==([^\s#]+)', PINS.read_text(), re.MULTILINE)) if PINS.is_file() else {}
 
@@ -89,16 +87,16 @@ def find_obstacle(item: Format, precision: str = '') -> str:
     """What a format lacks here, with the remedy; '' if nothing.
 
     Args:
-        precision: What it needs for this one too.
+        precision: Include what this precision needs.
     """
     missing = [package for module, package in item.get_packages(precision).items()
                if importlib.util.find_spec(module) is None]
     if not item.own_environment:
         return f'it is not installed: pip install {" ".join(missing)}' if missing else ''
     if missing:
-        return f'{", ".join(missing)} is not installed here: `bash cmd/export.sh` makes an environment that has it'
-    pins = _read_pins()
+        return f'{", ".join(missing)} is not installed here: {REMEDY}'
+    pins = read_pins()
     others = [f'{name} {version} is installed, it is tested with {pins[name]}'
               for name, version in list_versions(item, precision).items()
               if name in pins and version.partition('+')[0] != pins[name]]
-    return f'{"; ".join(others)}: `bash cmd/export.sh` makes an environment that has it' if others else ''
+    return f'{"; ".join(others)}: {REMEDY}' if others else ''

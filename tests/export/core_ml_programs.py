@@ -1,8 +1,6 @@
-"""Small Core ML programs, one operation each, with what PyTorch makes of the same; and whole networks, converted."""
-import contextlib
-import gc
+"""Small Core ML programs, one operation each, beside the same in PyTorch."""
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,8 @@ import torch
 import torch.nn.functional as F
 from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.mil import types
-from coremltools.models.neural_network.quantization_utils import quantize_weights
+from exports import little_garbage
 
-from caretrans.export.config import Job
-from caretrans.export.source import Source, build_network
 
 logging.getLogger('coremltools').setLevel(logging.ERROR)
 
@@ -38,19 +34,9 @@ def build_program(operation: Callable, target: Any = ct.target.iOS17, half: bool
     return program
 
 
-@contextlib.contextmanager
-def _little_garbage() -> Iterator[None]:
-    """Conversion collects garbage among all objects of the process, a third of a second each time; not these."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
 def save_operation(operation: Callable, path: Path, target: Any = ct.target.iOS17, half: bool = False) -> Path:
     """One operation as a package or network, by the suffix of the path."""
-    with _little_garbage():
+    with little_garbage():
         if path.suffix == '.mlmodel':
             model = ct.convert(build_program(operation, ct.target.iOS15), convert_to='neuralnetwork')
         else:
@@ -61,9 +47,24 @@ def save_operation(operation: Callable, path: Path, target: Any = ct.target.iOS1
     return path
 
 
+def save_cases(cases: dict[str, Case], path: Path) -> Path:
+    """All cases in one program: the values of one after those of the other."""
+    def operation(x):
+        rows = [mb.reshape(x=y, shape=(1, int(np.prod(y.shape)))) for y in [case(x) for case, _ in cases.values()]]
+        return mb.concat(values=rows, axis=1)
+    return save_operation(operation, path)
+
+
+def split_cases(cases: dict[str, Case], row: torch.Tensor, x: torch.Tensor) -> dict[str, tuple]:
+    """{case: (values of the program, those of PyTorch)}, both flat."""
+    expected = {name: in_torch(x).flatten() for name, (_, in_torch) in cases.items()}
+    found = row[0].split([len(y) for y in expected.values()])
+    return {name: (part, expected[name]) for name, part in zip(cases, found, strict=True)}
+
+
 def compress_operation(operation: Callable, path: Path, target: Any, compress: Callable) -> Path:
     """One operation in float32 as a package, its weights compressed by a function of models."""
-    with _little_garbage():
+    with little_garbage():
         model = ct.convert(
             build_program(operation, target), convert_to='mlprogram', minimum_deployment_target=target,
             compute_precision=ct.precision.FLOAT32)
@@ -158,6 +159,9 @@ CASES: dict[str, Case] = {
         lambda x: mb.sigmoid_hard(x=x, alpha=np.float32(.3), beta=np.float32(.4)),
         lambda x: (x * .3 + .4).clamp(0, 1)),
     'tanh': (lambda x: mb.tanh(x=x), torch.tanh),
+    'leaky_relu': (lambda x: mb.leaky_relu(x=x, alpha=np.float32(.2)), lambda x: F.leaky_relu(x, .2)),
+    'linear_activation': (
+        lambda x: mb.linear_activation(x=x, alpha=np.float32(2), beta=np.float32(3)), lambda x: 2 * x + 3),
     'elu': (lambda x: mb.elu(x=x, alpha=np.float32(.7)), lambda x: F.elu(x, .7)),
     'less and select': (
         lambda x: mb.select(cond=mb.less(x=x, y=np.float32(.1)), a=mb.exp(x=x), b=x),
@@ -167,6 +171,9 @@ CASES: dict[str, Case] = {
         lambda x: torch.where(x > .1, x.exp(), x)),
     'concat': (lambda x: mb.concat(values=[x, mb.exp(x=x)], axis=-2), lambda x: torch.cat([x, x.exp()], dim=2)),
     'concat of channels': (lambda x: mb.concat(values=[mb.exp(x=x), x], axis=1), lambda x: torch.cat([x.exp(), x], 1)),
+    'concat, interleaved': (
+        lambda x: mb.concat(values=[x, mb.exp(x=x)], axis=1, interleave=True),
+        lambda x: torch.stack([x, x.exp()], dim=2).flatten(1, 2)),
     'split by sizes': (
         lambda x: mb.concat(values=mb.split(x=x, split_sizes=[1, 3, 2], axis=1)[::-1], axis=1),
         lambda x: torch.cat(x.split([1, 3, 2], dim=1)[::-1], dim=1)),
@@ -215,9 +222,6 @@ PROGRAM_CASES: dict[str, Case] = {
                          lambda x: torch.where(x == x.abs(), x.exp(), x)),
     'cast to float16 and back': (
         lambda x: mb.cast(x=mb.cast(x=x, dtype='fp16'), dtype='fp32'), lambda x: x.half().float()),
-    'concat, interleaved': (
-        lambda x: mb.concat(values=[x, mb.exp(x=x)], axis=1, interleave=True),
-        lambda x: torch.stack([x, x.exp()], dim=2).flatten(1, 2)),
     'pad': (lambda x: mb.pad(x=x, pad=[1, 2, 0, 3], mode='constant', constant_val=np.float32(2)),
             lambda x: F.pad(x, [0, 3, 1, 2], value=2.)),
     'avg_pool': (
@@ -236,25 +240,3 @@ PROGRAM_CASES: dict[str, Case] = {
                                     squeeze_mask=[True, False, False]),
         lambda x: x[0, 2, :, :4]),
 }
-
-
-def save_network(source: Source, job: Job, path: Path) -> Path:
-    """The network of a job, converted by coremltools as it stands."""
-    network = build_network(source, job)
-    example = source.make_example(job)
-    program = torch.export.export(network, (example,)).run_decompositions({})
-    take = ct.ImageType if job.input == 'image' else ct.TensorType
-    settings: dict[str, Any] = dict(inputs=[take(name='input_1', shape=example.shape)])
-    if job.output == 'classes':
-        settings['classifier_config'] = ct.ClassifierConfig(source.class_names)
-    if job.format == 'mlmodel':
-        model = ct.convert(program, convert_to='neuralnetwork', **settings)
-        if job.precision == 'fp16':
-            model = quantize_weights(model, 16)
-    else:
-        precision = ct.precision.FLOAT16 if job.precision == 'fp16' else ct.precision.FLOAT32
-        model = ct.convert(
-            program, convert_to='mlprogram', compute_precision=precision,
-            minimum_deployment_target=getattr(ct.target, job.target), **settings)
-    model.save(str(path))
-    return path

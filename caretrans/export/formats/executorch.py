@@ -1,7 +1,7 @@
-"""Programs of ExecuTorch: for XNNPACK, which computes on processors, and for Core ML by ExecuTorch's delegate.
+"""ExecuTorch programs: for XNNPACK, which runs on CPUs, and for Core ML through ExecuTorch's delegate.
 
-The second kind runs on Apple's systems alone. What it holds is an ML Program of Core ML, which is taken out of the file
-and evaluated as all of those are.
+The second kind runs on Apple's systems only. It holds a Core ML program, which is extracted from the file and evaluated
+like any other.
 """
 import json
 import tempfile
@@ -12,27 +12,28 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError, ExportError
-from ..runtimes.onnx import split_batches
-from ..runtimes.quiet import quiet
-from ..runtimes.tracing import trace_network
-from .config import Job
-from .metadata import describe, read_class_names
-from .source import Source
-from .torch_program import trace
-from .verify import Program
+from ...errors import ConfigError
+from ...runtimes.onnx import split_batches
+from ...runtimes.quiet import quiet
+from ...runtimes.tracing import trace_network
+from ..config import Job
+from ..coreml import convert
+from ..metadata import describe, read_class_names
+from ..program import Program, reading
+from ..source import Source, trace
 
-__all__ = ['check', 'extract_package', 'read', 'write']
+__all__ = ['check', 'read', 'write']
 
 FACTS = 'caretrans'  # a method of the program that returns the metadata as bytes
-CALIBRATION = 32  # photographs for the ranges of int8: the quantiser looks at each for long
+CALIBRATION = 32  # images for the ranges of int8, which the quantizer processes slowly
 SHAPE_CHANGES = ('view', 'permute', 'transpose', 'squeeze', 'unsqueeze', 'expand', 'reshape')
 
 
 def check(job: Job) -> None:
-    """
+    """Refuse what the Core ML delegate has no target for.
+
     Raises:
-        ConfigError: The Core ML delegate has no such system to aim at.
+        ConfigError: There is no such target.
     """
     if job.format == 'executorch-coreml' and job.target == 'iOS26':
         raise ConfigError(f'--target {job.target} with --format {job.format}: take iOS15, iOS16, iOS17 or iOS18.')
@@ -42,7 +43,7 @@ def check(job: Job) -> None:
 
 @torch.no_grad()
 def _quantize(source: Source, job: Job) -> torch.export.ExportedProgram:
-    """Weights and activations as 8-bit integers, weights per channel, ranges of activations from photographs."""
+    """Weights and activations as 8-bit integers, weights per channel, ranges of activations from images."""
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
         get_symmetric_quantization_config,
@@ -51,8 +52,7 @@ def _quantize(source: Source, job: Job) -> torch.export.ExportedProgram:
 
     quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
     prepared = prepare_pt2e(trace(source, job).module(), quantizer)
-    photographs = source.make_calibration(job)
-    for batch in split_batches(photographs[::max(len(photographs) // CALIBRATION, 1)], job.batch):
+    for batch in split_batches(source.make_calibration(job, CALIBRATION), job.batch):
         prepared(torch.from_numpy(batch))
     return trace_network(convert_pt2e(prepared), source.make_example(job))
 
@@ -70,6 +70,7 @@ def _make_partitioner(job: Job) -> Any:
 
 
 def write(source: Source, job: Job, path: Path) -> list[str]:
+    """Write a program for images of one shape."""
     from executorch.exir import to_edge_transform_and_lower
     facts = json.dumps(describe(source, job)).encode()
     with quiet(''):
@@ -83,60 +84,32 @@ def write(source: Source, job: Job, path: Path) -> list[str]:
 
 # Reading --------------------------------------------------------------------------------------------------------------
 
-def _deserialize(path: Path) -> Any:
+def _count(content: bytes) -> tuple[dict[str, int], int]:
+    """Calls of the method 'forward': operations outside of the delegates by type, and calls of delegates."""
     from executorch.exir._serialize._program import deserialize_pte_binary
-    return deserialize_pte_binary(path.read_bytes())
-
-
-def _count(content: Any) -> tuple[dict[str, int], int]:
-    """What the method 'forward' calls: operations outside of the delegates by type, and calls of delegates."""
-    plan = next(plan for plan in content.program.execution_plan if plan.name == 'forward')
+    plans = deserialize_pte_binary(content).program.execution_plan
+    plan = next(plan for plan in plans if plan.name == 'forward')
     calls = [step.instr_args for chain in plan.chains for step in chain.instructions]
     kernels = [plan.operators[call.op_index].name for call in calls if type(call).__name__ == 'KernelCall']
-    delegates = [plan.delegates[call.delegate_index].id for call in calls if type(call).__name__ == 'DelegateCall']
-    return dict(Counter(name.removeprefix('aten::') for name in kernels)), len(delegates)
+    delegates = sum(type(call).__name__ == 'DelegateCall' for call in calls)
+    return dict(Counter(name.removeprefix('aten::') for name in kernels)), delegates
 
 
-def extract_package(path: Path, folder: Path) -> Path:
-    """The ML Program of Core ML that a file holds, as a package in `folder`.
-
-    Raises:
-        ValueError: It does not hold one that computes all.
-    """
+def _evaluate_core_ml(job: Job, content: bytes) -> Program:
+    """The Core ML program inside a file, which must compute everything."""
     from executorch.examples.apple.coreml.scripts.extract_coreml_models import extract_coreml_models
-    kernels, delegates = _count(_deserialize(path))
+    kernels, delegates = _count(content)
     if kernels or delegates != 1:
-        raise ValueError(f'{delegates} parts are for Core ML, and {sum(kernels.values())} operations for others.')
-    with quiet(''):
-        extracted, = extract_coreml_models(path.read_bytes(), folder)
-    package = next(extracted.rglob('*.mlpackage'), None)
-    if package is None:
-        raise ValueError('it holds no package.')
-    return package
-
-
-def _load(content: bytes) -> Any:
-    from executorch.runtime import Runtime
-    return Runtime.get().load_program(content)
-
-
-def _read_labels(program: Any) -> list[str]:
-    """Of any program of ours: the method that returns the metadata is computed by no delegate."""
-    facts, = program.load_method(FACTS).execute([])
-    return read_class_names(json.loads(bytes(facts.tolist())))
-
-
-def _read_coreml(job: Job, path: Path) -> Program:
-    from . import coreml
+        raise ValueError(f'{delegates} parts are for Core ML, and {sum(kernels.values())} operations for others')
     with tempfile.TemporaryDirectory() as folder:
-        package = extract_package(path, Path(folder))
-        program = coreml.evaluate(package, job)
-    program.labels = _read_labels(_load(path.read_bytes()))
-    program.notes.append('evaluated is the ML Program in the file; ExecuTorch itself runs it on Apple\'s systems alone')
+        with quiet(''):
+            extracted, = extract_coreml_models(content, Path(folder))
+        program = convert.evaluate(next(extracted.rglob('*.mlpackage')), job)
+    program.notes.append("evaluated: the ML Program in the file; ExecuTorch itself runs it on Apple's systems only")
     return program
 
 
-class Method:
+class _Method:
     """The method 'forward' of a program, with the memory that it points into."""
 
     def __init__(self, content: bytes, program: Any) -> None:
@@ -147,24 +120,24 @@ class Method:
         return self.method.execute([images.contiguous()])[0].clone()
 
 
-def _read_xnnpack(job: Job, path: Path) -> Program:
+def _run_xnnpack(content: bytes, loaded: Any) -> Program:
     from executorch.extension.pybindings import portable_lib
-    kernels, delegates = _count(_deserialize(path))
+    kernels, delegates = _count(content)
     threads = torch.get_num_threads()
     if portable_lib._threadpool_get_thread_count() != threads:
         portable_lib._unsafe_reset_threadpool(threads)
-    content = path.read_bytes()
-    program = _load(content)
     changes = [name for name, count in kernels.items() if name.startswith(SHAPE_CHANGES) for _ in range(count)]
     return Program(
-        Method(content, program).run, f'ExecuTorch {version("executorch")}', _read_labels(program),
-        {**kernels, 'calls of XNNPACK': delegates}, changes, notes=['what XNNPACK does in a call is not counted'])
+        _Method(content, loaded).run, f'ExecuTorch {version("executorch")}', None,
+        {**kernels, 'calls of XNNPACK': delegates}, changes, notes=['operations inside XNNPACK calls are not counted'])
 
 
-def read(source: Source, job: Job, path: Path) -> Program:
-    try:
-        return (_read_xnnpack if job.format == 'executorch' else _read_coreml)(job, path)
-    except ExportError:
-        raise
-    except Exception as error:  # of flatbuffers, of ExecuTorch
-        raise ExportError(f'{path} cannot be read: {type(error).__name__}. Export it again.') from error
+def read(job: Job, path: Path) -> Program:
+    from executorch.runtime import Runtime
+    with reading(path):
+        content = path.read_bytes()
+        loaded = Runtime.get().load_program(content)
+        facts, = loaded.load_method(FACTS).execute([])  # a constant: no delegate computes it
+        program = _run_xnnpack(content, loaded) if job.format == 'executorch' else _evaluate_core_ml(job, content)
+        program.labels = read_class_names(json.loads(bytes(facts.tolist())))
+        return program

@@ -1,8 +1,8 @@
-"""Core ML: ML Programs (.mlpackage) and neural networks (.mlmodel) from PyTorch, on any system.
+"""Core ML files: ML Programs (.mlpackage) and neural networks (.mlmodel) from PyTorch, on any system.
 
 The network goes through `torch.export`, whose decompositions keep ELU, GELU and softmax whole, and through coremltools.
-Pixels enter as they are, from 0 to 255: coremltools' own preprocessing knows one scale for all channels, ImageNet's
-normalisation has three, and stands in the network instead.
+Pixels enter as they are, from 0 to 255: coremltools' own preprocessing has one scale for all channels, ImageNet's
+normalisation has three, so the network normalises instead.
 """
 import os
 import shutil
@@ -15,33 +15,42 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import __version__
-from ..errors import ConfigError, ExportError
-from ..runtimes.quiet import quiet
-from .config import Job
-from .metadata import describe, describe_input, read_class_names
-from .source import Source
-from .torch_program import trace
-from .verify import Program
+from ... import __version__
+from ...errors import ConfigError, ExportError
+from ...runtimes.quiet import quiet
+from ..config import Job
+from ..metadata import describe, describe_input, read_class_names
+from ..program import Program, reading
+from ..source import Source, trace
+from .ml_program import read_ml_program
+from .network import read_network
 
 __all__ = ['INPUT', 'LABEL', 'check', 'evaluate', 'import_coremltools', 'read', 'read_facts', 'write']
 
 WANTED = '9.0'
 INPUT, LABEL = 'input_1', 'classLabel'
 LOGGERS = ('coremltools', 'torch.export')
-SMALL = 2048  # weights of a convolution that are not worth compressing; coremltools' own measure for ML Programs
+SMALL = 2048  # weights of a convolution that are not worth compressing; coremltools' own limit for ML Programs
+OUTPUTS = {
+    'logits': 'Scores (batch, classes), before the softmax.',
+    'probabilities': 'Probabilities (batch, classes).',
+    'classes': 'The probability of each class, by its label.',
+}
 
 
 def import_coremltools() -> Any:
-    """coremltools, without what it says about other packages."""
+    """coremltools, without its remarks on other packages."""
     with quiet(*LOGGERS):
         import coremltools
     return coremltools
 
 
-# What cannot be -------------------------------------------------------------------------------------------------------
+def check(job: Job) -> None:
+    """Refuse what Core ML does not support.
 
-def _check_versions(job: Job) -> None:
+    Raises:
+        ConfigError: Versions that do not fit, or settings that exclude one another.
+    """
     found = version('coremltools')
     if found.split('.')[0] != WANTED.split('.')[0]:
         raise ConfigError(
@@ -49,15 +58,6 @@ def _check_versions(job: Job) -> None:
             f'pip install coremltools=={WANTED}')
     if job.compress.startswith('palette') and find_spec('sklearn') is None:
         raise ConfigError(f'--compress {job.compress} needs scikit-learn: pip install scikit-learn')
-
-
-def check(job: Job) -> None:
-    """Stop what Core ML cannot do.
-
-    Raises:
-        ConfigError: Versions that do not fit, or settings that exclude one another.
-    """
-    _check_versions(job)
     if job.batch != 1 and job.input == 'image':
         raise ConfigError(
             f'--batch {job.batch} with --input image: a Core ML image is one image. Take --input tensor.')
@@ -72,64 +72,57 @@ def check(job: Job) -> None:
 
 # Conversion -----------------------------------------------------------------------------------------------------------
 
-def _list_types(source: Source, job: Job) -> dict[str, Any]:
-    """Inputs and outputs, in float32 for every precision and target, so that an app need not care."""
+def _convert(source: Source, job: Job) -> Any:
+    """An MLModel with full weights; inputs and outputs are float32 for every precision and target, for simple apps."""
     ct = import_coremltools()
     shape = (job.batch, source.eval_config['input_size'][0], *job.size)
-    image = job.input == 'image'
-    types: dict[str, Any] = dict(inputs=[
-        ct.ImageType(INPUT, shape=shape, color_layout=ct.colorlayout.RGB) if image
+    settings: dict[str, Any] = dict(inputs=[
+        ct.ImageType(INPUT, shape=shape, color_layout=ct.colorlayout.RGB) if job.input == 'image'
         else ct.TensorType(INPUT, shape=shape, dtype=np.float32)])
     if job.output == 'classes':
-        types.update(classifier_config=ct.ClassifierConfig(source.class_names, predicted_feature_name=LABEL))
-        if job.format == 'mlmodel':  # of ML Programs coremltools 9 ignores the name
-            types.update(outputs=[ct.TensorType('probabilities')])
+        settings.update(classifier_config=ct.ClassifierConfig(source.class_names, predicted_feature_name=LABEL))
+        if job.format == 'mlmodel':  # for ML Programs coremltools 9 ignores the name
+            settings.update(outputs=[ct.TensorType('probabilities')])
     else:
-        types.update(outputs=[ct.TensorType(job.output, dtype=np.float32 if job.format == 'mlpackage' else None)])
-    return types
-
-
-def _convert(source: Source, job: Job) -> Any:
-    """An MLModel, with full weights."""
-    ct = import_coremltools()
-    program = trace(source, job).run_decompositions({})
+        settings.update(outputs=[ct.TensorType(job.output, dtype=np.float32 if job.format == 'mlpackage' else None)])
     pipeline = ct.PassPipeline.DEFAULT
-    kind: dict[str, Any] = dict(convert_to='neuralnetwork')
-    if job.format == 'mlmodel':  # would be taken apart again, into a sum of squares that overflows in float16
-        pipeline.remove_passes({'common::fuse_layernorm_or_instancenorm'})
     if job.format == 'mlpackage':
-        kind = dict(
+        settings.update(
             convert_to='mlprogram', minimum_deployment_target=getattr(ct.target, job.target),
             compute_precision=ct.precision.FLOAT16 if job.precision == 'fp16' else ct.precision.FLOAT32)
-    return ct.convert(program, **_list_types(source, job), **kind, pass_pipeline=pipeline, skip_model_load=True)
-
-
-def _rename_output(model: Any, old: str, new: str) -> Any:
-    ct = import_coremltools()
-    spec = model.get_spec()
-    ct.utils.rename_feature(spec, old, new, rename_inputs=False)
-    return ct.models.MLModel(spec, weights_dir=model.weights_dir, skip_model_load=True)
+    else:  # the backend would split it again, into a sum of squares that overflows in float16
+        settings.update(convert_to='neuralnetwork')
+        pipeline.remove_passes({'common::fuse_layernorm_or_instancenorm'})
+    model = ct.convert(
+        trace(source, job).run_decompositions({}), **settings, pass_pipeline=pipeline, skip_model_load=True)
+    if job.output == 'classes' and job.format == 'mlpackage':
+        spec = model.get_spec()
+        ct.utils.rename_feature(spec, f'{LABEL}_probs', 'probabilities', rename_inputs=False)
+        model = ct.models.MLModel(spec, weights_dir=model.weights_dir, skip_model_load=True)
+    return model
 
 
 # Weights --------------------------------------------------------------------------------------------------------------
 
-def _compress_program(model: Any, compress: str) -> Any:
+def _compress_program(model: Any, job: Job) -> Any:
     import coremltools.optimize.coreml as optimize
-    if compress == 'int8':
+    if job.compress == 'none':
+        return model
+    if job.compress == 'int8':
         config = optimize.OptimizationConfig(optimize.OpLinearQuantizerConfig(mode='linear_symmetric'))
         return optimize.linear_quantize_weights(model, config)
-    config = optimize.OptimizationConfig(optimize.OpPalettizerConfig(mode='kmeans', nbits=_count_bits(compress)))
+    config = optimize.OptimizationConfig(optimize.OpPalettizerConfig(mode='kmeans', nbits=_count_bits(job)))
     return optimize.palettize_weights(model, config)
 
 
-def _count_bits(compress: str) -> int:
-    return int(compress.removeprefix('palette'))
+def _count_bits(job: Job) -> int:
+    return int(job.compress.removeprefix('palette'))
 
 
 def _cluster(bits: int, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A table of 2 ** bits values, and for each weight its place in the table.
+    """A table of 2 ** bits values, and the index of each weight in it.
 
-    That of coremltools 9 makes a column of the table and then refuses it.
+    The function of coremltools 9 makes a column of the table and then refuses it.
     """
     from sklearn.cluster import KMeans
     values = weight.reshape(-1, 1)
@@ -150,20 +143,14 @@ def _compress_network(model: Any, job: Job) -> Any:
         model = quantization_utils.quantize_weights(model, 8, 'linear_symmetric', selector=selector)
     elif job.compress != 'none':
         model = quantization_utils.quantize_weights(
-            model, _count_bits(job.compress), 'custom_lut', lut_function=_cluster, selector=selector)
+            model, _count_bits(job), 'custom_lut', lut_function=_cluster, selector=selector)
     return quantization_utils.quantize_weights(model, 16) if job.precision == 'fp16' else model
 
 
-# What a program says of itself ----------------------------------------------------------------------------------------
-
-OUTPUTS = {
-    'logits': 'Scores (batch, classes), before the softmax.',
-    'probabilities': 'Probabilities (batch, classes).',
-    'classes': 'The probability of each class, by its label.',
-}
-
+# Files ----------------------------------------------------------------------------------------------------------------
 
 def _describe(model: Any, source: Source, job: Job) -> None:
+    """Add the metadata of a job."""
     model.short_description = (
         f'{source.name}: an image to {len(source.class_names)} classes, at {job.size[0]} x {job.size[1]} pixels'
         + ('.' if source.checkpoint else '. RANDOM WEIGHTS: for measuring speed alone.'))
@@ -177,39 +164,8 @@ def _describe(model: Any, source: Source, job: Job) -> None:
     model.user_defined_metadata.update(describe(source, job))
 
 
-def read_facts(path: Path) -> dict[str, str]:
-    """What a saved program says of itself: model, form, format, precision, input, size and more, as text.
-
-    Raises:
-        ExportError: It cannot be read, or is not one of ours.
-    """
-    ct = import_coremltools()
-    try:
-        with quiet(*LOGGERS):
-            facts = dict(ct.utils.load_spec(str(path)).description.metadata.userDefined)
-    except Exception as error:  # of protobuf, of the file system, of coremltools' library in C++
-        raise ExportError(f'{path} cannot be read: {type(error).__name__}. Export it again.') from error
-    if 'caretrans' not in facts:
-        raise ExportError(f'{path} was not exported by coreml/export.py: it does not say what it is.')
-    return facts
-
-
-# Files ----------------------------------------------------------------------------------------------------------------
-
-def _make(source: Source, job: Job) -> Any:
-    model = _convert(source, job)
-    if job.output == 'classes' and job.format == 'mlpackage':
-        model = _rename_output(model, f'{LABEL}_probs', 'probabilities')
-    if job.format == 'mlmodel':
-        model = _compress_network(model, job)
-    elif job.compress != 'none':
-        model = _compress_program(model, job.compress)
-    _describe(model, source, job)
-    return model
-
-
 def _save(model: Any, job: Job, path: Path) -> None:
-    """Under the suffix that coremltools insists on, then moved: `path` is the whole program or nothing."""
+    """Save under the suffix that coremltools insists on, then move: `path` is the whole program or nothing."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix='.coreml-') as folder:
         saved = Path(folder) / f'program{job.kind.suffix}'
         model.save(str(saved))
@@ -224,48 +180,56 @@ def write(source: Source, job: Job, path: Path) -> list[str]:
     """Convert, compress, describe and save.
 
     Raises:
-        ConfigError: The network does not fit the settings.
         ExportError: coremltools failed; nothing is left at `path`.
     """
     import_coremltools()
     try:
         with quiet(*LOGGERS):
-            _save(_make(source, job), job, path)
+            model = (_compress_program if job.format == 'mlpackage' else _compress_network)(_convert(source, job), job)
+            _describe(model, source, job)
+            _save(model, job, path)
     except OSError as error:
         raise ExportError(f'{path} cannot be written: {error.strerror or error}.') from error
-    except Exception as error:  # of whatever pass of coremltools meets what it does not know
+    except Exception as error:  # of any pass of coremltools
         raise ExportError(
             f'{path}: coremltools {version("coremltools")} with torch {torch.__version__} could not convert '
             f'{source.name}: {type(error).__name__}: {" ".join(str(error).split())[:500]}') from error
-    if job.format == 'mlmodel':
-        return ['A neural network of iOS 13 and later, whatever --target says.']
-    return []
+    return ['A neural network of iOS 13 and later, whatever --target says.'] if job.format == 'mlmodel' else []
 
 
-def read(source: Source, job: Job, path: Path) -> Program:
-    """What is in the file, evaluated operation by operation, as the phone rounds.
+def read_facts(path: Path) -> dict[str, str]:
+    """The metadata in a saved program: model, form, format, precision, input, size and more, as text.
 
     Raises:
-        ExportError: It is damaged, holds what the evaluator does not know, or names no classes where it should.
+        ExportError: It cannot be read, or is not one of ours.
+    """
+    with quiet(*LOGGERS), reading(path):
+        facts = dict(import_coremltools().utils.load_spec(str(path)).description.metadata.userDefined)
+    if 'caretrans' not in facts:
+        raise ExportError(f'{path} was not exported by coreml/export.py: it has no metadata of it.')
+    return facts
+
+
+def read(job: Job, path: Path) -> Program:
+    """The program in a file, evaluated operation by operation, with the rounding of phones.
+
+    Raises:
+        ExportError: It is damaged, has an unknown operation, or names no classes.
     """
     program = evaluate(path, job)
     if job.output == 'classes' and program.labels is None:
-        raise ExportError(f'{path} has no labels, so it cannot give classes. Export it again.')
+        raise ExportError(f'{path} has no labels, so it cannot name classes. Export it again.')
     if program.labels is None:
-        try:
+        with reading(path):
             program.labels = read_class_names(read_facts(path))
-        except KeyError as error:
-            raise ExportError(f'{path} names no classes. Export it again.') from error
     return program
 
 
 def evaluate(path: Path, job: Job) -> Program:
-    """The same of a file that need not say what it is; its labels are those of a classifier alone."""
+    """The same for files without our metadata; only classifiers have labels."""
     with quiet(*LOGGERS):
-        if job.format != 'mlmodel':  # ML Programs, those inside other formats too
-            from .mil_evaluator import read_ml_program
+        if job.format != 'mlmodel':  # ML Programs, also those inside other formats
             return read_ml_program(path).to_program()
-        from .network_evaluator import read_network
         program = read_network(path, half=job.precision == 'fp16').to_program()
     if job.precision == 'fp32':
         program.notes.append('computed in float32; a phone may compute it in float16')

@@ -1,33 +1,27 @@
-"""Programs of ONNX, run by ONNX Runtime, in float32 and quantised to int8; benchmark.py runs what is made here too.
-
-ONNX Runtime is told not to report its use to its makers.
-"""
+"""ONNX programs, run by ONNX Runtime, in float32 and quantized to int8."""
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import ExportError
-from ..runtimes.onnx import INPUT, OPSET, convert, import_onnxruntime, make_session, quantize, split_batches
-from ..runtimes.tracing import trace_any_size
-from .config import Job
-from .metadata import describe, read_class_names
-from .source import Source, build_network
-from .verify import Program
+from ...runtimes.onnx import INPUT, OPSET, convert, import_onnxruntime, make_session, quantize, split_batches
+from ...runtimes.tracing import trace_any_size
+from ..config import Job
+from ..metadata import describe, read_class_names
+from ..program import Program, reading
+from ..source import Source, build_network
 
 __all__ = ['read', 'write']
 
-ANY_SIZE = 'any number of images, of any height and width that the network takes'  # the tracer's checks are left out
+ANY_SIZE = 'any number of images, of any height and width that the network takes'  # without the tracer's checks
 AXES = ('batch', None, 'height', 'width')
 SHAPE_CHANGES = ('Reshape', 'Transpose', 'Unsqueeze', 'Squeeze', 'Flatten', 'Expand')
 INT64 = 7  # of onnx.TensorProto
 
 
-# From PyTorch ---------------------------------------------------------------------------------------------------------
-
 def _name_axes(model: Any) -> None:
-    """Call the axes that are free by their names, instead of the tracer's numbers."""
+    """Name the free axes, instead of the tracer's numbers."""
     dims = model.graph.input[0].type.tensor_type.shape.dim
     names = {dim.dim_param: name for dim, name in zip(dims, AXES, strict=True) if dim.dim_param}
     for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
@@ -38,21 +32,12 @@ def _name_axes(model: Any) -> None:
                 dim.ClearField('dim_param')  # arithmetic on the tracer's numbers
 
 
-def _make_model(source: Source, job: Job) -> tuple[Any, str]:
-    """The network of a job in float32, for any number of images of any size where that can be, and a remark on that."""
+def write(source: Source, job: Job, path: Path) -> list[str]:
+    """Write a program for any number of images of any size, where the network allows it."""
+    import onnx
     program, remark = trace_any_size(build_network(source, job), source.make_example(job))
     model = convert(program, job.output)
     _name_axes(model)
-    return model, remark
-
-
-# int8 -----------------------------------------------------------------------------------------------------------------
-
-# Files ----------------------------------------------------------------------------------------------------------------
-
-def write(source: Source, job: Job, path: Path) -> list[str]:
-    import onnx
-    model, remark = _make_model(source, job)
     if job.precision == 'int8':
         batches = split_batches(source.make_calibration(job), job.batch)
         model = onnx.load_from_string(quantize(model.SerializeToString(), batches))
@@ -64,7 +49,7 @@ def write(source: Source, job: Job, path: Path) -> list[str]:
 
 
 def _list_shape_changes(model: Any) -> list[str]:
-    """Of tensors, not of the shapes themselves, which are integers."""
+    """Reshapes and transposes of tensors; those of shapes, which are integers, do not count."""
     types = {value.name: value.type.tensor_type for value in [*model.graph.value_info, *model.graph.output]}
     lines = []
     for node in model.graph.node:
@@ -75,17 +60,15 @@ def _list_shape_changes(model: Any) -> list[str]:
     return lines
 
 
-def read(source: Source, job: Job, path: Path) -> Program:
+def read(job: Job, path: Path) -> Program:
     import onnx
     onnxruntime = import_onnxruntime()
-    try:
-        program = path.read_bytes()
-        model = onnx.load_from_string(program)
+    with reading(path):
+        content = path.read_bytes()
+        model = onnx.load_from_string(content)
         onnx.checker.check_model(model)
         labels = read_class_names({entry.key: entry.value for entry in model.metadata_props})
-        session = make_session(program, torch.get_num_threads())
-    except Exception as error:  # of protocol buffers, of ONNX, of ONNX Runtime
-        raise ExportError(f'{path} cannot be read: {type(error).__name__}. Export it again.') from error
+        session = make_session(content, torch.get_num_threads())
     operations = Counter(node.op_type for node in model.graph.node if node.op_type != 'Constant')
     return Program(
         lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0]),

@@ -1,0 +1,50 @@
+"""Programs of torch.export, saved and loaded: for servers, and as input of other compilers."""
+import json
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from ...runtimes.tracing import trace_any_size
+from ..config import Job
+from ..metadata import describe, read_class_names
+from ..program import Program, reading
+from ..source import Source, build_network
+
+__all__ = ['ANY_SIZE', 'read', 'write']
+
+FACTS = 'caretrans.json'
+ANY_SIZE = 'any number of images, of any height and width from 64 pixels on'
+SHAPE_CHANGES = (
+    'view', 'reshape', 'flatten', 'squeeze', 'unsqueeze', 'transpose', 'permute', 't', 'mT', 'numpy_T', 'expand')
+
+
+def write(source: Source, job: Job, path: Path) -> list[str]:
+    """Write a program for any number of images of any size, where the network allows it."""
+    program, remark = trace_any_size(build_network(source, job), source.make_example(job))
+    torch.export.save(program, path, extra_files={FACTS: json.dumps(describe(source, job))})
+    return [remark or ANY_SIZE]
+
+
+def _computes(node: torch.fx.Node) -> bool:
+    """Whether a node computes a tensor, rather than a size or an assertion."""
+    return node.op == 'call_function' and str(node.target).startswith('aten.') \
+        and isinstance(node.meta.get('val'), (torch.Tensor, list, tuple))
+
+
+def read(job: Job, path: Path) -> Program:
+    extra = {FACTS: ''}
+    with reading(path):
+        program = torch.export.load(path, extra_files=extra)
+        labels = read_class_names(json.loads(extra[FACTS]))
+    calls = [node for node in program.graph.nodes if _computes(node)]
+    kinds = [str(node.target).removeprefix('aten.').removesuffix('.default') for node in calls]
+    changes = [
+        f'{node.name} to {tuple(node.meta["val"].shape)}' for node, kind in zip(calls, kinds, strict=True)
+        if kind.split('.')[0] in SHAPE_CHANGES]
+    module = program.module()
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return module(images)
+    return Program(run, f'PyTorch {torch.__version__}', labels, dict(Counter(kinds)), changes)

@@ -1,0 +1,16 @@
+"""Fixtures of the tests of exports."""
+import os
+
+import pytest
+from exports import Programs
+
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'slow: a large conversion, beyond what every change needs')
+
+
+@pytest.fixture(scope='session')
+def programs(tmp_path_factory):
+    """Converted programs on disk, shared by all processes of pytest-xdist."""
+    folder = tmp_path_factory.getbasetemp()
+    return Programs((folder.parent if 'PYTEST_XDIST_WORKER' in os.environ else folder) / 'programs')
