@@ -3,7 +3,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import check_settings, parse_flags, setting
+from ..flags import check_settings, parse_flags, setting
 from ..errors import ConfigError
 from ..measure.names import expand_models, parse_size
 from .formats.table import FORMATS, Format, find_obstacle
