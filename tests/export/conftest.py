@@ -5,10 +5,6 @@ import pytest
 from exports import Programs
 
 
-def pytest_configure(config):
-    config.addinivalue_line('markers', 'slow: a large conversion, beyond what every change needs')
-
-
 @pytest.fixture(scope='session')
 def programs(tmp_path_factory):
     """Converted programs on disk, shared by all processes of pytest-xdist."""
