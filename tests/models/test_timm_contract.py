@@ -72,13 +72,14 @@ def run(module: ModuleType, test: str, name: str) -> None:
     function(**{key: arguments[key] for key in inspect.signature(function).parameters})
 
 
-@pytest.mark.parametrize('test', FOR_ALL_MODELS)
-@pytest.mark.parametrize('name', MODELS)
+FULL = one_of_each_file()  # the other models run the cheap tests with few blocks of their own widths
+CHEAP = [test for test in FOR_ALL_MODELS if not any(word in test for word in ('backward', 'torchscript', 'fx'))]
+
+
+@pytest.mark.parametrize('name, test', [
+    (name, test) for name in MODELS for test in (FOR_ALL_MODELS if name in FULL else CHEAP)])
 def test_timm(timm_tests, monkeypatch, name, test):
-    """The first model of each file at its full depth, the others with few blocks of their own widths."""
-    if name not in one_of_each_file():
-        if 'backward' in test or 'torchscript' in test or 'fx' in test:
-            pytest.skip('the first model of the file stands for it')
+    if name not in FULL:
         monkeypatch.setattr(timm_tests, 'create_model', partial(timm.create_model, depths=SHALLOW))
     if test == 'test_model_default_cfgs':
         name = f'{name}.{get_pretrained_cfg(name).tag}'
