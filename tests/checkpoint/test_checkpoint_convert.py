@@ -104,10 +104,10 @@ def test_what_was_found_about_evaluation_is_kept(tmp_path):
     torch.save(published_state_dict('care_s0'), source)
     flags = ['--img-size', '96', '--crop-mode', 'squash', '--interpolation', 'bilinear']
     assert main(['convert', str(source), str(target), '--to', 'caretrans', *flags]) == 0
-    _, loaded, config = load_for_evaluation(target)
+    model, loaded, config = load_for_evaluation(target)
     assert (config['input_size'], config['crop_mode'], config['crop_pct']) == ([3, 96, 96], 'squash', 1.)
     assert config['interpolation'] == 'bilinear' and loaded.meta['eval_config'] == config
-    assert set(list_sources(loaded).values()) == {'checkpoint', 'model'}
+    assert set(list_sources(model, loaded).values()) == {'checkpoint', 'model'}
     assert convert_checkpoint(target, back, 'published').endswith(
         'evaluate it with --img-size 96 --crop-pct 1.0 --interpolation bilinear --crop-mode squash')
 

@@ -210,9 +210,9 @@ def test_the_image_size_that_a_file_of_cas_vit_states_counts(tmp_path, side, ask
     path = save_casvit(tmp_path / 'x.pth', timm.create_model('casvit_xs', device='meta').to_empty(device='cpu'),
                        side=side)
     for file in (path, tmp_path / 'y.safetensors'):
-        _, loaded, config = load_for_evaluation(file, asked, **flags)
+        model, loaded, config = load_for_evaluation(file, asked, **flags)
         assert (config['input_size'][1], config['crop_mode'], config['crop_pct']) == expected
-        assert list_sources(loaded, asked, **flags)['img_size'] == source
+        assert list_sources(model, loaded, asked, **flags)['img_size'] == source
         convert_checkpoint(path, tmp_path / 'y.safetensors', 'caretrans', overwrite=True)
 
 
