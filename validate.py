@@ -6,7 +6,7 @@ import caretrans  # noqa: F401 (registers the models)
 from caretrans.devices import resolve_device
 from caretrans.distributed import find_processes, shared_errors
 from caretrans.errors import run_command
-from caretrans.evaluation import describe_result, evaluate_checkpoint
+from caretrans.evaluation import EvalConfig, describe_result, evaluate_checkpoint
 from caretrans.flags import DEVICE_HELP, FlagParser, add_checkpoint_flags, number
 from caretrans.fuse import FORMS
 from caretrans.progress import show_messages
@@ -43,7 +43,7 @@ def run() -> int:
     as_json = flags.pop('json')
     flags['device'] = resolve_device(flags['device'], processes.local_rank)
     with shared_errors():  # it fails on all processes, whichever found the problem
-        result = evaluate_checkpoint(**flags, progress_stream=sys.stderr if as_json else None)
+        result = evaluate_checkpoint(EvalConfig(**flags), sys.stderr if as_json else None)
     if processes.is_primary:
         print(json.dumps(result, indent=2) if as_json else '\n'.join(describe_result(result)))
     return 0

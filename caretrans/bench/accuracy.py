@@ -49,7 +49,7 @@ def _score(
     result, details = evaluate_in_detail(
         model, loader, device, num_classes=num_classes,
         report=lambda seen: progress.update(before + seen - progress.count))
-    return result, details.answers[:, 0]
+    return result, details.predictions[:, 0]
 
 
 def measure_accuracy(

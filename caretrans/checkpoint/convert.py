@@ -64,7 +64,7 @@ def convert_checkpoint(
         tensors = _rename_for_mmpretrain(model, name, tensors, checkpoint)
     summary = (f'{name}, {model.num_classes} classes: {len(tensors)} tensors from {source}'
                f'{f", entry {checkpoint.entry}," if checkpoint.entry else ""} to {target} in the {layout} layout')
-    if layout != 'caretrans' and (tagged or read_settings(checkpoint)):
+    if layout != 'caretrans' and (tagged or read_settings(model, checkpoint)):
         summary += _describe_settings(model, eval_config)
     if target.suffix == '.safetensors':
         write_safetensors(target, tensors, meta)

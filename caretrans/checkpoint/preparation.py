@@ -1,4 +1,4 @@
-"""How images are made ready for a checkpoint: as flags say, else as its file does, else as is usual for its model."""
+"""Image settings for evaluation: from flags, else from the checkpoint file, else from the model."""
 import logging
 from typing import Any
 
@@ -10,21 +10,20 @@ from timm.models import get_pretrained_cfg
 from ..models.backbone import resolve_alias
 from .file import Checkpoint
 
-__all__ = ['list_sources', 'read_settings', 'resolve_eval_config', 'resolve_settings']
+__all__ = ['FLAGS', 'list_sources', 'read_settings', 'resolve_eval_config', 'resolve_settings']
 
 NAMES = ('input_size', 'interpolation', 'crop_pct', 'crop_mode', 'channel_order', 'mean', 'std')  # in an eval_config
-FLAGS = {'img_size': 'input_size', **{name: name for name in NAMES[1:5]}}  # flag: what it goes over
-CASVIT, SQUASHED_FROM, SQUASHED_TAG = 'casvit_', 384, 'r384_in1k'  # pixels from which CAS-ViT does not crop
+FLAGS = {'img_size': 'input_size', **{name: name for name in NAMES[1:5]}}  # flag: the setting that it overrides
 
 _logger = logging.getLogger(__name__)
 
 
 def resolve_eval_config(model: nn.Module, **overrides: Any) -> dict[str, Any]:
-    """How images are made ready for evaluation: input_size, interpolation, crop_pct, crop_mode, mean, std.
+    """The image settings for evaluation: input_size, interpolation, crop_pct, crop_mode, mean, std.
 
-    `overrides` (img_size, crop_pct, interpolation, ...; None is no override) go over the model's `pretrained_cfg`.
-    With crop_mode 'squash' alone crop_pct is 1: the whole image. With channel_order 'bgr' that is in it too; where it
-    is not, images are RGB.
+    `overrides` (img_size, crop_pct, interpolation, ...; None is no override) take precedence over the model's
+    `pretrained_cfg`. crop_mode 'squash' sets crop_pct to 1, the whole image, unless it is given. channel_order is
+    included only if it is 'bgr'; without it images are RGB.
     """
     given = {key: value for key, value in overrides.items() if value is not None}
     given.setdefault('in_chans', getattr(model, 'in_chans', 3))
@@ -39,61 +38,63 @@ def resolve_eval_config(model: nn.Module, **overrides: Any) -> dict[str, Any]:
 
 
 def read_settings(
-        checkpoint: Checkpoint, model_name: str | None = None, img_size: int | None = None) -> dict[str, Any]:
-    """What a file says, under the names of `resolve_eval_config`: its `eval_config`, or arguments of CAS-ViT's authors.
+        model: nn.Module, checkpoint: Checkpoint, model_name: str | None = None,
+        img_size: int | None = None) -> dict[str, Any]:
+    """The settings stored in a file, under the names of `resolve_eval_config`.
 
-    Those state an image size (`args.input_size`), and from 384 pixels on the image is squashed, not cropped. They do
-    not count where a tag says how to evaluate.
+    They are its `eval_config`; or for a model with `squash_from` what the authors' training arguments say: an image
+    size (`args.input_size`), from which the images are squashed if it is large enough. A tag in `model_name` takes
+    precedence over those arguments.
 
     Args:
-        model_name: Asked for, with or without a tag.
-        img_size: Asked for; below 384 pixels a file of CAS-ViT says nothing on cropping.
+        model: The model of the file.
+        model_name: The requested name, with or without a tag.
+        img_size: The requested size; below `squash_from` the arguments say nothing about cropping.
     """
     stored = checkpoint.meta.get('eval_config')
     if stored:
         return {name: stored[name] for name in NAMES if stored.get(name) is not None}
-    args = checkpoint.meta.get('args')
-    args = args if isinstance(args, dict) else {}
-    side, name = args.get('input_size'), args.get('model')
-    if '.' in (model_name or '') or not isinstance(side, int) or not (isinstance(name, str) and timm.is_model(name)):
+    args, squash_from = checkpoint.meta.get('args'), getattr(model, 'squash_from', None)
+    if not squash_from or not isinstance(args, dict) or '.' in (model_name or ''):
         return {}
-    name = resolve_alias(name).partition('.')[0]
-    if not name.startswith(CASVIT):
+    side, name = args.get('input_size'), args.get('model')
+    if not isinstance(side, int) or not (isinstance(name, str) and timm.is_model(name)):
         return {}
     settings: dict[str, Any] = dict(input_size=[3, side, side])
-    if min(side, img_size or side) >= SQUASHED_FROM:
-        cfg = get_pretrained_cfg(f'{name}.{SQUASHED_TAG}')
+    if min(side, img_size or side) >= squash_from[0]:
+        cfg = get_pretrained_cfg(f'{resolve_alias(name).partition(".")[0]}.{squash_from[1]}')
         settings.update(crop_pct=cfg.crop_pct, crop_mode=cfg.crop_mode)
     return settings
 
 
 def _drop_crop(stored: dict[str, Any], flags: dict[str, Any]) -> bool:
-    """Whether a flag squashes what the file would crop: then its share of the image is not meant."""
+    """Whether a flag squashes what the file would crop, so that the crop_pct of the file does not apply."""
     return flags.get('crop_mode') == 'squash' != stored.get('crop_mode') and 'crop_pct' not in flags
 
 
 def resolve_settings(
         model: nn.Module, checkpoint: Checkpoint, model_name: str | None = None, **overrides: Any) -> dict[str, Any]:
-    """`resolve_eval_config` of `overrides` (None is none), over `read_settings`, over the model's `pretrained_cfg`."""
+    """`resolve_eval_config` of `overrides` (None is none), then `read_settings`, then the model's `pretrained_cfg`."""
     flags = {name: value for name, value in overrides.items() if value is not None}
-    stored = read_settings(checkpoint, model_name, flags.get('img_size'))
+    stored = read_settings(model, checkpoint, model_name, flags.get('img_size'))
     kept = {name: value for name, value in stored.items() if name != 'input_size' or 'img_size' not in flags}
     if _drop_crop(stored, flags):
         kept.pop('crop_pct', None)
     config = resolve_eval_config(model, **{**kept, **flags})
-    name = model.pretrained_cfg.get('architecture') or ''
-    said = {'crop_mode', 'crop_pct'} & {*flags, *stored} or config['crop_mode'] == 'squash'
-    if name.startswith(CASVIT) and flags.get('img_size', 0) >= SQUASHED_FROM and not said:
-        _logger.info(
-            'From %d pixels on CAS-ViT is published to be squashed, not cropped: --model %s.%s, or --crop-mode squash',
-            SQUASHED_FROM, name, SQUASHED_TAG)
+    squash_from = getattr(model, 'squash_from', None)
+    stated = {'crop_mode', 'crop_pct'} & {*flags, *stored} or config['crop_mode'] == 'squash'
+    if squash_from and flags.get('img_size', 0) >= squash_from[0] and not stated:
+        name = model.pretrained_cfg['architecture']
+        _logger.info('From %d pixels on %s is published with squashed, not cropped images: --model %s.%s, or '
+                     '--crop-mode squash', squash_from[0], name, name, squash_from[1])
     return config
 
 
-def list_sources(checkpoint: Checkpoint, model_name: str | None = None, **overrides: Any) -> dict[str, str]:
-    """Where `resolve_settings` has each setting from: flag, checkpoint or model."""
+def list_sources(
+        model: nn.Module, checkpoint: Checkpoint, model_name: str | None = None, **overrides: Any) -> dict[str, str]:
+    """The source of each setting of `resolve_settings`: flag, checkpoint or model."""
     flags = {name: value for name, value in overrides.items() if value is not None}
-    stored = read_settings(checkpoint, model_name, flags.get('img_size'))
+    stored = read_settings(model, checkpoint, model_name, flags.get('img_size'))
     given = {*flags, 'crop_pct'} if _drop_crop(stored, flags) else flags
     return {flag: 'flag' if flag in given else 'checkpoint' if name in stored else 'model'
             for flag, name in FLAGS.items()}

@@ -1,6 +1,7 @@
 """Evaluation and prediction."""
-from .evaluate import describe_result, evaluate_checkpoint, load_for_evaluation, open_data
+from .evaluate import EvalConfig, describe_result, evaluate_checkpoint, load_for_evaluation, open_data
 from .predict import find_images, predict_images
 
 __all__ = [
-    'describe_result', 'evaluate_checkpoint', 'find_images', 'load_for_evaluation', 'open_data', 'predict_images']
+    'EvalConfig', 'describe_result', 'evaluate_checkpoint', 'find_images', 'load_for_evaluation', 'open_data',
+    'predict_images']

@@ -3,14 +3,14 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.nn as nn
 from torch.utils.data import Dataset
 
 from ..checkpoint.load import Checkpoint, create_from_checkpoint
-from ..checkpoint.preparation import list_sources, resolve_settings
+from ..checkpoint.preparation import FLAGS, list_sources, resolve_settings
 from ..data.datasets import describe_classes, list_classes, open_dataset
 from ..data.loaders import EvalLoader, build_eval_loader
 from ..distributed import Processes, find_processes, join_processes, leave_processes
@@ -20,10 +20,52 @@ from ..progress import Progress
 from .metrics import evaluate_in_detail, list_worst, tabulate_classes, write_classes
 from .real_labels import RealLabels
 
-__all__ = ['describe_result', 'evaluate_checkpoint', 'load_for_evaluation', 'open_data']
+__all__ = ['EvalConfig', 'describe_result', 'evaluate_checkpoint', 'load_for_evaluation', 'open_data']
 
 CPU = torch.device('cpu')
-UNUSUAL = (('crop_mode', 'center'), ('channel_order', 'rgb'))  # named where they are not so
+USUAL = dict(crop_mode='center', channel_order='rgb')  # printed only where a setting differs
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """The options of an evaluation, those of validate.py.
+
+    Attributes:
+        checkpoint, model_name, entry: As in `create_from_checkpoint`.
+        data, dataset, split: As in `open_dataset`; by default those of the training.
+        device, amp, form: Of the forward pass, see `caretrans.fuse.to_form` for the form of the network.
+        batch_size, workers: Of each process.
+        expect: The number of images that must be counted; None for any.
+        per_class: CSV file to write, one row per class.
+        worst: The number of worst classes to list with what they are mistaken for.
+        real_labels: '' for the ImageNet-ReaL labels packed with timm, or a file of them; None for none.
+        img_size, crop_pct, crop_mode, interpolation, channel_order: Of the images, see `load_for_evaluation`.
+    """
+    checkpoint: str
+    data: str = ''
+    split: str = ''
+    dataset: str = ''
+    model_name: str | None = None
+    entry: str | None = None
+    device: torch.device = CPU
+    amp: str = 'off'
+    form: str = 'trained'
+    batch_size: int = 64
+    workers: int = 2
+    expect: int | None = None
+    per_class: str = ''
+    worst: int = 0
+    real_labels: str | None = None
+    img_size: int | None = None
+    crop_pct: float | None = None
+    crop_mode: str | None = None
+    interpolation: str | None = None
+    channel_order: str | None = None
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The image settings, under the names that `resolve_settings` takes."""
+        return {flag: getattr(self, flag) for flag in FLAGS}
 
 
 def load_for_evaluation(
@@ -33,10 +75,10 @@ def load_for_evaluation(
         device: torch.device = CPU,
         **overrides: Any,
 ) -> tuple[nn.Module, Checkpoint, dict[str, Any]]:
-    """The model of a checkpoint in evaluation mode, the checkpoint, and how images are made ready for it.
+    """Load the model of a checkpoint in evaluation mode; returns it, the checkpoint and the image settings.
 
-    `overrides` (img_size, crop_pct, crop_mode, interpolation, channel_order; None is no override) go over what the
-    checkpoint was evaluated with in training (see `read_settings`), which goes over the `pretrained_cfg` of the model.
+    `overrides` (img_size, crop_pct, crop_mode, interpolation, channel_order; None is no override) take precedence over
+    the settings in the checkpoint (see `read_settings`), and those over the model's `pretrained_cfg`.
     """
     model, loaded = create_from_checkpoint(checkpoint, model_name, entry)
     return model.eval().to(device), loaded, resolve_settings(model, loaded, model_name, **overrides)
@@ -48,7 +90,6 @@ def load_for_evaluation(
 class _Evaluation:
     """What one process needs to score its share of the images; `facts` are reported with the figures."""
     model: nn.Module
-    device: torch.device
     loader: EvalLoader
     images: int
     class_names: list[str]
@@ -57,7 +98,7 @@ class _Evaluation:
 
 
 def open_data(loaded: Checkpoint, data: str, split: str, dataset: str, num_classes: int) -> tuple[Dataset, str]:
-    """The images to score, those of the training if none are named; and what to call them."""
+    """Open the images to score, by default those of the training; returns them and their name in messages."""
     trained = loaded.meta.get('config') or {}
     if not data and not dataset:
         data, dataset = trained.get('data', ''), trained.get('dataset', '')
@@ -71,114 +112,83 @@ def open_data(loaded: Checkpoint, data: str, split: str, dataset: str, num_class
     return images, data or dataset
 
 
-def _prepare(
-        checkpoint: str, data: str, split: str, dataset: str, model_name: str | None, entry: str | None,
-        device: torch.device, processes: Processes, batch_size: int, workers: int, expect: int | None,
-        real_labels: str | None, form: str, **overrides: Any,
-) -> _Evaluation:
-    """Load, open and check everything, without talking to the other processes."""
-    model, loaded, eval_config = load_for_evaluation(checkpoint, model_name, entry, device, **overrides)
-    if form != 'trained':
-        model = to_form(model, form)
-    images, name = open_data(loaded, data, split, dataset, model.num_classes)
-    if expect is not None and len(images) != expect:
-        raise DataError(f'{name} has {len(images)} images, but {expect} are expected.')
+def _prepare(config: EvalConfig, processes: Processes) -> _Evaluation:
+    """Load, open and check everything, without communication between the processes."""
+    model, loaded, eval_config = load_for_evaluation(
+        config.checkpoint, config.model_name, config.entry, config.device, **config.overrides)
+    sources = list_sources(model, loaded, config.model_name, **config.overrides)
+    if config.form != 'trained':
+        model = to_form(model, config.form)
+    images, name = open_data(loaded, config.data, config.split, config.dataset, model.num_classes)
+    if config.expect is not None and len(images) != config.expect:
+        raise DataError(f'{name} has {len(images)} images, but {config.expect} are expected.')
     facts = dict(
-        checkpoint=str(checkpoint), entry=loaded.entry, model=model.pretrained_cfg['architecture'], form=form,
-        data=name, eval_config=eval_config, eval_sources=list_sources(loaded, model_name, **overrides),
-        processes=processes.world_size)
+        checkpoint=str(config.checkpoint), entry=loaded.entry, model=model.pretrained_cfg['architecture'],
+        form=config.form, data=name, eval_config=eval_config, eval_sources=sources, processes=processes.world_size)
     return _Evaluation(
-        model, device, build_eval_loader(images, eval_config, batch_size, workers, processes, device), len(images),
-        describe_classes(loaded.meta.get('class_names') or list_classes(images), model.num_classes),
-        None if real_labels is None else RealLabels(images, model.num_classes, real_labels), facts)
+        model, build_eval_loader(images, eval_config, config.batch_size, config.workers, processes, config.device),
+        len(images), describe_classes(loaded.meta.get('class_names') or list_classes(images), model.num_classes),
+        None if config.real_labels is None else RealLabels(images, model.num_classes, config.real_labels), facts)
 
 
 def _score(
-        work: _Evaluation, processes: Processes, amp: str, progress_stream: Any, expect: int | None, worst: int,
+        config: EvalConfig, work: _Evaluation, processes: Processes, progress_stream: TextIO | None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The result of `evaluate_checkpoint` without its file, and the rows of that."""
+    """The result of `evaluate_checkpoint` without `per_class`, and the rows for it."""
     stream = progress_stream if processes.is_primary else io.StringIO()
     with Progress(work.images, stream=stream) as progress:  # of this process, the others are about as far
         progress.describe('evaluation')
         result, details = evaluate_in_detail(
-            work.model, work.loader, work.device, amp, processes=processes,
+            work.model, work.loader, config.device, config.amp, processes=processes,
             report=lambda seen: progress.update(min(seen * processes.world_size, work.images) - progress.count))
     result = dict(result, **work.facts)
-    left_out = [name for name, _ in result['unreadable']]
-    if expect is not None and result['images'] != expect:
-        raise DataError(f'{result["images"]} images were counted, but {expect} are expected: {len(left_out)} could not '
-                        f'be read, {list_names(left_out)}.')
+    unreadable = [name for name, _ in result['unreadable']]
+    if config.expect is not None and result['images'] != config.expect:
+        raise DataError(f'{result["images"]} images were counted, but {config.expect} are expected: {len(unreadable)} '
+                        f'could not be read, {list_names(unreadable)}.')
     rows = tabulate_classes(details, work.class_names)
-    if worst:
-        result['worst'] = list_worst(rows, worst)
+    if config.worst:
+        result['worst'] = list_worst(rows, config.worst)
     if work.real_labels is not None:
-        result['real'] = work.real_labels.score(details.answers, work.loader.share, left_out, processes)
+        result['real'] = work.real_labels.score(details.predictions, work.loader.share, unreadable, processes)
     return result, rows
 
 
-def evaluate_checkpoint(
-        checkpoint: str,
-        data: str = '',
-        split: str = '',
-        dataset: str = '',
-        model_name: str | None = None,
-        entry: str | None = None,
-        device: torch.device = CPU,
-        batch_size: int = 64,
-        workers: int = 2,
-        amp: str = 'off',
-        progress_stream: Any = None,
-        expect: int | None = None,
-        per_class: str = '',
-        worst: int = 0,
-        real_labels: str | None = None,
-        form: str = 'trained',
-        **overrides: Any,
-) -> dict[str, Any]:
-    """Top-1, top-5 and loss of a checkpoint over a data set, shared out to the processes that torchrun started.
+def evaluate_checkpoint(config: EvalConfig, progress_stream: TextIO | None = None) -> dict[str, Any]:
+    """Top-1, top-5 and loss of a checkpoint on a data set, split between the processes that torchrun started.
 
-    Args:
-        data, dataset, split: As in `open_dataset`; what the checkpoint was trained with, if not given.
-        batch_size, workers: Of each process.
-        expect: How many images must be counted.
-        per_class: CSV file to write, a row for each class.
-        worst: How many of the worst classes to list with what they are taken for.
-        real_labels: '' for the ImageNet-ReaL labels packed with timm, or a file of them; None for none.
-        form: Of the network, see `caretrans.fuse.to_form`.
-        overrides: See `load_for_evaluation`.
     Returns:
-        On every process what `metrics.evaluate` returns, and checkpoint, entry, model, data, eval_config,
-        eval_sources, form, processes; where asked for also per_class and worst (rows of `metrics.tabulate_classes`),
-        and real (top1, top5, images).
+        On every process the figures of `metrics.evaluate`, and checkpoint, entry, model, data, eval_config,
+        eval_sources, form, processes; on request also per_class and worst (rows of `metrics.tabulate_classes`), and
+        real (top1, top5, images).
     Raises:
         CheckpointError, ConfigError, DataError: The file, the device or the data cannot be used, their classes differ,
-            or the images are not as many as expected; on every process, whichever found it.
+            or the number of images is not the expected one; on every process, whichever found it.
     """
     processes, work, problem = find_processes(), None, None
     try:
-        if per_class and not Path(per_class).parent.is_dir():
-            raise DataError(f'{per_class} cannot be written: there is no folder {Path(per_class).parent}.')
-        work = _prepare(  # before the processes meet, since timm's readers of streams would share out the images then
-            checkpoint, data, split, dataset, model_name, entry, device, processes, batch_size, workers, expect,
-            real_labels, form, **overrides)
+        if config.per_class and not Path(config.per_class).parent.is_dir():
+            raise DataError(
+                f'{config.per_class} cannot be written: there is no folder {Path(config.per_class).parent}.')
+        work = _prepare(config, processes)  # before the rendezvous: after it timm's stream readers would split the data
     except (CheckpointError, ConfigError, DataError) as error:
         problem = error
-    processes = join_processes(device)
+    processes = join_processes(config.device)
     try:
         for found in filter(None, processes.gather(problem)):
             raise found
-        result, rows = _score(work, processes, amp, progress_stream, expect, worst)
+        result, rows = _score(config, work, processes, progress_stream)
     finally:
         leave_processes()
-    if per_class:
+    if config.per_class:
         result['per_class'] = rows
         if processes.is_primary:
-            write_classes(per_class, rows)
+            write_classes(config.per_class, rows)
     return result
 
 
 def describe_result(result: dict[str, Any]) -> Iterator[str]:
-    """Lines for people about what `evaluate_checkpoint` returns."""
+    """The result of `evaluate_checkpoint` as lines of text."""
     config, sources = result['eval_config'], result['eval_sources']
     size = 'x'.join(str(side) for side in config['input_size'][1:])
     yield (f'{result["model"]}' + (f', {result["form"]}' if result['form'] != 'trained' else '')
@@ -186,7 +196,7 @@ def describe_result(result: dict[str, Any]) -> Iterator[str]:
            + f', on {result["data"]}' + (f', {result["processes"]} processes' if result['processes'] > 1 else ''))
     yield (f'{size} pixels (from the {sources["img_size"]}), {config["interpolation"]} ({sources["interpolation"]}), '
            f'crop_pct {config["crop_pct"]} ({sources["crop_pct"]})' + ''.join(
-               f', {name} {config[name]} ({sources[name]})' for name, usual in UNUSUAL
+               f', {name} {config[name]} ({sources[name]})' for name, usual in USUAL.items()
                if config.get(name, usual) != usual))
     yield (f'top-1 {result["top1"]:.3f} %   top-5 {result["top5"]:.3f} %   loss {result["loss"]:.4f}   '
            f'{result["images"]} images   {result["images_per_s"]:.1f} images/s')
@@ -195,11 +205,11 @@ def describe_result(result: dict[str, Any]) -> Iterator[str]:
         yield (f'top-1 {real["top1"]:.3f} %   top-5 {real["top5"]:.3f} %   by the ImageNet-ReaL labels of '
                f'{real["images"]} images')
     if 'worst' in result:
-        yield 'The worst classes by top-1, and what they are taken for:'
+        yield 'The worst classes by top-1, and what they are mistaken for:'
         for row in result['worst']:
             wrong = ', '.join(f'{other["name"]} {other["images"]}' for other in row['taken_for'][:3]) or 'nothing else'
             yield (f'  {row["name"]}  {row["top1"]:.1f} % of {row["images"]}: {wrong}')
     if result['unreadable']:
-        yield (f'{len(result["unreadable"])} more image(s) could not be read and are left out of these figures, '
-               f'which are of {result["images"]} images only:')
+        yield (f'{len(result["unreadable"])} more image(s) could not be read and are skipped: these figures are '
+               f'of {result["images"]} images only:')
         yield from (f'  {name}: {reason}' for name, reason in result['unreadable'])

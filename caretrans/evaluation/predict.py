@@ -16,10 +16,10 @@ __all__ = ['find_images', 'predict_images']
 
 
 def find_images(paths: Iterable[str]) -> Iterator[Path]:
-    """The files named, and the images in the folders named, at any depth and in order.
+    """List the given files, and the images in the given folders at any depth, sorted.
 
     Raises:
-        DataError: A path is not there, or a folder has no images.
+        DataError: A path does not exist, or a folder has no images.
     """
     endings = get_img_extensions(as_set=True)
     for path in map(Path, paths):
@@ -47,12 +47,12 @@ def predict_images(
     """The likeliest classes of each image.
 
     Args:
-        images: Files and folders. An image is turned upright as its EXIF data say.
-        topk: How many classes, at most as many as there are.
+        images: Files and folders. Images are rotated upright according to their EXIF data.
+        topk: The number of classes, capped at those of the model.
         overrides: See `load_for_evaluation`.
     Yields:
-        {'image': path, 'classes': names, 'labels': their numbers, 'probabilities': 0 to 1}, or for a file that is no
-        image {'image': path, 'error': why}.
+        {'image': path, 'classes': names, 'labels': their numbers, 'probabilities': 0 to 1}, or for a file that
+        cannot be read {'image': path, 'error': reason}.
     Raises:
         CheckpointError, DataError: Before the first image.
     """
@@ -65,7 +65,7 @@ def predict_images(
             with Image.open(path) as file:
                 image = transform(ImageOps.exif_transpose(file).convert('RGB'))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            yield dict(image=str(path), error=f'is no image that can be read ({type(error).__name__})')
+            yield dict(image=str(path), error=f'cannot be read as an image ({type(error).__name__})')
             continue
         with torch.inference_mode(), autocast(device, amp):
             probabilities = model(image[None].to(device)).float().softmax(dim=-1)[0].cpu()

@@ -21,7 +21,7 @@ CHUNK = 256  # images at a time, so that their scores take little memory
 
 
 class RealLabels:
-    """The real labels of a data set, checked before any work.
+    """The real labels of a data set, checked on construction.
 
     Args:
         dataset: ImageNet's validation images under their names, one class folder each.
@@ -42,8 +42,8 @@ class RealLabels:
         unknown = [name for name in self.names if os.path.basename(name) not in labels]
         if unknown:
             raise DataError(
-                f"--real-labels goes by the names of ImageNet's validation images, such as {next(iter(labels))}: "
-                f'{unknown[0]} has none of them.')
+                f"--real-labels matches the names of ImageNet's validation images, such as {next(iter(labels))}: "
+                f'{unknown[0]} is not one of them.')
 
     def _open(self, names: Sequence[str], top_k: int = 1) -> RealLabelsImagenet:
         try:
@@ -51,7 +51,7 @@ class RealLabels:
         except AssertionError:
             raise DataError(
                 f"--real-labels is for all of ImageNet's validation images: this data set has {len(names)} images, "
-                'another number than there are real labels.') from None
+                'which is not the number of real labels.') from None
         except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise DataError(f'{self.file} cannot be read as real labels: {error}.') from None
         if not all(isinstance(labels, list) for labels in real.real_labels.values()):
@@ -59,26 +59,26 @@ class RealLabels:
         return real
 
     def score(
-            self, answers: torch.Tensor, share: Sequence[int], unreadable: Sequence[str], processes: Processes,
+            self, predictions: torch.Tensor, share: Sequence[int], unreadable: Sequence[str], processes: Processes,
     ) -> dict[str, Any]:
-        """How many images have one of their real labels first, or within the first five answers.
+        """Top-1 and top-5 by the real labels: an image counts if any of its labels is among the likeliest classes.
 
         Args:
-            answers: (n, k) classes for the images of this process, the likeliest first.
-            share: The numbers of this process's images in that order, unreadable ones among them.
-            unreadable: Names of the images that got no answer.
+            predictions: (n, k) classes for the images of this process, the likeliest first.
+            share: The indices of this process's images in that order, including unreadable ones.
+            unreadable: Names of the images without predictions.
         Returns:
             top1 and top5 in percent, images (those that have a real label), over all processes.
         Raises:
             DataError: No image has a real label.
         """
-        left_out, top_k = set(unreadable), answers.shape[1]
-        answered = [self.names[index] for index in share if self.names[index] not in left_out]
-        if len(answered) != len(answers):
-            raise ValueError(f'{len(answers)} answers for {len(answered)} images.')
-        others = self.names[:len(self.names) - len(answered)]  # timm's class wants as many names as there are labels
-        real = self._open(answered + others, top_k)
-        for chunk in answers.split(CHUNK):
+        skipped, top_k = set(unreadable), predictions.shape[1]
+        scored = [self.names[index] for index in share if self.names[index] not in skipped]
+        if len(scored) != len(predictions):
+            raise ValueError(f'{len(predictions)} predictions for {len(scored)} images.')
+        others = self.names[:len(self.names) - len(scored)]  # timm's class needs one name per label
+        real = self._open(scored + others, top_k)
+        for chunk in predictions.split(CHUNK):
             scores = torch.zeros(len(chunk), self.num_classes)
             real.add_result(scores.scatter_(1, chunk, torch.arange(top_k, 0., -1).expand(len(chunk), -1)))
         correct = real.is_correct

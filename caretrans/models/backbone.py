@@ -63,6 +63,8 @@ class Backbone(nn.Module):
     `computed_keys` the ends of the published keys of what is computed here; `load_state_dict` takes both layouts.
     `mmpretrain_keys` are the glossary from the published names to those of a converter for mmpretrain, if there is one.
     `inference_forms` has for some of `caretrans.fuse.FORMS` what makes that form of the fused network.
+    `squash_from` is the image size, in pixels, from which the authors squash images instead of cropping them, and the
+    tag of that setup; None if they always crop.
     See timm's documentation of feature extraction for what the methods are for.
 
     With two heads, `head` and `head_dist`, the output is their mean, in training and in evaluation: trained on plain
@@ -77,6 +79,7 @@ class Backbone(nn.Module):
     computed_keys: Tuple[str, ...] = ()
     mmpretrain_keys: Table = ()
     inference_forms: Dict[str, Callable[[nn.Module], nn.Module]] = {}
+    squash_from: Optional[Tuple[int, str]] = None
     init_module = staticmethod(init_weights)
 
     def __init__(self, distilled: bool) -> None:

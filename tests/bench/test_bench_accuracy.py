@@ -11,7 +11,7 @@ from caretrans.bench import accuracy
 from caretrans.bench.accuracy import measure_accuracy
 from caretrans.bench.setups import Setup
 from caretrans.checkpoint import save_checkpoint
-from caretrans.evaluation import evaluate_checkpoint
+from caretrans.evaluation import EvalConfig, evaluate_checkpoint
 
 
 @pytest.fixture(scope='module')
@@ -33,7 +33,7 @@ def checkpoint(data, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def expected(checkpoint):
-    return evaluate_checkpoint(checkpoint, workers=0)
+    return evaluate_checkpoint(EvalConfig(checkpoint, workers=0))
 
 
 @pytest.fixture(autouse=True)

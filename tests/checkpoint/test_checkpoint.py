@@ -183,7 +183,7 @@ def test_a_damaged_checkpoint_of_another_model_is_still_called_by_its_name(tmp_p
 
 def test_models_added_later_are_recognised(tmp_path, monkeypatch):
     def care_later(pretrained=False, **kwargs):
-        return build_backbone(CareTransformer, 'care_later', pretrained, **{**TINY, **kwargs})
+        return build_backbone(CareTransformer, 'care_later', pretrained, **{**TINY['care_s0'], **kwargs})
 
     care_later.__module__ = 'caretrans.models.later'
     path = tmp_path / 'x.pth'
@@ -314,7 +314,7 @@ def test_a_file_without_heads_makes_a_model_without_heads(tmp_path):
     dict(arch='care_s0'), dict(arch='care_s0.in1k'), dict(args=argparse.Namespace(model='care_s0'))])
 def test_the_model_and_its_arguments_are_those_that_the_file_states(tmp_path, meta):
     source, path = make_tiny(1, num_classes=3, in_chans=2, ablation='no_inter1'), tmp_path / 'x.pth'
-    torch.save(dict(model=source.state_dict(), model_args=dict(TINY, ablation='no_inter1'), **meta), path)
+    torch.save(dict(model=source.state_dict(), model_args=dict(TINY['care_s0'], ablation='no_inter1'), **meta), path)
     for name in (None, 'care_s0', 'care_s0.in1k'):
         model, _ = create_from_checkpoint(path, name, drop_path_rate=0.5, dtype=torch.float64)
         assert same(model.state_dict(), source.double().state_dict())
@@ -345,7 +345,7 @@ def test_other_models_of_timm_load_when_named(tmp_path):
 
 def test_a_model_for_other_classes_is_made_with_new_heads(tmp_path):
     path = tmp_path / 'x.pth'
-    save_checkpoint(path, make_tiny(1), arch='care_s0', model_args=TINY)
+    save_checkpoint(path, make_tiny(1), arch='care_s0', model_args=TINY['care_s0'])
     assert 'heads of 5 classes, care_s0 of 7' in error_of(create_from_checkpoint, path, num_classes=7)
     model, _ = create_from_checkpoint(path, num_classes=7, new_heads=True)
     assert model.num_classes == 7 and torch.equal(model.stem.conv.weight, make_tiny(1).stem.conv.weight)

@@ -43,7 +43,7 @@ def test_the_published_layout_has_the_official_keys_in_the_official_order(tmp_pa
 @pytest.mark.parametrize('layout', ['published', 'caretrans'])
 def test_formats_convert_into_each_other(tmp_path, endings, layout):
     source, middle, target = tmp_path / 'a.pth', tmp_path / f'b{endings[0]}', tmp_path / f'c{endings[1]}'
-    facts = dict(class_names=list('abcde'), model_args=dict(TINY), note='words', epoch=2)
+    facts = dict(class_names=list('abcde'), model_args=dict(TINY['care_s0']), note='words', epoch=2)
     save_checkpoint(
         source, make_tiny(1).half(), arch='care_s0', **facts, optimizer=torch.optim.Adam(make_tiny().parameters(), 1)
         .state_dict(), moment=torch.ones(2))
@@ -63,7 +63,7 @@ def test_formats_convert_into_each_other(tmp_path, endings, layout):
 
 def test_the_entry_to_convert_can_be_named(tmp_path):
     source, target = tmp_path / 'a.pth', tmp_path / 'b.pth'
-    save_checkpoint(source, make_tiny(1), arch='care_s0', ema=make_tiny(2), model_args=TINY)
+    save_checkpoint(source, make_tiny(1), arch='care_s0', ema=make_tiny(2), model_args=TINY['care_s0'])
     for entry, seed in ((None, 2), ('state_dict', 1)):
         convert_checkpoint(source, target, 'published', entry, overwrite=True)
         assert same(torch.load(target), publish(make_tiny(seed).state_dict()))
@@ -71,7 +71,7 @@ def test_the_entry_to_convert_can_be_named(tmp_path):
 
 def test_a_conversion_overwrites_only_when_asked(tmp_path):
     source, target = tmp_path / 'a.pth', tmp_path / 'b.pth'
-    save_checkpoint(source, make_tiny(1), arch='care_s0', model_args=TINY)
+    save_checkpoint(source, make_tiny(1), arch='care_s0', model_args=TINY['care_s0'])
     target.write_text('precious')
     with pytest.raises(CheckpointError, match='b.pth: already exists'):
         convert_checkpoint(source, target, 'published')
@@ -85,7 +85,7 @@ def test_a_conversion_overwrites_only_when_asked(tmp_path):
 def test_a_conversion_refuses_what_it_cannot_do(tmp_path):
     source, target = tmp_path / 'a.pth', tmp_path / 'b.pth'
     state_dict = make_tiny().state_dict()
-    torch.save(dict(model=state_dict, arch='care_s0', model_args=TINY), source)
+    torch.save(dict(model=state_dict, arch='care_s0', model_args=TINY['care_s0']), source)
     with pytest.raises(ValueError, match="layout must be published, caretrans or mmpretrain, not 'timm'"):
         convert_checkpoint(source, target, 'timm')
     with pytest.raises(CheckpointError, match='b.onnx: let the name end in .pth'):
@@ -94,7 +94,7 @@ def test_a_conversion_refuses_what_it_cannot_do(tmp_path):
     torch.save(dict(model=timm.create_model('resnet10t').state_dict(), arch='resnet10t'), source)
     assert 'resnet10t, which is none of ours' in error_of(convert_checkpoint, source, target, 'caretrans')
     del state_dict['stem.conv.bias']
-    torch.save(dict(model=state_dict, arch='care_s0', model_args=TINY), source)
+    torch.save(dict(model=state_dict, arch='care_s0', model_args=TINY['care_s0']), source)
     assert '1 missing: stem.conv.bias: ' in error_of(convert_checkpoint, source, target, 'published')
     assert not target.exists()
 
@@ -104,10 +104,10 @@ def test_what_was_found_about_evaluation_is_kept(tmp_path):
     torch.save(published_state_dict('care_s0'), source)
     flags = ['--img-size', '96', '--crop-mode', 'squash', '--interpolation', 'bilinear']
     assert main(['convert', str(source), str(target), '--to', 'caretrans', *flags]) == 0
-    _, loaded, config = load_for_evaluation(target)
+    model, loaded, config = load_for_evaluation(target)
     assert (config['input_size'], config['crop_mode'], config['crop_pct']) == ([3, 96, 96], 'squash', 1.)
     assert config['interpolation'] == 'bilinear' and loaded.meta['eval_config'] == config
-    assert set(list_sources(loaded).values()) == {'checkpoint', 'model'}
+    assert set(list_sources(model, loaded).values()) == {'checkpoint', 'model'}
     assert convert_checkpoint(target, back, 'published').endswith(
         'evaluate it with --img-size 96 --crop-pct 1.0 --interpolation bilinear --crop-mode squash')
 

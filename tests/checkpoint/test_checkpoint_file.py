@@ -149,13 +149,13 @@ def test_what_is_saved_comes_back(tmp_path):
     optimizer = torch.optim.AdamW(make_tiny(1).parameters())
     save_checkpoint(
         path, make_tiny(1), arch='care_s0', ema=ModelEmaV3(make_tiny(2)), class_names=names, epoch=3,
-        model_args=TINY, metrics=dict(top1=81.5, top5=None), optimizer=optimizer.state_dict())
+        model_args=TINY['care_s0'], metrics=dict(top1=81.5, top5=None), optimizer=optimizer.state_dict())
     model, checkpoint = create_from_checkpoint(path)
     assert same(model.state_dict(), make_tiny(2).state_dict())
     assert same(read_checkpoint(path, 'state_dict').state_dict, make_tiny(1).state_dict())
     meta = checkpoint.meta
     assert (meta['arch'], meta['num_classes'], meta['class_names'], meta['epoch']) == ('care_s0', 5, names, 3)
-    assert (meta['metrics'], meta['model_args']) == (dict(top1=81.5, top5=None), TINY)
+    assert (meta['metrics'], meta['model_args']) == (dict(top1=81.5, top5=None), TINY['care_s0'])
     optimizer.load_state_dict(meta['optimizer'])
     save_checkpoint(path, make_tiny(3), arch='care_s0')
     assert set(torch.load(path)) == {'arch', 'num_classes', 'version', 'state_dict'}
@@ -164,7 +164,7 @@ def test_what_is_saved_comes_back(tmp_path):
 def test_what_is_saved_opens_in_plain_timm(tmp_path):
     path = tmp_path / 'last.pth.tar'
     save_checkpoint(path, make_tiny(1), arch='care_s0', epoch=3)
-    for model in (make_tiny(2), timm.create_model('care_s0', num_classes=5, checkpoint_path=path, **TINY)):
+    for model in (make_tiny(2), timm.create_model('care_s0', num_classes=5, checkpoint_path=path, **TINY['care_s0'])):
         timm_load_checkpoint(model, path)
         assert same(model.state_dict(), make_tiny(1).state_dict())
     model = make_tiny(2)

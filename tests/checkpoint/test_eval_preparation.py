@@ -17,7 +17,7 @@ from caretrans.checkpoint.preparation import list_sources, resolve_eval_config
 from caretrans.config import TrainConfig
 from caretrans.data import build_eval_transform
 from caretrans.errors import CheckpointError, ConfigError, DataError
-from caretrans.evaluation import describe_result, evaluate_checkpoint, load_for_evaluation, predict_images
+from caretrans.evaluation import EvalConfig, describe_result, evaluate_checkpoint, load_for_evaluation, predict_images
 from caretrans.export.config import ExportConfig
 from caretrans.export.source import load_source
 
@@ -81,8 +81,8 @@ def test_squash_sees_the_whole_image_without_a_crop_pct(name):
 ])
 def test_a_flag_that_squashes_drops_the_crop_of_the_file(tmp_path, stored, flags, crop_pct, source):
     file = save(tmp_path / 'x.pth.tar', make_model(), **stored)
-    _, loaded, config = load_for_evaluation(file, **flags)
-    assert (config['crop_pct'], list_sources(loaded, **flags)['crop_pct']) == (crop_pct, source)
+    model, loaded, config = load_for_evaluation(file, **flags)
+    assert (config['crop_pct'], list_sources(model, loaded, **flags)['crop_pct']) == (crop_pct, source)
 
 
 def test_the_centre_is_all_that_is_seen_by_default():
@@ -141,9 +141,9 @@ def test_a_network_with_swapped_inputs_gives_the_same_answers_in_bgr(checkpoint,
     """Where mean and standard deviation are swapped too: those stay in their places when the pixels are turned."""
     swapped = save(tmp_path / 'swapped.pth.tar', swap_inputs(make_model()), mean=MEAN[::-1], std=STD[::-1])
     options = dict(data=str(FRUIT), workers=0)
-    expected = evaluate_checkpoint(checkpoint, **options)
-    bgr = evaluate_checkpoint(swapped, channel_order='bgr', **options)
-    rgb = evaluate_checkpoint(swapped, **options)
+    expected = evaluate_checkpoint(EvalConfig(checkpoint, **options))
+    bgr = evaluate_checkpoint(EvalConfig(swapped, channel_order='bgr', **options))
+    rgb = evaluate_checkpoint(EvalConfig(swapped, **options))
     assert bgr['top1'] == expected['top1'] != rgb['top1'] and bgr['images'] == 661
     assert bgr['loss'] == pytest.approx(expected['loss'], rel=1e-5) != rgb['loss']
     assert 'crop_pct 1.0 (checkpoint), channel_order bgr (flag)' in '\n'.join(describe_result(bgr))

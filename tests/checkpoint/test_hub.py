@@ -162,7 +162,7 @@ def hub(files, tmp_path_factory):
         stand_in.repos['someone/wrapped'] = {'best.pth.tar': files['parallel'].read_bytes()}
         stand_in.repos['someone/published'] = {'config.json': config, 'weights.pth.tar': files['wrapped'].read_bytes()}
         process = subprocess.run(
-            [sys.executable, Path(__file__).parents[1] / 'hub_client.py'], capture_output=True, text=True, timeout=120,
+            [sys.executable, Path(__file__).with_name('hub_client.py')], capture_output=True, text=True, timeout=120,
             env=dict(environment, HF_ENDPOINT=stand_in.endpoint))
     assert process.returncode == 0, process.stderr
     stand_in.outcomes = json.loads(process.stdout.splitlines()[-1])

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from checkpoints import error_of, hollow, same
-from peer_checkpoints import CAS_VITS, TINY, each_peer, each_tiny, layout_of, make_tiny, publish, save_hollow
+from checkpoints import (
+    CAS_VITS, TINY, each_peer, each_tiny, error_of, hollow, layout_of, make_tiny, publish_model, same, save_hollow)
 from reference import published_layout, published_state_dict
 from safetensors.torch import load_file
 
@@ -41,9 +41,9 @@ def test_models_are_recognised_with_one_head_and_with_two(tmp_path, name, heads,
 @pytest.mark.parametrize('heads', [1, 2])
 def test_a_model_of_other_heads_is_refused_with_the_remedy(tmp_path, name, heads):
     path, distilled = tmp_path / 'x.pth', heads == 2
-    source = make_tiny(name, 1, distilled=distilled)
-    torch.save(dict(model=publish(source)), path)
-    model = make_tiny(name, 2, distilled=not distilled)
+    source = make_tiny(1, name, distilled=distilled)
+    torch.save(dict(model=publish_model(source)), path)
+    model = make_tiny(2, name, distilled=not distilled)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     message = error_of(load_checkpoint, model, path)
     counts = ('two heads', 'one head') if distilled else ('one head', 'two heads')
@@ -62,30 +62,28 @@ def test_a_model_of_other_heads_is_refused_with_the_remedy(tmp_path, name, heads
 
 @each_tiny
 def test_other_classes_and_other_heads_at_once_need_new_heads(tmp_path, name):
-    torch.save(publish(make_tiny(name, 1, distilled=True)), tmp_path / 'x.pth')
-    model = make_tiny(name, 2, num_classes=3)
+    torch.save(publish_model(make_tiny(1, name, distilled=True)), tmp_path / 'x.pth')
+    model = make_tiny(2, name, num_classes=3)
     assert 'has heads of 5 classes' in error_of(load_checkpoint, model, tmp_path / 'x.pth')
     load_checkpoint(model, tmp_path / 'x.pth', new_heads=True)
-    assert torch.equal(model.head.weight, make_tiny(name, 2, num_classes=3).head.weight)
+    assert torch.equal(model.head.weight, make_tiny(2, name, num_classes=3).head.weight)
 
 
 @each_tiny
 @pytest.mark.parametrize('distilled', [False, True])
 def test_what_training_saves_comes_back_with_its_heads(tmp_path, name, distilled):
-    model = make_tiny(name, 1, distilled=distilled)
-    args = {key: value for key, value in TINY[name].items() if key != 'num_classes'}
-    if distilled:
-        args['distilled'] = True
-    save_checkpoint(tmp_path / 'last.pth.tar', model, arch=name, model_args=args)
+    model = make_tiny(1, name, distilled=distilled)
+    args = dict(distilled=True) if distilled else {}
+    save_checkpoint(tmp_path / 'last.pth.tar', model, arch=name, model_args={**TINY[name], **args})
     loaded, _ = create_from_checkpoint(tmp_path / 'last.pth.tar')
     assert loaded.distilled == distilled and same(loaded.state_dict(), model.state_dict())
 
 
 def test_a_damaged_second_head_is_named_key_by_key(tmp_path):
-    state_dict = publish(make_tiny('casvit_xs', distilled=True))
+    state_dict = publish_model(make_tiny(name='casvit_xs', distilled=True))
     del state_dict['dist_head.bias']
     torch.save(state_dict, tmp_path / 'x.pth')
-    message = error_of(load_checkpoint, make_tiny('casvit_xs', distilled=True), tmp_path / 'x.pth')
+    message = error_of(load_checkpoint, make_tiny(name='casvit_xs', distilled=True), tmp_path / 'x.pth')
     assert 'does not fit casvit_xs: 1 missing: dist_head.bias: ' in message
 
 
@@ -93,29 +91,29 @@ def test_a_damaged_second_head_is_named_key_by_key(tmp_path):
 
 @pytest.mark.parametrize('side', [224, 288, 512])
 def test_files_of_any_image_size_load_without_their_rotations(tmp_path, side, caplog):
-    source = make_tiny('mlla_t', 1)
+    source = make_tiny(1, 'mlla_t')
     tables = source.compute_entries(side, side)
-    torch.save(dict(model={f'module.{key}': value for key, value in {**publish(source), **tables}.items()}),
+    torch.save(dict(model={f'module.{key}': value for key, value in {**publish_model(source), **tables}.items()}),
                tmp_path / 'x.pth')
-    for model in (make_tiny('mlla_t', 2), create_from_checkpoint(tmp_path / 'x.pth', 'mlla_t', **TINY['mlla_t'])[0]):
+    for model in (make_tiny(2, 'mlla_t'), create_from_checkpoint(tmp_path / 'x.pth', 'mlla_t', **TINY['mlla_t'])[0]):
         load_checkpoint(model, tmp_path / 'x.pth')
         assert same(model.state_dict(), source.state_dict())
 
 
 def test_rotations_do_not_hide_what_is_missing(tmp_path):
-    source = make_tiny('mlla_t', 1)
-    state_dict = {**publish(source), **source.compute_entries(224, 224)}
+    source = make_tiny(1, 'mlla_t')
+    state_dict = {**publish_model(source), **source.compute_entries(224, 224)}
     state_dict['layers.0.blocks.0.attn.rope.other'] = torch.ones(1)
     del state_dict['layers.1.blocks.0.attn.qk.bias']
     torch.save(state_dict, tmp_path / 'x.pth')
-    message = error_of(load_checkpoint, make_tiny('mlla_t', 2), tmp_path / 'x.pth')
+    message = error_of(load_checkpoint, make_tiny(2, 'mlla_t'), tmp_path / 'x.pth')
     assert '1 missing: layers.1.blocks.0.attn.qk.bias; 1 unexpected: layers.0.blocks.0.attn.rope.other: take' in message
 
 
 @pytest.mark.parametrize('file_with', ['pretrained', 'checkpoint_path', 'features_only'])
 def test_the_ways_of_timm_drop_rotations_too(tmp_path, file_with):
     source, path = timm.create_model('mlla_t'), tmp_path / 'x.pth'
-    torch.save({**publish(source), **source.compute_entries(256, 256)}, path)
+    torch.save({**publish_model(source), **source.compute_entries(256, 256)}, path)
     if file_with == 'checkpoint_path':
         model = timm.create_model('mlla_t', checkpoint_path=path)
     else:
@@ -159,8 +157,8 @@ def test_rotations_are_of_the_size_that_was_evaluated(tmp_path):
     ours, published = tmp_path / 'a.pth', tmp_path / 'b.pth'
     key = 'layers.1.blocks.1.attn.rope.rotations'
     settings = dict(input_size=[3, 320, 320], crop_pct=1.0, crop_mode='squash', interpolation='bicubic')
-    save_checkpoint(ours, make_tiny('mlla_t', 1), arch='mlla_t', eval_config=settings,
-                    model_args={key: value for key, value in TINY['mlla_t'].items() if key != 'num_classes'})
+    save_checkpoint(ours, make_tiny(1, 'mlla_t'), arch='mlla_t', eval_config=settings,
+                    model_args=TINY['mlla_t'])
     summary = convert_checkpoint(ours, published, 'published')
     assert summary.endswith('evaluate it with --img-size 320 --crop-pct 1.0 --interpolation bicubic --crop-mode squash')
     assert torch.load(published)[key].shape == (40, 40, 32, 2)
@@ -173,10 +171,10 @@ def test_rotations_are_of_the_size_that_was_evaluated(tmp_path):
 def test_rotations_of_the_source_are_kept(tmp_path):
     source = timm.create_model('mlla_t')
     tables = {key: value + 1 for key, value in source.compute_entries(256, 256).items()}
-    torch.save(dict(model={**publish(source), **tables}), tmp_path / 'a.pth')
+    torch.save(dict(model={**publish_model(source), **tables}), tmp_path / 'a.pth')
     convert_checkpoint(tmp_path / 'a.pth', tmp_path / 'b.safetensors', 'published')
     written = load_file(tmp_path / 'b.safetensors')
-    assert same(written, {**publish(source), **tables})
+    assert same(written, {**publish_model(source), **tables})
 
 
 # The layout of mmpretrain ---------------------------------------------------------------------------------------------
@@ -248,10 +246,10 @@ def test_files_of_mmpretrain_load(tmp_path, published_file, ending):
     model, _ = create_from_checkpoint(path)
     assert (model.pretrained_cfg['architecture'], model.distilled) == ('casvit_xs', False)
     expected = torch.load(published_file)['model']
-    assert same(publish(model), expected)
+    assert same(publish_model(model), expected)
     model = timm.create_model('rcvit_xs')
     load_checkpoint(model, path)
-    assert same(publish(model), expected)
+    assert same(publish_model(model), expected)
     with_other_heads = timm.create_model('casvit_xs', num_classes=3, distilled=True)
     load_checkpoint(with_other_heads, path, new_heads=True)
     assert same(with_other_heads.stages.state_dict(), model.stages.state_dict())

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from checkpoints import error_of, same
-from peer_checkpoints import TINY, layout_of, make_tiny, publish, save_casvit, save_hollow
+from checkpoints import (
+    TINY, error_of, layout_of, make_tiny, publish_model, same, save_casvit, save_hollow)
 
 from caretrans.checkpoint import (
     convert_checkpoint, create_from_checkpoint, load_checkpoint, read_checkpoint, save_checkpoint)
@@ -62,9 +62,9 @@ def save_mlla(path, CfgNode, model, ema, legacy=False):
         BASE=[''], DATA=CfgNode(IMG_SIZE=224, INTERPOLATION='bicubic'), AMP=True, EVAL=(CfgNode(CROP=True), None),
         MODEL=CfgNode(TYPE='mlla', NAME='mlla_t', DROP_PATH_RATE=0.2, MLLA=CfgNode(DEPTHS=[2, 4, 8, 4])))
     tables = model.compute_entries(224, 224)
-    ema = OrderedDict((f'module.{key}', value) for key, value in {**publish(ema), **tables}.items())
+    ema = OrderedDict((f'module.{key}', value) for key, value in {**publish_model(ema), **tables}.items())
     torch.save(dict(
-        model=OrderedDict({**publish(model), **tables}), optimizer=optimizer.state_dict(),
+        model=OrderedDict({**publish_model(model), **tables}), optimizer=optimizer.state_dict(),
         lr_scheduler=dict(base_values=[1e-3], t_in_epochs=False, metric=None), max_accuracy=np.float64(83.5),
         max_accuracy_e=np.float32(83.25), epoch=np.int64(299), config=config, state_dict_ema=ema,
     ), path, _use_new_zipfile_serialization=not legacy)
@@ -73,7 +73,7 @@ def save_mlla(path, CfgNode, model, ema, legacy=False):
 
 @pytest.mark.parametrize('legacy', [False, True])
 def test_a_file_of_mlla_loads_with_all_that_is_in_it(tmp_path, cfg_node, monkeypatch, legacy):
-    path, model, ema = tmp_path / 'max_ema_acc.pth', make_tiny('mlla_t', 1), make_tiny('mlla_t', 2)
+    path, model, ema = tmp_path / 'max_ema_acc.pth', make_tiny(1, 'mlla_t'), make_tiny(2, 'mlla_t')
     optimizer = save_mlla(path, cfg_node, model, ema, legacy)
     forget_yacs(monkeypatch)
     loaded, checkpoint = create_from_checkpoint(path, 'mlla_t', **TINY['mlla_t'])
@@ -144,7 +144,7 @@ def test_other_classes_of_yacs_are_refused(tmp_path, cfg_node):
 
 
 def test_reading_leaves_nothing_allowed_behind(tmp_path, cfg_node, monkeypatch):
-    save_mlla(tmp_path / 'x.pth', cfg_node, make_tiny('mlla_t', 1), make_tiny('mlla_t', 2))
+    save_mlla(tmp_path / 'x.pth', cfg_node, make_tiny(1, 'mlla_t'), make_tiny(2, 'mlla_t'))
     before = set(torch.serialization.get_safe_globals())
     read_checkpoint(tmp_path / 'x.pth')
     assert set(torch.serialization.get_safe_globals()) == before
@@ -154,7 +154,7 @@ def test_reading_leaves_nothing_allowed_behind(tmp_path, cfg_node, monkeypatch):
 
 @pytest.mark.parametrize('distilled', [False, True])
 def test_a_file_of_cas_vit_loads_with_all_that_is_in_it(tmp_path, distilled):
-    model, ema = (make_tiny('casvit_xs', seed, distilled=distilled) for seed in (1, 2))
+    model, ema = (make_tiny(seed, 'casvit_xs', distilled=distilled) for seed in (1, 2))
     path = save_casvit(tmp_path / 'x.pth', model, ema)
     loaded, checkpoint = create_from_checkpoint(path, **TINY['casvit_xs'])
     assert (loaded.pretrained_cfg['architecture'], loaded.distilled, checkpoint.entry) == (
@@ -171,7 +171,7 @@ def test_a_file_of_cas_vit_loads_with_all_that_is_in_it(tmp_path, distilled):
 @pytest.mark.parametrize('stated', ['rcvit_xs', 'casvit_xs', 'rcvit_xs.r384_in1k'])
 @pytest.mark.parametrize('asked', [None, 'rcvit_xs', 'casvit_xs', 'rcvit_xs.in1k', 'casvit_xs.in1k'])
 def test_an_alias_is_the_same_model(tmp_path, stated, asked):
-    path = save_casvit(tmp_path / 'x.pth', make_tiny('casvit_xs', 1), stated=stated)
+    path = save_casvit(tmp_path / 'x.pth', make_tiny(1, 'casvit_xs'), stated=stated)
     model, _ = create_from_checkpoint(path, asked, **TINY['casvit_xs'])
     assert model.pretrained_cfg['architecture'] == 'casvit_xs'
     for other in ('casvit_s', 'rcvit_s'):
@@ -210,9 +210,9 @@ def test_the_image_size_that_a_file_of_cas_vit_states_counts(tmp_path, side, ask
     path = save_casvit(tmp_path / 'x.pth', timm.create_model('casvit_xs', device='meta').to_empty(device='cpu'),
                        side=side)
     for file in (path, tmp_path / 'y.safetensors'):
-        _, loaded, config = load_for_evaluation(file, asked, **flags)
+        model, loaded, config = load_for_evaluation(file, asked, **flags)
         assert (config['input_size'][1], config['crop_mode'], config['crop_pct']) == expected
-        assert list_sources(loaded, asked, **flags)['img_size'] == source
+        assert list_sources(model, loaded, asked, **flags)['img_size'] == source
         convert_checkpoint(path, tmp_path / 'y.safetensors', 'caretrans', overwrite=True)
 
 
@@ -234,7 +234,7 @@ def test_the_size_alone_of_a_silent_file_of_cas_vit_is_hinted_at(tmp_path, caplo
 
 
 def test_an_unknown_tag_is_refused(tmp_path):
-    path = save_casvit(tmp_path / 'x.pth', make_tiny('casvit_xs', 1))
+    path = save_casvit(tmp_path / 'x.pth', make_tiny(1, 'casvit_xs'))
     message = error_of(create_from_checkpoint, path, 'rcvit_xs.r512_in1k')
     assert 'rcvit_xs.r512_in1k: Invalid pretrained tag (r512_in1k) for casvit_xs: leave the tag out' in message
 

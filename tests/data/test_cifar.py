@@ -16,7 +16,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from caretrans.config import parse_train_config
 from caretrans.data import list_classes, open_dataset
 from caretrans.errors import DataError
-from caretrans.evaluation import describe_result, evaluate_checkpoint
+from caretrans.evaluation import EvalConfig, describe_result, evaluate_checkpoint
 from caretrans.training.run import train
 from train import main
 
@@ -76,7 +76,7 @@ def test_cifar10_is_fetched_and_every_family_trains_on_it(monkeypatch, server, t
     checkpoint = torch.load(result.folder / 'last.pth.tar', weights_only=True)
     assert checkpoint['class_names'] == CLASSES and checkpoint['steps'] == 60 // 4
     assert (tmp_path / 'data' / CIFAR10.base_folder / 'data_batch_1').exists()
-    scored = evaluate_checkpoint(str(result.folder / 'last.pth.tar'), workers=0)
+    scored = evaluate_checkpoint(EvalConfig(str(result.folder / 'last.pth.tar'), workers=0))
     assert scored['images'] == 12 and scored['top1'] == result.last['val_top1']
     assert 'crop_pct 1.0 (checkpoint), crop_mode squash (checkpoint)' in '\n'.join(describe_result(scored))
 

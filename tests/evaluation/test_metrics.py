@@ -1,4 +1,4 @@
-"""Figures of an evaluation, against the same written out by hand."""
+"""Figures of an evaluation, compared with values computed by hand."""
 import copy
 import csv
 import math
@@ -12,13 +12,13 @@ from torch._subclasses.fake_tensor import (
 
 from caretrans.errors import DataError
 from caretrans.evaluation.metrics import (
-    Answers, evaluate, evaluate_in_detail, list_worst, tabulate_classes, write_classes)
+    Predictions, evaluate, evaluate_in_detail, list_worst, tabulate_classes, write_classes)
 
 CPU = torch.device('cpu')
 
 
 class Batches:
-    """What evaluation asks of a loader, from batches in a list."""
+    """A loader of given batches."""
 
     def __init__(self, batches, unreadable=()):
         self.batches, self.unreadable = batches, list(unreadable)
@@ -28,7 +28,7 @@ class Batches:
 
 
 class Given(nn.Module):
-    """Its input is its answer."""
+    """A model that returns its input as logits."""
 
     def __init__(self, num_classes: int):
         super().__init__()
@@ -45,31 +45,31 @@ def make_images(count: int, classes: int):
 
 
 # Six classes; per row the logits, then the label.
-ANSWERS = [
+LOGITS = [
     ([9., 5., 4., 3., 2., 1.], 0),  # right
-    ([9., 5., 4., 3., 2., 1.], 1),  # taken for 0, second
-    ([9., 5., 4., 3., 2., 1.], 5),  # taken for 0, sixth: not within five
+    ([9., 5., 4., 3., 2., 1.], 1),  # mistaken for 0, second
+    ([9., 5., 4., 3., 2., 1.], 5),  # mistaken for 0, sixth: not within five
     ([1., 2., 3., 4., 5., 9.], 5),  # right
-    ([1., 2., 3., 4., 9., 5.], 5),  # taken for 4, second
-    ([1., 9., 3., 4., 2., 5.], 0),  # taken for 1, sixth
+    ([1., 2., 3., 4., 9., 5.], 5),  # mistaken for 4, second
+    ([1., 9., 3., 4., 2., 5.], 0),  # mistaken for 1, sixth
     ([0., 9., 3., 4., 2., 5.], 1),  # right
 ]
 CONFUSION = [
     [1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [0] * 6, [0] * 6, [0] * 6, [1, 0, 0, 0, 1, 1]]
 
 
-def written_out():
-    return torch.tensor([logits for logits, _ in ANSWERS]), torch.tensor([label for _, label in ANSWERS])
+def make_batch():
+    return torch.tensor([logits for logits, _ in LOGITS]), torch.tensor([label for _, label in LOGITS])
 
 
-def test_figures_equal_those_written_out_by_hand():
-    logits, labels = written_out()
+def test_figures_equal_those_computed_by_hand():
+    logits, labels = make_batch()
     result, details = evaluate_in_detail(Given(6), Batches([(logits[:4], labels[:4]), (logits[4:], labels[4:])]), CPU)
-    losses = [math.log(sum(math.exp(value) for value in row)) - row[label] for row, label in ANSWERS]
+    losses = [math.log(sum(math.exp(value) for value in row)) - row[label] for row, label in LOGITS]
     assert result['images'] == 7 and result['top1'] == 100 * 3 / 7 and result['top5'] == 100 * 5 / 7
     assert result['loss'] == pytest.approx(sum(losses) / 7, rel=1e-6) and result['unreadable'] == []
     assert details.confusion.tolist() == CONFUSION and details.top5_correct.tolist() == [1, 2, 0, 0, 0, 2]
-    assert details.answers[:, 0].tolist() == [0, 0, 0, 5, 4, 1, 1] and details.answers[6].tolist() == [1, 5, 3, 2, 4]
+    assert details.predictions[:, 0].tolist() == [0, 0, 0, 5, 4, 1, 1] and details.predictions[6].tolist() == [1, 5, 3, 2, 4]
 
 
 def test_figures_of_many_images_equal_their_ranks():
@@ -100,8 +100,8 @@ def test_top5_of_at_most_five_classes_is_always_right(classes):
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_equal_logits_are_one_answer_and_no_more(dtype):
-    """A network that cannot tell the classes apart scores one class in ten, and five in ten, not all of them."""
+def test_equal_logits_count_as_one_prediction(dtype):
+    """Ties score one class in ten for top-1 and five in ten for top-5, not all of them."""
     labels = torch.arange(10).repeat(3)
     result, details = evaluate_in_detail(Given(10), Batches([(torch.ones(30, 10, dtype=dtype), labels)]), CPU)
     assert result['top1'] == 10 and result['top5'] == 50 and result['loss'] == pytest.approx(math.log(10), rel=1e-6)
@@ -110,15 +110,15 @@ def test_equal_logits_are_one_answer_and_no_more(dtype):
 
 @pytest.mark.parametrize('labels, named', [([0, -1, 2], 'labels -1,'), ([0, 7, 3], 'labels 3, 7,')])
 @pytest.mark.parametrize('first', [True, False])
-def test_labels_that_are_no_class_are_refused_and_named(labels, named, first):
+def test_labels_outside_the_classes_are_refused_and_named(labels, named, first):
     model, good = Given(3), (torch.randn(3, 3), torch.tensor([0, 1, 2]))
     bad = (torch.randn(3, 3), torch.tensor(labels))
     with pytest.raises(DataError, match=f'{named} the model has the classes 0 to 2'):
         evaluate(model, Batches([bad, good] if first else [good, bad]), CPU)
-    assert model.calls == (0 if first else 2), 'those of the first batch are found before any work'
+    assert model.calls == (0 if first else 2), 'labels of the first batch are checked before any forward pass'
 
 
-def test_no_image_at_all_is_refused():
+def test_empty_data_is_refused():
     with pytest.raises(DataError, match='No image could be read'):
         evaluate(Given(3), Batches([]), CPU)
 
@@ -128,7 +128,7 @@ def test_logits_of_other_classes_are_refused():
         evaluate(Given(3), Batches([(torch.randn(2, 3), torch.tensor([0, 1]))]), CPU, num_classes=4)
 
 
-def test_images_that_cannot_be_read_are_passed_on():
+def test_unreadable_images_are_reported():
     loader = Batches([(torch.randn(2, 3), torch.tensor([0, 1]))], [('b.jpg', 'OSError: why'), ('a.jpg', 'EOFError: x')])
     result = evaluate(Given(3), loader, CPU)
     assert result['images'] == 2 and result['unreadable'] == [('a.jpg', 'EOFError: x'), ('b.jpg', 'OSError: why')]
@@ -137,7 +137,7 @@ def test_images_that_cannot_be_read_are_passed_on():
 @pytest.mark.parametrize('amp', ['off', 'bf16', 'fp16'])
 def test_evaluation_runs_in_every_precision_and_changes_nothing(amp):
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 6)).train()
-    before, images = copy.deepcopy(model.state_dict()), written_out()
+    before, images = copy.deepcopy(model.state_dict()), make_batch()
     expected = F.cross_entropy(copy.deepcopy(model).eval()(images[0]), images[1]).item()
     result = evaluate(model, Batches([images]), CPU, amp, num_classes=6)
     assert result['loss'] == pytest.approx(expected, rel=1e-6 if amp == 'off' else 0.02)
@@ -152,30 +152,30 @@ def test_progress_is_reported_after_every_batch():
     assert seen == [4, 8, 10]
 
 
-@pytest.mark.skipif(torch.__version__ < '2.7', reason='PyTorch 2.6 asks the driver even for stand-ins of GPU tensors')
-def test_counting_a_batch_never_waits_for_the_device():
-    """Fake tensors refuse what needs their values on the host: .item(), bincount, unique, masks."""
-    answers, gpu = Answers(10, CPU), torch.device('cuda')
+@pytest.mark.skipif(torch.__version__ < '2.7', reason='PyTorch 2.6 needs a driver even for fake GPU tensors')
+def test_counting_a_batch_never_synchronises_the_device():
+    """Fake tensors refuse operations that read their values on the host: .item(), bincount, unique, masks."""
+    predictions, gpu = Predictions(10, CPU), torch.device('cuda')
     with FakeTensorMode():
-        for metric in (answers.top1, answers.top5):
+        for metric in (predictions.top1, predictions.top5):
             for name, value in metric.metric_state.items():
                 setattr(metric, name, torch.zeros(value.shape, dtype=value.dtype, device=gpu))
-        answers.update(torch.zeros(4, 10, device=gpu), torch.zeros(4, dtype=torch.int64, device=gpu))
+        predictions.update(torch.zeros(4, 10, device=gpu), torch.zeros(4, dtype=torch.int64, device=gpu))
         with pytest.raises(DataDependentOutputException):
-            answers.top1.tp.sum().item()
+            predictions.top1.tp.sum().item()
         with pytest.raises(DynamicOutputShapeException):
-            answers.labels[0][answers.labels[0] < 0]
+            predictions.labels[0][predictions.labels[0] < 0]
 
 
 # Classes --------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def rows():
-    details = evaluate_in_detail(Given(6), Batches([written_out()]), CPU)[1]
+    details = evaluate_in_detail(Given(6), Batches([make_batch()]), CPU)[1]
     return tabulate_classes(details, ['a', 'b', 'c', 'd', 'e', 'ph\u00f6nix, "f"'])
 
 
-def test_classes_are_tabulated_with_what_they_are_taken_for(rows):
+def test_classes_are_tabulated_with_what_they_are_mistaken_for(rows):
     assert [row['images'] for row in rows] == [2, 2, 0, 0, 0, 3]
     assert rows[0] == dict(label=0, name='a', images=2, top1=50., top5=50.,
                            taken_for=[dict(label=1, name='b', images=1)])
@@ -184,12 +184,12 @@ def test_classes_are_tabulated_with_what_they_are_taken_for(rows):
     assert [(other['name'], other['images']) for other in rows[5]['taken_for']] == [('a', 1), ('e', 1)]
 
 
-def test_the_worst_classes_come_first_and_those_without_images_never(rows):
+def test_worst_classes_come_first_and_classes_without_images_never(rows):
     assert [row['label'] for row in list_worst(rows, 2)] == [5, 0]
     assert [row['label'] for row in list_worst(rows, 9)] == [5, 0, 1]
 
 
-def test_the_csv_holds_each_class(rows, tmp_path):
+def test_csv_contains_each_class(rows, tmp_path):
     write_classes(tmp_path / 'classes.csv', rows)
     with open(tmp_path / 'classes.csv', newline='', encoding='utf-8') as file:
         header, *lines = csv.reader(file)

@@ -15,7 +15,7 @@ from reference import filled_model
 from caretrans.checkpoint import save_checkpoint
 from caretrans.data import list_classes, open_dataset
 from caretrans.errors import ConfigError, run_command
-from caretrans.evaluation import evaluate_checkpoint
+from caretrans.evaluation import EvalConfig, evaluate_checkpoint
 from caretrans.export.config import ExportConfig
 from caretrans.export.formats import torch_export
 from caretrans.export.run import Export, _replace, name_program
@@ -235,8 +235,8 @@ def test_package_that_is_not_installed_is_named_with_its_install_line(monkeypatc
 @pytest.mark.parametrize('form', ['fused', 'phone'])
 def test_exported_form_can_be_evaluated(checkpoint, form):
     settings = dict(data=str(FRUIT), img_size=64, workers=0)
-    base = evaluate_checkpoint(str(checkpoint), **settings)
-    result = evaluate_checkpoint(str(checkpoint), form=form, **settings)
+    base = evaluate_checkpoint(EvalConfig(str(checkpoint), **settings))
+    result = evaluate_checkpoint(EvalConfig(str(checkpoint), form=form, **settings))
     assert (result['form'], result['top1'], result['top5']) == (form, base['top1'], base['top5'])
     assert result['loss'] == pytest.approx(base['loss'], rel=1e-5)
 

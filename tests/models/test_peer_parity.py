@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from peer_checkpoints import PUBLISHED_NAMES, each_peer
+from checkpoints import PUBLISHED_NAMES, each_peer
 from reference import filled_input, filled_model, golden, published_layout, published_state_dict
 from registered import CARE, MODELS, gmacs
 

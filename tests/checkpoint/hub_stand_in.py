@@ -1,7 +1,7 @@
-"""A stand-in for the Hugging Face Hub on this machine, for huggingface_hub's own client (HF_ENDPOINT points here).
+"""A local stand-in for the Hugging Face Hub, for the client of huggingface_hub (HF_ENDPOINT points here).
 
-It speaks the part of the Hub's protocol that downloading files, checking for them and pushing models takes, keeps
-everything in memory, and records every request.
+It implements the part of the protocol that downloads, checks for files and pushes models, keeps everything in memory,
+and records every request.
 """
 import base64
 import hashlib
@@ -16,7 +16,7 @@ class HubStandIn:
     """Repositories served on a free port of 127.0.0.1 while in a `with` block.
 
     Attributes:
-        repos: {repository id: {file name: content}}, may be changed while serving.
+        repos: {repository id: {file name: content}}, can be changed while serving.
         requests: 'METHOD /path' of each request, in order.
         endpoint: The URL for HF_ENDPOINT.
     """
@@ -41,7 +41,7 @@ class HubStandIn:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers for the stand-in at `self.server.hub`."""
+    """Responses of the stand-in `self.server.hub`."""
     protocol_version = 'HTTP/1.1'
 
     def log_message(self, *args):
@@ -84,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
         if len(parts) < 5 or parts[2] != 'resolve':
             self.answer_error(404, 'NotFound')
         elif repo is None:
-            self.answer_error(401, 'RepoNotFound')  # as the Hub does for who is not logged in
+            self.answer_error(401, 'RepoNotFound')  # as the Hub responds to anonymous users
         elif '/'.join(parts[4:]) not in repo:
             self.answer_error(404, 'EntryNotFound')
         else:

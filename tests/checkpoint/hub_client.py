@@ -1,13 +1,13 @@
-"""What a user of timm's hub functions does, in a process of its own: HF_ENDPOINT is read when huggingface_hub loads.
+"""Calls of timm's hub functions, in a separate process: huggingface_hub reads HF_ENDPOINT when it is imported.
 
-    HF_ENDPOINT=... python tests/hub_client.py    # prints {step: its outcome} as JSON
+    HF_ENDPOINT=... python tests/checkpoint/hub_client.py    # prints {step: outcome} as JSON
 """
 import json
 import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 import timm  # noqa: E402
 import torch  # noqa: E402
