@@ -6,11 +6,18 @@ other exception is a bug and keeps its traceback.
 import os
 import sys
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from typing import Any
 
 __all__ = [
     'CaretransError', 'CheckpointError', 'ConfigError', 'DataError', 'ExportError', 'PlotError', 'Preempted',
-    'ResultsError', 'TrainingError', 'list_names', 'run_command']
+    'ResultsError', 'TrainingError', 'list_names', 'require', 'run_command']
+
+EXTRAS = {  # import name of an optional package: the extra that installs it
+    **dict.fromkeys(['matplotlib', 'simplejpeg', 'tensorboard', 'torchmetrics', 'tqdm', 'webdataset'], 'train'),
+    **dict.fromkeys(['scipy'], 'imagenet'),
+    **dict.fromkeys(['nncf', 'onnx', 'onnxruntime', 'onnxscript', 'openvino'], 'benchmark'),
+    **dict.fromkeys(['coremltools', 'sklearn'], 'export')}
 
 
 class CaretransError(Exception):
@@ -65,6 +72,21 @@ def list_names(names: Iterable[Any], most: int = 10) -> str:
     return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
 
 
+def _explain_missing(package: str) -> str:
+    return (f'{package} is not installed: run `pip install ".[{EXTRAS[package]}]"` in the repository, or use the '
+            f'scripts in cmd/, which install everything.')
+
+
+def require(package: str) -> None:
+    """Check that an optional package is installed, before any work that needs it later is done.
+
+    Raises:
+        ConfigError: It is not; names the extra.
+    """
+    if find_spec(package) is None:
+        raise ConfigError(_explain_missing(package))
+
+
 def run_command(name: str, main: Callable[[], int], is_primary: bool = True) -> int:
     """Run the body of a command and return its exit code.
 
@@ -73,13 +95,20 @@ def run_command(name: str, main: Callable[[], int], is_primary: bool = True) -> 
         main: Returns the exit code.
         is_primary: Whether this process prints errors that all processes share.
     Returns:
-        2 after a `CaretransError`, 130 after Ctrl-C, else what `main` returns.
+        2 after a `CaretransError` or where an optional package is missing, 130 after Ctrl-C, else what `main` returns.
     """
     try:
         return main()
     except CaretransError as error:
         if is_primary or not error.is_shared:
             print(f'{name}: {error}', file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        package = (error.name or '').partition('.')[0]
+        if package not in EXTRAS:
+            raise
+        if is_primary:
+            print(f'{name}: {_explain_missing(package)}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -109,7 +109,7 @@ bash cmd/benchmark.sh --update --backend eager fused onnxruntime openvino --runs
 bash cmd/benchmark_gpu.sh
 ```
 
-ONNX Runtime and OpenVINO are installed by `pip install "caretrans[benchmark]"`, or by the scripts in `cmd/`. Results
+ONNX Runtime and OpenVINO are installed by `pip install ".[benchmark]"`, or by the scripts in `cmd/`. Results
 are written to `runs/benchmark/` as JSON and CSV.
 
 ## Method

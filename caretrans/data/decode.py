@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import simplejpeg
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -44,6 +43,8 @@ def read_jpeg_size(data: bytes) -> tuple[int, int] | None:
     """(height, width) of a JPEG that `decode_crop` takes, None for anything else."""
     if data[:2] != b'\xff\xd8':
         return None
+    import simplejpeg  # of the extra `train`; `require` has checked it
+
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
@@ -73,6 +74,8 @@ def decode_crop(
     Raises:
         ValueError: Damaged, even where a decoder could continue.
     """
+    import simplejpeg
+
     r = choose_reduction(box, size)
     height, width = ((side + r - 1) // r for side in image_size)
     pixels = simplejpeg.decode_jpeg(data, 'RGB', min_height=height, min_width=width, min_factor=r, strict=True)

@@ -29,7 +29,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from ..config import number
-from ..errors import DataError, list_names
+from ..errors import DataError, list_names, require
 from ..progress import Progress
 
 __all__ = ['ILSVRC2012', 'Archive', 'Devkit', 'Edition', 'Plan', 'Record', 'main', 'prepare_imagenet', 'read_devkit']
@@ -176,10 +176,9 @@ def read_devkit(path: Path) -> Devkit:
     Raises:
         DataError: It is no devkit.
     """
-    try:
-        import scipy.io
-    except ImportError:
-        raise DataError("Reading the devkit needs scipy: pip install 'caretrans[imagenet]'.") from None
+    require('scipy')
+    import scipy.io
+
     try:
         with tarfile.open(path, 'r:gz') as tar:
             wanted = {name.name.rpartition('/')[2]: name for name in tar if name.isreg()}

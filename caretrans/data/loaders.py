@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Sequ
 
 from ..config import TrainConfig
 from ..distributed import Processes
-from ..errors import DataError, list_names
+from ..errors import DataError, list_names, require
 from ..seeds import derive_seed, seed_everything
 from .datasets import build_eval_transform, name_image
 from .decode import CropTransform
@@ -248,6 +248,7 @@ def build_train_loader(
     Raises:
         DataError: The data set is smaller than a batch, or streams and is to be seen at several sizes.
     """
+    require('simplejpeg')
     transforms = [
         CropTransform(create_transform(
             (eval_config['input_size'][0], size, size), is_training=True, use_prefetcher=True,

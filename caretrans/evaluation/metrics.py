@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from ..devices import autocast
 from ..distributed import Processes
@@ -46,6 +45,7 @@ class Predictions:
     def __init__(self, num_classes: int, device: torch.device) -> None:
         self.num_classes, self.top_k = num_classes, min(5, num_classes)
         options: dict[str, Any] = dict(num_classes=num_classes, validate_args=False)  # validation waits for the device
+        from torchmetrics.classification import MulticlassAccuracy  # slow to import
         self.top1 = MulticlassAccuracy(average='micro', **options).to(device)
         self.top5 = MulticlassAccuracy(average='none', top_k=self.top_k, **options).to(device)
         self.losses: list[torch.Tensor] = []
@@ -78,6 +78,7 @@ class Predictions:
     def detail(self, processes: Processes) -> Details:
         """Counts per class over all processes, and the predictions of this one."""
         classes, labels = _join(self.classes, (self.top_k,)).long(), _join(self.labels).long()
+        from torchmetrics.classification import MulticlassConfusionMatrix
         metric = MulticlassConfusionMatrix(num_classes=self.num_classes, validate_args=False)
         for predicted, expected in processes.gather((classes[:, 0].clone(), labels)):
             metric.update(predicted, expected)

@@ -17,7 +17,7 @@ import yaml
 
 from ..checkpoint.load import save_checkpoint
 from ..config import TrainConfig
-from ..errors import ConfigError, list_names
+from ..errors import ConfigError, list_names, require
 
 __all__ = ['RunFolder', 'describe_environment', 'find_run', 'list_checkpoints']
 
@@ -157,6 +157,7 @@ class RunFolder:
     def __init__(self, path: Path, config: TrainConfig, facts: dict[str, Any], is_new: bool = True) -> None:
         self.path = path
         from torch.utils.tensorboard import SummaryWriter  # slow to import
+        require('matplotlib')  # draws the curves at the end
 
         self.rows: list[dict[str, float | None]] = []  # of summary.csv, one per epoch
         self.best: dict[str, float | None] | None = None
