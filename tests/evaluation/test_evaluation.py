@@ -59,7 +59,7 @@ def predict_one_by_one(checkpoint: str, paths):
         return torch.cat([model(transform(Image.open(path).convert('RGB'))[None]) for path in paths])
 
 
-# On images -------------------------------------------------------------------------------------------------------------
+# On images ------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
 def fruit(tmp_path_factory):
