@@ -51,13 +51,13 @@ def choose_model(checkpoint: Checkpoint, model_name: str | None = None) -> str:
     stated = resolve_alias(stated).partition('.')[0] if isinstance(stated, str) and timm.is_model(stated) else None
     if model_name:
         if not timm.is_model(model_name):
-            raise CheckpointError(f'{path}: no model {model_name!r} to load it into: leave the name out or correct it.')
+            raise CheckpointError(f'{path}: no model {model_name!r} to load it into: omit or correct the name.')
         name = resolve_alias(model_name)
         try:
             get_pretrained_cfg(name)
         except RuntimeError as error:  # no such tag
             reason = str(error).rstrip('.')
-            raise CheckpointError(f'{path}: {model_name}: {reason}: leave the tag out or correct it.') from None
+            raise CheckpointError(f'{path}: {model_name}: {reason}: omit or correct the tag.') from None
         if stated not in (None, name.partition('.')[0]):
             raise CheckpointError(f'{path}: is a checkpoint of {stated}, not {model_name}: take {stated}.')
         return name

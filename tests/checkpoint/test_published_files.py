@@ -236,7 +236,7 @@ def test_large_image_size_without_crop_settings_logs_a_hint(tmp_path, caplog, fl
 def test_unknown_tag_is_refused(tmp_path):
     path = save_casvit(tmp_path / 'x.pth', make_tiny(1, 'casvit_xs'))
     message = error_of(create_from_checkpoint, path, 'rcvit_xs.r512_in1k')
-    assert 'rcvit_xs.r512_in1k: Invalid pretrained tag (r512_in1k) for casvit_xs: leave the tag out' in message
+    assert 'rcvit_xs.r512_in1k: Invalid pretrained tag (r512_in1k) for casvit_xs: omit or correct the tag' in message
 
 
 # Pretrained weights ---------------------------------------------------------------------------------------------------

@@ -221,7 +221,7 @@ def test_process_without_images_takes_part(small_imagenet):
     checkpoint, folder, files, (top1, top5) = small_imagenet
     flags = ['--batch-size', 5, '--workers', 0, '--real-labels', folder / 'real.json']
     result = json.loads(validate(checkpoint, folder, '--json', *flags, processes=3).stdout)
-    alone = evaluate_checkpoint(EvalConfig(checkpoint, str(folder), img_size=SIZE, workers=0, batch_size=4))
+    alone = evaluate_checkpoint(EvalConfig(checkpoint, str(folder), img_size=SIZE, workers=0, batch_size=5))
     assert {key: result[key] for key in FIGURES} == {key: alone[key] for key in FIGURES}
     assert result['loss'] == pytest.approx(alone['loss'], rel=1e-12) and result['processes'] == 3
     assert [name for name, _ in result['unreadable']] == [str(files[2])]
