@@ -65,7 +65,7 @@ def hollow_checkpoint(path, name, published=True, **kwargs):
 
 
 def error_of(function, *args, **kwargs):
-    """The line of the CheckpointError that a call raises; the first argument that is a file must be named first."""
+    """The message of the CheckpointError that a call raises: one line that begins with the first path argument."""
     with pytest.raises(CheckpointError) as caught:
         function(*args, **kwargs)
     message = str(caught.value)
@@ -92,8 +92,8 @@ def save_casvit(path, model, ema=None, stated='rcvit_xs', side=224):
     """A file like those that the training code of CAS-ViT saves."""
     args = argparse.Namespace(model=stated, input_size=side, lr=6e-3, output_dir=None)
     contents = dict(
-        model=OrderedDict(publish_model(model)), optimizer=torch.optim.AdamW(model.parameters()).state_dict(), epoch=299,
-        scaler=dict(scale=65536., growth_factor=2.), args=args)
+        model=OrderedDict(publish_model(model)), optimizer=torch.optim.AdamW(model.parameters()).state_dict(),
+        epoch=299, scaler=dict(scale=65536., growth_factor=2.), args=args)
     if ema is not None:
         contents['model_ema'] = OrderedDict((f'module.{key}', value) for key, value in publish_model(ema).items())
     torch.save(contents, path)

@@ -1,4 +1,4 @@
-"""The bundled photographs, and small excerpts of them."""
+"""The bundled images, and small excerpts of them."""
 import shutil
 from pathlib import Path
 

@@ -24,21 +24,21 @@ def convert_checkpoint(
         source, entry: See `read_checkpoint`.
         target: `.pth`, `.pth.tar`, `.pt` or `.safetensors`, which decides the format.
         layout: 'published', the weights alone under the official keys in the official order (safetensors has an
-            order of its own; the tables of MLLA come after `lepe`, their official place is not known); 'mmpretrain',
-            of CAS-ViT alone, that of the converter for mmpretrain, in an entry `state_dict`; or 'caretrans', ours,
-            with what else the file says in numbers and texts.
+            order of its own; the tables of MLLA follow `lepe`, their official position is not known); 'mmpretrain',
+            CAS-ViT only, that of the converter for mmpretrain, in an entry `state_dict`; or 'caretrans', ours,
+            with the other numbers and texts of the file.
         overwrite: Replace `target` if it exists.
-        model_name: See `create_from_checkpoint`; for 'caretrans' what its tag says of evaluation is written down.
-        settings: img_size, crop_pct, crop_mode, interpolation, channel_order, None for none. Of 'caretrans', how the
-            network is evaluated from now on; one for BGR images becomes one for RGB images, exactly: the inputs of its
-            first convolution are reversed, and mean and std. Of 'published', img_size alone: side of the images,
-            pixels, that checkpoints of MLLA are tied to; by default that of the tables of the source, if it has any,
-            else that at which it was evaluated in training, else 224.
+        model_name: See `create_from_checkpoint`; for 'caretrans' the image settings of its tag are stored.
+        settings: img_size, crop_pct, crop_mode, interpolation, channel_order, None for none. For 'caretrans', the
+            settings of later evaluations; a network for BGR images is converted to RGB exactly, by reversing the inputs
+            of its first convolution, mean and std. For 'published', img_size only: the side in pixels of the tables in
+            checkpoints of MLLA; by default that of the tables of the source, if any, else that of its evaluation in
+            training, else 224.
     Returns:
-        One line about what was converted.
+        One line that summarises the conversion.
     Raises:
-        CheckpointError: `source` is not exactly a model of ours, has no such layout, no use for one of `settings`, or
-            `target` is there or cannot be written.
+        CheckpointError: `source` is not exactly a model of ours, has no such layout or no use for one of `settings`, or
+            `target` exists or cannot be written.
         ValueError: Another `layout`.
     """
     target = Path(target)
@@ -83,23 +83,23 @@ def _check_target(target: Path, layout: str, overwrite: bool) -> None:
 
 
 def _check_settings(checkpoint: Checkpoint, model: nn.Module, layout: str, settings: dict[str, Any]) -> None:
-    """CheckpointError when a layout of others has no place for one of `settings`."""
+    """Raise a CheckpointError if the layout cannot store one of `settings`."""
     useless = [name for name in settings if name != 'img_size' or not model.computed_keys]
     if useless:
         raise CheckpointError(
             f'{checkpoint.path}: {list_names(useless)} cannot be kept: the {layout} layout of '
-            f'{model.pretrained_cfg["architecture"]} has no place for it: leave it out, or take --to caretrans.')
+            f'{model.pretrained_cfg["architecture"]} has no place for it: omit it, or take --to caretrans.')
 
 
 def _turn_to_rgb(
         checkpoint: Checkpoint, model: nn.Module, tensors: dict[str, torch.Tensor],
         eval_config: dict[str, Any]) -> dict[str, Any]:
-    """`eval_config` for RGB images; of a network for BGR images the first weights in `tensors` are reversed for it."""
+    """`eval_config` for RGB images; for a BGR network, reverses the first weights in `tensors`."""
     if eval_config.get('channel_order', 'rgb') == 'rgb':
         return eval_config
     if model.in_chans != 3:
         raise CheckpointError(
-            f'{checkpoint.path}: channel_order bgr is of 3 channels, it has {model.in_chans}: leave it out.')
+            f'{checkpoint.path}: channel_order bgr is of 3 channels, it has {model.in_chans}: omit it.')
     key = f'{model.pretrained_cfg["first_conv"]}.weight'
     tensors[key] = tensors[key].flip(1)
     turned = dict(eval_config, mean=eval_config['mean'][::-1], std=eval_config['std'][::-1])
@@ -110,7 +110,7 @@ def _turn_to_rgb(
 def _publish(
         model: nn.Module, tensors: dict[str, torch.Tensor], checkpoint: Checkpoint, eval_config: dict[str, Any],
         keep_tables: bool) -> dict[str, torch.Tensor]:
-    """The weights under published keys in the published order, and what a published checkpoint holds beside them."""
+    """The weights under published keys in the published order, with the computed entries of a published checkpoint."""
     try:
         computed = model.compute_entries(*eval_config['input_size'][1:])
     except ValueError as error:
@@ -136,7 +136,7 @@ def _rename_for_mmpretrain(
 
 
 def _describe_settings(model: nn.Module, settings: dict[str, Any]) -> str:
-    """The flags that stand for what the layouts of others have no place for."""
+    """The flags for the settings that the layout cannot store."""
     flags = (f'; it has no place for class names and settings, so evaluate it with --img-size '
              f'{settings["input_size"][-1]} --crop-pct {settings["crop_pct"]} '
              f'--interpolation {settings["interpolation"]}')

@@ -1,4 +1,4 @@
-"""Checkpoint files as such: read without running anything in them, written whole or not at all."""
+"""Read checkpoint files without running code in them, and write them atomically."""
 import argparse
 import io
 import json
@@ -32,7 +32,7 @@ PathLike = str | os.PathLike
 # Objects in pickles ---------------------------------------------------------------------------------------------------
 
 class _NumpyType:
-    """Stands for numpy.dtype: the type of a scalar, as a pickle describes it."""
+    """Replaces numpy.dtype: the type of a scalar, as a pickle describes it."""
 
     def __init__(self, code: str, *flags: Any) -> None:
         self.code, self.order = code, '='
@@ -42,20 +42,20 @@ class _NumpyType:
 
 
 def _read_scalar(dtype: _NumpyType, data: bytes) -> bool | int | float:
-    """A scalar of NumPy as a plain number."""
+    """A NumPy scalar as a plain number."""
     if not re.fullmatch(r'[biuf]\d', dtype.code):
-        raise pickle.UnpicklingError(f'GLOBAL numpy.dtype({dtype.code})')  # as torch calls what it does not allow
+        raise pickle.UnpicklingError(f'GLOBAL numpy.dtype({dtype.code})')  # the wording of torch for refused types
     return np.frombuffer(data, dtype.order + dtype.code).item()
 
 
 def _stand_in(path: str, function: Callable[..., Any]) -> type:
-    """A class that pickles take for `path` ('module.name'); instead of making an instance it calls `function`."""
+    """A class that replaces `path` ('module.name') in pickles and calls `function` instead of creating an instance."""
     module, _, name = path.rpartition('.')
     return type(name, (), dict(__module__=module, __new__=lambda cls, *args: function(*args)))
 
 
-# What checkpoints of others hold beside tensors and plain types. Nothing that they name of yacs or NumPy is imported or
-# called: a node of yacs becomes an ordered dict with its flags as attributes, a scalar of NumPy a number.
+# Types in checkpoints of other projects, besides tensors and plain types. Nothing of yacs or NumPy is imported or
+# called: a yacs node becomes an ordered dict with its flags as attributes, a NumPy scalar a number.
 HARMLESS = [
     argparse.Namespace, _NumpyType,
     _stand_in('yacs.config.CfgNode', OrderedDict),
@@ -64,7 +64,7 @@ HARMLESS = [
 
 
 def _simplify(value: Any) -> Any:
-    """Namespaces and nodes of yacs, and those in them, as plain dicts; anything else as it is."""
+    """Convert namespaces and yacs nodes to plain dicts, recursively; anything else is returned unchanged."""
     if isinstance(value, argparse.Namespace):
         value = vars(value)
     elif type(value) in (list, tuple):
@@ -78,15 +78,15 @@ def _simplify(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was read from a file.
+    """The content of a checkpoint file.
 
     Attributes:
         path: The file.
-        entry: The entry of the file that the weights were taken from, '' where they are not wrapped.
-        entries: The other entries that hold weights.
+        entry: The entry of the file with the weights, '' if they are not wrapped.
+        entries: The other entries with weights.
         state_dict: The weights, on the CPU, under the keys of the file without `module.` and `_orig_mod.`.
-        meta: All the rest (`arch`, `class_names`, `epoch`, `optimizer` ...), with namespaces and nodes
-            of yacs turned into dicts, and scalars of NumPy into numbers.
+        meta: Everything else (`arch`, `class_names`, `epoch`, `optimizer` ...), with namespaces and yacs nodes
+            converted to dicts, and NumPy scalars to numbers.
     """
     path: Path
     entry: str
@@ -96,12 +96,12 @@ class Checkpoint:
 
 
 def read_checkpoint(path: PathLike, entry: str | None = None) -> Checkpoint:
-    """Read a checkpoint without running anything in it.
+    """Read a checkpoint without running code in it.
 
     Args:
-        path: The file. Its content decides how it is read, not its name.
-        entry: The entry of the file that holds the weights, '' for the file itself. By default the first there is of
-            `WRAPPERS`, in which weights averaged in training (EMA) come first, then the file itself.
+        path: The file; its format is detected by content, not by name.
+        entry: The entry of the file with the weights, '' for the file itself. By default the first of `WRAPPERS` that
+            exists, in which averaged weights (EMA) come first, then the file itself.
     Raises:
         CheckpointError: The file cannot be read, or holds no weights (in `entry`).
     """
@@ -132,7 +132,7 @@ def read_checkpoint(path: PathLike, entry: str | None = None) -> Checkpoint:
 
 
 def _take_tensors(value: Any) -> dict[str, torch.Tensor]:
-    """The tensors of a state dict; nothing from anything else."""
+    """The tensors of a state dict; an empty dict for anything else."""
     if not isinstance(value, Mapping):
         return {}
     tensors = {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
@@ -140,20 +140,20 @@ def _take_tensors(value: Any) -> dict[str, torch.Tensor]:
 
 
 def _read_contents(path: Path) -> tuple[Any, dict[str, Any]]:
-    """What `path` holds, on the CPU, and the metadata of a safetensors file.
+    """The content of `path`, on the CPU, and the metadata of a safetensors file.
 
-    Its first bytes decide how it is read, not its name. Pickles may hold tensors, plain types and what `HARMLESS`
-    stands for.
+    The format is detected by the first bytes, not by the name. Pickles may contain tensors, plain types and those of
+    `HARMLESS`.
 
     Raises:
-        CheckpointError: It is not there, not a checkpoint, damaged, or wants to run code.
+        CheckpointError: It does not exist, is not a checkpoint, is damaged, or would run code.
     """
     head = _read_head(path)
     if head.startswith(b'PK'):
         _check_zip(path)
     try:
         if head.startswith((b'PK', b'\x80')):
-            # given a name instead of a file, torch.load would go by its ending
+            # given a name instead of a file, torch.load decides by its ending
             with open(path, 'rb') as file, torch.serialization.safe_globals(HARMLESS):
                 return torch.load(file, map_location='cpu', weights_only=True), {}
         with safetensors.safe_open(path, framework='pt') as file:
@@ -211,7 +211,7 @@ def _shorten(error: Exception) -> str:
 
 
 def _parse_text(text: str) -> Any:
-    """The value of a text, safetensors' only type of metadata, that `write_safetensors` made of something else."""
+    """The value of a metadata text of safetensors, which `write_safetensors` stores as JSON."""
     with suppress(json.JSONDecodeError):
         return json.loads(text)
     return text
@@ -220,14 +220,14 @@ def _parse_text(text: str) -> Any:
 # Writing --------------------------------------------------------------------------------------------------------------
 
 def write_torch(path: Path, contents: dict[str, Any]) -> None:
-    """Write a dict of what `read_checkpoint` accepts.
+    """Write a dict of the types that `read_checkpoint` accepts.
 
     Raises:
-        TypeError: It holds another type; names the entry.
+        TypeError: It contains another type; names the entry.
         CheckpointError: The file cannot be written.
     """
     _check_types(contents)
-    buffer = io.BytesIO()  # torch.save itself does not say that a disk is full
+    buffer = io.BytesIO()  # torch.save does not report a full disk
     torch.save(contents, buffer)
     _write(path, buffer.getbuffer())
 
@@ -244,7 +244,7 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: di
 
 
 def is_plain(value: Any) -> bool:
-    """Whether `value` is made of numbers, texts and None alone, and so fit for metadata."""
+    """Whether `value` consists of numbers, texts and None only, as metadata must."""
     try:
         _check_types(value, tensors=False)
     except TypeError:

@@ -1,4 +1,4 @@
-"""Keys and shapes of the weights of our models, in every layout, and which model has those of a file."""
+"""Keys and shapes of the weights of our models in every layout, and the model that fits a file."""
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,21 +18,21 @@ __all__ = [
     'Layout', 'Shapes', 'find_models', 'get_layout', 'get_shapes', 'list_models', 'match_layout', 'sort_as_published']
 
 HEADS = ('head', 'head_dist')
-MMPRETRAIN_PREFIX = 'backbone.'  # in no other layout
+MMPRETRAIN_PREFIX = 'backbone.'  # unique to this layout
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Keys and shapes of the weights of a model, and which of them depend on the data.
+    """Keys and shapes of the weights of a model, and the modules that depend on the data.
 
     Attributes:
         model_name: Without tag, and not an alias.
         shapes: Under our keys.
         published_keys, mmpretrain_keys, computed_keys: See `Backbone`.
         classifiers, first_conv: Names of modules.
-        optional_heads: Whether the model is made with one head or two, as the argument `distilled` says.
+        optional_heads: Whether the argument `distilled` chooses between one head and two.
     """
     model_name: str
     shapes: Shapes
@@ -58,9 +58,9 @@ class Layout:
             optional_heads=isinstance(model, Backbone) and 'distilled' in inspect.signature(type(model)).parameters)
 
     def match_keys(self, state_dict: Mapping[str, Any]) -> dict[str, str]:
-        """{our key: key in the file}, for the keys of any layout, without what is computed.
+        """{our key: key in the file}, for the keys of any layout, without computed ones.
 
-        Two keys of the file may be the same one of ours: then the last one is taken.
+        If two keys of the file are the same key of ours, the last one is used.
         """
         keys = {key: key for key in state_dict if not self.is_computed(key)}
         if self.is_for_mmpretrain(keys):
@@ -68,7 +68,7 @@ class Layout:
         return rename_keys(keys, self.published_keys)
 
     def name_as_in_file(self, keys: Iterable[str], files: Mapping[str, str]) -> list[str]:
-        """Our `keys` as the file calls them that `files`, of `match_keys`, is of."""
+        """Our `keys` as named in the file of `files`, a result of `match_keys`."""
         names = {key: key for key in keys}
         if any(ours != theirs for ours, theirs in files.items()):
             names = rename_keys(names, self.published_keys, to_published=True)
@@ -83,20 +83,20 @@ class Layout:
         return bool(self.mmpretrain_keys) and any(key.startswith(MMPRETRAIN_PREFIX) for key in keys)
 
     def is_head(self, key: str) -> bool:
-        """Whether `key` is of a classifier, or of what is with it in one module, such as its norm."""
-        names = (*self.classifiers, *HEADS)  # a file may have a second head that the model has not
+        """Whether `key` belongs to a classifier or to its module, which also contains its norm."""
+        names = (*self.classifiers, *HEADS)  # a file may have a second head that the model lacks
         return any(key.startswith((name.rpartition('.')[0] or name) + '.') for name in names)
 
     def count_heads(self, keys: Iterable[str]) -> int:
-        """How many heads `keys`, ours, are of."""
+        """The number of heads among our `keys`."""
         return len({key.partition('.')[0] for key in keys}.intersection(HEADS))
 
     def count_classes(self, shapes: Shapes) -> list[int]:
-        """The different numbers of classes of the heads; 0 without heads."""
+        """The distinct numbers of classes of the heads; 0 without heads."""
         return sorted({shapes[f'{name}.weight'][0] for name in self.classifiers if f'{name}.weight' in shapes}) or [0]
 
     def measure_fit(self, state_dict: Mapping[str, torch.Tensor]) -> float:
-        """The share of keys that agree in shape, 0 to 1, whatever the numbers of classes and of image channels."""
+        """The share of keys with equal shapes, 0 to 1, ignoring the numbers of classes and image channels."""
         shapes = {ours: tuple(state_dict[theirs].shape) for ours, theirs in self.match_keys(state_dict).items()}
         free = {f'{name}.{kind}' for name in (*self.classifiers, self.first_conv) for kind in ('weight', 'bias')}
         agree = sum(key in self.shapes and (key in free or self.shapes[key] == shapes[key]) for key in shapes)
@@ -114,7 +114,7 @@ def get_layout(model_name: str, **model_args: Any) -> Layout:
 
 
 def match_layout(model_name: str, state_dict: Mapping[str, torch.Tensor]) -> Layout:
-    """The layout of a registered model with as many heads as the weights have, where it can have one or two."""
+    """The layout of a registered model with the number of heads of the weights, if it supports one and two."""
     layout = get_layout(model_name)
     heads = layout.count_heads(layout.match_keys(state_dict))
     if not layout.optional_heads or heads in (0, layout.count_heads(layout.shapes)):
@@ -130,20 +130,20 @@ def list_models() -> list[str]:
 
 
 def find_models(state_dict: Mapping[str, torch.Tensor]) -> tuple[list[str], float]:
-    """The models of this package whose keys and shapes fit best, with one head or two, and how well (0 to 1)."""
+    """The models of this package whose keys and shapes fit best, with one head or two, and their fit (0 to 1)."""
     fits = {name: match_layout(name, state_dict).measure_fit(state_dict) for name in list_models()}
     best = max(fits.values())
     return [name for name, fit in fits.items() if fit == best], best
 
 
 def sort_as_published(keys: Iterable[str], table: Table) -> list[str]:
-    """The keys in the order of a state dict: a module's own tensors first, then its parts as the table lists them."""
+    """The keys in the order of a state dict: a module's own tensors first, then its parts in the order of the table."""
     paths = {key: list(accumulate(key.split('.'), '{}.{}'.format)) for key in keys}
     order: dict[str, int] = {}  # of each key, and of each module that a key is in
     for i, path in enumerate(paths.values()):
         for part in path:
             order.setdefault(part, i)
-    listed: dict[str, list[str]] = {}  # {module: its parts that the table lists, as it lists them}
+    listed: dict[str, list[str]] = {}  # {module: its parts in the table, in that order}
     for published, _ in table:
         for part in order:
             if f'.{part}'.endswith(f'.{published}'):

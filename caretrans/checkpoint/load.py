@@ -1,12 +1,12 @@
-"""Load any checkpoint of our networks, strictly; write one format, which plain timm opens too.
+"""Load any checkpoint of our networks, strictly; write one format, which plain timm also reads.
 
-    model, checkpoint = create_from_checkpoint('CARETrans_S0.pth.tar')  # which model, the file says or its shapes do
+    model, checkpoint = create_from_checkpoint('CARETrans_S0.pth.tar')  # the model is read from the file, or inferred
     load_checkpoint(model, 'runs/1/best.pth.tar')
     save_checkpoint('last.pth.tar', model, arch='care_s0', class_names=names, epoch=9)
 
-Files are PyTorch's (zip or the older pickle, whatever they are called) or safetensors; the weights bare or wrapped,
-under published keys, ours or those of mmpretrain, of one head or two. Nothing in a file is run, and nothing is loaded
-in part: whatever does not fit is a `CheckpointError` of one line that names the file, what is wrong and what to do.
+Files are PyTorch's (zip or the older pickle, under any name) or safetensors, with bare or wrapped weights under
+published keys, ours or those of mmpretrain, and one head or two. No code in a file is run, and no file is loaded in
+part: every misfit raises a `CheckpointError` of one line that names the file, the problem and the remedy.
 """
 import logging
 import os
@@ -31,33 +31,33 @@ __all__ = [
     'read_checkpoint', 'save_checkpoint']
 
 TORCH_ENDINGS = ('.pth', '.pth.tar', '.pt')
-FORMAT_VERSION = 1  # as timm counts: `epoch`, when given, is the number of finished epochs
+FORMAT_VERSION = 1  # timm's convention: `epoch`, if present, is the number of finished epochs
 NOT_ARCHITECTURE = ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir')
 LAYOUTS = ('published', 'caretrans', 'mmpretrain')
 COUNTS = ('no head', 'one head', 'two heads')
-MIN_FIT = 0.9  # share of equal keys and shapes from which weights are taken for those of a model
+MIN_FIT = 0.9  # minimum share of equal keys and shapes to infer the model of the weights
 
 PathLike = str | os.PathLike
 
 _logger = logging.getLogger(__name__)
 
 
-# Which model it is ----------------------------------------------------------------------------------------------------
+# Model inference ------------------------------------------------------------------------------------------------------
 
 def choose_model(checkpoint: Checkpoint, model_name: str | None = None) -> str:
-    """The name asked for, or the one that the file states, or the one whose shapes its weights have; no alias."""
+    """The requested model name, or that of the file, or the one inferred from the shapes; aliases are resolved."""
     path, args = checkpoint.path, checkpoint.meta.get('args')
     stated = checkpoint.meta.get('arch') or (args.get('model') if isinstance(args, dict) else None)
     stated = resolve_alias(stated).partition('.')[0] if isinstance(stated, str) and timm.is_model(stated) else None
     if model_name:
         if not timm.is_model(model_name):
-            raise CheckpointError(f'{path}: no model {model_name!r} to load it into: leave the name out or correct it.')
+            raise CheckpointError(f'{path}: no model {model_name!r} to load it into: omit or correct the name.')
         name = resolve_alias(model_name)
         try:
             get_pretrained_cfg(name)
         except RuntimeError as error:  # no such tag
             reason = str(error).rstrip('.')
-            raise CheckpointError(f'{path}: {model_name}: {reason}: leave the tag out or correct it.') from None
+            raise CheckpointError(f'{path}: {model_name}: {reason}: omit or correct the tag.') from None
         if stated not in (None, name.partition('.')[0]):
             raise CheckpointError(f'{path}: is a checkpoint of {stated}, not {model_name}: take {stated}.')
         return name
@@ -72,7 +72,7 @@ def choose_model(checkpoint: Checkpoint, model_name: str | None = None) -> str:
 
 
 def build_model(checkpoint: Checkpoint, model_name: str, **model_args: Any) -> nn.Module:
-    """The model for as many heads, classes and image channels as the weights have, with other arguments of the file."""
+    """Create the model with heads, classes and channels of the weights and other arguments of the file."""
     layout = match_layout(model_name.partition('.')[0], checkpoint.state_dict)
     files = layout.match_keys(checkpoint.state_dict)
     shapes = {ours: tuple(checkpoint.state_dict[theirs].shape) for ours, theirs in files.items()}
@@ -92,15 +92,15 @@ def build_model(checkpoint: Checkpoint, model_name: str, **model_args: Any) -> n
 
 def load_checkpoint(
         model: nn.Module, path: PathLike, entry: str | None = None, new_heads: bool = False) -> Checkpoint:
-    """Load the weights of a file into `model`: all of them, or none and an error.
+    """Load the weights of a file into `model`: all of them, or none with an error.
 
     Args:
-        model: Takes them in its own dtype and on its own device.
+        model: Keeps its dtype and device.
         path, entry: See `read_checkpoint`.
-        new_heads: Leave the heads of the model (classifiers and the norms before them) as they are, to be trained.
+        new_heads: Keep the heads of the model (classifiers and the norms before them), to be trained.
     Raises:
-        CheckpointError: As for `read_checkpoint`; or the weights are those of another model, of other classes, of one
-            head instead of two, or have missing, unexpected or misshaped keys, all of which it names.
+        CheckpointError: As for `read_checkpoint`; or the weights are of another model, other classes or another number
+            of heads, or have keys that are missing, unexpected or of wrong shape, all of which it names.
     """
     checkpoint = read_checkpoint(path, entry)
     _load(model, checkpoint, new_heads)
@@ -114,7 +114,7 @@ def create_from_checkpoint(
         new_heads: bool = False,
         **model_args: Any,
 ) -> tuple[nn.Module, Checkpoint]:
-    """Make the model that a file holds the weights of, and load them.
+    """Create the model of a file and load its weights.
 
     Args:
         path, entry: See `read_checkpoint`.
@@ -200,13 +200,13 @@ def _check_variant(layout: Layout, checkpoint: Checkpoint) -> None:
 
 
 def _describe_misfit(layout: Layout, files: dict[str, str], found: Shapes, wanted: Shapes) -> str:
-    """Every key that is missing, unexpected or misshaped, as the file calls or would call it."""
-    kinds = dict(
-        missing=layout.name_as_in_file([key for key in wanted if key not in found], files),
-        unexpected=[files[key] for key in found if key not in wanted],
-        misshaped=[
+    """List every key that is missing, unexpected or of wrong shape, named as in the file."""
+    kinds = {
+        'missing': layout.name_as_in_file([key for key in wanted if key not in found], files),
+        'unexpected': [files[key] for key in found if key not in wanted],
+        'of wrong shape': [
             f'{files[key]} (is {found[key]}, should be {wanted[key]})' for key in found
-            if found[key] != wanted.get(key, found[key])])
+            if found[key] != wanted.get(key, found[key])]}
     return '; '.join(f'{len(keys)} {kind}: {", ".join(keys)}' for kind, keys in kinds.items() if keys)
 
 
@@ -221,13 +221,13 @@ def save_checkpoint(
         class_names: Sequence[str] | None = None,
         **rest: Any,
 ) -> None:
-    """Write what this module and plain timm read, whole or not at all: an older file stays until the new one is safe.
+    """Write a checkpoint for this module and plain timm, atomically: an older file stays until the new one is safe.
 
     Args:
-        path: `.pth.tar`, `.pth` or `.pt`, in a folder that is there.
+        path: `.pth.tar`, `.pth` or `.pt`, in an existing folder.
         model: Its weights, without the wrappers of parallel or compiled models.
         arch: Its name in timm.
-        ema: Averaged weights of the same model, which readers prefer.
+        ema: Averaged weights (EMA) of the same model, which readers prefer.
         class_names: One name per class, in the order of the labels.
         rest: `epoch` (finished ones), `model_args` (for `timm.create_model`), `optimizer` ...: tensors, numbers,
             texts, and lists, tuples and dicts of them.
@@ -238,9 +238,9 @@ def save_checkpoint(
     """
     path = Path(path)
     if not path.name.endswith(TORCH_ENDINGS):
-        raise CheckpointError(f'{path}: timm goes by the name: let it end in {" or ".join(TORCH_ENDINGS)}.')
+        raise CheckpointError(f'{path}: timm reads files by ending: end the name in {" or ".join(TORCH_ENDINGS)}.')
     if is_fused(model):
-        raise ValueError(f'{path}: fused networks are not saved. Save what it was made from, and fuse after loading.')
+        raise ValueError(f'{path}: fused networks are not saved. Save the original network and fuse it after loading.')
     num_classes = unwrap_model(model).num_classes
     if class_names is not None and len(class_names) != num_classes:
         raise ValueError(f'{len(class_names)} class names for a model of {num_classes} classes.')

@@ -1,4 +1,4 @@
-"""One loader takes every checkpoint people bring, strictly."""
+"""One strict loader for all kinds of checkpoints."""
 import argparse
 import itertools
 import logging
@@ -47,7 +47,7 @@ def test_safetensors_load_with_their_metadata(tmp_path, prefix, published):
     assert checkpoint.meta == dict(arch='care_s0', class_names=['a', 'b'], note='plain words')
 
 
-def test_content_decides_how_a_file_is_read_not_its_name(tmp_path):
+def test_file_format_is_detected_by_content(tmp_path):
     expected = make_tiny(1).state_dict()
     save_file(expected, tmp_path / 'a.pth.tar')
     for name in ('b.safetensors', 'b.bin', 'b'):
@@ -56,7 +56,7 @@ def test_content_decides_how_a_file_is_read_not_its_name(tmp_path):
         assert same(read_checkpoint(path).state_dict, expected)
 
 
-def test_the_entry_taken_is_the_one_timm_takes(tmp_path):
+def test_default_entry_is_that_of_timm(tmp_path):
     names = ('state_dict', 'model', 'state_dict_ema', 'model_ema')
     for i, taken in enumerate(itertools.chain.from_iterable(itertools.combinations(names, n) for n in (1, 2, 3, 4))):
         path = tmp_path / f'{i}.pth'
@@ -66,7 +66,7 @@ def test_the_entry_taken_is_the_one_timm_takes(tmp_path):
         assert {checkpoint.entry, *checkpoint.entries} == set(taken)
 
 
-def test_an_entry_can_be_named_and_is_logged_with_the_others(tmp_path, caplog):
+def test_entry_can_be_chosen_and_is_logged_with_the_others(tmp_path, caplog):
     first, second, path = make_tiny(1).state_dict(), make_tiny(2).state_dict(), tmp_path / 'x.pth'
     torch.save({'state_dict': first, 'state_dict_ema': second, 'optimizer': {'state': {}}}, path)
     model = make_tiny(3)
@@ -82,20 +82,20 @@ def test_an_entry_can_be_named_and_is_logged_with_the_others(tmp_path, caplog):
     assert "choose entry=''" in error_of(read_checkpoint, path, entry='model')
 
 
-def test_an_entry_of_an_unusual_name_must_be_named(tmp_path):
+def test_entry_with_an_unknown_name_must_be_chosen(tmp_path):
     expected, path = make_tiny(1).state_dict(), tmp_path / 'x.pth'
     torch.save({'net': expected, 'threshold': torch.tensor(0.5)}, path)
     assert "no entry of a usual name holds weights: choose entry='net'" in error_of(read_checkpoint, path)
     assert same(read_checkpoint(path, entry='net').state_dict, expected)
 
 
-def test_an_empty_wrapper_is_passed_over(tmp_path):
+def test_empty_wrapper_is_skipped(tmp_path):
     expected, path = make_tiny(1).state_dict(), tmp_path / 'x.pth'
     torch.save({'state_dict': expected, 'state_dict_ema': None, 'model_ema': {}}, path)
     assert read_checkpoint(path).entry == 'state_dict'
 
 
-def test_what_is_not_weights_is_kept(tmp_path):
+def test_other_entries_are_kept_as_meta(tmp_path):
     path, state = tmp_path / 'x.pth', {'state': {0: {'exp_avg': torch.ones(2)}}, 'param_groups': [{'lr': 0.1}]}
     rng = {'torch': torch.get_rng_state()}
     torch.save(dict(model=make_tiny().state_dict(), optimizer=state, rng=rng, epoch=7, metric=81.5), path)
@@ -118,7 +118,7 @@ def test_training_checkpoints_of_timm_are_read(tmp_path):
 
 @pytest.mark.parametrize('file_dtype', [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
-def test_weights_take_the_dtype_of_the_model(tmp_path, dtype, file_dtype):
+def test_weights_are_cast_to_the_dtype_of_the_model(tmp_path, dtype, file_dtype):
     source, path = make_tiny(1).to(file_dtype), tmp_path / 'x.pth'
     torch.save(source.state_dict(), path)
     model = make_tiny(2).to(dtype)
@@ -141,29 +141,29 @@ def test_parallel_and_compiled_models_are_loaded_and_saved_like_plain_ones(tmp_p
 # Weights that do not fit ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('published', [False, True])
-def test_every_missing_unexpected_and_misshaped_key_is_named_as_in_the_file(tmp_path, published):
+def test_every_key_that_does_not_fit_is_named_as_in_the_file(tmp_path, published):
     state_dict, path = make_tiny().state_dict(), tmp_path / 'x.pth'
     state_dict = publish(state_dict) if published else state_dict
     keys = list(state_dict)
-    missing, misshaped = keys[3:-8:12], keys[5:-8:12]
-    assert len(missing) > 10 and len(misshaped) > 10
+    missing, reshaped = keys[3:-8:12], keys[5:-8:12]
+    assert len(missing) > 10 and len(reshaped) > 10
     for key in missing:
         del state_dict[key]
-    shapes = {key: tuple(state_dict[key].shape) for key in misshaped}
-    state_dict.update({key: torch.zeros(7, 7) for key in misshaped})
+    shapes = {key: tuple(state_dict[key].shape) for key in reshaped}
+    state_dict.update({key: torch.zeros(7, 7) for key in reshaped})
     state_dict.update({f'extra.{i}': torch.zeros(1) for i in range(12)})
     torch.save({'model': {f'module.{key}': value for key, value in state_dict.items()}}, path)
     model = make_tiny(2)
     message = error_of(load_checkpoint, model, path)
     assert f'{len(missing)} missing: {", ".join(missing)}; ' in message
     assert f'12 unexpected: {", ".join(f"extra.{i}" for i in range(12))}; ' in message
-    details = ', '.join(f'{key} (is (7, 7), should be {shapes[key]})' for key in misshaped)
-    assert f'{len(misshaped)} misshaped: {details}: take another' in message
+    details = ', '.join(f'{key} (is (7, 7), should be {shapes[key]})' for key in reshaped)
+    assert f'{len(reshaped)} of wrong shape: {details}: take another' in message
     assert same(model.state_dict(), make_tiny(2).state_dict()), 'nothing may be loaded in part'
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_a_checkpoint_of_another_model_is_called_by_its_name(tmp_path, name):
+def test_checkpoint_of_another_model_is_identified(tmp_path, name):
     path = hollow_checkpoint(tmp_path / 'x.pth', name, num_classes=7)
     other = MODELS[MODELS.index(name) - 1]
     model = timm.create_model(other, device='meta', num_classes=14)
@@ -172,7 +172,7 @@ def test_a_checkpoint_of_another_model_is_called_by_its_name(tmp_path, name):
     assert message == error_of(load_checkpoint, model, path, new_heads=True)
 
 
-def test_a_damaged_checkpoint_of_another_model_is_still_called_by_its_name(tmp_path):
+def test_damaged_checkpoint_of_another_model_is_identified(tmp_path):
     path = hollow_checkpoint(tmp_path / 'x.pth', 'care_s1')
     state_dict = torch.load(path)
     del state_dict['stem.0.bias']
@@ -181,7 +181,7 @@ def test_a_damaged_checkpoint_of_another_model_is_still_called_by_its_name(tmp_p
     assert '1 missing: stem.0.bias: ' in error_of(load_checkpoint, timm.create_model('care_s1', device='meta'), path)
 
 
-def test_models_added_later_are_recognised(tmp_path, monkeypatch):
+def test_newly_registered_models_are_recognised(tmp_path, monkeypatch):
     def care_later(pretrained=False, **kwargs):
         return build_backbone(CareTransformer, 'care_later', pretrained, **{**TINY['care_s0'], **kwargs})
 
@@ -196,22 +196,22 @@ def test_models_added_later_are_recognised(tmp_path, monkeypatch):
     assert 'is a checkpoint of care_later, not care_s0' in message
 
 
-def test_a_plain_checkpoint_in_a_changed_model_says_so(tmp_path):
+def test_default_checkpoint_in_a_modified_model_is_refused(tmp_path):
     path = hollow_checkpoint(tmp_path / 'x.pth', 'care_s0')
     for changed in (dict(ablation='no_inter1'), dict(features_only=True)):
         model = timm.create_model('care_s0', **changed)
         assert 'care_s0 as it is by default, not of one changed' in error_of(load_checkpoint, model, path)
 
 
-def test_other_image_channels_are_named(tmp_path):
+def test_wrong_image_channels_are_named(tmp_path):
     path = hollow_checkpoint(tmp_path / 'x.pth', 'care_s0')
     for num_classes in (1000, 14):
         model = timm.create_model('care_s0', device='meta', in_chans=1, num_classes=num_classes)
         message = error_of(load_checkpoint, model, path)
-        assert 'misshaped: stem.0.weight (is (32, 3, 4, 4), should be (32, 1, 4, 4))' in message
+        assert ' of wrong shape: stem.0.weight (is (32, 3, 4, 4), should be (32, 1, 4, 4))' in message
 
 
-def test_weights_of_something_else_name_all_keys(tmp_path):
+def test_unrelated_weights_name_all_keys(tmp_path):
     torch.save(nn.Linear(2, 3).state_dict(), tmp_path / 'x.pth')
     message = error_of(load_checkpoint, make_tiny(), tmp_path / 'x.pth')
     assert '2 unexpected: weight, bias: ' in message and all(key in message for key in make_tiny().state_dict())
@@ -234,7 +234,7 @@ def test_other_classes_need_new_heads_which_stay_fresh(tmp_path, published, capl
     assert 'The heads of care_s0 are fresh: train them' in caplog.messages
 
 
-def test_new_heads_stay_fresh_for_equal_classes_too(tmp_path):
+def test_new_heads_stay_fresh_for_equal_classes(tmp_path):
     torch.save(make_tiny(1).state_dict(), tmp_path / 'x.pth')
     model = make_tiny(2)
     load_checkpoint(model, tmp_path / 'x.pth', new_heads=True)
@@ -242,7 +242,7 @@ def test_new_heads_stay_fresh_for_equal_classes_too(tmp_path):
     assert torch.equal(model.stem.conv.weight, make_tiny(1).stem.conv.weight)
 
 
-def test_new_heads_leave_the_rest_strict(tmp_path):
+def test_new_heads_keep_the_body_strict(tmp_path):
     state_dict, path = make_tiny(1, num_classes=9).state_dict(), tmp_path / 'x.pth'
     del state_dict['stem.conv.bias']
     torch.save(state_dict, path)
@@ -250,7 +250,7 @@ def test_new_heads_leave_the_rest_strict(tmp_path):
     assert '1 missing: stem.conv.bias: take' in message
 
 
-def test_files_and_models_without_heads_need_new_heads_too(tmp_path):
+def test_files_and_models_without_heads_need_new_heads(tmp_path):
     with_heads, without = tmp_path / 'with.pth', tmp_path / 'without.pth'
     torch.save(make_tiny(1).state_dict(), with_heads)
     torch.save(make_tiny(1, num_classes=0).state_dict(), without)
@@ -262,14 +262,14 @@ def test_files_and_models_without_heads_need_new_heads_too(tmp_path):
         assert same(model.stages.state_dict(), make_tiny(1).stages.state_dict())
 
 
-def test_a_missing_head_is_named(tmp_path):
+def test_missing_head_is_named(tmp_path):
     state_dict = {key: value for key, value in publish(make_tiny().state_dict()).items() if 'dist_head' not in key}
     torch.save(state_dict, tmp_path / 'x.pth')
     message = error_of(load_checkpoint, make_tiny(), tmp_path / 'x.pth')
     assert '4 missing: dist_head.norm.weight, dist_head.norm.bias, dist_head.fc.weight, dist_head.fc.bias: ' in message
 
 
-def test_heads_are_what_the_configuration_of_each_model_says():
+def test_heads_match_the_pretrained_cfg_of_each_model():
     for name in MODELS:
         model = timm.create_model(name, device='meta')
         classifiers = get_pretrained_cfg(name).classifier
@@ -287,7 +287,7 @@ def published_file(tmp_path_factory):
     return path
 
 
-def test_a_published_file_makes_its_model(published_file, caplog):
+def test_published_file_creates_its_model(published_file, caplog):
     with caplog.at_level(logging.INFO):
         model, checkpoint = create_from_checkpoint(published_file)
     assert (model.pretrained_cfg['architecture'], model.num_classes, model.in_chans) == ('care_s0', 1000, 3)
@@ -305,14 +305,14 @@ def test_every_model_is_recognised_by_its_shapes(tmp_path, name, published):
     assert (model.pretrained_cfg['architecture'], model.num_classes, model.in_chans) == (name, 14, 1)
 
 
-def test_a_file_without_heads_makes_a_model_without_heads(tmp_path):
+def test_file_without_heads_creates_a_model_without_heads(tmp_path):
     model, _ = create_from_checkpoint(hollow_checkpoint(tmp_path / 'x.pth', 'care_s1', num_classes=0))
     assert (model.pretrained_cfg['architecture'], model.num_classes) == ('care_s1', 0)
 
 
 @pytest.mark.parametrize('meta', [
     dict(arch='care_s0'), dict(arch='care_s0.in1k'), dict(args=argparse.Namespace(model='care_s0'))])
-def test_the_model_and_its_arguments_are_those_that_the_file_states(tmp_path, meta):
+def test_model_and_arguments_are_read_from_the_file(tmp_path, meta):
     source, path = make_tiny(1, num_classes=3, in_chans=2, ablation='no_inter1'), tmp_path / 'x.pth'
     torch.save(dict(model=source.state_dict(), model_args=dict(TINY['care_s0'], ablation='no_inter1'), **meta), path)
     for name in (None, 'care_s0', 'care_s0.in1k'):
@@ -322,13 +322,13 @@ def test_the_model_and_its_arguments_are_those_that_the_file_states(tmp_path, me
     assert 'is a checkpoint of care_s0, not care_s1: take care_s0' in error_of(create_from_checkpoint, path, 'care_s1')
 
 
-def test_a_name_that_the_file_states_but_nobody_knows_is_passed_over(tmp_path):
+def test_unknown_model_name_in_the_file_is_ignored(tmp_path):
     path = hollow_checkpoint(tmp_path / 'x.pth', 'care_s1')
     torch.save(dict(model=torch.load(path), arch='CARETrans_S1'), path)
     assert create_from_checkpoint(path)[0].pretrained_cfg['architecture'] == 'care_s1'
 
 
-def test_a_wrong_or_unknown_model_name_is_refused(tmp_path):
+def test_wrong_or_unknown_model_name_is_refused(tmp_path):
     path = hollow_checkpoint(tmp_path / 'x.pth', 'care_s1')
     assert 'is a checkpoint of care_s1, not care_s0' in error_of(create_from_checkpoint, path, 'care_s0')
     assert "no model 'care_s9'" in error_of(create_from_checkpoint, path, 'care_s9')
@@ -343,7 +343,7 @@ def test_other_models_of_timm_load_when_named(tmp_path):
     assert create_from_checkpoint(path, 'resnet10t')[0].num_classes == 4
 
 
-def test_a_model_for_other_classes_is_made_with_new_heads(tmp_path):
+def test_model_for_other_classes_is_created_with_new_heads(tmp_path):
     path = tmp_path / 'x.pth'
     save_checkpoint(path, make_tiny(1), arch='care_s0', model_args=TINY['care_s0'])
     assert 'heads of 5 classes, care_s0 of 7' in error_of(create_from_checkpoint, path, num_classes=7)

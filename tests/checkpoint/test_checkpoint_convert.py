@@ -1,4 +1,4 @@
-"""Checkpoints convert between the published layout and ours, and between formats, without a change."""
+"""Checkpoints convert between the published layout and ours, and between formats, unchanged."""
 import itertools
 import json
 
@@ -17,7 +17,7 @@ from caretrans.errors import CheckpointError
 from caretrans.evaluation import load_for_evaluation
 
 
-def test_a_published_file_converts_to_ours_and_back_without_a_change(tmp_path):
+def test_published_file_converts_to_ours_and_back_unchanged(tmp_path):
     source, ours, back = tmp_path / 'CARETrans_S0.pth.tar', tmp_path / 'ours.pth.tar', tmp_path / 'back.pth'
     torch.save(published_state_dict('care_s0'), source)
     summary = convert_checkpoint(source, ours, 'caretrans')
@@ -32,7 +32,7 @@ def test_a_published_file_converts_to_ours_and_back_without_a_change(tmp_path):
 
 
 @pytest.mark.parametrize('name', CARE)
-def test_the_published_layout_has_the_official_keys_in_the_official_order(tmp_path, name):
+def test_published_layout_has_the_official_keys_in_order(tmp_path, name):
     source, target = hollow_checkpoint(tmp_path / 'a.pth', name, published=False), tmp_path / 'b.pth'
     convert_checkpoint(source, target, 'published')
     written = {key: list(value.shape) for key, value in torch.load(target).items()}
@@ -61,7 +61,7 @@ def test_formats_convert_into_each_other(tmp_path, endings, layout):
     assert {key: meta.get(key) for key in facts} == facts and 'moment' not in meta
 
 
-def test_the_entry_to_convert_can_be_named(tmp_path):
+def test_entry_to_convert_can_be_chosen(tmp_path):
     source, target = tmp_path / 'a.pth', tmp_path / 'b.pth'
     save_checkpoint(source, make_tiny(1), arch='care_s0', ema=make_tiny(2), model_args=TINY['care_s0'])
     for entry, seed in ((None, 2), ('state_dict', 1)):
@@ -69,7 +69,7 @@ def test_the_entry_to_convert_can_be_named(tmp_path):
         assert same(torch.load(target), publish(make_tiny(seed).state_dict()))
 
 
-def test_a_conversion_overwrites_only_when_asked(tmp_path):
+def test_conversion_overwrites_only_on_request(tmp_path):
     source, target = tmp_path / 'a.pth', tmp_path / 'b.pth'
     save_checkpoint(source, make_tiny(1), arch='care_s0', model_args=TINY['care_s0'])
     target.write_text('precious')
@@ -82,7 +82,7 @@ def test_a_conversion_overwrites_only_when_asked(tmp_path):
     assert same(torch.load(source), publish(make_tiny(1).state_dict()))
 
 
-def test_a_conversion_refuses_what_it_cannot_do(tmp_path):
+def test_impossible_conversions_are_refused(tmp_path):
     source, target = tmp_path / 'a.pth', tmp_path / 'b.pth'
     state_dict = make_tiny().state_dict()
     torch.save(dict(model=state_dict, arch='care_s0', model_args=TINY['care_s0']), source)
@@ -99,7 +99,7 @@ def test_a_conversion_refuses_what_it_cannot_do(tmp_path):
     assert not target.exists()
 
 
-def test_what_was_found_about_evaluation_is_kept(tmp_path):
+def test_image_settings_are_stored(tmp_path):
     source, target, back = tmp_path / 'a.pth', tmp_path / 'b.pth.tar', tmp_path / 'c.pth'
     torch.save(published_state_dict('care_s0'), source)
     flags = ['--img-size', '96', '--crop-mode', 'squash', '--interpolation', 'bilinear']
@@ -112,7 +112,7 @@ def test_what_was_found_about_evaluation_is_kept(tmp_path):
         'evaluate it with --img-size 96 --crop-pct 1.0 --interpolation bilinear --crop-mode squash')
 
 
-def test_a_tag_is_kept_as_what_it_says_of_evaluation(tmp_path):
+def test_image_settings_of_a_tag_are_stored(tmp_path):
     source, target = tmp_path / 'a.pth', tmp_path / 'b.pth.tar'
     torch.save(published_state_dict('rcvit_xs'), source)
     assert main(['convert', str(source), str(target), '--to', 'caretrans', '--model', 'casvit_xs.r384_in1k']) == 0
@@ -124,7 +124,7 @@ def test_a_tag_is_kept_as_what_it_says_of_evaluation(tmp_path):
 @pytest.mark.parametrize('layout, name, setting', [
     ('published', 'care_s0', 'img_size'), ('mmpretrain', 'casvit_xs', 'img_size'), ('published', 'mlla_t', 'crop_pct'),
     ('published', 'casvit_xs', 'channel_order')])
-def test_a_setting_without_a_place_is_refused(tmp_path, layout, name, setting):
+def test_setting_that_the_layout_cannot_store_is_refused(tmp_path, layout, name, setting):
     source, target = hollow_checkpoint(tmp_path / 'a.pth', name, published=False), tmp_path / 'b.pth'
     values = dict(img_size=256, crop_pct=1., channel_order='bgr')
     message = error_of(convert_checkpoint, source, target, layout, **{setting: values[setting]})
@@ -132,7 +132,7 @@ def test_a_setting_without_a_place_is_refused(tmp_path, layout, name, setting):
 
 
 @pytest.mark.parametrize('img_size', [None, 288])
-def test_the_flags_named_are_of_what_was_written(tmp_path, img_size):
+def test_suggested_flags_match_the_written_file(tmp_path, img_size):
     source, target = tmp_path / 'a.pth', tmp_path / 'b.pth'
     save_checkpoint(source, timm.create_model('mlla_t'), arch='mlla_t', eval_config=dict(input_size=[3, 256, 256]))
     summary = convert_checkpoint(source, target, 'published', img_size=img_size)

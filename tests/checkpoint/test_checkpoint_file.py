@@ -1,4 +1,4 @@
-"""Files are read without running them, written whole or not at all; what is wrong with one is a clear line."""
+"""Checkpoint files are read without running code and written atomically; errors are one clear line."""
 import argparse
 import os
 import pickle
@@ -43,7 +43,7 @@ def test_code_in_a_pickle_is_named_and_not_run(tmp_path, save):
     message = error_of(read_checkpoint, path)
     assert 'wants to run code' in message and f'({os.mkdir.__module__}.mkdir)' in message
     assert not folder.exists()
-    with suppress(RuntimeError), open(path, 'rb') as file:  # a bare pickle is no file of torch.save, but too late
+    with suppress(RuntimeError), open(path, 'rb') as file:  # torch refuses a bare pickle only after running it
         torch.load(file, weights_only=False)
     assert folder.exists(), 'the code was live'
 
@@ -79,7 +79,7 @@ NOT_WEIGHTS = {
 
 @pytest.mark.parametrize('kind', NOT_WEIGHTS)
 @pytest.mark.parametrize('name', ['x.pth.tar', 'x.safetensors'])
-def test_files_that_are_no_checkpoints_say_what_they_are(tmp_path, name, kind):
+def test_files_that_are_not_checkpoints_are_identified(tmp_path, name, kind):
     content, expected = NOT_WEIGHTS[kind]
     path = tmp_path / name
     path.write_bytes(content)
@@ -88,7 +88,7 @@ def test_files_that_are_no_checkpoints_say_what_they_are(tmp_path, name, kind):
     assert expected in error_of(read_checkpoint, path)
 
 
-def test_missing_files_and_folders_say_so(tmp_path):
+def test_missing_files_and_folders_are_refused(tmp_path):
     assert 'no such file' in error_of(read_checkpoint, tmp_path / 'none.pth')
     assert 'no such file' in error_of(load_checkpoint, make_tiny(), tmp_path / 'none' / 'none.pth')
     assert 'is a folder' in error_of(create_from_checkpoint, tmp_path)
@@ -101,7 +101,7 @@ def test_missing_files_and_folders_say_so(tmp_path):
     lambda contents, path: torch.save(contents, path, _use_new_zipfile_serialization=False),
     save_file,
 ], ids=['zip', 'legacy', 'safetensors'])
-def test_truncated_files_say_so_wherever_they_end(tmp_path, save):
+def test_truncated_files_are_refused_at_any_length(tmp_path, save):
     path = tmp_path / ('x.safetensors' if save is save_file else 'x.pth.tar')
     save(make_tiny().state_dict(), path)
     content = path.read_bytes()
@@ -110,7 +110,7 @@ def test_truncated_files_say_so_wherever_they_end(tmp_path, save):
         assert 'is truncated' in error_of(read_checkpoint, path)
 
 
-def test_archives_of_other_things_say_what_is_in_them(tmp_path):
+def test_other_archives_are_refused_with_their_content(tmp_path):
     torch.save({'weight': torch.ones(2)}, tmp_path / 'CARETrans_S0.pth.tar')
     with zipfile.ZipFile(tmp_path / 'drive.pth.tar', 'w') as archive:
         archive.write(tmp_path / 'CARETrans_S0.pth.tar', 'CARETrans_S0.pth.tar')
@@ -129,12 +129,12 @@ def test_archives_of_other_things_say_what_is_in_them(tmp_path):
     ([torch.ones(2)], 'holds a list'),
     (torch.ones(2), 'holds a Tensor'),
 ])
-def test_files_without_weights_say_what_they_hold(tmp_path, contents, expected):
+def test_files_without_weights_are_refused_with_their_content(tmp_path, contents, expected):
     torch.save(contents, tmp_path / 'x.pth')
     assert expected in error_of(read_checkpoint, tmp_path / 'x.pth')
 
 
-def test_the_same_weight_twice_is_refused(tmp_path):
+def test_duplicate_weights_are_refused(tmp_path):
     state_dict, path = make_tiny().state_dict(), tmp_path / 'x.pth'
     torch.save({**state_dict, 'module.stem.conv.bias': torch.ones(16)}, path)
     assert 'both with and without module.' in error_of(load_checkpoint, make_tiny(), path)
@@ -144,7 +144,7 @@ def test_the_same_weight_twice_is_refused(tmp_path):
 
 # Writing --------------------------------------------------------------------------------------------------------------
 
-def test_what_is_saved_comes_back(tmp_path):
+def test_saved_checkpoint_is_read_back(tmp_path):
     path, names = tmp_path / 'last.pth.tar', ['a', 'b', 'c', 'd', 'e']
     optimizer = torch.optim.AdamW(make_tiny(1).parameters())
     save_checkpoint(
@@ -161,7 +161,7 @@ def test_what_is_saved_comes_back(tmp_path):
     assert set(torch.load(path)) == {'arch', 'num_classes', 'version', 'state_dict'}
 
 
-def test_what_is_saved_opens_in_plain_timm(tmp_path):
+def test_plain_timm_loads_saved_checkpoints(tmp_path):
     path = tmp_path / 'last.pth.tar'
     save_checkpoint(path, make_tiny(1), arch='care_s0', epoch=3)
     for model in (make_tiny(2), timm.create_model('care_s0', num_classes=5, checkpoint_path=path, **TINY['care_s0'])):
@@ -182,7 +182,7 @@ def test_what_is_saved_opens_in_plain_timm(tmp_path):
     (dict(args=argparse.Namespace()), 'args is a argparse.Namespace'),
     (dict(steps={(1, 2): 3}), r'steps has the key \(1, 2\)'),
 ])
-def test_what_could_not_be_read_back_is_not_written(tmp_path, rest, named):
+def test_unreadable_types_are_not_written(tmp_path, rest, named):
     with pytest.raises(TypeError, match=named):
         save_checkpoint(tmp_path / 'x.pth', make_tiny(), arch='care_s0', **rest)
     assert not list(tmp_path.iterdir())
@@ -192,7 +192,7 @@ def test_wrong_class_names_and_endings_are_refused(tmp_path):
     with pytest.raises(ValueError, match='2 class names for a model of 5 classes'):
         save_checkpoint(tmp_path / 'x.pth', make_tiny(), arch='care_s0', class_names=['a', 'b'])
     path = tmp_path / 'x.safetensors'
-    assert 'let it end in .pth or .pth.tar' in error_of(save_checkpoint, path, make_tiny(), arch='care_s0')
+    assert 'end the name in .pth or .pth.tar' in error_of(save_checkpoint, path, make_tiny(), arch='care_s0')
     assert not list(tmp_path.iterdir())
 
 
@@ -208,7 +208,7 @@ def fail(error):
     ('os.fsync', KeyboardInterrupt(), KeyboardInterrupt),
     ('torch.save', MemoryError(), MemoryError),
 ])
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, function, error, expected):
+def test_failed_write_keeps_the_old_file_and_nothing_else(tmp_path, monkeypatch, function, error, expected):
     path = tmp_path / 'last.pth.tar'
     save_checkpoint(path, make_tiny(1), arch='care_s0', epoch=1)
     before = path.read_bytes()
@@ -220,12 +220,12 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before
 
 
-def test_a_disk_that_takes_no_more_is_a_clear_error(tmp_path):
+def test_full_disk_is_a_clear_error(tmp_path):
     path = tmp_path / 'last.pth.tar'
     save_checkpoint(path, make_tiny(1), arch='care_s0', epoch=1)
     before = path.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # a real write that stops half way
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # a real write that stops halfway
     try:
         message = error_of(save_checkpoint, path, make_tiny(2), arch='care_s0')
     finally:
@@ -234,7 +234,7 @@ def test_a_disk_that_takes_no_more_is_a_clear_error(tmp_path):
     assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before
 
 
-def test_folders_that_cannot_be_written_to_are_clear_errors(tmp_path):
+def test_read_only_folders_are_clear_errors(tmp_path):
     (tmp_path / 'file').touch()
     (tmp_path / 'folder.pth').mkdir()
     for path, reason in (
@@ -245,7 +245,7 @@ def test_folders_that_cannot_be_written_to_are_clear_errors(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ['file', 'folder.pth']
 
 
-def test_a_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
+def test_file_is_flushed_before_it_replaces_the_old_one(tmp_path, monkeypatch):
     calls, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr('os.fsync', lambda f: (calls.append(os.path.isdir(f'/dev/fd/{f}')), fsync(f)))
     monkeypatch.setattr('os.replace', lambda a, b: (calls.append((Path(a).parent, b)), replace(a, b)))
@@ -253,7 +253,7 @@ def test_a_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypa
     assert calls == [False, (tmp_path, tmp_path / 'x.pth'), True]  # file, rename, folder
 
 
-def test_a_web_page_given_to_timm_is_refused_without_advice_to_run_it(tmp_path):
+def test_timm_refuses_a_web_page_without_advice_to_run_it(tmp_path):
     (tmp_path / 'page.pth.tar').write_text('<!DOCTYPE html><html>Sign in</html>')
     with pytest.raises(RuntimeError, match='page.pth.tar is no checkpoint .* web page') as error:
         timm.create_model(

@@ -1,4 +1,4 @@
-"""How images are made ready for evaluation: what a crop mode sees, and in which order channels come."""
+"""Image settings for evaluation: crop modes and channel orders."""
 import json
 import sys
 
@@ -22,7 +22,7 @@ from caretrans.export.config import ExportConfig
 from caretrans.export.source import load_source
 
 CLASSES = sorted(path.name for path in (FRUIT / 'val').iterdir())
-PHOTOGRAPH = sorted((FRUIT / 'val').glob('*/*.jpg'))[0]
+IMAGE = sorted((FRUIT / 'val').glob('*/*.jpg'))[0]
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 
 
@@ -42,6 +42,17 @@ def save(path, model: nn.Module, **eval_config) -> str:
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory) -> str:
     return save(tmp_path_factory.mktemp('model') / 'model.pth.tar', make_model(), mean=MEAN, std=STD)
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory) -> str:
+    """Twelve bundled images of each class."""
+    folder = tmp_path_factory.mktemp('data')
+    for name in CLASSES:
+        (folder / 'val' / name).mkdir(parents=True)
+        for image in sorted((FRUIT / 'val' / name).glob('*.jpg'))[:12]:
+            (folder / 'val' / name / image.name).symlink_to(image.resolve())
+    return str(folder)
 
 
 def make_wide() -> Image.Image:
@@ -79,30 +90,31 @@ def test_squash_sees_the_whole_image_without_a_crop_pct(name):
     (dict(crop_pct=.9, crop_mode='squash'), dict(crop_mode='squash'), .9, 'checkpoint'),
     (dict(crop_pct=.9, crop_mode='squash'), {}, .9, 'checkpoint'),
 ])
-def test_a_flag_that_squashes_drops_the_crop_of_the_file(tmp_path, stored, flags, crop_pct, source):
+def test_squash_flag_drops_the_crop_pct_of_the_file(tmp_path, stored, flags, crop_pct, source):
     file = save(tmp_path / 'x.pth.tar', make_model(), **stored)
     model, loaded, config = load_for_evaluation(file, **flags)
     assert (config['crop_pct'], list_sources(model, loaded, **flags)['crop_pct']) == (crop_pct, source)
 
 
-def test_the_centre_is_all_that_is_seen_by_default():
+def test_default_crop_mode_is_center():
     pixels = prepare(make_wide())
     assert (pixels[1] == 255).all() and (pixels[[0, 2]] == 0).all()
     assert torch.equal(pixels, prepare(make_wide(), crop_mode='center'))
 
 
-def test_border_sees_the_whole_image_between_bars_of_the_mean_colour():
+def test_border_pads_the_whole_image_with_the_mean_colour():
     pixels = prepare(make_wide(), crop_mode='border', mean=MEAN)
     assert (pixels[:, :10] == torch.tensor([102, 128, 153]).view(3, 1, 1)).all()
     assert (pixels[0, 10:30, 0] > 250).all() and (pixels[2, 10:30, -1] > 250).all()
 
 
-def test_the_crop_mode_is_taken_from_flag_and_checkpoint_and_named(tmp_path, checkpoint, monkeypatch, capsys):
+def test_crop_mode_is_read_from_flag_and_checkpoint_and_printed(
+        tmp_path, checkpoint, data, monkeypatch, capsys):
     squashed = save(tmp_path / 'squashed.pth.tar', make_model(), crop_mode='squash', mean=MEAN, std=STD)
     flags = ['--workers', '0', '--device', 'cpu']
     lines = []
     for command in ([squashed], [checkpoint, '--crop-mode', 'squash'], [checkpoint]):
-        monkeypatch.setattr(sys, 'argv', ['validate.py', command[0], str(FRUIT), *command[1:], *flags])
+        monkeypatch.setattr(sys, 'argv', ['validate.py', command[0], data, *command[1:], *flags])
         assert validate() == 0
         lines.append([line.split('   loss')[0] for line in capsys.readouterr().out.splitlines()[-2:]])
     (first, score), (second, same), (third, other) = lines
@@ -111,25 +123,25 @@ def test_the_crop_mode_is_taken_from_flag_and_checkpoint_and_named(tmp_path, che
     assert third.endswith('crop_pct 1.0 (checkpoint)') and score == same != other
 
 
-def test_training_takes_no_other_crop_mode():
+def test_training_refuses_unknown_crop_modes():
     with pytest.raises(ConfigError, match="crop_mode is 'middle', choose from center, squash, border"):
         TrainConfig(crop_mode='middle')
 
 
 # Channel order --------------------------------------------------------------------------------------------------------
 
-def test_bgr_turns_the_channels_of_the_pixels_round_and_nothing_else():
-    photograph = Image.open(PHOTOGRAPH).convert('RGB')
+def test_bgr_reverses_only_the_channels_of_the_pixels():
+    image = Image.open(IMAGE).convert('RGB')
     for crop_mode in ('center', 'squash'):
-        rgb, bgr = (prepare(photograph, crop_mode=crop_mode, channel_order=order) for order in ('rgb', 'bgr'))
+        rgb, bgr = (prepare(image, crop_mode=crop_mode, channel_order=order) for order in ('rgb', 'bgr'))
         assert torch.equal(bgr, rgb.flip(0)) and not torch.equal(bgr, rgb)
     config = resolve_eval_config(timm.create_model('care_s0'), img_size=40, mean=MEAN, std=STD, channel_order='bgr')
-    bgr, (mean, std) = prepare(photograph, crop_pct=0.875).flip(0), (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
-    torch.testing.assert_close(build_eval_transform(config)(photograph), (bgr / 255 - mean) / std)
+    bgr, (mean, std) = prepare(image, crop_pct=0.875).flip(0), (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    torch.testing.assert_close(build_eval_transform(config)(image), (bgr / 255 - mean) / std)
 
 
 def swap_inputs(model: nn.Module) -> nn.Module:
-    """The network that computes for BGR images what the model computes for RGB."""
+    """Make the model compute for BGR images what it computed for RGB images."""
     first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     assert first.in_channels == 3
     with torch.no_grad():
@@ -137,29 +149,29 @@ def swap_inputs(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_a_network_with_swapped_inputs_gives_the_same_answers_in_bgr(checkpoint, tmp_path):
-    """Where mean and standard deviation are swapped too: those stay in their places when the pixels are turned."""
+def test_network_with_swapped_inputs_has_the_same_predictions_in_bgr(checkpoint, data, tmp_path):
+    """Mean and standard deviation are swapped too: channel_order reverses only the pixels."""
     swapped = save(tmp_path / 'swapped.pth.tar', swap_inputs(make_model()), mean=MEAN[::-1], std=STD[::-1])
-    options = dict(data=str(FRUIT), workers=0)
+    options = dict(data=data, workers=0)
     expected = evaluate_checkpoint(EvalConfig(checkpoint, **options))
     bgr = evaluate_checkpoint(EvalConfig(swapped, channel_order='bgr', **options))
     rgb = evaluate_checkpoint(EvalConfig(swapped, **options))
-    assert bgr['top1'] == expected['top1'] != rgb['top1'] and bgr['images'] == 661
+    assert bgr['top1'] == expected['top1'] != rgb['top1'] and bgr['images'] == 12 * len(CLASSES)
     assert bgr['loss'] == pytest.approx(expected['loss'], rel=1e-5) != rgb['loss']
     assert 'crop_pct 1.0 (checkpoint), channel_order bgr (flag)' in '\n'.join(describe_result(bgr))
     assert 'channel_order' not in '\n'.join(describe_result(rgb))
 
-    said, = predict_images(checkpoint, [str(PHOTOGRAPH)])
-    same, = predict_images(swapped, [str(PHOTOGRAPH)], channel_order='bgr')
-    other, = predict_images(swapped, [str(PHOTOGRAPH)])
+    said, = predict_images(checkpoint, [str(IMAGE)])
+    same, = predict_images(swapped, [str(IMAGE)], channel_order='bgr')
+    other, = predict_images(swapped, [str(IMAGE)])
     assert said['classes'] == same['classes'] != other['classes']
     assert said['probabilities'] == pytest.approx(same['probabilities'], rel=1e-4)
 
 
-def test_the_channel_order_of_a_checkpoint_is_the_default(checkpoint, tmp_path, capsys):
+def test_default_channel_order_is_that_of_the_checkpoint(checkpoint, tmp_path, capsys):
     file = save(tmp_path / 'bgr.pth.tar', make_model(), mean=MEAN, std=STD, channel_order='bgr')
 
-    Image.open(PHOTOGRAPH).resize((200, 100)).save(tmp_path / 'wide.png')
+    Image.open(IMAGE).resize((200, 100)).save(tmp_path / 'wide.png')
 
     def predict(*flags) -> dict:
         command = ['predict', '--json', '--device', 'cpu', str(tmp_path / 'wide.png')]
@@ -170,20 +182,20 @@ def test_the_channel_order_of_a_checkpoint_is_the_default(checkpoint, tmp_path, 
     assert predict(file, '--crop-mode', 'squash') != predict(file)
 
 
-def test_another_channel_order_is_refused(tmp_path):
+def test_unknown_channel_order_is_refused(tmp_path):
     with pytest.raises(DataError, match="channel_order is 'grb', choose from rgb, bgr"):
         prepare(make_wide(), channel_order='grb')
 
 
 def test_exports_of_a_bgr_checkpoint_are_refused(tmp_path):
-    """They are described, and proven, for RGB images."""
+    """Exports are described and verified for RGB images."""
     file = save(tmp_path / 'bgr.pth.tar', make_model(), mean=MEAN, std=STD, channel_order='bgr')
     with pytest.raises(CheckpointError, match='channel order bgr, exports take RGB: .python -m caretrans convert'):
         load_source(ExportConfig(checkpoint=file))
 
 
 @pytest.mark.parametrize('stored', [True, False])
-def test_a_bgr_network_becomes_an_rgb_one_of_the_same_answers(tmp_path, stored):
+def test_bgr_network_converts_to_rgb_with_the_same_predictions(tmp_path, stored):
     order = dict(channel_order='bgr')
     source = save(tmp_path / 'bgr.pth.tar', make_model(), mean=MEAN, std=STD, **(order if stored else {}))
     target = str(tmp_path / 'rgb.safetensors')
@@ -191,11 +203,11 @@ def test_a_bgr_network_becomes_an_rgb_one_of_the_same_answers(tmp_path, stored):
     (bgr, _, bgr_config), (rgb, _, rgb_config) = (
         load_for_evaluation(source, **order), load_for_evaluation(target))
     assert (rgb_config['mean'], rgb_config['std']) == (MEAN[::-1], STD[::-1]) and 'channel_order' not in rgb_config
-    photograph = Image.open(PHOTOGRAPH).convert('RGB').crop((0, 0, 200, 100))
+    image = Image.open(IMAGE).convert('RGB').crop((0, 0, 200, 100))
     with torch.inference_mode():
-        expected, found = (model.double()(build_eval_transform(config)(photograph)[None].double())
+        expected, found = (model.double()(build_eval_transform(config)(image)[None].double())
                            for model, config in ((bgr, bgr_config), (rgb, rgb_config)))
-        wrong = rgb(build_eval_transform(dict(bgr_config, channel_order='rgb'))(photograph)[None].double())
+        wrong = rgb(build_eval_transform(dict(bgr_config, channel_order='rgb'))(image)[None].double())
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert not torch.allclose(wrong, expected, rtol=1e-3)
     assert load_source(ExportConfig(checkpoint=target)).eval_config == rgb_config

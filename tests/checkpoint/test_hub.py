@@ -1,4 +1,4 @@
-"""timm's own ways of loading weights take published files and ours: factories, files, folders and hubs."""
+"""timm's own loaders read published files and ours: factories, files, folders and hubs."""
 import json
 import os
 import re
@@ -25,7 +25,7 @@ def expected():
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory, expected):
-    """The same weights in every form: {kind: file}."""
+    """The same weights in every layout and format: {kind: file}."""
     folder = tmp_path_factory.mktemp('files')
     files = {kind: folder / f'{kind}.pth.tar' for kind in ('published', 'wrapped', 'parallel', 'ours', 'saved')}
     published = published_state_dict('care_s0')
@@ -51,25 +51,25 @@ def same(model, expected, *parts):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_pretrained_takes_a_file(files, expected, kind):
+def test_pretrained_loads_a_file(files, expected, kind):
     overlay = dict(file=files[kind])
     assert same(timm.create_model('care_s0', pretrained=True, pretrained_cfg_overlay=overlay), expected)
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_checkpoint_path_takes_a_file(files, expected, kind):
+def test_checkpoint_path_loads_a_file(files, expected, kind):
     assert same(timm.create_model('care_s0', checkpoint_path=files[kind]), expected)
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_loading_into_a_model_takes_a_file(files, expected, kind):
+def test_load_checkpoint_of_timm_loads_a_file(files, expected, kind):
     model = timm.create_model('care_s0')
     timm_load_checkpoint(model, files[kind])  # as validate.py --checkpoint and train.py --initial-checkpoint do
     assert same(model, expected)
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_pretrained_leaves_the_classifiers_of_other_classes_fresh(files, expected, kind):
+def test_pretrained_keeps_fresh_classifiers_for_other_classes(files, expected, kind):
     model = timm.create_model(
         'care_s0', pretrained=True, pretrained_cfg_overlay=dict(file=files[kind]), num_classes=14)
     assert same(model, expected, 'stem', 'stages')
@@ -94,7 +94,7 @@ def test_pretrained_features_are_those_of_the_network(files, expected, kind):
     assert all(torch.equal(a, b) for a, b in zip(model(x), maps, strict=True))
 
 
-def test_the_classes_of_a_file_can_be_stated(tmp_path):
+def test_number_of_classes_of_a_file_can_be_stated(tmp_path):
     source = timm.create_model('care_s0', num_classes=14)
     save_checkpoint(tmp_path / 'x.pth', source, arch='care_s0')
     overlay = dict(file=tmp_path / 'x.pth', num_classes=14)
@@ -104,19 +104,19 @@ def test_the_classes_of_a_file_can_be_stated(tmp_path):
 @pytest.mark.parametrize('changed', [dict(num_classes=14), dict(features_only=True), {}])
 @pytest.mark.parametrize('contents', [
     dict(net=dict(published_state_dict('care_s0'))), dict(weight=torch.ones(2)), published_state_dict('care_s1')])
-def test_weights_that_do_not_fit_are_never_passed_over(tmp_path, contents, changed):
+def test_weights_that_do_not_fit_are_never_skipped(tmp_path, contents, changed):
     torch.save(contents, tmp_path / 'x.pth')
     with pytest.raises(RuntimeError, match='care_s0|CareTransformer'):
         timm.create_model(
             'care_s0', pretrained=True, pretrained_cfg_overlay=dict(file=tmp_path / 'x.pth'), **changed)
 
 
-def test_a_missing_file_is_named():
+def test_missing_file_is_named():
     with pytest.raises(RuntimeError, match=r'No weights for care_s0: .*nowhere\.pth'):
         timm.create_model('care_s0', pretrained=True, pretrained_cfg_overlay=dict(file='nowhere.pth'))
 
 
-def test_without_a_network_the_error_says_what_to_do(tmp_path, monkeypatch):
+def test_error_without_network_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     with pytest.raises(RuntimeError, match='No weights for care_s2') as caught:
         timm.create_model('care_s2', pretrained=True, cache_dir=tmp_path)
@@ -125,7 +125,7 @@ def test_without_a_network_the_error_says_what_to_do(tmp_path, monkeypatch):
 
 # Folders --------------------------------------------------------------------------------------------------------------
 
-def test_a_model_saved_for_the_hub_loads_from_its_folder(tmp_path):
+def test_model_saved_for_the_hub_loads_from_its_folder(tmp_path):
     saved = timm.create_model('care_s0', num_classes=14, in_chans=1, ablation='no_inter1').eval()
     names = [f'fruit{i}' for i in range(14)]
     save_for_hf(saved, tmp_path, model_config=dict(label_names=names), safe_serialization=True)
@@ -140,7 +140,7 @@ def test_a_model_saved_for_the_hub_loads_from_its_folder(tmp_path):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_a_folder_may_hold_any_form_of_the_weights(tmp_path, files, expected, kind):
+def test_folder_loads_with_any_layout_of_the_weights(tmp_path, files, expected, kind):
     (tmp_path / 'config.json').write_text(json.dumps(dict(architecture='care_s0', pretrained_cfg={})))
     (tmp_path / files[kind].name).symlink_to(files[kind])
     assert same(timm.create_model(f'local-dir:{tmp_path}', pretrained=True), expected)
@@ -150,7 +150,7 @@ def test_a_folder_may_hold_any_form_of_the_weights(tmp_path, files, expected, ki
 
 @pytest.fixture(scope='module')
 def hub(files, tmp_path_factory):
-    """The stand-in, and the outcomes of hub_client.py with it."""
+    """The stand-in after hub_client.py, with the outcomes of its steps."""
     config = json.dumps(dict(architecture='care_s0', pretrained_cfg=dict(hf_hub_filename='weights.pth.tar'))).encode()
     home = tmp_path_factory.mktemp('home')
     environment = dict(
@@ -173,16 +173,16 @@ def hub(files, tmp_path_factory):
 @pytest.mark.parametrize('step', [
     'load_published', 'load_published_for_other_classes', 'load_wrapped', 'push_and_load',
     'load_pushed_for_other_classes', 'load_pushed_features', 'load_published_from_a_hub_model'])
-def test_the_hub_serves_models(hub, step):
+def test_hub_serves_models(hub, step):
     assert hub.outcomes[step] is True
 
 
-def test_the_published_file_is_fetched_from_the_repository_of_the_authors(hub):
+def test_published_file_is_fetched_from_the_repository_of_the_authors(hub):
     assert 'HEAD /YuanZ1995/CARE-Transformer/resolve/main/CARETrans_S0.pth.tar' in hub.requests
     assert 'GET /YuanZ1995/CARE-Transformer/resolve/main/CARETrans_S0.pth.tar' in hub.requests
 
 
-def test_pushed_models_hold_safetensors_and_their_configuration(hub):
+def test_pushed_models_contain_safetensors_and_configuration(hub):
     pushed = hub.repos['me/care-fruit']
     assert {'model.safetensors', 'config.json', 'README.md'} <= set(pushed)
     config = json.loads(pushed['config.json'])
@@ -198,13 +198,13 @@ def assert_tells_what_to_do(message, file):
         assert part in message
 
 
-def test_a_file_that_the_hub_does_not_have_is_an_error_that_says_what_to_do(hub):
+def test_error_of_a_missing_hub_file_names_the_remedy(hub):
     message = hub.outcomes['load_missing_file']
     assert re.match(r'RuntimeError: No weights for care_s1: \w*EntryNotFoundError: 404 ', message)
     assert_tells_what_to_do(message, 'CARETrans_S1.pth.tar')
 
 
-def test_a_repository_that_is_not_there_is_an_error_that_says_what_to_do(hub):
+def test_error_of_a_missing_repository_names_the_remedy(hub):
     message = hub.outcomes['load_missing_repository']
     assert message.startswith('RuntimeError: No weights for care_s0: RepositoryNotFoundError: 401 ')
     assert 'nobody/nothing' in message

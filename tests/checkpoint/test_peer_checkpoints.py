@@ -27,7 +27,7 @@ def rotations_by_definition(chs, side):
 @pytest.mark.parametrize('heads', [1, 2])
 @pytest.mark.parametrize('published', [True, False])
 @pytest.mark.filterwarnings('ignore:.*to a meta parameter')
-def test_models_are_recognised_with_one_head_and_with_two(tmp_path, name, heads, published):
+def test_models_with_one_or_two_heads_are_recognised(tmp_path, name, heads, published):
     layout = layout_of(name, heads)
     if not published:
         layout = rename_keys(layout, timm.create_model(name, device='meta').published_keys)
@@ -39,7 +39,7 @@ def test_models_are_recognised_with_one_head_and_with_two(tmp_path, name, heads,
 
 @each_tiny
 @pytest.mark.parametrize('heads', [1, 2])
-def test_a_model_of_other_heads_is_refused_with_the_remedy(tmp_path, name, heads):
+def test_wrong_number_of_heads_is_refused_with_the_remedy(tmp_path, name, heads):
     path, distilled = tmp_path / 'x.pth', heads == 2
     source = make_tiny(1, name, distilled=distilled)
     torch.save(dict(model=publish_model(source)), path)
@@ -61,7 +61,7 @@ def test_a_model_of_other_heads_is_refused_with_the_remedy(tmp_path, name, heads
 
 
 @each_tiny
-def test_other_classes_and_other_heads_at_once_need_new_heads(tmp_path, name):
+def test_other_classes_and_number_of_heads_need_new_heads(tmp_path, name):
     torch.save(publish_model(make_tiny(1, name, distilled=True)), tmp_path / 'x.pth')
     model = make_tiny(2, name, num_classes=3)
     assert 'has heads of 5 classes' in error_of(load_checkpoint, model, tmp_path / 'x.pth')
@@ -71,7 +71,7 @@ def test_other_classes_and_other_heads_at_once_need_new_heads(tmp_path, name):
 
 @each_tiny
 @pytest.mark.parametrize('distilled', [False, True])
-def test_what_training_saves_comes_back_with_its_heads(tmp_path, name, distilled):
+def test_saved_checkpoint_is_read_back_with_its_heads(tmp_path, name, distilled):
     model = make_tiny(1, name, distilled=distilled)
     args = dict(distilled=True) if distilled else {}
     save_checkpoint(tmp_path / 'last.pth.tar', model, arch=name, model_args={**TINY[name], **args})
@@ -79,7 +79,7 @@ def test_what_training_saves_comes_back_with_its_heads(tmp_path, name, distilled
     assert loaded.distilled == distilled and same(loaded.state_dict(), model.state_dict())
 
 
-def test_a_damaged_second_head_is_named_key_by_key(tmp_path):
+def test_damaged_second_head_is_named_key_by_key(tmp_path):
     state_dict = publish_model(make_tiny(name='casvit_xs', distilled=True))
     del state_dict['dist_head.bias']
     torch.save(state_dict, tmp_path / 'x.pth')
@@ -100,7 +100,7 @@ def test_files_of_any_image_size_load_without_their_rotations(tmp_path, side, ca
         assert same(model.state_dict(), source.state_dict())
 
 
-def test_rotations_do_not_hide_what_is_missing(tmp_path):
+def test_rotations_do_not_hide_missing_keys(tmp_path):
     source = make_tiny(1, 'mlla_t')
     state_dict = {**publish_model(source), **source.compute_entries(224, 224)}
     state_dict['layers.0.blocks.0.attn.rope.other'] = torch.ones(1)
@@ -111,7 +111,7 @@ def test_rotations_do_not_hide_what_is_missing(tmp_path):
 
 
 @pytest.mark.parametrize('file_with', ['pretrained', 'checkpoint_path', 'features_only'])
-def test_the_ways_of_timm_drop_rotations_too(tmp_path, file_with):
+def test_loaders_of_timm_drop_rotations(tmp_path, file_with):
     source, path = timm.create_model('mlla_t'), tmp_path / 'x.pth'
     torch.save({**publish_model(source), **source.compute_entries(256, 256)}, path)
     if file_with == 'checkpoint_path':
@@ -137,8 +137,8 @@ def test_rotations_equal_their_definition():
 
 @each_peer
 @pytest.mark.parametrize('heads', [1, 2])
-def test_published_files_come_out_key_for_key_in_the_official_order(tmp_path, name, heads):
-    """Of MLLA with the tables after `lepe`; their official place is not known, the layout has none."""
+def test_published_layout_has_the_official_keys_in_order(tmp_path, name, heads):
+    """The tables of MLLA follow `lepe`, since their official position is not known."""
     layout = layout_of(name, heads)
     model = timm.create_model(name, device='meta', distilled=heads == 2)
     torch.save(dict(model=hollow(model.state_dict())), tmp_path / 'a.pth')
@@ -153,7 +153,7 @@ def test_published_files_come_out_key_for_key_in_the_official_order(tmp_path, na
     assert written == expected and list(written) == list(expected)
 
 
-def test_rotations_are_of_the_size_that_was_evaluated(tmp_path):
+def test_rotations_have_the_size_of_the_evaluation(tmp_path):
     ours, published = tmp_path / 'a.pth', tmp_path / 'b.pth'
     key = 'layers.1.blocks.1.attn.rope.rotations'
     settings = dict(input_size=[3, 320, 320], crop_pct=1.0, crop_mode='squash', interpolation='bicubic')
@@ -180,7 +180,7 @@ def test_rotations_of_the_source_are_kept(tmp_path):
 # The layout of mmpretrain ---------------------------------------------------------------------------------------------
 
 def mmpretrain_key(key):
-    """A published key in the layout of mmpretrain, by the rules of the converter one after the other."""
+    """A published key in the mmpretrain layout, by applying the rules of the converter in order."""
     parts = key.split('.')
     if parts[0] == 'patch_embed':
         name = {'0': 'conv1.conv', '1': 'conv1.bn', '3': 'conv2.conv', '4': 'conv2.bn'}[parts[1]]
@@ -216,7 +216,7 @@ def published_file(tmp_path_factory):
 
 
 @pytest.mark.parametrize('name', CAS_VITS)
-def test_the_layout_of_mmpretrain_follows_its_converter_key_for_key(tmp_path, name):
+def test_mmpretrain_layout_equals_its_converter_key_for_key(tmp_path, name):
     source = save_hollow(tmp_path / 'a.pth', layout_of(name))
     convert_checkpoint(source, tmp_path / 'b.pth', 'mmpretrain')
     contents = torch.load(tmp_path / 'b.pth')
@@ -257,7 +257,7 @@ def test_files_of_mmpretrain_load(tmp_path, published_file, ending):
         load_checkpoint, timm.create_model('mlla_t', device='meta'), path)
 
 
-def test_keys_that_do_not_fit_are_named_as_mmpretrain_does(tmp_path, published_file):
+def test_keys_that_do_not_fit_are_named_as_in_mmpretrain(tmp_path, published_file):
     convert_checkpoint(published_file, tmp_path / 'mm.pth', 'mmpretrain')
     state_dict = torch.load(tmp_path / 'mm.pth')['state_dict']
     missing = 'backbone.stages.2.1.attn.oper_k.0.block.0.bn.running_var'
@@ -268,7 +268,7 @@ def test_keys_that_do_not_fit_are_named_as_mmpretrain_does(tmp_path, published_f
     assert f'1 missing: {missing}; 1 unexpected: backbone.extra: ' in message
 
 
-def test_what_has_no_layout_of_mmpretrain_says_so(tmp_path):
+def test_models_without_mmpretrain_layout_are_refused(tmp_path):
     target = tmp_path / 'y.pth'
     path = save_hollow(tmp_path / 'x.pth', layout_of('casvit_s', 2))
     assert 'has two heads, and the layout of mmpretrain has a place for one: take --to published' in error_of(

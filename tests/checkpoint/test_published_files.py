@@ -1,4 +1,4 @@
-"""Files of CAS-ViT and MLLA load as their authors save them, under any name; without one an error says where it is."""
+"""Files of CAS-ViT and MLLA load as their authors save them; errors about missing files name their origin."""
 import argparse
 import pickle
 import sys
@@ -24,7 +24,7 @@ from caretrans.training.losses import build_teacher
 
 @pytest.fixture
 def cfg_node(monkeypatch):
-    """A class that pickles like a configuration of yacs; `sys.modules` forgets its module after the test."""
+    """A class that pickles like a yacs configuration; its module is removed from `sys.modules` after the test."""
     class CfgNode(dict):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
@@ -53,7 +53,7 @@ def forget_yacs(monkeypatch):
 
 
 def save_mlla(path, CfgNode, model, ema, legacy=False):
-    """A file with all that the training of MLLA saves."""
+    """A file like those that the training code of MLLA saves."""
     parameters = [torch.nn.Parameter(torch.ones(2))]
     optimizer = torch.optim.AdamW(parameters)
     parameters[0].sum().backward()
@@ -72,7 +72,7 @@ def save_mlla(path, CfgNode, model, ema, legacy=False):
 
 
 @pytest.mark.parametrize('legacy', [False, True])
-def test_a_file_of_mlla_loads_with_all_that_is_in_it(tmp_path, cfg_node, monkeypatch, legacy):
+def test_training_file_of_mlla_loads_with_all_its_entries(tmp_path, cfg_node, monkeypatch, legacy):
     path, model, ema = tmp_path / 'max_ema_acc.pth', make_tiny(1, 'mlla_t'), make_tiny(2, 'mlla_t')
     optimizer = save_mlla(path, cfg_node, model, ema, legacy)
     forget_yacs(monkeypatch)
@@ -94,7 +94,7 @@ def test_a_file_of_mlla_loads_with_all_that_is_in_it(tmp_path, cfg_node, monkeyp
 
 
 @pytest.mark.filterwarnings('ignore:.*to a meta parameter')
-def test_a_file_of_mlla_converts_to_one_that_plain_timm_opens(tmp_path, cfg_node, monkeypatch):
+def test_training_file_of_mlla_converts_to_a_file_for_plain_timm(tmp_path, cfg_node, monkeypatch):
     model = timm.create_model('mlla_t', num_classes=7)
     save_mlla(tmp_path / 'MLLA_T.pth', cfg_node, model, model)
     forget_yacs(monkeypatch)
@@ -112,7 +112,7 @@ def test_a_file_of_mlla_converts_to_one_that_plain_timm_opens(tmp_path, cfg_node
 
 @pytest.mark.parametrize('dtype', ['float64', 'float32', 'float16', 'int64', 'int32', 'uint8', 'bool'])
 @pytest.mark.parametrize('core', ['core', '_core'])
-def test_scalars_of_any_numpy_become_numbers(tmp_path, dtype, core):
+def test_numpy_scalars_become_numbers(tmp_path, dtype, core):
     scalar, path = np.dtype(dtype).type(1), tmp_path / 'x.pth'
     torch.save(dict(weight=torch.ones(1), best=scalar), path, _use_new_zipfile_serialization=False)
     content = path.read_bytes()
@@ -127,13 +127,13 @@ def test_scalars_of_any_numpy_become_numbers(tmp_path, dtype, core):
 @pytest.mark.parametrize('value, named', [
     (np.datetime64('2024-01-01'), 'numpy.dtype(M8)'), (np.complex64(1), 'numpy.dtype(c8)'),
     (np.str_('x'), 'numpy.dtype(U1)'), (np.ones(2), '_reconstruct')])
-def test_other_values_of_numpy_are_refused_by_name(tmp_path, value, named):
+def test_other_numpy_values_are_refused_by_name(tmp_path, value, named):
     torch.save(dict(weight=torch.ones(1), best=value), tmp_path / 'x.pth')
     message = error_of(read_checkpoint, tmp_path / 'x.pth')
     assert 'wants to run code when opened' in message and named in message
 
 
-def test_other_classes_of_yacs_are_refused(tmp_path, cfg_node):
+def test_other_yacs_classes_are_refused(tmp_path, cfg_node):
     class Other(cfg_node):
         pass
 
@@ -143,7 +143,7 @@ def test_other_classes_of_yacs_are_refused(tmp_path, cfg_node):
     assert '(yacs.config.Other)' in error_of(read_checkpoint, tmp_path / 'x.pth')
 
 
-def test_reading_leaves_nothing_allowed_behind(tmp_path, cfg_node, monkeypatch):
+def test_reading_restores_the_safe_globals(tmp_path, cfg_node, monkeypatch):
     save_mlla(tmp_path / 'x.pth', cfg_node, make_tiny(1, 'mlla_t'), make_tiny(2, 'mlla_t'))
     before = set(torch.serialization.get_safe_globals())
     read_checkpoint(tmp_path / 'x.pth')
@@ -153,7 +153,7 @@ def test_reading_leaves_nothing_allowed_behind(tmp_path, cfg_node, monkeypatch):
 
 
 @pytest.mark.parametrize('distilled', [False, True])
-def test_a_file_of_cas_vit_loads_with_all_that_is_in_it(tmp_path, distilled):
+def test_training_file_of_cas_vit_loads_with_all_its_entries(tmp_path, distilled):
     model, ema = (make_tiny(seed, 'casvit_xs', distilled=distilled) for seed in (1, 2))
     path = save_casvit(tmp_path / 'x.pth', model, ema)
     loaded, checkpoint = create_from_checkpoint(path, **TINY['casvit_xs'])
@@ -170,7 +170,7 @@ def test_a_file_of_cas_vit_loads_with_all_that_is_in_it(tmp_path, distilled):
 
 @pytest.mark.parametrize('stated', ['rcvit_xs', 'casvit_xs', 'rcvit_xs.r384_in1k'])
 @pytest.mark.parametrize('asked', [None, 'rcvit_xs', 'casvit_xs', 'rcvit_xs.in1k', 'casvit_xs.in1k'])
-def test_an_alias_is_the_same_model(tmp_path, stated, asked):
+def test_alias_is_the_same_model(tmp_path, stated, asked):
     path = save_casvit(tmp_path / 'x.pth', make_tiny(1, 'casvit_xs'), stated=stated)
     model, _ = create_from_checkpoint(path, asked, **TINY['casvit_xs'])
     assert model.pretrained_cfg['architecture'] == 'casvit_xs'
@@ -180,14 +180,14 @@ def test_an_alias_is_the_same_model(tmp_path, stated, asked):
 
 
 @pytest.mark.parametrize('alias, name', [('rcvit_t', 'casvit_t'), ('mila_s', 'mlla_s')])
-def test_a_file_that_states_an_alias_converts(tmp_path, alias, name):
+def test_file_with_an_alias_converts(tmp_path, alias, name):
     path = save_hollow(tmp_path / 'x.pth', layout_of(name), args=argparse.Namespace(model=alias))
     assert convert_checkpoint(path, tmp_path / 'y.pth', 'caretrans').startswith(f'{name}, 1000 classes: ')
     assert torch.load(tmp_path / 'y.pth')['arch'] == name
 
 
 @pytest.mark.parametrize('asked', ['casvit_xs.r384_in1k', 'rcvit_xs.r384_in1k'])
-def test_a_tag_decides_how_images_are_prepared(tmp_path, asked):
+def test_tag_sets_the_image_settings(tmp_path, asked):
     path = save_casvit(tmp_path / 'x.pth', timm.create_model('casvit_xs'))
     _, _, config = load_for_evaluation(path, asked)
     assert (config['input_size'], config['crop_mode'], config['crop_pct']) == ([3, 384, 384], 'squash', 1.0)
@@ -206,7 +206,7 @@ def test_a_tag_decides_how_images_are_prepared(tmp_path, asked):
     (384, None, dict(crop_mode='center', crop_pct=.9), (384, 'center', .9), 'checkpoint'),
     ('384', None, {}, (224, 'center', .875), 'model'),
 ])
-def test_the_image_size_that_a_file_of_cas_vit_states_counts(tmp_path, side, asked, flags, expected, source):
+def test_image_size_in_a_cas_vit_file_is_used(tmp_path, side, asked, flags, expected, source):
     path = save_casvit(tmp_path / 'x.pth', timm.create_model('casvit_xs', device='meta').to_empty(device='cpu'),
                        side=side)
     for file in (path, tmp_path / 'y.safetensors'):
@@ -216,7 +216,7 @@ def test_the_image_size_that_a_file_of_cas_vit_states_counts(tmp_path, side, ask
         convert_checkpoint(path, tmp_path / 'y.safetensors', 'caretrans', overwrite=True)
 
 
-def test_an_image_size_of_its_own_goes_over_the_one_that_the_authors_state(tmp_path):
+def test_stored_eval_config_takes_precedence_over_training_arguments(tmp_path):
     args = dict(model='rcvit_xs', input_size=384)
     save_checkpoint(tmp_path / 'x.pth', timm.create_model('casvit_xs'), arch='casvit_xs', args=args,
                     eval_config=dict(input_size=[3, 64, 64], crop_pct=.9))
@@ -226,40 +226,40 @@ def test_an_image_size_of_its_own_goes_over_the_one_that_the_authors_state(tmp_p
 
 @pytest.mark.parametrize('flags, hinted', [
     (dict(img_size=384), True), (dict(img_size=352), False), (dict(img_size=384, crop_mode='squash'), False)])
-def test_the_size_alone_of_a_silent_file_of_cas_vit_is_hinted_at(tmp_path, caplog, flags, hinted):
+def test_large_image_size_without_crop_settings_logs_a_hint(tmp_path, caplog, flags, hinted):
     save_checkpoint(tmp_path / 'x.pth', timm.create_model('casvit_xs'), arch='casvit_xs')
     with caplog.at_level('INFO', 'caretrans'):
         load_for_evaluation(tmp_path / 'x.pth', **flags)
     assert ('--model casvit_xs.r384_in1k, or --crop-mode squash' in caplog.text) == hinted
 
 
-def test_an_unknown_tag_is_refused(tmp_path):
+def test_unknown_tag_is_refused(tmp_path):
     path = save_casvit(tmp_path / 'x.pth', make_tiny(1, 'casvit_xs'))
     message = error_of(create_from_checkpoint, path, 'rcvit_xs.r512_in1k')
-    assert 'rcvit_xs.r512_in1k: Invalid pretrained tag (r512_in1k) for casvit_xs: leave the tag out' in message
+    assert 'rcvit_xs.r512_in1k: Invalid pretrained tag (r512_in1k) for casvit_xs: omit or correct the tag' in message
 
 
-# Weights from nowhere -------------------------------------------------------------------------------------------------
+# Pretrained weights ---------------------------------------------------------------------------------------------------
 
 PAGES = dict(casvit='https://github.com/Tianfang-Zhang/CAS-ViT', mlla='https://github.com/LeapLabTHU/MLLA')
 
 
 @pytest.mark.parametrize('name', ['casvit_xs', 'rcvit_t', 'casvit_m.r384_in1k', 'mlla_t', 'mila_b'])
 @pytest.mark.parametrize('changed', [{}, dict(num_classes=14), dict(features_only=True), dict(distilled=True)])
-def test_pretrained_says_where_the_file_is_and_how_to_give_it(name, changed):
+def test_pretrained_error_names_the_origin_and_the_remedy(name, changed):
     page = PAGES['casvit' if 'vit' in name else 'mlla']
     with pytest.raises(RuntimeError, match=r'^No weights for (casvit|mlla)_\w+: timm cannot fetch from') as caught:
         timm.create_model(name, pretrained=True, **changed)
     assert f'by hand, by the links on {page}, and pass pretrained_cfg_overlay=dict(file="FILE").' in str(caught.value)
 
 
-def test_a_file_given_by_hand_that_is_not_there_is_named():
+def test_missing_pretrained_file_is_named():
     with pytest.raises(RuntimeError, match=r'No weights for casvit_xs: .*nowhere\.pth.*by the links on https'):
         timm.create_model('casvit_xs', pretrained=True, pretrained_cfg_overlay=dict(file='nowhere.pth'))
 
 
 @pytest.mark.parametrize('heads', [1, 2])
-def test_pretrained_takes_a_file_given_by_hand(tmp_path, heads):
+def test_pretrained_loads_a_local_file(tmp_path, heads):
     source = timm.create_model('casvit_xs', distilled=heads == 2)
     path = save_casvit(tmp_path / 'x.pth', source)
     overlay = dict(file=path)
@@ -273,13 +273,13 @@ def test_pretrained_takes_a_file_given_by_hand(tmp_path, heads):
 
 
 @pytest.mark.parametrize('name', ['casvit_xs', 'mila_t'])
-def test_a_teacher_without_a_file_says_where_it_is(name):
+def test_teacher_without_a_file_names_its_origin(name):
     with pytest.raises(ConfigError, match='--teacher-checkpoint') as caught:
         build_teacher(TrainConfig(teacher=name), 1000)
     assert PAGES['casvit' if 'vit' in name else 'mlla'] in str(caught.value)
 
 
-def test_a_teacher_of_cas_vit_comes_from_its_file(tmp_path):
+def test_cas_vit_teacher_loads_its_file(tmp_path):
     path = save_casvit(tmp_path / 'x.pth', timm.create_model('casvit_xs', num_classes=3))
     teacher = build_teacher(TrainConfig(teacher='casvit_xs', teacher_checkpoint=str(path)), 3)
     assert teacher.num_classes == 3 and not teacher.distilled

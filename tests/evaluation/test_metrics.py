@@ -69,7 +69,8 @@ def test_figures_equal_those_computed_by_hand():
     assert result['images'] == 7 and result['top1'] == 100 * 3 / 7 and result['top5'] == 100 * 5 / 7
     assert result['loss'] == pytest.approx(sum(losses) / 7, rel=1e-6) and result['unreadable'] == []
     assert details.confusion.tolist() == CONFUSION and details.top5_correct.tolist() == [1, 2, 0, 0, 0, 2]
-    assert details.predictions[:, 0].tolist() == [0, 0, 0, 5, 4, 1, 1] and details.predictions[6].tolist() == [1, 5, 3, 2, 4]
+    assert details.predictions[:, 0].tolist() == [0, 0, 0, 5, 4, 1, 1]
+    assert details.predictions[6].tolist() == [1, 5, 3, 2, 4]
 
 
 def test_figures_of_many_images_equal_their_ranks():
