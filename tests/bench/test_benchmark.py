@@ -47,7 +47,7 @@ def read(folder):
 @pytest.mark.parametrize('flags, message', [
     (['--model', 'care_s9'], '--model care_s9: no such model, the nearest are care_s'),
     (['--model', 'mobilnetv2_100'], 'mobilenetv2_100'), (['--model', 'nothing*'], '--model nothing.: no such model'),
-    (['--backend', 'tensorrt'], 'tensorrt'), (['--backend', 'all', 'eager'], 'all stands alone'),
+    (['--backend', 'tensorrt'], 'tensorrt'), (['--backend', 'all', 'eager'], 'all cannot be combined'),
     (['--backend', 'eager', 'eager'], 'name each once'), (['--frobnicate'], 'frobnicate'),
     (['--dtype', 'int8', '--backend', 'eager'], '--dtype int8 with --backend eager'),
     (['--dtype', 'tf32'], '--dtype tf32 with --device cpu: no backend'),
@@ -60,7 +60,7 @@ def read(folder):
     (['--checkpoint', 'x.pth', '--model', 'care_*', '--bench', 'profile'], 'with 3 models'),
     (['--checkpoint', 'not/there.pth'], 'not/there.pth'),
     (['--check', '--readme', 'none.md'], 'none.md does not exist'),
-    (['--plots', 'a.png', '--bench', 'train'], '--plots a.png: one picture needs --bench infer'),
+    (['--plots', 'a.png', '--bench', 'train'], '--plots a.png: a single plot needs --bench infer'),
     # flags of another bench
     (['--bench', 'train', '--backend', 'eager', 'fused'],
      '--backend eager fused with --bench train: it is for --bench infer, profile, accuracy; remove it'),
@@ -376,7 +376,7 @@ def test_out_of_memory_is_recognised_in_exceptions_of_onnx_runtime():
 
 def test_the_figures_of_the_pages_are_counted_again(call):
     code, out, err = call('--check')
-    assert code == 0 and err == '' and len(re.findall(r'\d+ figures are as counted', out)) == 2
+    assert code == 0 and err == '' and len(re.findall(r'\d+ figures match the counts', out)) == 2
     assert check_readme(README)[0] >= 3 * len(MODELS) and check_readme(PAGE)[0] == 5 * 16
 
 

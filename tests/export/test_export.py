@@ -176,7 +176,7 @@ def test_figures_that_are_not_finite_are_null_in_json():
 
 
 @pytest.mark.parametrize('flags, said', [
-    ([], 'No weights: give a file with --checkpoint, or --random-weights'),
+    ([], 'No weights: name a file with --checkpoint, or add --random-weights'),
     (['--model', 'care_s0'], 'No weights'),
     (['--random-weights'], '--random-weights needs --model'),
     (['--model', 'care_s9', '--random-weights'], '--model care_s9: no such model, the nearest are'),
@@ -188,9 +188,9 @@ def test_figures_that_are_not_finite_are_null_in_json():
     ([*RANDOM, '--format', 'tflite'], 'invalid choice'),
     ([*RANDOM, '--format', 'torch', 'torch'], 'name each once'),
     ([*RANDOM, '--format', 'torch', '--precision', 'fp16'],
-     '--precision fp16 with --format torch: it has fp32'),
+     '--precision fp16 with --format torch: it supports fp32'),
     ([*RANDOM, '--format', 'torch', '--output', 'classes'],
-     '--output classes with --format torch: it has logits, probabilities'),
+     '--output classes with --format torch: it supports logits, probabilities'),
     ([*RANDOM, '--format', 'torch', '--compress', 'int8'], '--compress int8 is for'),
     ([*RANDOM, '--target', 'iOS12'], 'invalid choice'),
     ([*RANDOM, '--format', 'torch', '--data', 'nowhere'], 'No images at nowhere'),

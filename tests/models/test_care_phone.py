@@ -185,7 +185,7 @@ def test_least_mass_is_the_least_denominator():
 
 
 def test_phone_form_of_a_fused_network_still_refuses_training():
-    with pytest.raises(RuntimeError, match='for inference alone'):
+    with pytest.raises(RuntimeError, match='for inference only'):
         to_form(filled_model('care_s0'), 'phone').stages[2].blocks[0].mixer.train()
 
 

@@ -98,7 +98,7 @@ class TestOneOfEachFile:
         with pytest.raises(ValueError, match=r'training mode.*call eval\(\)'):
             fuse(model)
         for fused in fuse(model.eval()), reparameterize_model(timm.create_model(name, depths=SHALLOW)):
-            with pytest.raises(RuntimeError, match='for inference alone'):
+            with pytest.raises(RuntimeError, match='for inference only'):
                 fused.train()
             assert not fused.eval().training
 

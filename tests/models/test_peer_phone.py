@@ -54,7 +54,7 @@ def test_phone_form_computes_the_same(name, settings):
         phone = to_form(model, 'phone')
         assert measure_error(phone(images), model(images)) < CLOSE[name]
     assert is_fused(phone) and isinstance(phone, (CasVit, Mlla))
-    with pytest.raises(RuntimeError, match='for inference alone'):
+    with pytest.raises(RuntimeError, match='for inference only'):
         phone.train()
 
 
