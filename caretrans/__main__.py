@@ -18,7 +18,7 @@ def _build_parser() -> FlagParser:
 
     predict = commands.add_parser('predict', help='classify images')
     predict.add_argument('images', nargs='+', help='image files and folders of images')
-    predict.add_argument('--checkpoint', required=True, help='.pth, .pth.tar or .safetensors, published or written by train.py')
+    predict.add_argument('--checkpoint', required=True, help='.pth, .pth.tar or .safetensors, published or by train.py')
     add_checkpoint_flags(predict)
     predict.add_argument('--topk', type=number(int, 1), default=5, help='classes per image (default: 5)')
     predict.add_argument('--device', default='auto', help=DEVICE_HELP)

@@ -101,7 +101,8 @@ class TrainConfig:
     step_schedule: bool = setting(False, 'update the learning rate every step instead of every epoch')
     val_interval: int = setting(1, 'epochs between evaluations; the last epoch is always evaluated', bounds=(1, None))
     clip_grad: float | None = setting(None, 'gradient clipping threshold', bounds=(0, None))
-    clip_mode: str = setting('norm', 'how clip_grad is applied: to the norm, to each value, or adaptively', choices=['norm', 'value', 'agc'])
+    clip_mode: str = setting(
+        'norm', 'clip the gradient norm, each value, or adaptively (agc)', choices=['norm', 'value', 'agc'])
     ema: bool = setting(False, 'keep an exponential moving average of the weights and evaluate it')
     ema_decay: float = setting(0.9998, 'decay of the average per step', bounds=(0, 1))
     ema_warmup: bool = setting(False, 'start with a smaller ema_decay')
@@ -150,7 +151,8 @@ class TrainConfig:
             raise ConfigError(f'mesa={self.mesa:g} is a cross entropy, but loss={self.loss}: use --loss ce.')
         if self.mesa and self.mesa_epoch >= self.epochs:
             raise ConfigError(
-                f'mesa_start={self.mesa_start:g} of {self.epochs} epochs leaves no epochs for mesa: lower it, or use --mesa 0.')
+                f'mesa_start={self.mesa_start:g} of {self.epochs} epochs leaves no epochs for mesa: lower it, or set '
+                f'--mesa 0.')
 
     @property
     def mesa_epoch(self) -> int:

@@ -29,7 +29,7 @@ def setting(default: Any, help: str, **kwargs: Any) -> Any:
     Args:
         default: Lists and dicts are copied for each instance.
         help: Help text of the flag.
-        kwargs: `choices`; `bounds`, the minimum and maximum, None for no limit; `size`, the length of a list of numbers.
+        kwargs: `choices`; `bounds`, minimum and maximum, None for no limit; `size`, the length of a list of numbers.
     """
     metadata = dict(help=help, **kwargs)
     if isinstance(default, (list, dict)):

@@ -20,7 +20,8 @@ BENCHES = ('infer', 'profile', 'train')  # the benches of 'all'
 class SetupFlags:
     """Flags for the setup in which a network runs."""
 
-    checkpoint: str = setting('', 'weights of the model (default: random weights chosen so that an error in any layer shows)')
+    checkpoint: str = setting(
+        '', 'weights of the model (default: random weights chosen so that an error in any layer shows)')
     backend: list[str] = setting(
         ['all'], 'backends to measure (default: all that are available here)', choices=[*BACKENDS, 'all'])
     dtype: list[str] = setting(['float32'], 'number formats; tf32 is for GPUs', choices=list(DTYPES))
@@ -44,7 +45,7 @@ class ProfileFlags(SetupFlags, BatchFlags):
     """Flags of `--bench profile`."""
 
     published: bool = setting(
-        False, 'use the setup of the RTX 4090 column: eager, float32 with TF32 matmuls, batch 64, mean of 40 runs after 10')
+        False, 'setup of the RTX 4090 column: eager, float32 with TF32 matmuls, batch 64, mean of 40 runs after 10')
 
 
 @dataclass
@@ -114,7 +115,8 @@ class BenchConfig(InferFlags, TrainFlags, AccuracyFlags, CommonFlags):
             raise ConfigError('--bench accuracy needs a trained network: name its file with --checkpoint.')
         if self.plots_file and ('infer' not in self.list_benches() or len(self.batch_size) > 1 or len(
                 self.img_size) > 1):
-            raise ConfigError(f'--plots {self.plots}: a single plot needs --bench infer, one batch size and one image size.')
+            raise ConfigError(
+                f'--plots {self.plots}: a single plot needs --bench infer, one batch size and one image size.')
         self.sizes = [parse_size(size) for size in self.img_size]
         for name in ('backend', 'dtype', 'kernels', 'batch_size', 'img_size'):
             values = getattr(self, name)

@@ -66,8 +66,8 @@ def linear_attention(
 
         out_i = (1/N) sum_j w_ij v_j / ((1/N) sum_j w_ij + eps),   w_ij = phi(q_i) . phi(k_j)
 
-    With `rotate`, a rotary position code, only the weights of the numerator become R_i phi(q_i) . R_j phi(k_j): they may
-    be negative and need not sum to 1.
+    With `rotate`, a rotary position code, only the weights of the numerator become R_i phi(q_i) . R_j phi(k_j): they
+    may be negative and need not sum to 1.
 
     The feature map, the sums and the division are computed in float32 (float64 for float64 input), under autocast
     too, with 1/N inside the sums: in half precision the sums would overflow and the denominator vanish.
@@ -76,8 +76,8 @@ def linear_attention(
         q, k: (B, h, d, N) queries and keys, channels first, any floating dtype.
         v: (B, h, e, N) values.
         eps: Added to the denominator.
-        rotate: (2, h, d / 2, N), cosines and sines of the angles by which R rotates the channels 2p and 2p + 1 of a head
-            at each position; None for no rotation.
+        rotate: (2, h, d / 2, N), cosines and sines of the angles by which R rotates the channels 2p and 2p + 1 of a
+            head at each position; None for no rotation.
     Returns:
         (B, h, e, N) in the dtype of `v`.
     Raises:

@@ -178,7 +178,8 @@ class Backbone(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of keeping their activations.
 
-        Outputs and gradients are unchanged; the running statistics of BatchNorm are updated twice per step, as in all of timm.
+        Outputs and gradients are unchanged; the running statistics of BatchNorm are updated twice per step, as
+        everywhere in timm.
         """
         for stage in self.stages:
             stage.grad_checkpointing = enable
@@ -289,7 +290,7 @@ def build_backbone(model_cls: Type[Backbone], variant: str, pretrained: bool, **
         TypeError: An argument that the model does not accept.
     """
     def prepare(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Any]:
-        for wrapper in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):  # timm unwraps local files, not downloads
+        for wrapper in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):  # timm unwraps only local files
             if isinstance(state_dict.get(wrapper), dict):
                 state_dict = state_dict[wrapper]
                 break

@@ -187,7 +187,7 @@ class CareBlock(nn.Module):
 
 
 class CareStage(nn.Module):
-    """Downsampling from `in_chs` channels by BatchNorm and a 2x2 convolution (except in the first stage), then blocks."""
+    """Downsampling from `in_chs` channels by BatchNorm and a 2x2 convolution (not in the first stage), then blocks."""
 
     def __init__(self, in_chs: Optional[int], blocks: List[CareBlock], **dd: Any) -> None:
         super().__init__()

@@ -9,8 +9,8 @@ perception* by a depth-wise convolution, the *convolutional additive token mixer
 through separate gates, over positions and then over channels, adds them, and multiplies the context of the sum
 with v. Only the channel gates see the whole map, through its mean, so any input from 32 x 32 works, square or not.
 
-Three details differ from the figures of the paper and are kept as published: a depth-wise convolution follows q + k, another one ends the mixer, and
-the local perception has no stochastic depth.
+Three details differ from the figures of the paper and are kept as published: a depth-wise convolution follows q + k,
+another one ends the mixer, and the local perception has no stochastic depth.
 
 `PUBLISHED_KEYS` maps the names in published checkpoints to the names here.
 """

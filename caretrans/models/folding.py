@@ -89,15 +89,15 @@ def fold_pixels(
     """conv((x / white - mean) / std) as one convolution of pixels x from 0 to `white`, per channel.
 
     Args:
-        half: Whether the weights will be rounded to float16. The mean of pixels is far from 0, so rounding errors of the
-            weights add up: the weights are then rounded here, and the mean error is corrected in the bias.
+        half: Whether the weights will be rounded to float16. The mean of pixels is far from 0, so rounding errors of
+            the weights add up: the weights are then rounded here, and the mean error is corrected in the bias.
     Raises:
         ValueError: The convolution pads, or its channels do not match the means.
     """
     if any(conv.padding) or conv.in_channels != len(mean):
         raise ValueError(
-            f'A normalisation of {len(mean)} channels cannot be folded into a convolution of {conv.in_channels} channels '
-            f'that pads by {conv.padding}.')
+            f'A normalisation of {len(mean)} channels cannot be folded into a convolution of {conv.in_channels} '
+            f'channels that pads by {conv.padding}.')
     grey = white * torch.tensor(mean, dtype=torch.float64, device=conv.weight.device)
     scale = 1 / (white * torch.tensor(std, dtype=torch.float64, device=conv.weight.device))
     folded = _fold_affine(scale, -grey * scale, conv)

@@ -10,8 +10,8 @@ but the first halve the map by an inverted bottleneck. A block adds a depth-wise
 another projection; then a second position code and an MLP. Nothing depends on a fixed size, so any input from
 32 x 32 works, square or not; positions are grid indices, so larger images have positions not seen in training.
 
-The rotary code rotates the channels before they are split into heads, so the first half of the heads sees rows alone and
-the second half columns alone. The published networks were trained this way, so it is kept.
+The rotary code rotates the channels before they are split into heads, so the first half of the heads sees only rows
+and the second half only columns. The published networks were trained this way, so it is kept.
 
 `PUBLISHED_KEYS` maps the names in published checkpoints to the names here.
 """
@@ -153,7 +153,7 @@ class MllaBlock(nn.Module):
 
 
 class MllaStage(nn.Module):
-    """Downsampling from `in_chs` channels (None in the first stage: no downsampling), then the blocks with one rotary code."""
+    """Downsampling from `in_chs` channels (None: no downsampling), then the blocks with one rotary code."""
 
     def __init__(self, in_chs: Optional[int], chs: int, blocks: List[MllaBlock], **dd: Any) -> None:
         super().__init__()

@@ -6,8 +6,8 @@ import torch.nn as nn
 
 __all__ = ['Table', 'rename_keys', 'rename_on_load']
 
-# Rows (part of a published key, part of a key of this package), each part between dots; ^ anchors a part at the beginning
-# of the key. All rows are applied to a key, in order.
+# Rows (part of a published key, part of a key of this package), each part between dots; ^ anchors a part at the
+# beginning of the key. All rows are applied to a key, in order.
 Table = Iterable[Tuple[str, str]]
 
 
@@ -20,7 +20,7 @@ def _match_part(part: str) -> str:
 def rename_keys(
         state_dict: Dict[str, Any], table: Table, to_published: bool = False,
         drop: Sequence[str] = ()) -> Dict[str, Any]:
-    """Return the entries under the keys of this package, or with `to_published` under published keys, in the same order.
+    """Return the entries under the keys of this package, or with `to_published` under published keys, in their order.
 
     A dict that already has the wanted layout is returned unchanged, because the parts of one layout do not occur in
     the other, or only within the part that replaces them.

@@ -12,8 +12,8 @@ SIDES = 32  # published networks need square images of a multiple of this
 def rotary_code(x: torch.Tensor) -> torch.Tensor:
     """Cosines and sines that rotate the pairs of channels of a map (B, C, H, W): (2, C / 2, H, W), float32 or wider.
 
-    With n = C / 4 and theta_i = 10000^(-i / n), pair p is rotated by row * theta_p for p < n, and by column * theta_(p - n)
-    for the others.
+    With n = C / 4 and theta_i = 10000^(-i / n), pair p is rotated by row * theta_p for p < n, and by column *
+    theta_(p - n) for the others.
     Source: Su et al. 2021, arXiv:2104.09864, in two dimensions.
     """
     chs, height, width = x.shape[1], x.shape[2], x.shape[3]
@@ -32,8 +32,8 @@ def make_rotations(chs: Sequence[int], depths: Sequence[int], height: int, width
     Args:
         chs, depths: Channels and blocks of each stage.
     Returns:
-        {published key: (H', W', C / 2, 2)}, cosines and sines in float32, one table per block; H' x W' is the size of the
-        map in its stage, 56 x 56 in the first one for 224 x 224 pixels.
+        {published key: (H', W', C / 2, 2)}, cosines and sines in float32, one table per block; H' x W' is the size of
+        the map in its stage, 56 x 56 in the first one for 224 x 224 pixels.
     Raises:
         ValueError: The published networks do not support this size.
     """

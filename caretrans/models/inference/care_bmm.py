@@ -1,7 +1,7 @@
 """The CARE Transformer for XNNPACK: the fused network with operations that run in XNNPACK without fallbacks.
 
-XNNPACK, which runs programs of ExecuTorch and LiteRT on CPUs, leaves unsupported operations to slow general code, with a
-copy at each border. It does not support split, comparison, mean over one axis and matmul of four-dimensional tensors.
+XNNPACK, which runs programs of ExecuTorch and LiteRT on CPUs, leaves unsupported operations to slow general code, with
+a copy at each border. It supports no split, comparison, mean over one axis or matmul of four-dimensional tensors.
 Therefore channels are cut by slices, batch and heads are one axis, the feature of attention is
 
     phi(t) = elu(t) + 1 = exp(-relu(-t)) + relu(t),

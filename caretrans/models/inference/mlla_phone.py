@@ -1,8 +1,8 @@
 """MLLA for phones: the fused network with fewer operations that are also safer in float16.
 
-Maps are channels first throughout, so that nothing is transposed: linear layers are 1x1 convolutions, LayerNorms run along
-the channels in the form that Core ML's converter recognises as one operation, and their scales and shifts are folded into the
-convolutions after them. Both projections of a block are one convolution.
+All maps are channels first, so that nothing is transposed: linear layers are 1x1 convolutions, and LayerNorms run along
+the channels in the form that Core ML's converter recognises as one operation. Their scales and shifts are folded into
+the convolutions after them. Both projections of a block are one convolution.
 
 The linear attention is written for float16 like that of `care_phone.py`: features by their logarithms, queries by a
 softmax over channels, keys as fractions of their mean, so that no sum overflows and no denominator is small. Its rotary

@@ -19,7 +19,7 @@ HALF_MAX = torch.finfo(torch.float16).max
 
 
 def log_feature(shifted: torch.Tensor) -> torch.Tensor:
-    """1 + log phi(t) as a function of t + 1, for phi(t) = elu(t) + 1; needs no exponential and is exact where phi vanishes."""
+    """1 + log phi(t) as a function of t + 1, with phi(t) = elu(t) + 1: no exponential, and exact where phi vanishes."""
     return shifted.clamp(-HALF_MAX, 1.) + shifted.clamp(1., HALF_MAX).log()
 
 
