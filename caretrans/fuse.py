@@ -72,7 +72,7 @@ def to_form(model: nn.Module, form: str = 'fused') -> nn.Module:
 
 @torch.no_grad()
 def measure_fusion_error(model: nn.Module, fused: nn.Module, images: torch.Tensor | None = None) -> float:
-    """Largest difference between the outputs of `fused` and those of `model` in float64, relative to the largest.
+    """Largest difference between the outputs of `fused` and `model` in float64, relative to the largest.
 
     Args:
         model: The network before fusing.

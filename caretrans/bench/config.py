@@ -29,7 +29,7 @@ class SetupFlags:
         None, 'memory layout in PyTorch (default: NCHW for eager, as published, else channels-last)')
     kernels: list[str] = setting(
         [], "kernels of the fused network in PyTorch: its own, or this package's in Triton; by default all that run "
-        'here', choices=list(KERNELS))
+        'here)', choices=list(KERNELS))
 
 
 @dataclass

@@ -118,7 +118,7 @@ def test_table_and_records_name_the_kernels(call, tmp_path, pretend):
     with open(tmp_path / 'results.csv', newline='') as file:
         assert [row['kernels'] for row in csv.DictReader(file)] == [r['kernels'] for r in records]
     assert re.search(r'care_s0 +fused +float32 +channels_last +triton +64 x 64 ', out)
-    assert "mobilenetv2_035: no part of it has Triton kernels, PyTorch's own run" in out
+    assert "mobilenetv2_035: no part has Triton kernels, so PyTorch's kernels run" in out
 
 
 def test_profiles_are_of_each_choice_and_say_so(call, tmp_path, pretend, monkeypatch):

@@ -73,10 +73,10 @@ def test_bars_are_the_milliseconds_of_the_profiles(tmp_path, drawn):
 
 
 @pytest.mark.parametrize('draw, message', [
-    (lambda path: draw_accuracy_by_latency([record('resnet18', 1.)], path), 'No accuracy is published of any'),
+    (lambda path: draw_accuracy_by_latency([record('resnet18', 1.)], path), 'No accuracy is published for any'),
     (lambda path: draw_accuracy_by_latency([record('care_s0', 1.), record('care_s0', 1., batch=8)], path),
      'several values of batch'),
-    (lambda path: draw_accuracy_by_gmacs(dict(resnet18=1.), path), 'No accuracy is published of resnet18'),
+    (lambda path: draw_accuracy_by_gmacs(dict(resnet18=1.), path), 'No accuracy is published for resnet18'),
     (lambda path: draw_growth([record('care_s0', 1.)], path), 'No records of growth'),
     (lambda path: draw_parts({}, path), 'No profiles')])
 def test_nothing_is_drawn_of_nothing(tmp_path, draw, message):

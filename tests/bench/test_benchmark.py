@@ -79,8 +79,8 @@ def read(folder):
     (['--bench', 'train', '--img-size', '64x96'], '--img-size 64x96 with --bench train: training needs square images'),
     (['--bench', 'train', '--batch-size', '2', '7'], '--batch-size 7 with --bench train: mixup'),
     (['--bench', 'train', '--teacher', 'resnet18', '--model', 'care_s0', 'mobilenetv2_035'],
-     '--teacher resnet18 with --model mobilenetv2_035: it has no head that learns from one'),
-    (['--bench', 'train', '--teacher', 'resnet18', '--model', 'casvit_xs'], '--model casvit_xs: it has no head'),
+     '--teacher resnet18 with --model mobilenetv2_035: the model has no second head'),
+    (['--bench', 'train', '--teacher', 'resnet18', '--model', 'casvit_xs'], '--model casvit_xs: the model has no second head'),
     (['--bench', 'train', '--teacher', 'regnety_161'], '--teacher regnety_161: no such model'),
     (['--bench', 'train', '--ways', 'faster'], 'faster'), (['--bench', 'train', '--ways', 'tf32'], 'tf32'),
     # kernels
@@ -106,8 +106,8 @@ def test_a_missing_gpu_is_refused(call):
 @pytest.mark.parametrize('flags, message', [
     (['--output', 'FILE'], '--output .*page.md: .* is not a folder'), (['--plots', 'FILE/here'], '--plots .*here: '),
     (['--plots', 'FILE/here.png'], '--plots .*page.md: '),
-    (['--update', '--readme', 'no/such/folder/page.md'], 'page.md is not a file that can be written'),
-    (['--update', '--readme', 'FILE'], 'it would be replaced, and is another page')])
+    (['--update', '--readme', 'no/such/folder/page.md'], 'page.md cannot be written'),
+    (['--update', '--readme', 'FILE'], 'was not written by this command and would be replaced')])
 def test_what_cannot_be_written_is_refused_before_anything_is_measured(call, tmp_path, monkeypatch, flags, message):
     file = tmp_path / 'page.md'
     file.write_text('text\n')

@@ -145,5 +145,5 @@ def test_the_table_and_the_records_say_what_the_cells_say(care_profile):
 
 
 def test_no_runs_are_refused():
-    with pytest.raises(ValueError, match='runs=0, it must be at least 1'):
+    with pytest.raises(ValueError, match='runs=0 must be at least 1'):
         profile_call(lambda: None, CPU, runs=0)

@@ -198,7 +198,7 @@ def test_an_overflow_is_refused_with_its_operation(job, programs, tmp_path):
 @BOTH
 def test_swapped_labels_are_refused(job, programs, tmp_path):
     program = read_broken(swap_labels, job, programs, tmp_path)
-    with pytest.raises(VerificationError, match="class 0 is labelled 'class 1', it should be 'class 0'"):
+    with pytest.raises(VerificationError, match="class 0 is labelled 'class 1', expected 'class 0'"):
         check(job, program)
 
 

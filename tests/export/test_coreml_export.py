@@ -183,9 +183,9 @@ def test_compressed_weights_are_smaller_and_still_agree(format, tmp_path):
 # Refusals and failures ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('settings, said', [
-    (dict(batch=2, input='image', output='logits'), r'--batch 2 with --input image: .* Take --input tensor'),
-    (dict(batch=2, output='classes'), r'--batch 2 with --output classes: .* Take --output probabilities'),
-    (dict(compress='int8', target='iOS15'), r'--compress int8 with --target iOS15: .* Take --target iOS16'),
+    (dict(batch=2, input='image', output='logits'), r'--batch 2 with --input image: .* Use --input tensor'),
+    (dict(batch=2, output='classes'), r'--batch 2 with --output classes: .* Use --output probabilities'),
+    (dict(compress='int8', target='iOS15'), r'--compress int8 with --target iOS15: .* Use --target iOS16'),
     (dict(compress='palette4', target='iOS15'), '--compress palette4 with --target iOS15'),
 ])
 def test_what_excludes_one_another_is_refused(settings, said):

@@ -159,7 +159,7 @@ def test_sizes_that_a_model_does_not_take_are_named(run, tmp_path):
     code, _, error = run(
         '--model', 'vit_tiny_patch16_224', '--random-weights', '--output-dir', tmp_path, '--format', 'torch',
         '--img-size', '64', '--images', '2')
-    assert code == 2 and '--img-size 64x64: vit_tiny_patch16_224 does not take such images' in error
+    assert code == 2 and '--img-size 64x64: vit_tiny_patch16_224 does not support this size' in error
 
 
 def test_images_of_other_than_three_channels_are_refused(run, tmp_path):

@@ -75,7 +75,7 @@ def test_one_image_that_is_not_finite_is_noticed():
 
 def test_other_number_of_classes_is_noticed():
     job = make_job()
-    with pytest.raises(VerificationError, match='it returns 999 numbers per image, the network has 1000 classes'):
+    with pytest.raises(VerificationError, match='the program returns 999 numbers per image, the network has 1000 classes'):
         check(job, make_program(job, lambda logits: logits[:, 1:]))
 
 
@@ -85,7 +85,7 @@ def test_swapped_labels_are_noticed():
     labels[3], labels[7] = labels[7], labels[3]
     with pytest.raises(VerificationError, match='its class 3 is labelled'):
         check(job, make_program(job, labels=labels))
-    with pytest.raises(VerificationError, match='it has 2 labels for 1000 classes'):
+    with pytest.raises(VerificationError, match='the program has 2 labels for 1000 classes'):
         check(job, make_program(job, labels=make_source().class_names[:2]))
 
 
@@ -141,7 +141,7 @@ def test_flushing_is_measured():
 
 def test_classifier_without_labels_is_noticed():
     job = make_job(format='mlpackage', output='classes')
-    with pytest.raises(VerificationError, match='it names no classes'):
+    with pytest.raises(VerificationError, match='the program has no class labels'):
         check(job, make_program(job))
 
 

@@ -30,7 +30,7 @@ KEEPING = ('cast', 'expandDims', 'expand_dims', 'flattenTo2D', 'identity', 'rank
 
 
 class Mode(Enum):
-    """How a run computes what the file declares as float16."""
+    """Handling of values that the file declares as float16."""
     ROUNDED = 'rounded to float16 after each operation'
     FLUSHED = 'rounded, and subnormal numbers become 0, as on devices without them'
     EXACT = 'float32, with the weights as the file has them'
@@ -42,7 +42,7 @@ def round_half_(x: torch.Tensor) -> torch.Tensor:
 
 
 def _flush(x: torch.Tensor) -> torch.Tensor:
-    """Set float16 values below 6.1e-5 to 0; NaN stays."""
+    """Set float16 values below 6.1e-5 to 0; NaN is kept."""
     return F.hardshrink(x, LARGEST_SUBNORMAL) if x.is_floating_point() else x
 
 
