@@ -1,4 +1,4 @@
-"""What a user of timm's hub functions does, in a process of its own: HF_ENDPOINT is read when huggingface_hub loads.
+"""Calls of timm's hub functions, in a separate process because huggingface_hub reads HF_ENDPOINT when it is imported.
 
     HF_ENDPOINT=... python tests/hub_client.py    # prints {step: its outcome} as JSON
 """

@@ -147,7 +147,7 @@ def _warm_up(candidate: Candidate, config: BenchConfig) -> None:
 
 
 def _make_ready(candidate: Candidate, config: BenchConfig, others: Sequence[Candidate]) -> str:
-    """Make a candidate ready, with as much of its batch as fits beside the others; return the reason of a failure or ''."""
+    """Make a candidate ready, with as much of its batch as fits beside the others; return the reason for a failure."""
     beside = BESIDE if others else ''
     while True:
         try:

@@ -36,7 +36,7 @@ def network():
     return Network(randomize(model, images), images)
 
 
-def test_without_triton_the_refusal_and_the_remark_say_so(call, monkeypatch):
+def test_without_triton_the_refusal_and_the_remark_name_the_reason(call, monkeypatch):
     monkeypatch.setattr(caretrans.kernels, 'find_spec', lambda name: None)
     refusal = call('--device', 'cpu', '--kernels', 'triton')[2]
     assert '--kernels triton with --device cpu: Triton is not installed' in refusal
@@ -78,7 +78,7 @@ def test_where_no_kernel_runs_torch_is_named_with_the_reason(network):
     assert all('torch, the kernels run on CUDA GPUs, not on cpu' in note for note in runner.notes)
 
 
-def test_parts_that_stay_with_pytorch_are_noted(network, pretend, monkeypatch):
+def test_parts_that_run_in_pytorch_are_noted(network, pretend, monkeypatch):
     monkeypatch.setattr(caretrans.kernels.modules, 'MAX_HEAD_CHS', 1)
     _, notes = place_kernels(network.fused, 'triton')
     caretrans.kernels.use_kernels(network.fused, parts=())

@@ -90,7 +90,8 @@ def test_wildcards_families_and_aliases_are_accepted():
     (['--model', 'care_s0', 'casvit_xs', '--teacher', 'resnet18'], 'casvit_xs has one head'),
     (['--model', 'care_s0', 'casvit_xs', '--model-args', 'ablation=no_inter1'], 'casvit_xs: .*ablation'),
     (['--kernels'], 'kernels'), (['--batch-size', '64'], 'do not fill a batch'),
-    (['--update', 'README.md'], 'README.md: the file was not written by this command'), (['--update', 'LICENSE/a.md'], '--update LICENSE')])
+    (['--update', 'README.md'], 'README.md: the file was not written by this command'),
+    (['--update', 'LICENSE/a.md'], '--update LICENSE')])
 def test_bad_input_is_one_line_before_any_training(data, tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.setattr(command, 'train', None)
     monkeypatch.chdir(SAMPLE_IMAGES.parents[1])

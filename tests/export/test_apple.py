@@ -128,7 +128,7 @@ def make_usage(engine):
 
 
 class Plan:
-    """Of operations (type, engine or None, share of the cost or None)."""
+    """A compute plan of operations (type, engine or None, share of the cost or None)."""
 
     def __init__(self, operations, program=True):
         named = [Namespace(operator_name=f'ios16.{kind}', type=kind, engine=engine, share=share)
@@ -176,7 +176,7 @@ def test_layers_of_networks_have_devices_and_no_cost():
 # Latency --------------------------------------------------------------------------------------------------------------
 
 class Loaded:
-    """What the benchmarker of coremltools loads: predictions of 1, 2, 3 ... ms."""
+    """Stand-in for the model that coremltools' benchmarker loads: predictions of 1, 2, 3 ... ms."""
 
     def __init__(self):
         self.inputs = []

@@ -188,7 +188,7 @@ def test_compressed_weights_are_smaller_and_still_agree(format, tmp_path):
     (dict(compress='int8', target='iOS15'), r'--compress int8 with --target iOS15: .* Use --target iOS16'),
     (dict(compress='palette4', target='iOS15'), '--compress palette4 with --target iOS15'),
 ])
-def test_what_excludes_one_another_is_refused(settings, said):
+def test_conflicting_settings_are_refused(settings, said):
     with pytest.raises(ConfigError, match=said):
         convert.check(make_job('mlpackage', 'fp16', **settings))
 

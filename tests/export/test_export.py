@@ -114,7 +114,7 @@ def test_earlier_file_stays_when_an_export_fails(spoil, message, run, convert, t
 
 @pytest.mark.parametrize('make', [
     lambda target: target.write_text('mine'), lambda target: target.mkdir(), lambda target: target.symlink_to('/tmp')])
-def test_what_was_not_exported_is_not_replaced(run, tmp_path, make):
+def test_other_files_are_not_replaced(run, tmp_path, make):
     target = tmp_path / PROGRAM
     make(target)
     code, _, error = run(*RANDOM, '--output-dir', tmp_path, *FAST)

@@ -41,7 +41,7 @@ def test_pinned_environment_has_everything(form, install):
 
 @pytest.mark.parametrize('form, module, package', [
     ('litert', 'ai_edge_quantizer', 'ai-edge-quantizer'), ('executorch', 'torchao', 'torchao')])
-def test_packages_of_int8_are_named_when_int8_is_asked_for(form, module, package, install):
+def test_packages_of_int8_are_named_when_int8_is_requested(form, module, package, install):
     install(missing=[module])
     assert find_obstacle(FORMATS[form], 'fp32') == ''
     assert find_obstacle(FORMATS[form], 'int8') == f'{package} is not installed here: {REMEDY}'
@@ -80,7 +80,7 @@ def test_without_the_repository_nothing_is_compared(install, monkeypatch, tmp_pa
     assert find_obstacle(FORMATS['executorch']) == ''
 
 
-def test_pins_hold_all_that_formats_of_that_environment_use():
+def test_pins_cover_the_packages_of_formats_of_that_environment():
     pins = table.read_pins()
     for item in FORMATS.values():
         for precision in item.precisions if item.own_environment else ():

@@ -123,7 +123,7 @@ def test_subnormal_numbers_are_found_and_flushed_where_asked(tmp_path):
     assert program.findings.describe() == lines
 
 
-def test_flushing_changes_what_subnormal_numbers_become(tmp_path):
+def test_flushing_changes_subnormal_numbers(tmp_path):
     program = read_ml_program(save_operation(
         lambda x: mb.mul(x=mb.exp(x=x), y=np.float16(1000)), tmp_path / 'a.mlpackage', half=True))
     x = torch.full(SHAPE, -10.)
@@ -196,7 +196,7 @@ def scores(x):
     return mb.reduce_mean(x=mb.mul(x=x, y=np.float16(3)), axes=[2, 3], keep_dims=False)
 
 
-def test_logits_are_what_the_last_softmax_got_in_the_last_run(tmp_path):
+def test_logits_are_the_input_of_the_last_softmax_in_the_last_run(tmp_path):
     program = read_ml_program(save_operation(
         lambda x: mb.cast(x=mb.softmax(x=scores(x), axis=-1), dtype='fp32'), tmp_path / 'a.mlpackage', half=True))
     x, program = values(*SHAPE) * 1e-4, program.to_program()

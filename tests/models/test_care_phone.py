@@ -140,7 +140,7 @@ def test_phone_form_has_no_transposes_and_two_reshapes_for_each_attention():
     assert sum('reshape' in name or 'view' in name or 'flatten' in name for name in names) == 2 * attentions
 
 
-def test_forms_leave_the_network_as_it_is():
+def test_forms_do_not_change_the_network():
     model = filled_model('care_s0')
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for form in FORMS:
