@@ -104,7 +104,7 @@ def load_source(config: ExportConfig) -> Source:
     """Load the checkpoint of a config, or make random sample weights.
 
     Raises:
-        CheckpointError: The file cannot be read, is of another model, or takes images in another channel order.
+        CheckpointError: The file cannot be read, belongs to another model, or expects another channel order.
     """
     if config.checkpoint:
         model, loaded, eval_config = load_for_evaluation(config.checkpoint, config.model or None, config.entry or None)
@@ -236,7 +236,7 @@ def load_cases(source: Source, size: tuple[int, int], data: str = '', count: int
         count: Number of images; all if not given.
     Raises:
         DataError: There are no images there.
-        ConfigError: The network does not take images of this size.
+        ConfigError: The network does not support this image size.
     """
     folder = data or str(SAMPLE_IMAGES)
     if not Path(folder).is_dir():

@@ -87,7 +87,7 @@ def test_wildcards_families_and_aliases_are_accepted():
     (['--seeds', '1', '1'], 'each once'), (['--seeds', '1', '--seed', '2'], 'one of them'), (['--seeds', '-1'], '-1'),
     (['--no-resume'], '--no-resume'), (['--recipe', 'care_s9'], 'No recipe'),
     (['--checkpoint', 'x.pth'], 'it fits only one model'),
-    (['--model', 'care_s0', 'casvit_xs', '--teacher', 'resnet18'], 'casvit_xs has one head'),
+    (['--model', 'care_s0', 'casvit_xs', '--teacher', 'resnet18'], 'casvit_xs has no second head'),
     (['--model', 'care_s0', 'casvit_xs', '--model-args', 'ablation=no_inter1'], 'casvit_xs: .*ablation'),
     (['--kernels'], 'kernels'), (['--batch-size', '64'], 'do not fill a batch'),
     (['--update', 'README.md'], 'README.md: the file was not written by this command'),

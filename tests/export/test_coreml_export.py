@@ -140,7 +140,7 @@ def test_file_of_others_is_refused(programs, tmp_path):
 
 @pytest.mark.parametrize('spoil, message', [
     (lambda facts: facts.update(class_names=json.dumps(json.loads(facts['class_names'])[::-1])),
-     'its class 0 is labelled'),
+     'class 0 is labelled'),
     (lambda facts: facts.pop('class_names'), r"cannot be read \(KeyError: 'class_names'\)")])
 def test_labels_of_a_program_without_classifier_are_checked(spoil, message, programs, tmp_path):
     assert programs.read(LOGITS, 'test_efficientnet').labels == make_source('test_efficientnet').class_names

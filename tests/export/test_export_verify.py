@@ -83,7 +83,7 @@ def test_swapped_labels_are_noticed():
     job = make_job()
     labels = list(make_source().class_names)
     labels[3], labels[7] = labels[7], labels[3]
-    with pytest.raises(VerificationError, match='its class 3 is labelled'):
+    with pytest.raises(VerificationError, match='class 3 is labelled'):
         check(job, make_program(job, labels=labels))
     with pytest.raises(VerificationError, match='the program has 2 labels for 1000 classes'):
         check(job, make_program(job, labels=make_source().class_names[:2]))

@@ -311,7 +311,7 @@ def test_a_shape_other_than_declared_is_an_error(package):
 
 
 def test_images_of_another_shape_are_refused(package):
-    with pytest.raises(ExportError, match=r'takes images of \(1, 6, 5, 7\), not \(1, 6, 7, 5\)'):
+    with pytest.raises(ExportError, match=r'expects images of \(1, 6, 5, 7\), not \(1, 6, 7, 5\)'):
         read_ml_program(package).run(values(1, 6, 7, 5))
 
 

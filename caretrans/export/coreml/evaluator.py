@@ -304,7 +304,7 @@ class Evaluator:
         """Run in one mode, and add to what is given."""
         if tuple(images.shape) != tuple(self.input.shape):
             raise ExportError(
-                f'{self.path} takes images of {tuple(self.input.shape)}, not {tuple(images.shape)}: use these, or '
+                f'{self.path} expects images of {tuple(self.input.shape)}, not {tuple(images.shape)}: use these, or '
                 'export it again for another --batch and --img-size.')
         values = {name: weight.take(mode) for name, weight in self.constants.items()}
         values[self.input.name] = self.input.prepare(images, mode)
