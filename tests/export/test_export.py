@@ -166,7 +166,7 @@ def test_images_of_other_than_three_channels_are_refused(run, tmp_path):
     path = tmp_path / 'grey.pth.tar'
     save_checkpoint(path, filled_model('care_s0', in_chans=1), arch='care_s0')
     code, _, error = run('--checkpoint', path, '--output-dir', tmp_path / 'out')
-    assert code == 2 and '--input image: care_s0 takes 1 channels, an RGB image has 3' in error
+    assert code == 2 and '--input image: care_s0 has 1 input channels, but an RGB image has 3' in error
 
 
 def test_figures_that_are_not_finite_are_null_in_json():

@@ -287,7 +287,7 @@ def test_missing_files_are_named_with_the_remedy(package, tmp_path):
     with pytest.raises(ExportError, match='none.mlpackage cannot be read .* or export it again'):
         read_ml_program(tmp_path / 'none.mlpackage')
     (package / 'Data' / 'com.apple.CoreML' / 'weights' / 'weight.bin').unlink()
-    with pytest.raises(ExportError, match='a.mlpackage cannot be read .*weight.bin.* Copy it again as a whole'):
+    with pytest.raises(ExportError, match='a.mlpackage cannot be read .*weight.bin.* Copy the complete file again'):
         read_ml_program(package)
 
 

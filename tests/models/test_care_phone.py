@@ -127,7 +127,7 @@ def test_rounding_of_folded_weights_does_not_darken_or_brighten():
 @pytest.mark.parametrize('conv, mean', [(torch.nn.Conv2d(3, 8, 3, padding=1), [0.5] * 3), (
     torch.nn.Conv2d(1, 8, 3), [0.5] * 3)])
 def test_pixels_do_not_fold_where_that_would_be_wrong(conv, mean):
-    with pytest.raises(ValueError, match='cannot go into'):
+    with pytest.raises(ValueError, match='cannot be folded into'):
         fold_pixels(conv, mean, mean)
 
 
