@@ -21,7 +21,7 @@ from caretrans.progress import show_messages  # noqa: E402
 
 
 def check(config: BenchConfig) -> int:
-    """Compare the pages with what is counted: 1 if a figure differs."""
+    """Compare the figures in the pages with new counts; return 1 if one differs."""
     code = 0
     for page in [Path(config.readme)] if config.readme else [README, PAGE]:
         number, differences = check_readme(page)
@@ -29,12 +29,12 @@ def check(config: BenchConfig) -> int:
             print(f'benchmark.py: {page}: {difference}', file=sys.stderr)
             code = 1
         if not differences:
-            print(f'{page}: {number} figures are as counted')
+            print(f'{page}: {number} figures match the counts')
     return code
 
 
 def measure(config: BenchConfig) -> int:
-    """Measure, print and write: 1 if something failed."""
+    """Measure, print and write the results; return 1 if something failed."""
     page = Path(config.readme or PAGE)
     check_folder(config.output or 'runs/benchmark', '--output')  # before hours of measuring
     if config.plots:
@@ -63,7 +63,7 @@ def main() -> int:
         return check(config) if config.check else measure(config)
 
     show_messages()
-    logging.getLogger('torch').setLevel(logging.ERROR)  # the compiler warns of what a CPU does not need
+    logging.getLogger('torch').setLevel(logging.ERROR)  # hides compiler warnings that do not apply to CPUs
     return run_command('benchmark.py', run)
 
 

@@ -18,7 +18,7 @@ def _build_parser() -> FlagParser:
 
     predict = commands.add_parser('predict', help='classify images')
     predict.add_argument('images', nargs='+', help='image files and folders of images')
-    predict.add_argument('--checkpoint', required=True, help='.pth, .pth.tar or .safetensors, published or of train.py')
+    predict.add_argument('--checkpoint', required=True, help='.pth, .pth.tar or .safetensors, published or by train.py')
     add_checkpoint_flags(predict)
     predict.add_argument('--topk', type=number(int, 1), default=5, help='classes per image (default: 5)')
     predict.add_argument('--device', default='auto', help=DEVICE_HELP)
@@ -29,13 +29,13 @@ def _build_parser() -> FlagParser:
     convert.add_argument('--to', dest='layout', required=True, choices=LAYOUTS, help='layout of the keys')
     add_checkpoint_flags(convert, convert.add_argument_group(
         'preparation of images', 'recorded by --to caretrans, which also turns a network for BGR images into one for '
-        'RGB images; --to published takes --img-size only, which MLLA checkpoints depend on'))
+        'RGB images; --to published accepts only --img-size, on which MLLA checkpoints depend'))
     convert.add_argument('--overwrite', action='store_true', help='replace the target')
 
     shard = commands.add_parser(
         'shard', help='write a folder of images as WebDataset shards; run it again to resume after an interruption')
     shard.add_argument('source', help='folder with train/CLASS/*.jpg and val/CLASS/*.jpg')
-    shard.add_argument('target', help='folder of the shards; then: bash cmd/train.sh TARGET')
+    shard.add_argument('target', help='folder for the shards; train on it with: bash cmd/train.sh TARGET')
     shard.add_argument('--split', dest='splits', nargs='+', default=['train', 'val'], help='(default: train val)')
     size = shard.add_mutually_exclusive_group()
     size.add_argument('--images-per-shard', type=number(int, 1), help='maximum (default: limited by --shard-size)')

@@ -1,4 +1,4 @@
-"""Settings of a training run: one typed dataclass, filled from a recipe (YAML) and from flags over it."""
+"""Settings of a training run: one typed dataclass, filled from a recipe (YAML) and then from flags."""
 import argparse
 import dataclasses
 import difflib
@@ -35,7 +35,7 @@ class TrainConfig:
     and cutmix, and with a batch size and a learning rate for one device.
     """
 
-    data: str = setting('', 'folder with train/ and val/ in ImageNet layout, or what --dataset reads')
+    data: str = setting('', 'folder with train/ and val/ in ImageNet layout, or the folder for --dataset')
     dataset: str = setting(
         '', "data set of timm's factory, e.g. torch/cifar10, hfds/NAME or wds/NAME; '' for image folders")
     train_split: str = setting('train', 'training split')
@@ -76,12 +76,12 @@ class TrainConfig:
     mixup: float = setting(0., 'mixup alpha', bounds=(0, None))
     cutmix: float = setting(0., 'cutmix alpha', bounds=(0, None))
     smoothing: float = setting(0.1, 'label smoothing', bounds=(0, 0.99))
-    loss: str = setting('ce', 'cross entropy, or binary cross entropy per class', choices=['ce', 'bce'])
+    loss: str = setting('ce', 'ce: cross entropy; bce: binary cross entropy per class', choices=['ce', 'bce'])
 
     teacher: str = setting(
         'none', 'model whose predictions the second head learns, e.g. regnety_160.deit_in1k; or none')
-    teacher_checkpoint: str = setting('', 'file of the teacher weights, instead of those from the hub')
-    task_weight: float = setting(0.5, 'weight of the label loss; the teacher has the rest', bounds=(0, 1))
+    teacher_checkpoint: str = setting('', 'file of the teacher weights (default: from the hub)')
+    task_weight: float = setting(0.5, 'weight of the label loss; the distillation loss gets the rest', bounds=(0, 1))
     mesa: float = setting(
         0., 'weight of self-distillation (MESA) from the averaged weights of ema, 0 for none', bounds=(0, None))
     mesa_start: float | None = setting(
@@ -101,13 +101,14 @@ class TrainConfig:
     step_schedule: bool = setting(False, 'update the learning rate every step instead of every epoch')
     val_interval: int = setting(1, 'epochs between evaluations; the last epoch is always evaluated', bounds=(1, None))
     clip_grad: float | None = setting(None, 'gradient clipping threshold', bounds=(0, None))
-    clip_mode: str = setting('norm', 'what clip_grad limits', choices=['norm', 'value', 'agc'])
+    clip_mode: str = setting(
+        'norm', 'clip the gradient norm, each value, or adaptively (agc)', choices=['norm', 'value', 'agc'])
     ema: bool = setting(False, 'keep an exponential moving average of the weights and evaluate it')
     ema_decay: float = setting(0.9998, 'decay of the average per step', bounds=(0, 1))
     ema_warmup: bool = setting(False, 'start with a smaller ema_decay')
 
     amp: str = setting('off', 'autocast of the forward pass', choices=['off', 'bf16', 'fp16'])
-    tf32: bool = setting(False, 'let GPUs use TF32 (10-bit mantissa) in float32 matmuls and convolutions')
+    tf32: bool = setting(False, 'use TF32 (10-bit mantissa) in float32 matmuls and convolutions on GPUs')
     channels_last: bool = setting(False, 'keep images and weights in NHWC order')
     compile: bool = setting(False, 'compile model and teacher with torch.compile')
     kernels: bool = setting(False, 'Triton kernels for mixers and linear attention, on GPUs')
@@ -118,7 +119,7 @@ class TrainConfig:
     output: str = setting('', 'run folder (default: a new one under runs/)')
     resume: bool = setting(True, 'resume an unfinished run of the same settings')
     save_steps: int = setting(500, 'steps between checkpoints within an epoch, 0 for none', bounds=(0, None))
-    on_nan: str = setting('stop', 'what to do if the loss or a gradient is not finite', choices=['stop', 'skip'])
+    on_nan: str = setting('stop', 'reaction to a loss or gradient that is not finite', choices=['stop', 'skip'])
     max_skips: int = setting(10, 'steps that on_nan=skip may skip before it stops', bounds=(0, None))
     max_unreadable: float = setting(0.01, 'share of unreadable training images that stops the run', bounds=(0, 1))
 
@@ -150,7 +151,8 @@ class TrainConfig:
             raise ConfigError(f'mesa={self.mesa:g} is a cross entropy, but loss={self.loss}: use --loss ce.')
         if self.mesa and self.mesa_epoch >= self.epochs:
             raise ConfigError(
-                f'mesa_start={self.mesa_start:g} of {self.epochs} epochs leaves none for mesa: lower it, or --mesa 0.')
+                f'mesa_start={self.mesa_start:g} of {self.epochs} epochs leaves no epochs for mesa: lower it, or set '
+                f'--mesa 0.')
 
     @property
     def mesa_epoch(self) -> int:
@@ -211,7 +213,7 @@ def read_recipe(name_or_file: str, seen: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def choose_model_args(args: dict[str, Any], recipe: dict[str, Any], model: str) -> dict[str, Any]:
-    """`args` without those that the recipe sets, if the recipe is for a model of another family than `model`."""
+    """Drop the `args` that come from a recipe for another model family than that of `model`."""
     own = recipe.get('model_args') or {}
     if 'model' not in recipe or find_family(model) == find_family(recipe['model']):
         return args

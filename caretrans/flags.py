@@ -1,4 +1,4 @@
-"""Command lines from typed settings, and the flags that several commands share.
+"""Command lines from typed settings, and flags that several commands share.
 
 A settings class is a dataclass whose fields are made with `setting`. `check_settings` brings their values into the
 declared types, `add_flags` adds one flag per field to a parser, and `parse_flags` does both.
@@ -29,7 +29,7 @@ def setting(default: Any, help: str, **kwargs: Any) -> Any:
     Args:
         default: Lists and dicts are copied for each instance.
         help: Help text of the flag.
-        kwargs: `choices`; `bounds`, the least and the largest value, None for no limit; `size`, of a list of numbers.
+        kwargs: `choices`; `bounds`, minimum and maximum, None for no limit; `size`, the length of a list of numbers.
     """
     metadata = dict(help=help, **kwargs)
     if isinstance(default, (list, dict)):
@@ -127,7 +127,7 @@ def parse_flags(config_type: type, argv: Sequence[str] | None = None, descriptio
     """An instance of a settings class from a command line.
 
     Raises:
-        ConfigError: An unknown flag, or a value that cannot work.
+        ConfigError: An unknown flag or an invalid value.
         SystemExit: After --help.
     """
     parser = FlagParser(description=description, argument_default=argparse.SUPPRESS)
@@ -143,7 +143,7 @@ def add_checkpoint_flags(parser: Any, preparation: Any = None) -> None:
         preparation: The argument group of the preparation flags; the parser itself if None.
     """
     parser.add_argument('--model', dest='model_name', help='model name, if the checkpoint does not contain it')
-    parser.add_argument('--entry', help='entry of the file that holds the weights, e.g. state_dict_ema')
+    parser.add_argument('--entry', help='entry of the file that contains the weights, e.g. state_dict_ema')
     group = preparation or parser
     group.add_argument('--img-size', type=number(int, 32), help='image side in pixels')
     group.add_argument('--crop-pct', type=number(float, 0.01, 1), help='centre crop as a share of the image')

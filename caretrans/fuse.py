@@ -53,11 +53,11 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def to_form(model: nn.Module, form: str = 'fused') -> nn.Module:
-    """A copy of any network for inference that computes the same.
+    """Return an equivalent copy of a network for inference.
 
     Args:
-        form: 'trained', a plain copy; 'fused', our networks by `fuse` and others reparameterised as their authors do;
-            'phone', ours with operations that phones prefer as well (`caretrans.models.inference.*phone`); 'bmm', the
+        form: 'trained', a plain copy; 'fused', networks of this package by `fuse`, others reparameterised as their
+            authors do; 'phone', fused with operations that phones prefer (`models.inference.*phone`); 'bmm', the
             CARE Transformer with operations that XNNPACK prefers (`models.inference.care_bmm`), others fused.
     """
     if form not in FORMS:
@@ -72,7 +72,7 @@ def to_form(model: nn.Module, form: str = 'fused') -> nn.Module:
 
 @torch.no_grad()
 def measure_fusion_error(model: nn.Module, fused: nn.Module, images: torch.Tensor | None = None) -> float:
-    """Largest difference between the outputs of `fused` and those of `model` in float64, relative to the largest.
+    """Largest difference between the outputs of `fused` and `model` in float64, relative to the largest.
 
     Args:
         model: The network before fusing.

@@ -24,7 +24,7 @@ class Progress:
 
         with Progress(total=1000, unit='images') as progress:
             progress.update(32, loss=2.3)
-            progress.write('a line that stays')
+            progress.write('a permanent line')
 
     Args:
         total: Number of units.
@@ -77,7 +77,7 @@ class Progress:
             self.stream.flush()
 
     def write(self, line: str) -> None:
-        """Print a line that stays, above the bar."""
+        """Print a permanent line above the bar."""
         if self.bar is not None:
             self.bar.write(line, file=self.stream)
         else:

@@ -20,13 +20,13 @@ def derive_seed(*numbers: int) -> int:
 
 
 def seed_sample(seed: int) -> None:
-    """Seed the generators that augmentation uses: those of Python, NumPy and PyTorch on the CPU."""
+    """Seed the generators that augmentation uses: Python, NumPy and PyTorch on the CPU."""
     random.seed(seed)
     np.random.seed(seed & 0xffffffff)
     torch.default_generator.manual_seed(seed)
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the generators of `seed_sample` and those of all devices."""
+    """Seed the generators of `seed_sample` and the generators of all devices."""
     seed_sample(seed)
     torch.manual_seed(seed)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Measure everything that needs a GPU: its tests, then the tables of docs/gpu.md, a folder for each step.
 #   bash cmd/benchmark_gpu.sh [FOLDER]     runs/gpu if not given
-# MODELS='care_s0 care_s1'   which models (default: all three)
-# STEPS='tests infer'        which steps (default: tests published infer compile paper profile train compare)
+# MODELS='care_s0 care_s1'   models (default: all three)
+# STEPS='tests infer'        steps (default: tests published infer compile paper profile train compare)
 # CIFAR10=FOLDER             a folder of images with train/ and val/; by default torchvision's download in data/cifar10
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"

@@ -1,15 +1,15 @@
-"""Exit 0 when this Python has all that a requirements file names; otherwise print what is missing and exit 1."""
+"""Check that this Python satisfies a requirements file: exit code 0, or 1 after printing the missing packages."""
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
 def find_missing(requirements: str) -> list:
-    """The lines of a requirements file that the running Python does not satisfy."""
+    """Lines of a requirements file that the running Python does not satisfy."""
     lines = [line.split('#')[0].strip() for line in requirements.splitlines()]
     lines = [line for line in lines if line]
     try:
-        from packaging.requirements import Requirement  # comes with what timm needs
+        from packaging.requirements import Requirement  # a dependency of timm's dependencies
     except ImportError:
         return lines
     missing = []

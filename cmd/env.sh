@@ -1,6 +1,6 @@
 # Sourced by the other scripts. Sets $root, the folder of the repository, and $python, which runs everything: the active
-# environment when it has what requirements.txt asks for, else .venv of the repository, which is made or completed first.
-# A script that needs others sets $requirements_file and $environment_folder before.
+# environment if it satisfies requirements.txt, else .venv in the repository, which is created or completed first.
+# A script with other requirements sets $requirements_file and $environment_folder before.
 source "$(dirname "${BASH_SOURCE[0]}")/python.sh"
 requirements="$root/${requirements_file:-requirements.txt}"
 environment="${environment_folder:-.venv}"
@@ -11,7 +11,7 @@ export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"
 
 if ! "$python" "$root/cmd/check_requirements.py" "$requirements" >/dev/null 2>&1; then
     if [ ! -x "$root/$environment/bin/python" ]; then
-        echo "Making the environment $environment with $("$python" --version), once."
+        echo "Creating the environment $environment with $("$python" --version), once."
         "$python" -m venv "$root/$environment"
     fi
     python="$root/$environment/bin/python"

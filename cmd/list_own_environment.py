@@ -7,7 +7,7 @@ TABLE = Path(__file__).parent.parent / 'caretrans' / 'export' / 'formats' / 'tab
 
 
 def list_own(argv=None) -> list[str]:
-    """Their names; the table is read without the package, whose libraries this Python may lack."""
+    """Names of these formats; reads the table without importing the package, whose dependencies may be missing."""
     spec = importlib.util.spec_from_file_location('table', TABLE)
     table = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(table)

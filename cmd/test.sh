@@ -16,7 +16,7 @@ if [ ! -f "build/$timm/tests/test_models.py" ]; then
     mkdir -p build
     "$python" -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: -d build "${timm/-/==}" &&
         tar -xzf "build/$timm.tar.gz" -C build "$timm/tests" ||
-        echo "timm's own tests could not be fetched; only our tests run." >&2
+        echo "timm's own tests could not be downloaded and are skipped." >&2
 fi
 "$python" -m ruff check .
 exec "$python" -m pytest --numprocesses auto --dist worksteal "${tier[@]}" "$@"

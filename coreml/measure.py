@@ -24,12 +24,12 @@ from caretrans.export.coreml.phone_results import format_row, make_row  # noqa: 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('program', type=Path, help='.mlpackage or .mlmodel of coreml/export.py')
-    parser.add_argument('--units', choices=list(apple.UNITS), default='all', help='compute units that it may use')
+    parser.add_argument('program', type=Path, help='.mlpackage or .mlmodel written by coreml/export.py')
+    parser.add_argument('--units', choices=list(apple.UNITS), default='all', help='compute units to allow')
     parser.add_argument('--runs', type=int, default=apple.RUNS, help='timed predictions')
-    parser.add_argument('--warm-up', type=int, default=apple.WARM_UP, help='predictions before them')
-    parser.add_argument('--device-model', required=True, help="Apple's name of the Mac, e.g. MacBook Air (M2)")
-    parser.add_argument('--reporter', required=True, help='who measures')
+    parser.add_argument('--warm-up', type=int, default=apple.WARM_UP, help='warm-up predictions, not timed')
+    parser.add_argument('--device-model', required=True, help="Apple's name for the Mac, e.g. MacBook Air (M2)")
+    parser.add_argument('--reporter', required=True, help='your name')
     args = parser.parse_args()
     facts = read_facts(args.program)
     height, width = (int(side) for side in facts['size'].split('x'))

@@ -1,4 +1,4 @@
-"""What all tests share: one thread, and the same random numbers whatever runs before."""
+"""Setup of all tests: one thread, and random numbers that do not depend on earlier tests."""
 import pytest
 import torch
 

@@ -48,7 +48,7 @@ def test_model_args_of_a_recipe_apply_only_to_its_family(caplog):
     ('mesa: 1.5', 'mesa=1.5 learns from the averaged weights: add --ema'),
     ('mesa: 1.5\nema: true\nteacher: regnety_002', 'mesa=1.5 and teacher=regnety_002 exclude each other'),
     ('mesa: 1.5\nema: true\nloss: bce', 'mesa=1.5 is a cross entropy, but loss=bce'),
-    ('mesa: 1.5\nema: true\nepochs: 10\nmesa_start: 1', 'mesa_start=1 of 10 epochs leaves none for mesa'),
+    ('mesa: 1.5\nema: true\nepochs: 10\nmesa_start: 1', 'mesa_start=1 of 10 epochs leaves no epochs for mesa'),
     ('mesa: -1', 'mesa is -1 but must be at least 0'),
     ('mesa_start: 0', 'mesa_start=0, but mesa=0: set --mesa as well'),
     ('- a list', 'must hold "name: value" lines'),

@@ -1,4 +1,4 @@
-"""Accuracy of a checkpoint in each setup, beside the original network in float32.
+"""Accuracy of a checkpoint in each setup, compared with the original network in float32.
 
 bfloat16, float16 and int8 change the logits; only labelled images show whether that matters.
 """

@@ -55,7 +55,7 @@ UNSEEN = 'the memory of this backend cannot be measured'
 
 
 class WrongOutputError(RuntimeError):
-    """A backend does not compute what the original network computes."""
+    """The output of a backend differs from the original network."""
 
 
 @dataclass
@@ -180,7 +180,7 @@ def check_output(network: Network, runner: Runner, dtype: str) -> float:
         limit = INT8_TOLERANCE if dtype == 'int8' else ROUNDINGS * network.measure_rounding(ROUNDED[dtype])
         if not deviation <= limit:
             raise WrongOutputError(
-                f'the logits differ from float64 by {deviation:.2g} of their norm, rounding to {dtype} explains '
+                f'the logits differ from float64 by {deviation:.2g} of their norm, rounding to {dtype} accounts for '
                 f'{limit:.2g}: not timed')
     return error
 

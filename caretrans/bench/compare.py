@@ -50,12 +50,12 @@ EQUAL = ('train_images', 'val_images', 'num_classes', 'batch_size', 'epochs', 's
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared.
+    """Plan of a comparison.
 
     Attributes:
         folder: Folder of the comparison; each run has its own in it.
         configs: Config of each model and seed, in order.
-        skipped_args: {model: arguments that the recipe gives to its own family alone}.
+        skipped_args: {model: arguments of the recipe that apply only to its own family}.
         runs: Timed runs of each network; chosen by how long they take if None.
         update: A page to which the table is written as well.
     """
@@ -88,7 +88,7 @@ class Plan:
 def _flag_parser() -> FlagParser:
     parser = FlagParser(
         prog='caretrans compare', allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description='Train models on the same data with the same budget, one after the other in one process, on one\n'
+        description='Train models on the same data with the same budget, sequentially in one process, on one\n'
                     'GPU or the CPU, and plot accuracy against latency.',
         epilog='All other flags, and the folder DATA, are settings of train.py and apply to every model:\n'
                'python train.py --help lists them. Without data and recipe: the bundled images.')
@@ -97,10 +97,10 @@ def _flag_parser() -> FlagParser:
         help=f'models of timm and caretrans, also with wildcards (default: {" ".join(MODELS)})')
     parser.add_argument('--recipe', default='', help='bundled recipe or YAML file; flags override it')
     parser.add_argument(
-        '--seeds', nargs='+', type=number(int, 0), help='train each model with each of these; by default --seed alone')
-    parser.add_argument('--output', default='', help='folder of the comparison; one under runs/ by default')
-    parser.add_argument('--runs', type=number(int, 1), help='timed runs of each network; by default 50, or fewer')
-    parser.add_argument('--update', default='', help='a Markdown page to write with the table, replaced as a whole')
+        '--seeds', nargs='+', type=number(int, 0), help='seeds to train each model with (default: --seed)')
+    parser.add_argument('--output', default='', help='folder of the comparison (default: one under runs/)')
+    parser.add_argument('--runs', type=number(int, 1), help='timed runs of each network (default: 50, or fewer)')
+    parser.add_argument('--update', default='', help='Markdown page to write the table to; replaces the whole page')
     return parser
 
 
@@ -113,7 +113,7 @@ def _names_data(argv: Sequence[str]) -> bool:
 
 
 def _locate(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with an absolute data folder, so that the same folder is written in one way."""
+    """Settings with an absolute data folder, so that a folder has one spelling."""
     return {**settings, 'data': os.path.abspath(settings['data'])} if settings.get('data') else settings
 
 
@@ -135,7 +135,7 @@ def parse_plan(argv: Sequence[str] | None = None) -> Plan:
     flags, rest = _flag_parser().parse_known_args(argv)
     models = list(dict.fromkeys(map(resolve_alias, expand_models(flags.model))))
     if flags.seeds and any(argument.split('=')[0] == '--seed' for argument in rest):
-        raise ConfigError('--seed and --seeds: give one of them.')
+        raise ConfigError('--seed and --seeds: use one of them.')
     if not flags.recipe and not _names_data(rest):
         flags.recipe, rest = RECIPE, [str(SAMPLE_IMAGES), *rest]
     config = parse_train_config([*(['--recipe', flags.recipe] if flags.recipe else []), *rest])
@@ -171,12 +171,13 @@ def _check_places(plan: Plan) -> None:
         check_folder(str(page.parent), '--update')
         if page.exists() and not (page.is_file() and page.read_text().startswith(TITLE)):
             raise ConfigError(
-                f'--update {page}: it would be replaced, and was not written by this command; choose another file.')
+                f'--update {page}: the file was not written by this command and would be replaced; choose '
+                f'another file.')
     check_folder(str(plan.folder), '--output')
     file = plan.folder / SETTINGS
     if not file.is_file():
         if plan.folder.is_dir() and any(plan.folder.iterdir()):
-            raise ConfigError(f'{plan.folder} holds something else than a comparison: choose another --output.')
+            raise ConfigError(f'{plan.folder} contains other files than a comparison: choose another --output.')
         return
     try:
         saved = yaml.safe_load(file.read_text())
@@ -209,7 +210,7 @@ def _check_runs(plan: Plan, device: torch.device) -> dict[str, dict[str, Any]]:
             model = build_model(config, num_classes=2)
             if not (hasattr(model, 'set_distilled_training') and getattr(model, 'distilled', True)):
                 raise ConfigError(
-                    f'teacher {config.teacher}: {config.model} has one head, and none that learns from a teacher: '
+                    f'teacher {config.teacher}: {config.model} has no second head for a teacher: '
                     f'remove --teacher, or name models with two heads.')
         check_kernels(config, device)
     facts: dict[str, dict[str, Any]] = {}

@@ -95,13 +95,13 @@ class ModelFigures:
 
 @dataclass
 class Comparison:
-    """The figures of a comparison, and what a reader must know beside them.
+    """The figures of a comparison, and remarks for the reader.
 
     Attributes:
         models: Figures of each model.
         facts: What the trainer derived from the settings, {model: content of environment.json}.
         settings: Settings that all runs share.
-        skipped_args: {model: arguments that the recipe gives to its own family alone}.
+        skipped_args: {model: arguments of the recipe that apply only to its own family}.
         model_args: {model: arguments it was built with}.
         failures: What failed, a line each.
     """
@@ -140,13 +140,14 @@ class Comparison:
 # Text -----------------------------------------------------------------------------------------------------------------
 
 def _list_differences(comparison: Comparison) -> list[str]:
-    """What is not the same for all models."""
+    """Lines about settings that differ between models."""
     lines = []
     without: dict[str, list[str]] = {}
     for model, args in comparison.skipped_args.items():
         without.setdefault(', '.join(f'{name}={value}' for name, value in args.items()), []).append(model)
     for named, models in without.items():
-        lines.append(f'differs: {named}, which the recipe gives to its own family, is not given to {", ".join(models)}')
+        lines.append(f'differs: {named}, which the recipe sets for its own model family, does not apply to '
+                     f'{", ".join(models)}')
     for key in comparison.runs[0].machine:
         values: dict[str, list[str]] = {}
         for run in comparison.runs:
@@ -164,7 +165,7 @@ def _list_differences(comparison: Comparison) -> list[str]:
 
 
 def describe_comparison(comparison: Comparison, markdown: bool = False) -> list[str]:
-    """The table, and what a reader must know, a line each."""
+    """Lines of the table and of the remarks."""
     models, settings = comparison.models, comparison.settings
     facts, side = next(iter(comparison.facts.values())), models[0].counts.height
     rows = []
@@ -231,7 +232,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> Path:
     facts, side = next(iter(comparison.facts.values())), comparison.models[0].counts.height
     axes.set(xlabel='latency of one image, median, ms', ylabel='top-1 after the last epoch, %')
     axes.set_title(
-        f'Trained alike: {facts["epochs"]} epochs of {facts["train_images"]:,} images, '
+        f'Trained on equal terms: {facts["epochs"]} epochs of {facts["train_images"]:,} images, '
         f'{comparison.data}, {comparison.settings["img_size"]} px\n{comparison.device}, '
         f'{side} px, float32', fontsize=10)
     axes.margins(x=0.15, y=0.15)

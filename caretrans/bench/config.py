@@ -1,4 +1,4 @@
-"""The settings of `benchmark.py`: a dataclass of flags for each bench, and all of them together in `BenchConfig`."""
+"""Settings of `benchmark.py`: a dataclass of flags for each bench, combined in `BenchConfig`."""
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -18,17 +18,18 @@ BENCHES = ('infer', 'profile', 'train')  # the benches of 'all'
 
 @dataclass
 class SetupFlags:
-    """Flags that say how a network is run."""
+    """Flags for the setup in which a network runs."""
 
-    checkpoint: str = setting('', 'weights of the one model; by default random weights that let every part count')
+    checkpoint: str = setting(
+        '', 'weights of the model (default: random weights chosen so that an error in any layer shows)')
     backend: list[str] = setting(
-        ['all'], 'backends that run the network; by default all that work here', choices=[*BACKENDS, 'all'])
+        ['all'], 'backends to measure (default: all that are available here)', choices=[*BACKENDS, 'all'])
     dtype: list[str] = setting(['float32'], 'number formats; tf32 is for GPUs', choices=list(DTYPES))
     channels_last: bool | None = setting(
-        None, 'layout of images and weights in PyTorch; by default NCHW for eager, as published, else channels-last')
+        None, 'memory layout in PyTorch (default: NCHW for eager, as published, else channels-last)')
     kernels: list[str] = setting(
         [], "kernels of the fused network in PyTorch: its own, or this package's in Triton; by default all that run "
-        'here', choices=list(KERNELS))
+        'here)', choices=list(KERNELS))
 
 
 @dataclass
@@ -36,7 +37,7 @@ class BatchFlags:
     """The flag for batch sizes."""
 
     batch_size: list[int] = setting(
-        [], 'images per batch; by default 1, and 128 per training step (16 on a CPU)', bounds=(1, None))
+        [], 'images per batch (default: 1; training steps: 128, on a CPU 16)', bounds=(1, None))
 
 
 @dataclass
@@ -44,16 +45,16 @@ class ProfileFlags(SetupFlags, BatchFlags):
     """Flags of `--bench profile`."""
 
     published: bool = setting(
-        False, 'the setup of the RTX 4090 column: eager, float32 with TF32 matmuls, batch 64, mean of 40 runs after 10')
+        False, 'setup of the RTX 4090 column: eager, float32 with TF32 matmuls, batch 64, mean of 40 runs after 10')
 
 
 @dataclass
 class InferFlags(ProfileFlags):
     """Flags of `--bench infer`."""
 
-    warmup: int = setting(5, 'runs before those that are timed', bounds=(0, None))
+    warmup: int = setting(5, 'warm-up runs, not timed', bounds=(0, None))
     runs: int | None = setting(
-        None, 'timed runs of each candidate; by default 50, or fewer if they take long', bounds=(1, None))
+        None, 'timed runs of each candidate (default: 50, or fewer if they are slow)', bounds=(1, None))
 
 
 @dataclass
@@ -62,14 +63,14 @@ class TrainFlags(BatchFlags):
 
     teacher: list[str] = setting(['none'], 'teachers: none, a model of timm with random weights, or both')
     ways: list[str] = setting(
-        [], 'training modes, e.g. channels_last+bf16+compile; by default all that work here')
+        [], 'training modes, e.g. channels_last+bf16+compile (default: all that are available here)')
 
 
 @dataclass
 class AccuracyFlags(SetupFlags):
     """Flags of `--bench accuracy`."""
 
-    data: str = setting('', 'folder with val/CLASS/*; by default the data set of the checkpoint')
+    data: str = setting('', 'folder with val/CLASS/* (default: the data set of the checkpoint)')
 
 
 @dataclass
@@ -85,16 +86,16 @@ class CommonFlags:
     device: str = setting('auto', 'cpu, cuda, mps or auto')
     img_size: list[str] = setting(['224'], 'pixels: a side, or HEIGHTxWIDTH')
     threads: int = setting(1, 'CPU threads', bounds=(1, None))
-    output: str = setting('', 'folder of results.json and the CSV files; one under runs/benchmark by default')
+    output: str = setting('', 'folder for results.json and CSV files (default: a new one under runs/benchmark)')
     plots: str = setting(
-        '', 'folder of plots, for which profiles and growth with resolution are measured too; or one file, NAME.png, '
-        'for accuracy against latency alone')
+        '', 'folder for plots, which also measures profiles and scaling with resolution; or one file, NAME.png, for '
+        'accuracy against latency only')
     json: bool = setting(False, 'print one JSON object instead of text')
     markdown: bool = setting(False, 'print tables in Markdown')
     check: bool = setting(
-        False, 'count the parameters and GMACs in README.md and docs/benchmarks.md again; exit code 1 if one differs')
-    update: bool = setting(False, 'write the results to docs/benchmarks.md as well')
-    readme: str = setting('', 'another file for --check and --update')
+        False, 'recount the parameters and GMACs in README.md and docs/benchmarks.md; exit code 1 if one differs')
+    update: bool = setting(False, 'also write the results to docs/benchmarks.md')
+    readme: str = setting('', 'file for --check and --update, instead of the above')
 
 
 FLAGS: dict[str, type] = {
@@ -111,10 +112,11 @@ class BenchConfig(InferFlags, TrainFlags, AccuracyFlags, CommonFlags):
         if self.published:
             self._follow_paper()
         if self.bench == 'accuracy' and not self.checkpoint:
-            raise ConfigError('--bench accuracy evaluates a trained network: give its file with --checkpoint.')
+            raise ConfigError('--bench accuracy needs a trained network: name its file with --checkpoint.')
         if self.plots_file and ('infer' not in self.list_benches() or len(self.batch_size) > 1 or len(
                 self.img_size) > 1):
-            raise ConfigError(f'--plots {self.plots}: one picture needs --bench infer, one batch and one size.')
+            raise ConfigError(
+                f'--plots {self.plots}: a single plot needs --bench infer, one batch size and one image size.')
         self.sizes = [parse_size(size) for size in self.img_size]
         for name in ('backend', 'dtype', 'kernels', 'batch_size', 'img_size'):
             values = getattr(self, name)
@@ -122,7 +124,7 @@ class BenchConfig(InferFlags, TrainFlags, AccuracyFlags, CommonFlags):
                 raise ConfigError(f'{name} is {values}: name each once.')
 
     def _check_use(self) -> None:
-        """Refuse a flag that none of the chosen benches has."""
+        """Refuse a flag that none of the chosen benches uses."""
         for item in dataclasses.fields(self):
             users = [bench for bench, flags in FLAGS.items() if item.name in flags.__dataclass_fields__]
             value = getattr(self, item.name)
@@ -144,7 +146,7 @@ class BenchConfig(InferFlags, TrainFlags, AccuracyFlags, CommonFlags):
         self.warmup, self.runs = 10, 40
 
     def list_models(self) -> list[str]:
-        """The models to measure.
+        """Names of the models to measure.
 
         Raises:
             ConfigError: No model has such a name, or a checkpoint is given for several models.
@@ -176,16 +178,16 @@ class BenchConfig(InferFlags, TrainFlags, AccuracyFlags, CommonFlags):
 
 
 def list_setups(config: BenchConfig, device: torch.device) -> tuple[list[Setup], list[str]]:
-    """The setups that run each model, and remarks on those that the defaults skip.
+    """The setups that run each model, and remarks on setups that the defaults skip.
 
     Raises:
-        ConfigError: A backend that was named does not work here, or not in a number format that was named.
+        ConfigError: A requested backend is not available here, or does not support a requested number format.
     """
     dtypes = ['float32' if dtype == 'tf32' and config.published and device.type != 'cuda' else dtype
               for dtype in config.dtype]
     named = config.backend != ['all']
     if named and 'all' in config.backend:
-        raise ConfigError(f'backend is {config.backend}: all stands alone.')
+        raise ConfigError(f'backend is {config.backend}: all cannot be combined with other backends.')
     if named and config.channels_last is not None and not set(config.backend) & set(IN_TORCH):
         raise ConfigError(
             f'--channels-last with --backend {" ".join(config.backend)}: it chooses its own layout; remove it.')

@@ -45,7 +45,7 @@ BESIDE = ' beside the other candidates'
 
 @dataclass
 class Candidate:
-    """A network in one setup, and what is known of it so far."""
+    """A network in one setup, and its results so far."""
     model: str
     setup: Setup
     network: Network
@@ -71,7 +71,7 @@ class Candidate:
             torch.cuda.empty_cache()
 
     def halve(self, beside: str = '') -> bool:
-        """Halve the batch, which does not fit; False if it is one image already.
+        """Halve a batch that does not fit; False if it is already one image.
 
         Args:
             beside: What else holds memory, for the note.
@@ -88,8 +88,8 @@ class Candidate:
 # Networks -------------------------------------------------------------------------------------------------------------
 
 def build_network(name: str, size: tuple[int, int], checkpoint: str = '') -> Network:
-    """A model in evaluation mode with bundled images of (height, width); without a checkpoint it gets random weights
-    that let every part count."""
+    """A model in evaluation mode with bundled images of (height, width); without a checkpoint it gets random
+    sample weights."""
     model = create_from_checkpoint(checkpoint, name)[0] if checkpoint else timm.create_model(name)
     model.eval()
     calibration = images = load_sample_images(model, size, SAMPLE_IMAGES)
@@ -147,7 +147,7 @@ def _warm_up(candidate: Candidate, config: BenchConfig) -> None:
 
 
 def _make_ready(candidate: Candidate, config: BenchConfig, others: Sequence[Candidate]) -> str:
-    """Make a candidate ready, with as much of its batch as fits beside the others; the reason if it fails, else ''."""
+    """Make a candidate ready, with as much of its batch as fits beside the others; return the reason for a failure."""
     beside = BESIDE if others else ''
     while True:
         try:
@@ -247,7 +247,7 @@ def run_inference(config: BenchConfig, stream: TextIO | None = None) -> BenchRes
     setups, skipped = list_setups(config, device)
     result = BenchResult(describe_device(device))
     if config.published and device.type != 'cuda':
-        result.remarks.append(f'--published: TF32 does nothing on {device.type}, this is plain float32')
+        result.remarks.append(f'--published: TF32 does nothing on {device.type}, float32 is used')
     if not config.checkpoint:
         result.remarks.append('weights: random, so that every part counts; speed does not depend on them')
     result.remarks += skipped
@@ -269,7 +269,7 @@ def run_inference(config: BenchConfig, stream: TextIO | None = None) -> BenchRes
                 networks[name] = network
                 if any(setup.kernels != 'torch' for setup in setups) and all(
                         setup.kernels == 'torch' for setup in fit_setups(setups, network.fused)):
-                    result.remarks.append(f"{name}: no part of it has Triton kernels, PyTorch's own run")
+                    result.remarks.append(f"{name}: no part has Triton kernels, so PyTorch's kernels run")
             for batch in config.list_batches():
                 batches = {name: take_batch(network, batch) for name, network in networks.items()}
                 candidates = [Candidate(name, setup, network) for name, network in batches.items()

@@ -1,4 +1,4 @@
-"""Throughput of the training loader beside timm's default loader, in images per second and worker.
+"""Throughput of the training loader compared with timm's default loader, in images per second and worker.
 
 Both return the same augmentation of the same files as uint8 batches; what then happens on the device is not measured.
 They take turns in one process, with persistent workers, so that other load on the machine affects both.
@@ -45,7 +45,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Policy:
-    """The rates of both loaders with one augmentation, and of each round ours / timm's."""
+    """The rates of both loaders with one augmentation, and their ratio caretrans / timm in each round."""
     auto_augment: str
     ours: Rate
     timm: Rate
@@ -70,7 +70,7 @@ def _open_images(data: str, images: int) -> Dataset:
     """The training images of a folder, repeated until there are `images`."""
     dataset = open_dataset(data, 'train', is_training=True)
     if not isinstance(getattr(getattr(dataset, 'reader', None), 'samples', None), list):
-        raise DataError(f'{data} is not a folder of images: it needs train/CLASS/IMAGE.jpg.')
+        raise DataError(f'{data} is not a folder of images: train/CLASS/IMAGE.jpg is needed.')
     dataset.reader.samples = dataset.reader.samples * -(-images // len(dataset))
     return dataset
 
@@ -113,7 +113,7 @@ def _measure(batches: Iterable[Any], workers: int) -> float:
 def bench_loader(
         data: str | None = None, workers: int = 1, img_size: int = 224, batch_size: int = 64, rounds: int = 7,
         images: int = 1024, auto_augment: Sequence[str] = ('', 'rand-m9-mstd0.5-inc1')) -> LoaderBench:
-    """Measure both loaders in turns.
+    """Measure both loaders alternately.
 
     Args:
         data: Folder with train/CLASS/*.jpg; the bundled images if None.
@@ -150,7 +150,7 @@ def describe_bench(bench: LoaderBench) -> str:
         f'Pillow {machine["pillow"]}',
         f'{bench.files} JPEGs of {bench.mean_bytes / 1000:.0f} kB on average, to {bench.img_size} pixels, '
         f'{bench.workers} workers, batches of {bench.batch_size}',
-        f'Images/s per worker as uint8 batches, median of {bench.rounds} rounds in turns (least to most):', '',
+        f'Images/s per worker as uint8 batches, median of {bench.rounds} alternating rounds (minimum to maximum):', '',
         '| augmentation | timm | ours | ratio |', '|---|---|---|---|',
         *(f'| crop, flip{", " * bool(row.auto_augment)}{row.auto_augment} | {row.timm.show(0)} | {row.ours.show(0)} '
           f'| {row.ratio.show(2)} |' for row in bench.policies)])

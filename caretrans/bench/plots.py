@@ -115,14 +115,14 @@ def draw_accuracy_by_latency(records: Sequence[Record], path: Path) -> Path:
     Args:
         records: Of inference, of one batch and size; models without a published accuracy are skipped.
     Raises:
-        PlotError: No accuracy is published of any model, or the batches or sizes differ.
+        PlotError: No accuracy is published for any model, or the batches or sizes differ.
     """
     drawn = [record for record in records if record.median_ms is not None and find_published(record.model)]
     if not drawn:
-        raise PlotError('No accuracy is published of any of the models measured: nothing to draw against latency.')
+        raise PlotError('No accuracy is published for any of the models measured: nothing to draw against latency.')
     mixed = [key for key in ('device', 'batch', 'height', 'width') if len({getattr(r, key) for r in drawn}) > 1]
     if mixed:
-        raise PlotError(f'Records of several values of {", ".join(mixed)} in one plot: draw each by itself.')
+        raise PlotError(f'Records have several values of {", ".join(mixed)}: draw one plot for each.')
     panels: dict[str, list[tuple[str, float]]] = defaultdict(list)
     for record in drawn:
         kernels = [record.kernels] * (record.kernels != 'torch')
@@ -139,11 +139,11 @@ def draw_accuracy_by_gmacs(gmacs: Mapping[str, float], path: Path) -> Path:
     Args:
         gmacs: Billions of multiply-adds by model; models without a published accuracy are skipped.
     Raises:
-        PlotError: No accuracy is published of any of the models.
+        PlotError: No accuracy is published for any of the models.
     """
     points = [(model, value) for model, value in gmacs.items() if find_published(model)]
     if not points:
-        raise PlotError(f'No accuracy is published of {", ".join(gmacs) or "no model"}: nothing to draw against GMACs.')
+        raise PlotError(f'No accuracy is published for {", ".join(gmacs) or "no model"}: nothing to plot.')
     return _draw_accuracies(
         {"one image, counted by PyTorch's FlopCounterMode": points}, 'Accuracy against multiply-adds', 'GMACs', path)
 

@@ -5,7 +5,7 @@
 
 Hooks note when the modules begin and end. The time of a module is its own, without that of the modules inside it; what
 runs between modules (sums, concatenations, pooling by functions) counts as 'rest' of the part around it. On a GPU the
-times are those of CUDA events, which include the gaps between kernels while the GPU waits for launches.
+times are measured with CUDA events, which include the gaps between kernels while the GPU waits for launches.
 """
 import re
 import statistics
@@ -76,7 +76,7 @@ def find_attention(model: nn.Module) -> list[str]:
 
 
 def _name_kind(module: nn.Module) -> str | None:
-    """The kind of a module, None if it only contains others."""
+    """Kind of a module; None if it only contains others."""
     if isinstance(module, KernelModule):
         return module.part
     if isinstance(module, nn.Conv2d):
@@ -91,7 +91,7 @@ def _name_kind(module: nn.Module) -> str | None:
 
 
 def _list_owners(model: nn.Module) -> dict[str, Owner]:
-    """The modules to time by their names: parts of the network, and all that have a kind."""
+    """Modules to time, by name: parts of the network, and all modules with a kind."""
     parts, attention, owners = list_parts(model), set(find_attention(model)), {}
     for name, module in model.named_modules():
         part = next((part for part in parts if f'{name}.'.startswith(f'{part}.')), OUTSIDE)
@@ -164,7 +164,7 @@ def profile_call(
         ValueError: `runs` is below 1.
     """
     if runs < 1:
-        raise ValueError(f'runs={runs}, it must be at least 1.')
+        raise ValueError(f'runs={runs} must be at least 1.')
     time_block(call, warmup, device)
     plain = time_block(call, runs, device)
     sums: list[Counter] = []

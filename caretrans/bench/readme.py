@@ -43,7 +43,7 @@ def _count(name: str, size: tuple[int, int]) -> dict[str, Any]:
 
 
 def _compare(header: list[str], row: list[str]) -> Iterator[str]:
-    """For each figure of a row that can be counted, '' or how it differs; rows of models have a name in backticks."""
+    """Compare each countable figure of a row: '' or the difference; rows of models have a name in backticks."""
     name, cells = row[0].strip('`'), dict(zip(header, row, strict=False))
     wanted = {column: COLUMNS[column] for column in header if column in COLUMNS}
     if not wanted or not timm.is_model(name):
@@ -139,9 +139,11 @@ def check_page(path: Path) -> None:
     """
     nearest = path if path.exists() else path.absolute().parent
     if path.is_dir() or not os.access(nearest, os.W_OK):
-        raise ConfigError(f'{path} is not a file that can be written: name one with --readme.')
+        raise ConfigError(f'{path} cannot be written: name a writable file with --readme.')
     if path.exists() and not path.read_text().startswith(INTRODUCTION.splitlines()[0]):
-        raise ConfigError(f'--update {path}: it would be replaced, and is another page: name another with --readme.')
+        raise ConfigError(
+            f'--update {path}: the page was not written by this command and would be replaced: name another with '
+            f'--readme.')
 
 
 def write_page(path: Path, lines: Sequence[str]) -> None:

@@ -36,7 +36,7 @@ Span = tuple[int, int, int]  # of a storage: its identity, the first element, th
 
 @dataclass(frozen=True)
 class Layer:
-    """What a layer must move and do.
+    """Bytes and operations of a layer.
 
     Attributes:
         part: Part of the network.
@@ -217,7 +217,7 @@ def list_bounds(layers: Sequence[Layer], rates: DeviceRates) -> list[Bound]:
 
 def describe_roofline(
         trace: Trace, rates: DeviceRates, profile: Profile | None = None, measured_ms: float | None = None) -> str:
-    """The rates, a table of parts and kinds, their sum, and what the roofline does not hold.
+    """The rates, a table of parts and kinds, their sum, and the limits of the roofline.
 
     Args:
         trace: In the dtype of `rates`.

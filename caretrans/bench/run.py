@@ -1,4 +1,4 @@
-"""Run all benches that a config asks for: inference, accuracy, profiles and training steps; then draw their plots."""
+"""Run all benches of a config: inference, accuracy, profiles and training steps; then draw their plots."""
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -38,11 +38,11 @@ GROWTH_ROUNDS = 5
 
 
 def _check_training(config: BenchConfig, names: list[str], device: torch.device) -> None:
-    """Refuse what cannot be trained before anything is measured."""
+    """Refuse settings that cannot be trained, before anything is measured."""
     for batch in config.list_training_batches():
         if batch % 2:
             raise ConfigError(
-                f'--batch-size {batch} with --bench {config.bench}: mixup pairs the images, give an even number.')
+                f'--batch-size {batch} with --bench {config.bench}: mixup pairs the images, use an even number.')
     for text, (height, width) in zip(config.img_size, config.sizes, strict=True):
         if height != width:
             raise ConfigError(f'--img-size {text} with --bench {config.bench}: training needs square images.')
@@ -51,7 +51,7 @@ def _check_training(config: BenchConfig, names: list[str], device: torch.device)
         model = make_empty(name)
         if not (hasattr(model, 'set_distilled_training') and getattr(model, 'distilled', True)):
             raise ConfigError(
-                f'--teacher {teachers[0]} with --model {name}: it has no head that learns from one; remove it.')
+                f'--teacher {teachers[0]} with --model {name}: the model has no second head for a teacher; remove it.')
     for way in config.ways:
         parse_mode(way, device)
 
@@ -68,12 +68,12 @@ def _guard(what: str, result: BenchResult) -> Iterator[None]:
 
 
 def run_benches(config: BenchConfig, stream: TextIO | None = None) -> BenchResult:
-    """Measure what a config asks for, and draw its plots.
+    """Measure everything in a config, and draw its plots.
 
     Args:
         stream: Where progress is shown; stdout by default.
     Raises:
-        ConfigError: The config asks for something that cannot be measured; nothing has been measured then.
+        ConfigError: The config contains something that cannot be measured; raised before any measurement.
         CheckpointError: The checkpoint does not fit the model.
     """
     names, device = config.list_models(), resolve_device(config.device)
@@ -82,7 +82,7 @@ def run_benches(config: BenchConfig, stream: TextIO | None = None) -> BenchResul
     if 'train' in benches:
         _check_training(config, names, device)
     if 'accuracy' in benches and (len(config.sizes) > 1 or config.sizes[0][0] != config.sizes[0][1]):
-        raise ConfigError(f'--img-size {" ".join(config.img_size)} with --bench accuracy: give one square size.')
+        raise ConfigError(f'--img-size {" ".join(config.img_size)} with --bench accuracy: use one square size.')
     result = run_inference(config, stream) if 'infer' in benches else BenchResult(
         describe_device(device), remarks=skipped if 'profile' in benches else [])
     with use_threads(config.threads):

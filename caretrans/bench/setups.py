@@ -1,4 +1,4 @@
-"""Setups: the backend, number format, layout, device and kernels that run a network, and which of them work here."""
+"""Setups: backend, number format, layout, device and kernels that run a network, and checks of their availability."""
 import importlib.util
 import os
 import shutil
@@ -28,9 +28,9 @@ OPENVINO_NAMES = {'float32': 'FP32', 'bfloat16': 'BF16', 'float16': 'FP16', 'int
 
 @dataclass(frozen=True)
 class Setup:
-    """How a network is run: a backend, number format, layout ('nchw' or 'channels_last'), device, CPU threads, kernels.
+    """Setup of a network: backend, number format, layout ('nchw' or 'channels_last'), device, CPU threads, kernels.
 
-    The values are those of `BACKENDS`, `DTYPES` and `KERNELS`.
+    Valid values are in `BACKENDS`, `DTYPES` and `KERNELS`.
     """
     backend: str
     dtype: str = 'float32'
@@ -51,7 +51,7 @@ def _list_missing(packages: Sequence[str]) -> list[str]:
 
 
 def find_obstacle(backend: str, device: torch.device) -> str:
-    """The reason why a backend does not work on a device, with the remedy; '' if it does."""
+    """Reason why a backend does not work on a device, with the remedy; '' if it works."""
     missing = _list_missing(PACKAGES.get(backend, ()))
     if missing:
         return f'it is not installed: pip install {" ".join(missing)}'
@@ -73,7 +73,7 @@ def find_obstacle(backend: str, device: torch.device) -> str:
 
 
 def list_dtypes(backend: str, device: torch.device) -> tuple[str, ...]:
-    """The number formats that a backend computes in on a device."""
+    """Number formats that a backend supports on a device."""
     if backend == 'openvino':
         able = get_core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES')
         return tuple(dtype for dtype, name in OPENVINO_NAMES.items() if name in able)
@@ -121,10 +121,10 @@ def check_setup(setup: Setup) -> None:
 
 def choose_kernels(
         named: Sequence[str], backends: Sequence[str], device: torch.device) -> tuple[list[str], list[str]]:
-    """The kernels to measure, by default all that run on the device, and remarks on those that are skipped.
+    """Kernels to measure, by default all that run on the device, and remarks on skipped kernels.
 
     Raises:
-        ConfigError: Kernels that were named do not run here.
+        ConfigError: Requested kernels do not run here.
     """
     able = [backend for backend in backends if backend in FUSED_IN_TORCH]
     for kernels in named:
@@ -138,6 +138,6 @@ def choose_kernels(
 
 
 def fit_setups(setups: Sequence[Setup], model: nn.Module) -> list[Setup]:
-    """The setups for a fused model, each once: a model without parts for Triton kernels runs with PyTorch's own."""
+    """Setups for a fused model without duplicates: a model without parts for Triton kernels runs with PyTorch's own."""
     has_parts = bool(use_kernels(model, parts=()))
     return list(dict.fromkeys(setup if has_parts else replace(setup, kernels='torch') for setup in setups))

@@ -57,7 +57,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Mode:
-    """How a training step is computed: a set of `CHANGES` to the published mode (float32, eager, NCHW).
+    """Mode of a training step: a set of `CHANGES` to the published mode (float32, eager, NCHW).
 
     They change its speed, not its mathematics.
     """
@@ -86,7 +86,7 @@ class Mode:
 
 
 def parse_mode(name: str, device: torch.device) -> Mode:
-    """The mode of a name: 'published', or changes joined by '+', e.g. 'channels_last+bf16+compile'.
+    """Parse the name of a mode: 'published', or changes joined by '+', e.g. 'channels_last+bf16+compile'.
 
     Raises:
         ConfigError: An unknown change, two precisions, or a change that does not work on this device.
@@ -118,7 +118,7 @@ def list_modes(device: torch.device) -> tuple[str, ...]:
 
 @contextmanager
 def training_precision(mode: Mode) -> Iterator[None]:
-    """TF32 as the mode has it, and cuDNN's search for the fastest convolutions, which training uses in every mode."""
+    """TF32 as set by the mode, and cuDNN's search for the fastest convolutions, which training uses in every mode."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
@@ -132,7 +132,7 @@ def training_precision(mode: Mode) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class TrainingBench:
-    """What is trained.
+    """Settings of a training bench.
 
     Attributes:
         model: Any model of timm or caretrans.
@@ -162,7 +162,7 @@ class TrainingBench:
 
 @dataclass(frozen=True)
 class Subject:
-    """What all modes train, on the CPU: network and teacher with weights that let every part count, images, labels."""
+    """Network, teacher, images and labels that all modes train with, on the CPU, with random sample weights."""
     model: nn.Module
     teacher: nn.Module | None
     images: torch.Tensor
@@ -185,7 +185,7 @@ class Subject:
 
 
 class First(NamedTuple):
-    """The loss of a first step, and its gradient by parameter that has one, up to a factor."""
+    """Loss of a first step, and the gradient of each parameter that has one, up to a factor."""
     loss: float
     gradient: dict[str, torch.Tensor]
 
@@ -275,7 +275,7 @@ def _measure_error(first: First, reference: First) -> float:
 
 @dataclass
 class Measured:
-    """What is known of a mode.
+    """Results of a mode.
 
     Attributes:
         candidate: None if the mode is not timed.
@@ -291,7 +291,7 @@ class Measured:
 
 
 def _prepare(bench: TrainingBench, subject: Subject, mode: Mode, reference: First, usual: float = 0.) -> Measured:
-    """Build a mode, compare its first step with the reference, and warm it up; without a candidate if that fails.
+    """Build a mode, compare its first step with the reference, and warm it up; without a candidate if this fails.
 
     Args:
         usual: Error of the published mode, from rounding alone: very small batches have large ones. An error beyond
@@ -308,7 +308,7 @@ def _prepare(bench: TrainingBench, subject: Subject, mode: Mode, reference: Firs
                 measured.notes.append(f'not timed: its {off}')
                 return measured
             measured.notes.append(
-                f'the published mode is not exact itself: its {off}; the others are compared with float64')
+                f'the published mode itself is not exact: its {off}; the others are compared with float64')
         for _ in range(bench.warmup - 1):
             candidate()
         measured.peak_mib = measure_peak(candidate, bench.device, candidate.held)
@@ -329,7 +329,7 @@ def _measure(bench: TrainingBench, modes: Sequence[Mode], report: Callable[[], N
         RuntimeError, MemoryError: The batch does not fit.
     """
     subject = Subject.make(bench)
-    torch.compiler.reset()  # PyTorch compiles one function only so many times
+    torch.compiler.reset()  # PyTorch limits how often it compiles a function
     try:
         reference, precision = Candidate(bench, subject, Mode(), torch.float64).make_first(), 'float64'
     except (RuntimeError, MemoryError) as error:
@@ -380,10 +380,10 @@ def bench_training(
     its record says why.
 
     Args:
-        modes: Names for `parse_mode`; by default those of `list_modes`.
+        modes: Names for `parse_mode`; by default `list_modes`.
         report: Called after each block, for a progress bar.
     Raises:
-        ConfigError: An unknown model, teacher or mode, or not even two images fit.
+        ConfigError: An unknown model, teacher or mode, or too little memory for two images.
     """
     names = [PUBLISHED, *(name for name in modes or list_modes(bench.device) if name != PUBLISHED)]
     chosen = [parse_mode(name, bench.device) for name in dict.fromkeys(names)]
@@ -405,7 +405,7 @@ def bench_training(
 
 
 def describe_training(records: Sequence[Record]) -> str:
-    """A table with a row for each mode, the fastest one, and what a reader must know."""
+    """A table with a row for each mode, the fastest mode, and notes."""
     first, timed = records[0], [record for record in records if record.ratio is not None]
     rows = [[
         r.way, f'{r.images_per_s:.1f}', f'{r.median_ms:.2f} ({r.p10_ms:.2f} to {r.p90_ms:.2f})',
@@ -419,4 +419,4 @@ def describe_training(records: Sequence[Record]) -> str:
         f'{first.height} x {first.width}, {first.device}, {first.threads} threads', '',
         *format_table(['mode', 'images/s', 'ms, median (p10 to p90)', 'speed-up', 'MiB', 'error', ''], rows),
         *(f'{r.way}  {r.notes[0]}' for r in records if r.ratio is None), '',
-        f'fastest: {best.way}, {best.ratio:.2f} times the speed of the published mode', *notes])
+        f'fastest: {best.way}, speed-up {best.ratio:.2f} over the published mode', *notes])

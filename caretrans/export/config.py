@@ -1,4 +1,4 @@
-"""Settings of `coreml/export.py`: what is exported, to which formats, and how closely it must agree."""
+"""Settings of `coreml/export.py`: network, formats and tolerances."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,22 +21,22 @@ FORMS = {**dict.fromkeys([*COREML, 'executorch-coreml', 'coreai'], 'phone'), 'ex
 # nearly equal; any other mistake in a program changes more predictions than these.
 FLOORS = {'fp32': 99.5, 'fp16': 97., 'int8': 85., 'palette6': 85., 'palette4': 50.}
 
-# Largest error of an output, as a share of the largest output, that rounding may explain: several times what was
-# measured. Formats that quantize are judged by top-1 only. The loss of any one bias of care_s0 causes at least 4e-4,
-# and a fifth of them changes no top-1 class of 24 images.
+# Largest error of an output, as a share of the largest output, that rounding may explain: several times the
+# measured error. Formats that quantize are judged by top-1 only. Dropping any one bias of care_s0 causes at least 4e-4,
+# and for a fifth of the biases changes no top-1 class of 24 images.
 TOLERANCES = {'fp32': 1e-4, 'fp16': 2e-2}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One program to write, with everything decided.
+    """One program to write, with all settings resolved.
 
     Attributes:
         size: Height and width of the images, pixels.
         input: 'image', pixels from 0 to 255 in RGB, or 'tensor', normalised as in evaluation.
         output: 'logits', 'probabilities', or 'classes', probabilities with labels.
-        target: The oldest system it is for, for Core ML.
-        compress: How the weights are stored, for Core ML.
+        target: Oldest supported system, for Core ML.
+        compress: Compression of the weights, for Core ML.
         unfused: Whether to export the original network.
         floor: Least top-1 agreement, %.
     """
@@ -77,28 +77,28 @@ class ExportConfig:
     checkpoint: str = setting('', 'weights: .pth, .pth.tar or .safetensors, published or written by train.py')
     entry: str = setting('', 'entry of the file that holds the weights, e.g. state_dict_ema')
     random_weights: bool = setting(False, 'export random weights, to measure speed only')
-    format: list[str] = setting(['mlpackage'], 'one or more', choices=list(FORMATS))
+    format: list[str] = setting(['mlpackage'], 'one or more output formats', choices=list(FORMATS))
     output_dir: str = setting('', 'folder for programs and reports (default: runs/export)')
     input: str = setting(
-        '', 'image: RGB pixels from 0 to 255, normalised in the program; tensor: normalised already (default: image '
+        '', 'image: RGB pixels from 0 to 255, normalised in the program; tensor: already normalised (default: image '
         'for Core ML, else tensor)', choices=['', 'image', 'tensor'])
     output: str = setting(
         '', 'output of the program (default: classes, i.e. probabilities with labels, for Core ML, else logits)',
         choices=['', 'logits', 'probabilities', 'classes'])
     precision: list[str] = setting(
-        [], 'one or more (default: fp16 for Core ML, else fp32)', choices=['fp16', 'fp32', 'int8'])
-    labels: str = setting('', 'text file with a class on each line (default: those of the checkpoint, or ImageNet)')
-    img_size: str = setting('', 'pixels: a side, or HEIGHTxWIDTH (default: that of the checkpoint)')
-    batch: int = setting(1, 'images at a time', bounds=(1, None))
-    target: str = setting(TARGET, 'oldest system for Core ML programs', choices=list(TARGETS))
-    compress: str = setting('none', 'weights of Core ML programs', choices=list(COMPRESSIONS))
+        [], 'one or more precisions (default: fp16 for Core ML, else fp32)', choices=['fp16', 'fp32', 'int8'])
+    labels: str = setting('', 'text file with one class per line (default: classes of the checkpoint, or ImageNet)')
+    img_size: str = setting('', 'image side in pixels, or HEIGHTxWIDTH (default: as in the checkpoint)')
+    batch: int = setting(1, 'batch size of the program', bounds=(1, None))
+    target: str = setting(TARGET, 'oldest supported system, for Core ML programs', choices=list(TARGETS))
+    compress: str = setting('none', 'compression of the weights, for Core ML programs', choices=list(COMPRESSIONS))
     unfused: bool = setting(False, 'export the original network, for comparison')
-    data: str = setting('', 'images to compare on, a folder with val/CLASS/* (default: the bundled ones)')
-    images: int | None = setting(None, 'number of them (default: all)', bounds=(1, None))
+    data: str = setting('', 'folder with val/CLASS/* of images to verify on (default: the bundled images)')
+    images: int | None = setting(None, 'number of images to verify on (default: all)', bounds=(1, None))
     floor: float | None = setting(
-        None, 'least share of images with the top-1 class of PyTorch, % (default: '
+        None, 'minimum top-1 agreement with PyTorch, % (default: '
         + ', '.join(f'{value:g} for {name}' for name, value in FLOORS.items()) + ')', bounds=(0, 100))
-    latency: bool = setting(True, 'time programs beside PyTorch, where their runtime runs here')
+    latency: bool = setting(True, 'time programs against PyTorch, if their runtime is available here')
     threads: int = setting(1, 'CPU threads', bounds=(1, None))
     json: bool = setting(False, 'print one JSON object instead of text')
 
@@ -114,22 +114,22 @@ class ExportConfig:
         if bool(self.checkpoint) == self.random_weights:
             raise ConfigError(
                 f'--checkpoint {self.checkpoint} with --random-weights: choose one.' if self.checkpoint else
-                'No weights: give a file with --checkpoint, or --random-weights (to measure speed only).')
+                'No weights: name a file with --checkpoint, or add --random-weights (to measure speed only).')
         if self.random_weights and not self.model:
             raise ConfigError('--random-weights needs --model, e.g. --model care_s0.')
         if self.compress != 'none' and not set(self.format) & set(COREML):
             raise ConfigError(
-                f'--compress {self.compress} is for mlpackage and mlmodel; the others have --precision int8.')
+                f'--compress {self.compress} is for mlpackage and mlmodel; for other formats use --precision int8.')
         if self.target != TARGET and not set(self.format) & set(AIMED):
             raise ConfigError(f'--target {self.target} is for {" and ".join(AIMED)}, not for {" ".join(self.format)}.')
 
     def list_jobs(self, size: tuple[int, int]) -> list[Job]:
-        """The programs to write, format by format, precision by precision.
+        """Programs to write, ordered by format, then precision.
 
         Args:
-            size: Of the images, unless --img-size is given.
+            size: Height and width of the images, unless --img-size is given.
         Raises:
-            ConfigError: A setting that a format does not have, or a missing package; before any work.
+            ConfigError: A setting that a format does not support, or a missing package; raised before any work.
         """
         jobs = [self._make_job(FORMATS[name], precision, size)
                 for name in self.format for precision in self.precision or FORMATS[name].precisions[:1]]
@@ -144,7 +144,7 @@ class ExportConfig:
         for name, value in chosen.items():
             able = getattr(kind, f'{name}s')
             if value not in able:
-                raise ConfigError(f'--{name} {value} with --format {kind.name}: it has {", ".join(able)}.')
+                raise ConfigError(f'--{name} {value} with --format {kind.name}: it supports {", ".join(able)}.')
         obstacle = find_obstacle(kind, precision)
         if obstacle:
             raise ConfigError(f'--format {kind.name}: {obstacle}')

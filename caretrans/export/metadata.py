@@ -57,6 +57,6 @@ def read_class_names(facts: Mapping[str, str]) -> list[str]:
     """The labels in the metadata of a file.
 
     Raises:
-        KeyError: It has no such metadata, because it is truncated or not ours.
+        KeyError: The metadata are missing, because the file is truncated or was not exported by this package.
     """
     return json.loads(facts['class_names'])

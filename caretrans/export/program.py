@@ -18,7 +18,7 @@ Run = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass
 class Program:
-    """What a file computes, read back from the file.
+    """A program read back from its file.
 
     Attributes:
         run: Images (batch, C, H, W) float32 as the program takes them, to (batch, classes) logits or probabilities.
@@ -62,7 +62,7 @@ class FormatModule(Protocol):
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn whatever a library raises at a damaged file into one ExportError that names the file and the remedy."""
+    """Convert errors of libraries on damaged files to an ExportError that names the file and the remedy."""
     try:
         yield
     except ExportError:
@@ -70,5 +70,5 @@ def reading(path: Path) -> Iterator[None]:
     except Exception as error:
         line = next(iter(str(error).strip().splitlines()), '')[:200]
         raise ExportError(
-            f'{path} cannot be read ({type(error).__name__}: {line}). Copy it again as a whole, or export it again.'
+            f'{path} cannot be read ({type(error).__name__}: {line}). Copy the complete file again, or export it again.'
         ) from error

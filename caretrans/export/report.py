@@ -57,7 +57,7 @@ def describe_exports(facts: Facts, exports: Sequence[Export]) -> Iterator[str]:
     if facts.least_attention_mass is not None and any(item.job.get_form() == 'phone' for item in done):
         share = EPS / facts.least_attention_mass
         warning = 'WARNING: that may matter. ' if share > 1e-3 else ''
-        yield (f'{warning}The form for phones omits an eps of {EPS:g} in the denominator of the attention, which is at '
+        yield (f'{warning}The phone form omits the eps of {EPS:g} in the denominator of attention, which is at '
                f'least {facts.least_attention_mass:.2g} on these images: up to {100 * share:.2g} % of an output of the '
                f'attention')
     yield ''

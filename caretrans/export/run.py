@@ -33,7 +33,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class Facts:
-    """What all programs of an export share.
+    """Facts shared by all programs of an export.
 
     Attributes:
         weights: The checkpoint, or 'random'.
@@ -73,7 +73,7 @@ class Timing:
 
 @dataclass
 class Export:
-    """A program that was written, and what was measured.
+    """A program that was written, and its measurements.
 
     Attributes:
         path: The file or folder.
@@ -107,7 +107,7 @@ class Export:
 
 
 def _drop_infinite(value: Any) -> Any:
-    """Plain values with None in the place of numbers that JSON does not have."""
+    """Plain values, with None for numbers that JSON cannot represent."""
     if isinstance(value, dict):
         return {key: _drop_infinite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -236,7 +236,7 @@ def export(config: ExportConfig, stream: TextIO | None = None) -> tuple[Facts, l
     channels = source.eval_config['input_size'][0]
     if channels != 3 and any(job.input == 'image' for job in jobs):
         raise ConfigError(
-            f'--input image: {source.name} takes {channels} channels, an RGB image has 3. Take --input tensor.')
+            f'--input image: {source.name} has {channels} input channels, but an RGB image has 3. Use --input tensor.')
     _check_folder(config.get_folder(), source, jobs)
     versions = list_versions(['timm', 'numpy'])
     for job in jobs:

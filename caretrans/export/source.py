@@ -81,7 +81,7 @@ class Source:
 
 
 def name_classes(config: ExportConfig, count: int, own: list[str] | None = None) -> list[str]:
-    """The labels of a file, if given, else those of the checkpoint, else ImageNet's or numbers.
+    """Labels from the file, if given, else from the checkpoint, else ImageNet's labels or numbers.
 
     Several classes of one name get their numbers, because Core ML returns probabilities by name: of ImageNet's classes
     two are cranes, the bird and the machine.
@@ -95,23 +95,23 @@ def name_classes(config: ExportConfig, count: int, own: list[str] | None = None)
     if len(names) != count:
         raise ConfigError(
             f'{config.labels or config.checkpoint} names {len(names)} classes, the network has {count}: '
-            f'give a file with a class on each of {count} lines by --labels.')
+            f'use --labels FILE with one class on each of {count} lines.')
     counts = Counter(names)
     return [f'{name} (class {number})' if counts[name] > 1 else name for number, name in enumerate(names)]
 
 
 def load_source(config: ExportConfig) -> Source:
-    """Load the checkpoint of a config, or make random weights with which all parts count.
+    """Load the checkpoint of a config, or make random sample weights.
 
     Raises:
-        CheckpointError: The file cannot be read, is of another model, or takes images in another channel order.
+        CheckpointError: The file cannot be read, belongs to another model, or expects another channel order.
     """
     if config.checkpoint:
         model, loaded, eval_config = load_for_evaluation(config.checkpoint, config.model or None, config.entry or None)
         if 'channel_order' in eval_config:
             raise CheckpointError(
-                f'{config.checkpoint}: takes images in channel order {eval_config["channel_order"]}, exports take RGB: '
-                f'`python -m caretrans convert {config.checkpoint} rgb.pth.tar --to caretrans` turns it round.')
+                f'{config.checkpoint}: expects images in channel order {eval_config["channel_order"]}, exports need '
+                f'RGB: `python -m caretrans convert {config.checkpoint} rgb.pth.tar --to caretrans` converts it.')
         return Source(
             model.pretrained_cfg['architecture'], model, eval_config,
             name_classes(config, model.num_classes, loaded.meta.get('class_names')), config.checkpoint,
@@ -210,7 +210,7 @@ class Cases:
         return len(self.pixels)
 
     def describe_accuracy(self) -> str:
-        """Top-1 of the original network in float64, if the labels are its own; else ''."""
+        """Top-1 of the original network in float64, if the labels match its classes; else ''."""
         if self.labels is None:
             return ''
         top1 = 100 * (self.logits.argmax(dim=-1) == self.labels).double().mean().item()
@@ -236,11 +236,11 @@ def load_cases(source: Source, size: tuple[int, int], data: str = '', count: int
         count: Number of images; all if not given.
     Raises:
         DataError: There are no images there.
-        ConfigError: The network does not take images of this size.
+        ConfigError: The network does not support this image size.
     """
     folder = data or str(SAMPLE_IMAGES)
     if not Path(folder).is_dir():
-        raise DataError(f'No images at {folder}: name a folder with val/CLASS/*.jpg by --data.')
+        raise DataError(f'No images at {folder}: name a folder with val/CLASS/*.jpg with --data.')
     dataset = open_dataset(folder, 'val')
     prepared = dict(source.eval_config, input_size=(source.eval_config['input_size'][0], *size))
     dataset.transform = create_transform(**prepared, is_training=False, use_prefetcher=True)
@@ -253,7 +253,7 @@ def load_cases(source: Source, size: tuple[int, int], data: str = '', count: int
             logits = torch.cat([model(source.normalise(part, torch.float64)) for part in pixels.split(8)])
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ConfigError(
-            f'--img-size {size[0]}x{size[1]}: {source.name} does not take such images: '
+            f'--img-size {size[0]}x{size[1]}: {source.name} does not support this size: '
             f'{" ".join(str(error).split())}') from error
     own = source.meta.get('class_names')
     labels = torch.tensor([label for _, label in samples]) if own and own == list_classes(dataset) else None

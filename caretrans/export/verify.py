@@ -19,7 +19,7 @@ EXAMINED = 16  # images, for a program without its rounding
 
 
 class VerificationError(ExportError):
-    """A program does not compute what the network computes; `verification` holds the figures."""
+    """A program differs from the network; `verification` contains the figures."""
 
     def __init__(self, message: str, verification: Optional['Verification'] = None) -> None:
         super().__init__(message)
@@ -62,12 +62,13 @@ class Verification:
 def _check_labels(source: Source, job: Job, program: Program, path: Any) -> None:
     if program.labels is None:
         if job.output == 'classes':
-            raise VerificationError(f'{path}: it names no classes.')
+            raise VerificationError(f'{path}: the program has no class labels.')
     elif program.labels != source.class_names:
         for number, (found, wanted) in enumerate(zip(program.labels, source.class_names, strict=False)):
             if found != wanted:
-                raise VerificationError(f'{path}: its class {number} is labelled {found!r}, it should be {wanted!r}.')
-        raise VerificationError(f'{path}: it has {len(program.labels)} labels for {len(source.class_names)} classes.')
+                raise VerificationError(f'{path}: class {number} is labelled {found!r}, expected {wanted!r}.')
+        raise VerificationError(
+            f'{path}: the program has {len(program.labels)} labels for {len(source.class_names)} classes.')
 
 
 def _compute(
@@ -91,7 +92,7 @@ def _compute(
 
 
 def compare(outputs: torch.Tensor, cases: Cases, job: Job, logits: torch.Tensor | None = None) -> Verification:
-    """Figures of outputs (n, classes) against those of the network, errors of the logits where they are known."""
+    """Compare outputs (n, classes) with the network; errors are of the logits if these are known."""
     if job.output == 'logits':
         logits = outputs
     expected = cases.logits if logits is not None else cases.logits.softmax(dim=-1)
@@ -150,7 +151,7 @@ def _check_structure(
         result.exact_error = (errors.max() / expected.abs().max()).item()
         if not result.exact_error <= TOLERANCES['fp32']:
             raise VerificationError(
-                f'{path}: without rounding, its logits differ from those of the network by {result.exact_error:.2g} of '
+                f'{path}: without rounding, its logits differ from the network by {result.exact_error:.2g} of '
                 f'the largest, {TOLERANCES["fp32"]:g} is allowed: the program computes something else; no file was '
                 f'written.', result)
     if program.run_flushed is not None:
@@ -171,8 +172,8 @@ def verify(
     outputs, logits = _compute(program.run, source, job, program, cases, report)
     if outputs.shape != cases.logits.shape:
         raise VerificationError(
-            f'{path}: it returns {outputs.shape[1]} numbers per image, the network has {cases.logits.shape[1]} '
-            f'classes.')
+            f'{path}: the program returns {outputs.shape[1]} numbers per image, the network has '
+            f'{cases.logits.shape[1]} classes.')
     result = compare(outputs, cases, job, logits)
     result.findings = program.find()
     if not bool(outputs.isfinite().all()):
@@ -185,7 +186,7 @@ def verify(
             f'written. A lower --floor allows it.', result)
     if not result.max_error <= job.tolerance * result.largest:
         raise VerificationError(
-            f'{path}: outputs differ from those of PyTorch by up to {result.max_error:.2g}, more than '
+            f'{path}: outputs differ from PyTorch by up to {result.max_error:.2g}, more than '
             f'{job.tolerance:g} of the largest, {result.largest:.2g}: rounding does not explain it; no file was '
             f'written.', result)
     _check_structure(source, job, program, cases, path, result)

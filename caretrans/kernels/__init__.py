@@ -1,4 +1,4 @@
-"""Triton kernels for NVIDIA GPUs instead of PyTorch's own; modules, parameters and keys stay the same.
+"""Triton kernels for NVIDIA GPUs in place of PyTorch's; modules, parameters and keys are unchanged.
 
     import caretrans.kernels
     placements = caretrans.kernels.use_kernels(model.cuda())   # then run, train, compile or capture it as before
@@ -20,11 +20,11 @@ from .modules import KERNEL_MODULES, PARTS, KernelModule, is_interpreted
 __all__ = ['PARTS', 'Placement', 'describe_placements', 'use_kernels', 'why_unavailable']
 
 MIN_CAPABILITY = (8, 0)  # bfloat16 and TF32
-NOT_ASKED = 'not asked for'
+NOT_ASKED = 'not requested'
 
 
 class Placement(NamedTuple):
-    """Where a module runs: its name, its part of `PARTS`, 'triton' or 'torch', and the reason if not 'triton'."""
+    """Placement of a module: its name, its part of `PARTS`, 'triton' or 'torch', and the reason if not 'triton'."""
     name: str
     part: str
     runs: str
@@ -83,7 +83,7 @@ def use_kernels(model: nn.Module, parts: Sequence[str] = PARTS) -> list[Placemen
 
 
 def describe_placements(placements: Sequence[Placement]) -> list[str]:
-    """A line for each part, where it runs and why, e.g. '12 x mixer: triton'; none for parts not asked for."""
+    """A line for each part, where it runs and why, e.g. '12 x mixer: triton'; none for parts not requested."""
     counts = Counter(
         (placement.part, placement.runs, placement.reason) for placement in placements
         if placement.reason != NOT_ASKED)

@@ -60,7 +60,7 @@ def _store(ptr, stride_c, stride_n, n, chs, N, values, BLOCK: tl.constexpr):
 
 @triton.jit
 def _head(ptr, stride_b, stride_h, heads):
-    """Where the head of this program begins."""
+    """Start of the head of this program."""
     return ptr + (tl.program_id(0) // heads).to(tl.int64) * stride_b + (tl.program_id(0) % heads) * stride_h
 
 
@@ -259,7 +259,7 @@ def split_positions(num_heads: int, num_positions: int) -> tuple[int, int]:
 
 
 def _arguments(k: torch.Tensor, v: torch.Tensor, eps: float) -> tuple[int, dict[str, Any]]:
-    """The number of programs per head, and what both kernels are told."""
+    """Number of programs per head, and the arguments of both kernels."""
     heads, chs, num_positions = k.shape[1:]
     splits, per_split = split_positions(k.shape[0] * heads, num_positions)
     block_d, block_e = (max(16, triton.next_power_of_2(n)) for n in (chs, v.shape[2]))  # tl.dot takes no less than 16

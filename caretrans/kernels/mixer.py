@@ -27,7 +27,7 @@ def _head_views(x: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 
 def _empty_parameters(weights: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Of the shapes of the gradients of `weights` and of their biases."""
+    """Empty gradients of `weights` and of their biases."""
     shapes = [weight.shape for weight in weights] + [weight.shape[:1] for weight in weights]
     return [weights[0].new_empty(shape) for shape in shapes]
 

@@ -1,6 +1,6 @@
 """Modules of the networks with kernels inside: subclasses that change what `forward` calls and nothing else.
 
-A module becomes one of these by a change of its class, so that its parameters, hooks and place in the network stay.
+A module becomes one of these by a change of its class, so that its parameters, hooks and place in the network are kept.
 """
 import os
 

@@ -17,7 +17,7 @@ def parse_size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r'(\d+)(?:x(\d+))?', text)
     size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if min(size) < MIN_SIDE:
-        raise ConfigError(f'img_size is {text!r}: give a side or HEIGHTxWIDTH, at least {MIN_SIDE} pixels.')
+        raise ConfigError(f'img_size is {text!r}: use a side or HEIGHTxWIDTH, at least {MIN_SIDE} pixels.')
     return size
 
 

@@ -108,7 +108,7 @@ def _number_notes(models: Sequence[str]) -> dict[str, list[str]]:
 
 
 def mark_accuracy(model: str, models: Sequence[str]) -> str | None:
-    """The published top-1 % of a model with the number of its footnote among those of `models`; None without one."""
+    """Published top-1 % of a model, with the number of its footnote in the table of `models`; None if unknown."""
     row = find_published(model)
     if row is None:
         return None
@@ -117,7 +117,7 @@ def mark_accuracy(model: str, models: Sequence[str]) -> str | None:
 
 
 def list_footnotes(models: Sequence[str]) -> list[str]:
-    """What a reader of the published figures of these models must know, a line each; the numbered ones first."""
+    """Notes on the published figures of these models, one per line; numbered notes first."""
     rows = {model: row for model in models if (row := find_published(model)) is not None}
     lines = [f'[{number}] top-1 of {", ".join(names)}, {note}'
              for number, (note, names) in enumerate(_number_notes(models).items(), 1)]

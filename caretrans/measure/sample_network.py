@@ -1,4 +1,4 @@
-"""Random weights and sample images that let every part of a network count, where no checkpoint is given.
+"""Sample weights and images for networks without a checkpoint, chosen so that an error in any layer shows.
 
 Freshly created networks hide errors: a layer scale of 1e-6 removes the blocks, and BatchNorm does nothing yet. So
 layers get random weights that preserve the scale of their input, layer scales of 0.1 to 0.4, and the BatchNorm
@@ -48,7 +48,7 @@ def _fill_module(module: nn.Module, generator: torch.Generator) -> None:
 
 @torch.no_grad()
 def randomize(model: nn.Module, images: torch.Tensor, seed: int = 0) -> nn.Module:
-    """Give a network in evaluation mode random weights that let every part count; the same for the same seed.
+    """Randomize the weights of a network in evaluation mode so that an error in any layer shows; depends on the seed.
 
     Args:
         images: (B, C, H, W), from which its BatchNorm layers take their statistics.

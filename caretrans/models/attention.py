@@ -5,7 +5,7 @@ import torch
 
 __all__ = ['EPS', 'check_shapes', 'linear_attention', 'positive_feature', 'turn_pairs']
 
-EPS = 1e-6  # in the denominator, of the published network
+EPS = 1e-6  # added to the denominator, as in the published network
 
 
 def positive_feature(x: torch.Tensor) -> torch.Tensor:
@@ -17,10 +17,10 @@ def positive_feature(x: torch.Tensor) -> torch.Tensor:
 
 
 def turn_pairs(x: torch.Tensor, rotate: torch.Tensor) -> torch.Tensor:
-    """Turn each pair of channels (2p, 2p + 1) of x (B, h, d, N) as the plane by its angle at each position.
+    """Rotate each pair of channels (2p, 2p + 1) of x (B, h, d, N) by its angle at each position.
 
     Args:
-        rotate: (2, h, d / 2, N), the cosines and the sines of the angles.
+        rotate: (2, h, d / 2, N), cosines and sines of the angles.
     """
     B, h, d, N = x.shape
     pairs = x.reshape(B, h, d // 2, 2, N)
@@ -31,7 +31,7 @@ def turn_pairs(x: torch.Tensor, rotate: torch.Tensor) -> torch.Tensor:
 
 def check_shapes(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotate: Optional[torch.Tensor] = None) -> None:
-    """Raise ValueError where the shapes of the arguments of `linear_attention` disagree; the message gives them all."""
+    """Raise ValueError, naming all shapes, if the arguments of `linear_attention` have inconsistent shapes."""
     if q.shape != k.shape or k.shape[:2] != v.shape[:2] or k.shape[3] != v.shape[3]:
         raise ValueError(
             f'linear_attention: q and k must be (B, h, d, N) and v (B, h, e, N), '
@@ -62,26 +62,26 @@ def linear_attention(
         rotate: Optional[torch.Tensor] = None) -> torch.Tensor:
     """Mix positions globally in time linear in their number.
 
-    With phi(t) = elu(t) + 1, positive, each query takes a weighted mean of the values:
+    With phi(t) = elu(t) + 1 > 0, the output for each query is a weighted mean of the values:
 
         out_i = (1/N) sum_j w_ij v_j / ((1/N) sum_j w_ij + eps),   w_ij = phi(q_i) . phi(k_j)
 
-    With `rotate`, a rotary position code, the weights of the numerator alone are R_i phi(q_i) . R_j phi(k_j): they may
-    be negative then, and need not sum to 1.
+    With `rotate`, a rotary position code, only the weights of the numerator become R_i phi(q_i) . R_j phi(k_j): they
+    may be negative and need not sum to 1.
 
     The feature map, the sums and the division are computed in float32 (float64 for float64 input), under autocast
-    too, and 1/N goes inside the sums: in half precision the sums would overflow and the denominator vanish.
+    too, with 1/N inside the sums: in half precision the sums would overflow and the denominator vanish.
 
     Args:
         q, k: (B, h, d, N) queries and keys, channels first, any floating dtype.
         v: (B, h, e, N) values.
         eps: Added to the denominator.
-        rotate: (2, h, d / 2, N), cosines and sines of the angles by which R turns the channels 2p and 2p + 1 of a head
-            at each position; None for no rotation.
+        rotate: (2, h, d / 2, N), cosines and sines of the angles by which R rotates the channels 2p and 2p + 1 of a
+            head at each position; None for no rotation.
     Returns:
         (B, h, e, N) in the dtype of `v`.
     Raises:
-        ValueError: The shapes disagree; the message gives them all.
+        ValueError: The shapes are inconsistent; the message names them all.
     Cost: B*h*N*d*(2e + 1) multiply-adds, against B*h*N^2*(d + e) for softmax attention.
     Source: Katharopoulos et al. 2020, arXiv:2006.16236, section 3.2; Su et al. 2021, arXiv:2104.09864, section 3.3,
         equation 19, for the rotation of linear attention.

@@ -1,4 +1,4 @@
-"""What timm asks of a hierarchical backbone and no paper speaks of, written once for all networks."""
+"""Base class of the networks: the interface that timm expects of a hierarchical backbone."""
 import sys
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Type, Union
 
@@ -25,13 +25,13 @@ __all__ = [
     'MIN_SIDE', 'Backbone', 'build_backbone', 'check_image_size', 'find_family', 'init_linear', 'init_weights',
     'make_cfg', 'register_alias', 'resolve_alias']
 
-MIN_SIDE = 32  # pixels: at 1/32 of the size, a smaller image would have no position left
+MIN_SIDE = 32  # pixels: the last map has 1/32 of the size, so a smaller image would leave it empty
 FETCH_ERRORS = (OSError, hub_errors.EntryNotFoundError, getattr(hub_errors, 'HTTPError', OSError))
 
 
 @torch.fx.wrap
 def check_image_size(x: torch.Tensor, min_side: int = MIN_SIDE) -> torch.Tensor:
-    """Return the images (B, C, H, W) unchanged; ValueError with their size when a side is below `min_side` pixels."""
+    """Return the images (B, C, H, W) unchanged; raise ValueError if a side is below `min_side` pixels."""
     height, width = x.shape[-2], x.shape[-1]
     if height < min_side or width < min_side:
         raise ValueError(f'The image is {height} x {width} pixels, smaller than {min_side} x {min_side}: enlarge it.')
@@ -39,11 +39,11 @@ def check_image_size(x: torch.Tensor, min_side: int = MIN_SIDE) -> torch.Tensor:
 
 
 def init_weights(module: nn.Module, kinds: Tuple[Type[nn.Module], ...] = (nn.Conv2d, nn.Linear)) -> None:
-    """Truncated normal of std 0.02 for the weights of convolutions and linear layers, biases 0.
+    """Draw weights of convolutions and linear layers from a truncated normal of std 0.02, and set biases to 0.
 
-    Drawn in float32 at least: in half precision the tails of the distribution come out wrong.
+    Values are drawn in float32 or wider: in half precision the tails of the distribution are wrong.
     """
-    if isinstance(module, kinds) and not module.weight.is_meta:  # meta: 10 times slower than the rest
+    if isinstance(module, kinds) and not module.weight.is_meta:  # 10 times slower on the meta device
         weight = torch.empty_like(module.weight, dtype=torch.promote_types(module.weight.dtype, torch.float32))
         with torch.no_grad():
             module.weight.copy_(trunc_normal_(weight, std=0.02))
@@ -51,7 +51,7 @@ def init_weights(module: nn.Module, kinds: Tuple[Type[nn.Module], ...] = (nn.Con
 
 
 def init_linear(module: nn.Module) -> None:
-    """The same for linear layers alone; convolutions stay as PyTorch makes them."""
+    """Initialize linear layers like `init_weights`; convolutions keep PyTorch's initialization."""
     init_weights(module, (nn.Linear,))
 
 
@@ -59,13 +59,13 @@ class Backbone(nn.Module):
     """A network of `stem`, `stages` (of `downsample`, `blocks` and a flag `grad_checkpointing`), `norm` and heads.
 
     A subclass sets `stem`, `stages`, `norm` (of the last map), `feature_info`, `num_features` and `head_hidden_size`,
-    and calls `set_heads`. Its `published_keys` are the glossary from the published checkpoints to its own names, and
-    `computed_keys` the ends of the published keys of what is computed here; `load_state_dict` takes both layouts.
-    `mmpretrain_keys` are the glossary from the published names to those of a converter for mmpretrain, if there is one.
-    `inference_forms` has for some of `caretrans.fuse.FORMS` what makes that form of the fused network.
+    and calls `set_heads`. `published_keys` maps keys of published checkpoints to keys of the class, and `computed_keys`
+    lists endings of published keys whose values are computed here; `load_state_dict` accepts both layouts.
+    `mmpretrain_keys` maps published keys to the keys of a converter for mmpretrain, if there is one.
+    `inference_forms` maps some of `caretrans.fuse.FORMS` to the function that makes the form from the fused network.
     `squash_from` is the image size, in pixels, from which the authors squash images instead of cropping them, and the
     tag of that setup; None if they always crop.
-    See timm's documentation of feature extraction for what the methods are for.
+    The methods are described in timm's documentation of feature extraction.
 
     With two heads, `head` and `head_dist`, the output is their mean, in training and in evaluation: trained on plain
     labels both learn from that mean. For distillation `set_distilled_training(True)` makes training return the pair
@@ -93,16 +93,16 @@ class Backbone(nn.Module):
         return LinearHead(self.num_features, num_classes, **dd)
 
     def set_heads(self, num_classes: int, global_pool: str, **dd: Any) -> None:
-        """Pooling and fresh heads, or identities for 0 classes.
+        """Create pooling and new heads, or identities for 0 classes.
 
         Raises:
-            ValueError: Pooling that leaves nothing to classify, or another number of features.
+            ValueError: Heads without pooling, or pooling that changes the number of features.
         """
         if num_classes and not global_pool:
             raise ValueError(f'global_pool="" leaves nothing to classify: num_classes must be 0, not {num_classes}.')
         pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         if pool.feat_mult() != 1:
-            raise ValueError(f'global_pool={global_pool!r} changes the number of features: take avg, max or avgmax.')
+            raise ValueError(f'global_pool={global_pool!r} changes the number of features: use avg, max or avgmax.')
         self.num_classes, self.global_pool = num_classes, pool
         self.head = self.make_head(num_classes, **dd) if num_classes else nn.Identity()
         if self.distilled:
@@ -115,22 +115,22 @@ class Backbone(nn.Module):
         """Make training return the pair (head, head_dist) instead of their mean.
 
         Raises:
-            ValueError: There is one head.
+            ValueError: The network has only one head.
         """
         if enable and not self.distilled:
-            raise ValueError(f'This {type(self).__name__} has one head: make it with distilled=True.')
+            raise ValueError(f'This {type(self).__name__} has one head: create it with distilled=True.')
         self.distilled_training = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> Union[nn.Module, Tuple[nn.Module, nn.Module]]:
-        """The linear layer of the head, or of both; identities where there are no classes."""
+        """Linear layer of the head, or of both heads; identities if there are no classes."""
         head = getattr(self.head, 'fc', self.head)
         return (head, getattr(self.head_dist, 'fc', self.head_dist)) if self.distilled else head
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Put fresh heads (0 classes: none) on the same device, in the same dtype; the pooling stays if not given.
+        """Replace the heads (0 classes: none) on the same device, in the same dtype; None keeps the pooling.
 
-        Heads for a network whose pooling was disabled bring 'avg' with them.
+        New heads for a network without pooling also enable 'avg'.
         """
         if global_pool is None:
             global_pool = self.global_pool.pool_type or ('avg' if num_classes else '')
@@ -140,10 +140,10 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def compute_entries(self, height: int, width: int) -> Dict[str, torch.Tensor]:
-        """What a published checkpoint for images of this size holds under `computed_keys`: nothing.
+        """Entries of a published checkpoint for images of this size under `computed_keys`: none.
 
         Raises:
-            ValueError: The published network takes no such images.
+            ValueError: The published network does not support this size.
         """
         return {}
 
@@ -152,7 +152,7 @@ class Backbone(nn.Module):
         return self.norm(self.stages(self.stem(x)))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Features to logits (B, num_classes), or to the pooled features (B, num_features) that the heads read."""
+        """Features to logits (B, num_classes), or to the pooled features (B, num_features) before the heads."""
         x = self.global_pool(x)
         if pre_logits or not self.num_classes:
             return x
@@ -168,7 +168,7 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
-        """Parameters of two or more dimensions to leave out of weight decay: none."""
+        """Parameters of two or more dimensions that are exempt from weight decay: none."""
         return set()
 
     @torch.jit.ignore
@@ -181,7 +181,8 @@ class Backbone(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of keeping their activations.
 
-        Outputs and gradients stay; the running statistics of BatchNorm are updated twice per step, as in all of timm.
+        Outputs and gradients are unchanged; the running statistics of BatchNorm are updated twice per step, as
+        everywhere in timm.
         """
         for stage in self.stages:
             stage.grad_checkpointing = enable
@@ -199,11 +200,11 @@ class Backbone(nn.Module):
 
         Args:
             x: (B, in_chans, H, W) images.
-            indices: The last n stages for an int, all for None, else these.
-            norm: Normalise the last map of the list as well, if it is that of the last stage; the final one always is.
-            stop_early: Run no stage after the last one taken.
+            indices: Stages to return: the last n for an int, all for None.
+            norm: Also normalise the map of the last stage in the list; the final map always is.
+            stop_early: Stop after the last stage in `indices`.
             output_fmt: 'NCHW' only.
-            intermediates_only: Leave the final map out.
+            intermediates_only: Return only the list.
         Returns:
             The list of maps, or (final map, list of maps).
         Raises:
@@ -215,7 +216,7 @@ class Backbone(nn.Module):
         x = self.stem(x)
         intermediates = []
         stages = self.stages
-        if stop_early and not torch.jit.is_scripting():  # TorchScript cannot take a part of them
+        if stop_early and not torch.jit.is_scripting():  # TorchScript cannot slice them
             stages = stages[:max_index + 1]
         for i, stage in enumerate(stages):
             x = stage(x)
@@ -230,7 +231,7 @@ class Backbone(nn.Module):
 
     def prune_intermediate_layers(
             self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True) -> List[int]:
-        """Drop the stages after the last of `indices`, and with any of them norm and heads; gives the indices taken."""
+        """Drop the stages after the last of `indices`, and then also norm and heads; return the indices kept."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         pruned = max_index < len(self.stages) - 1
         self.stages = self.stages[:max_index + 1]
@@ -243,7 +244,7 @@ class Backbone(nn.Module):
 
 
 def make_cfg(**kwargs: Any) -> Dict[str, Any]:
-    """timm's `pretrained_cfg` of a network of 1,000 classes at 224 x 224, resized to 256 and cropped, with `kwargs`."""
+    """Return timm's `pretrained_cfg` for 1,000 classes at 224 x 224, resized to 256 and cropped, with `kwargs`."""
     return {
         'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
         'min_input_size': (3, MIN_SIDE, MIN_SIDE), 'crop_pct': 0.875, 'interpolation': 'bicubic',
@@ -251,30 +252,30 @@ def make_cfg(**kwargs: Any) -> Dict[str, Any]:
 
 
 def register_alias(alias: str, entrypoint: Callable[..., Backbone]) -> None:
-    """Register another name of a model with timm; `timm.list_models(name_matches_cfg=True)` leaves it out."""
+    """Register an alias of a model with timm; `timm.list_models(name_matches_cfg=True)` omits it."""
     def create(pretrained: bool = False, **kwargs: Any) -> Backbone:
         return entrypoint(pretrained, **kwargs)
 
     create.__name__ = create.__qualname__ = alias
-    create.__module__, create.__doc__ = entrypoint.__module__, f'Another name of {entrypoint.__name__}.'
+    create.__module__, create.__doc__ = entrypoint.__module__, f'Alias of {entrypoint.__name__}.'
     create.alias_of = entrypoint.__name__
     setattr(sys.modules[create.__module__], alias, register_model(create))
 
 
 def resolve_alias(model_name: str) -> str:
-    """The name of a model, with its tag if it has one, that `model_name` is another name of; itself if of none."""
+    """Return the model name, with its tag, for which `model_name` is an alias; `model_name` itself if it is not one."""
     name, dot, tag = model_name.partition('.')
     entrypoint = model_entrypoint(name) if is_model(name) else None
     return getattr(entrypoint, 'alias_of', name) + dot + tag
 
 
 def find_family(model_name: str) -> str:
-    """The word that the models of a family share: 'care' of care_s0, 'casvit' of casvit_xs and rcvit_xs."""
+    """Return the family of a model: 'care' for care_s0, 'casvit' for casvit_xs and rcvit_xs."""
     return resolve_alias(model_name).partition('.')[0].split('_')[0]
 
 
 def _say_where(variant: str) -> str:
-    """Where the weights of a model are and how to give them, for those who could not fetch them."""
+    """Advice on where to find the weights of a model and how to load them, if the download failed."""
     cfg = get_pretrained_cfg(variant)
     if not cfg.hf_hub_id:
         return (f'Download the file by hand, by the links on {cfg.origin_url}, and pass '
@@ -285,21 +286,21 @@ def _say_where(variant: str) -> str:
 
 
 def build_backbone(model_cls: Type[Backbone], variant: str, pretrained: bool, **kwargs: Any) -> Backbone:
-    """timm's `build_model_with_cfg`, for checkpoints with published keys or ours.
+    """Call timm's `build_model_with_cfg`; checkpoints may have published keys or keys of this package.
 
     Raises:
-        RuntimeError: The weights could not be fetched; says from where, and what to do instead.
-        TypeError: An argument that the model does not take, by name.
+        RuntimeError: The weights could not be downloaded; the message names the source and an alternative.
+        TypeError: An argument that the model does not accept.
     """
     def prepare(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Any]:
-        for wrapper in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):  # timm unwraps files, not downloads
+        for wrapper in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):  # timm unwraps only local files
             if isinstance(state_dict.get(wrapper), dict):
                 state_dict = state_dict[wrapper]
                 break
         state_dict = rename_keys(clean_state_dict(state_dict), model_cls.published_keys, drop=model_cls.computed_keys)
         wrong = [key for key in state_dict.keys() ^ model.state_dict().keys()
                  if not key.startswith(('head.', 'head_dist.'))]
-        if wrong:  # leaving out the heads, timm would load what there is and go on with random weights
+        if wrong:  # timm would load what fits and keep random weights for the rest
             raise RuntimeError(
                 f'These weights do not fit {variant}: {len(wrong)} keys are missing or unexpected, such as {wrong[0]}.')
         return state_dict

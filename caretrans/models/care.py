@@ -3,8 +3,8 @@
 Paper: "CARE Transformer: Mobile-Friendly Linear Visual Transformer via Decoupled Dual Interaction",
 CVPR 2025, arXiv:2411.16170.
 
-The network in one paragraph. A 4x4 convolution makes a feature map of 1/4 size; four stages of blocks follow, each
-but the first halving the map. A block sees its channels as four slices of equal width (*asymmetrical feature
+A 4x4 convolution makes a feature map of 1/4 size; four stages of blocks follow, and
+all but the first halve the map. A block treats its channels as four slices of equal width (*asymmetrical feature
 decoupling*: one slice for the long range against two for the local range),
 
     [ memory | attention | 3x3 | 7x7 ]
@@ -14,7 +14,7 @@ convolutions give the other two their *local inductive bias*, and the *dual inte
 Inter1 mixes global with local, Inter2 mixes the result with the memory slice, the *dynamic memory unit* that is
 carried from block to block. There is no positional encoding, so any input from 32 x 32 works, square or not.
 
-`PUBLISHED_KEYS` is the glossary from the names of the published checkpoints to ours.
+`PUBLISHED_KEYS` maps the names in published checkpoints to the names here.
 """
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -33,7 +33,7 @@ from .inference.care_phone import to_phone_form
 
 __all__ = ['CareTransformer']
 
-torch.fx.wrap('check_image_size')  # leaves of FX graphs: both look at shapes
+torch.fx.wrap('check_image_size')  # leaves of FX graphs: both read shapes
 torch.fx.wrap('linear_attention')
 
 
@@ -67,7 +67,7 @@ class LinearAttention(nn.Module):
 
 
 class StripConv(nn.Module):
-    """The long range of the early stages: an 11x1 and a 1x11 depth-wise convolution side by side, summed."""
+    """Long-range mixing of the early stages: the sum of an 11x1 and a 1x11 depth-wise convolution."""
 
     def __init__(self, chs: int, **dd: Any) -> None:
         super().__init__()
@@ -79,17 +79,17 @@ class StripConv(nn.Module):
 
 
 def long_range(chs: int, num_heads: int, **dd: Any) -> nn.Module:
-    """Linear attention with `num_heads` heads, or strip convolutions when there are none."""
+    """Linear attention with `num_heads` heads, or strip convolutions if `num_heads` is 0."""
     return LinearAttention(chs, num_heads, **dd) if num_heads else StripConv(chs, **dd)
 
 
 class DecoupledMixer(nn.Module):
-    """Mix positions, each slice of the channels in its own way: [attention | 3x3 | 7x7].
+    """Mix positions with a different operation for each slice of channels: [attention | 3x3 | 7x7].
 
     Args:
         attn_chs: Channels of the slice mixed over the long range.
-        local_chs: Channels of each of the two slices given a local inductive bias.
-        num_heads: Heads of the linear attention; 0 takes strip convolutions instead.
+        local_chs: Channels of each of the two slices mixed locally.
+        num_heads: Heads of the linear attention; 0 for strip convolutions.
     """
 
     def __init__(self, attn_chs: int, local_chs: int, num_heads: int, **dd: Any) -> None:
@@ -140,12 +140,12 @@ class CareBlock(nn.Module):
 
     The last block of the network is different: it stops at the expanded channels of Inter2, (B, ratios[1] * 4m, H, W),
     and hands them to the heads. It has no projection back, no layer scale and no residual, so its drop path zeroes
-    whole feature maps of the dropped samples. That is how the published networks were trained, and is kept.
+    whole feature maps of the dropped samples. The published networks were trained this way, so it is kept.
 
     Args:
         slice_chs: Width m of each of the four slices.
         ratios: Expansion ratios of Inter1 and Inter2.
-        num_heads: Heads of the linear attention; 0 takes strip convolutions instead.
+        num_heads: Heads of the linear attention; 0 for strip convolutions.
         drop: Dropout rate inside Inter1 and Inter2.
         drop_path: Rate at which a sample skips the block.
         ls_init_value: Initial layer scale.
@@ -182,12 +182,12 @@ class CareBlock(nn.Module):
         return y if self.last else x + y
 
     def fuse(self) -> nn.Module:
-        """The same block for inference alone."""
+        """An equal block for inference only."""
         return FusedBlock(self)
 
 
 class CareStage(nn.Module):
-    """Downsampling from `in_chs` channels by BatchNorm and a 2x2 convolution (none in the first stage), the blocks."""
+    """Downsampling from `in_chs` channels by BatchNorm and a 2x2 convolution (not in the first stage), then blocks."""
 
     def __init__(self, in_chs: Optional[int], blocks: List[CareBlock], **dd: Any) -> None:
         super().__init__()
@@ -214,17 +214,17 @@ class Stem(nn.Module):
         return self.norm(self.conv(check_image_size(x)))
 
     def fuse(self) -> nn.Module:
-        """The same stem for inference alone."""
+        """An equal stem for inference only."""
         return FusedStem(self)
 
 
 class ClassifierHead(nn.Module):
     """GELU, LayerNorm, Dropout and Linear on pooled features: (B, C) to (B, num_classes).
 
-    `siblings` are the heads that its output is averaged with; a head that is one of them has `is_sibling`.
+    Its output is averaged with the heads in `siblings`, which have `is_sibling` set.
     """
 
-    siblings: Tuple[nn.Module, ...] = ()  # in a tuple, not to be registered as parts of this head
+    siblings: Tuple[nn.Module, ...] = ()  # a tuple, so that they are not registered as submodules
     is_sibling = False
     __jit_ignored_attributes__ = ['siblings', 'is_sibling']
 
@@ -239,13 +239,13 @@ class ClassifierHead(nn.Module):
         return self.fc(self.drop(self.norm(self.act(x))))
 
     def fuse(self) -> nn.Module:
-        """One head for inference alone, equal to the mean of this one and its siblings; they become identities."""
+        """One head for inference only, equal to the mean of this head and its siblings, which become identities."""
         return nn.Identity() if self.is_sibling else FusedHead([self, *self.siblings])
 
 
 # Network --------------------------------------------------------------------------------------------------------------
 
-PUBLISHED_KEYS = (  # part of a published key, part of ours; both between dots
+PUBLISHED_KEYS = (  # (part of a published key, part of a key of this package), both between dots
     ('stem.0', 'stem.conv'),
     ('stem.1', 'stem.norm'),
     ('downsample.0', 'downsample.norm'),
@@ -277,17 +277,17 @@ class CareTransformer(Backbone):
 
     Args:
         in_chans: Channels of the image.
-        num_classes: Classes of each head; 0 leaves the heads out.
-        global_pool: Pooling before the heads; '' disables it, and the heads must be left out too.
+        num_classes: Classes of each head; 0 for no heads.
+        global_pool: Pooling before the heads; '' disables it, which requires num_classes=0.
         depths: Blocks per stage.
         slice_chs: Width m of each of the four slices of the channels, per stage; a stage has 4m channels.
         ratios: Expansion ratios of Inter1 and Inter2, per stage.
-        num_heads: Heads of the linear attention, per stage; 0 takes strip convolutions instead.
+        num_heads: Heads of the linear attention, per stage; 0 for strip convolutions.
         drop_rate: Dropout inside the interactions and before the classifiers.
         drop_path_rate: Stochastic depth, growing linearly from 0 at the first block to this at the last.
         ls_init_value: Initial layer scale.
         ablation: '' for the published network, or one of `care_ablations.ABLATIONS`.
-        device, dtype: Where and as what the parameters are made.
+        device, dtype: Device and dtype of the parameters.
     Raises:
         ValueError: An unknown ablation, disabled pooling with heads, or per-stage arguments of different lengths.
     """

@@ -1,4 +1,4 @@
-"""Ablations of the paper: CARE blocks without one of their parts, or with another decoupling.
+"""Ablations of the paper: CARE blocks with a part removed, or with another decoupling.
 
     timm.create_model('care_s0', ablation='no_inter1')
 """
@@ -15,7 +15,7 @@ ABLATIONS = ('no_inter1', 'no_inter2', 'no_memory', 'symmetrical', 'stacked')
 
 
 class StackedMixer(nn.Module):
-    """The layers of a decoupled mixer one after the other, each on all channels (*stacked*)."""
+    """Layers of a decoupled mixer in sequence, each on all channels (*stacked*)."""
 
     def __init__(self, mixer: nn.Module) -> None:
         super().__init__()
@@ -58,14 +58,14 @@ def _make_ablated_block(
 
 
 def ablate_block(block_class: Type[nn.Module], ablation: str) -> Callable[..., nn.Module]:
-    """A constructor of blocks without one of their parts, or with another decoupling.
+    """Return a constructor of blocks with a part removed, or with another decoupling.
 
     - no_inter1, no_inter2: without that half of the dual interaction; without Inter2 the last block has nothing to
-      expand, so it is like the others and the heads see 4m channels.
-    - no_memory: without the memory slice, everywhere, so that a stage has 3m channels.
+      expand, so it equals the others and the heads get 4m channels.
+    - no_memory: without the memory slice, so that every stage has 3m channels.
     - symmetrical: as many channels for the long range as for both local ranges together.
-    - stacked: long range and convolutions one after the other, each on all 3m channels.
-    The number of attention heads stays; the heads of the last two are wider.
+    - stacked: long range and convolutions in sequence, each on all 3m channels.
+    The number of attention heads is unchanged; heads are wider in the last two ablations.
 
     Args:
         block_class: `caretrans.models.care.CareBlock`.

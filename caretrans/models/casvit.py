@@ -1,18 +1,18 @@
-"""CAS-ViT: a mobile backbone of convolutional additive token mixers, without a matrix product over positions.
+"""CAS-ViT: a mobile backbone of convolutional additive token mixers, without matmuls over positions.
 
 Paper: "CAS-ViT: Convolutional Additive Self-attention Vision Transformers for Efficient Mobile Applications",
-arXiv:2408.03703. The published code calls the network RCViT: `rcvit_xs` is another name of `casvit_xs`.
+arXiv:2408.03703. The published code calls the network RCViT: `rcvit_xs` is an alias of `casvit_xs`.
 
-The network in one paragraph. Two 3x3 convolutions of stride 2 make a feature map of 1/4 size; four stages of blocks
-follow, each but the first halving the map with a 3x3 convolution. A block has three residual steps: a *local
+Two 3x3 convolutions of stride 2 make a feature map of 1/4 size; four stages of blocks
+follow, and all but the first halve the map with a 3x3 convolution. A block has three residual steps: a *local
 perception* by a depth-wise convolution, the *convolutional additive token mixer*, and an MLP. The mixer passes q and k
-each through gates of their own, over positions and then over channels, adds them, and multiplies the context of the sum
-with v. Only the channel gates look at the whole map, through its mean, so any input from 32 x 32 works, square or not.
+through separate gates, over positions and then over channels, adds them, and multiplies the context of the sum
+with v. Only the channel gates see the whole map, through its mean, so any input from 32 x 32 works, square or not.
 
-Unlike in the figures of the paper, and kept: a depth-wise convolution follows q + k, another one ends the mixer, and
-the local perception has no stochastic depth.
+Three details differ from the figures of the paper and are kept as published: a depth-wise convolution follows q + k,
+another one ends the mixer, and the local perception has no stochastic depth.
 
-`PUBLISHED_KEYS` is the glossary from the names of the published checkpoints to ours.
+`PUBLISHED_KEYS` maps the names in published checkpoints to the names here.
 """
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -27,7 +27,7 @@ from .inference.phone import to_phone_form
 
 __all__ = ['CasVit']
 
-torch.fx.wrap('check_image_size')  # a leaf of FX graphs: it looks at the shape
+torch.fx.wrap('check_image_size')  # a leaf of FX graphs: it reads the shape
 
 
 # Layers ---------------------------------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ class LocalPerception(nn.Module):
 
 
 class SpatialGate(nn.Module):
-    """Multiply all channels with one map of weights from 0 to 1: (B, C, H, W) to the same shape."""
+    """Multiply all channels by one map of weights from 0 to 1: (B, C, H, W) to the same shape."""
 
     def __init__(self, chs: int, **dd: Any) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class SpatialGate(nn.Module):
 
 
 class ChannelGate(nn.Module):
-    """Multiply each channel with a weight from 0 to 1 that all of the map decides: (B, C, H, W) to the same shape."""
+    """Multiply each channel by a weight from 0 to 1 computed from the whole map: (B, C, H, W) to the same shape."""
 
     def __init__(self, chs: int, **dd: Any) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class AdditiveMixer(nn.Module):
 
         out = project(context(gate_q(q) + gate_k(k)) * v)
 
-    Source: arXiv:2408.03703, section 3.2 ("self-attention" there, though no position is weighed against another).
+    Source: arXiv:2408.03703, section 3.2 (called "self-attention" there, although no positions are compared).
     """
 
     def __init__(self, chs: int, drop: float = 0., **dd: Any) -> None:
@@ -116,7 +116,7 @@ class CasVitBlock(nn.Module):
         chs: Channels.
         mlp_ratio: Expansion of the MLP.
         drop: Dropout rate of mixer and MLP.
-        drop_path: Rate at which a sample skips the mixer, and the MLP.
+        drop_path: Rate at which a sample skips the mixer, and separately the MLP.
     """
 
     def __init__(self, chs: int, mlp_ratio: float, drop: float = 0., drop_path: float = 0., **dd: Any) -> None:
@@ -133,7 +133,7 @@ class CasVitBlock(nn.Module):
 
 
 class CasVitStage(nn.Module):
-    """Downsampling from `in_chs` channels (none in the first stage: None), then the blocks."""
+    """Downsampling from `in_chs` channels (None in the first stage: no downsampling), then the blocks."""
 
     def __init__(self, in_chs: Optional[int], chs: int, blocks: List[CasVitBlock], **dd: Any) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class Stem(nn.Module):
 
 # Network --------------------------------------------------------------------------------------------------------------
 
-PUBLISHED_KEYS = (  # part of a published key, part of ours; both between dots, ^ at the beginning
+PUBLISHED_KEYS = (  # (part of a published key, part of a key of this package), both between dots, ^ at the beginning
     ('^patch_embed.0', 'stem.conv1.conv'),
     ('^patch_embed.1', 'stem.conv1.norm'),
     ('^patch_embed.3', 'stem.conv2.conv'),
@@ -190,7 +190,7 @@ PUBLISHED_KEYS = (  # part of a published key, part of ours; both between dots, 
 )
 
 
-MMPRETRAIN_KEYS = (  # part of a published key, part of one in BackboneHub's `casvit_to_mmpretrain.py`
+MMPRETRAIN_KEYS = (  # (part of a published key, part of a key in BackboneHub's `casvit_to_mmpretrain.py`)
     ('^patch_embed.0', '^backbone.downsample_layers.0.conv1.conv'),
     ('^patch_embed.1', '^backbone.downsample_layers.0.conv1.bn'),
     ('^patch_embed.3', '^backbone.downsample_layers.0.conv2.conv'),
@@ -215,15 +215,15 @@ class CasVit(Backbone):
 
     Args:
         in_chans: Channels of the image.
-        num_classes: Classes of each head; 0 leaves the heads out.
-        global_pool: Pooling before the heads; '' disables it, and the heads must be left out too.
+        num_classes: Classes of each head; 0 for no heads.
+        global_pool: Pooling before the heads; '' disables it, which requires num_classes=0.
         depths: Blocks per stage.
         widths: Channels per stage.
         mlp_ratio: Expansion of the MLPs.
         drop_rate: Dropout in mixers and MLPs.
         drop_path_rate: Stochastic depth, growing linearly from 0 at the first block to this at the last.
-        distilled: Two heads, as the published constructor makes by default and the published files do not hold.
-        device, dtype: Where and as what the parameters are made.
+        distilled: Make two heads, the default of the published constructor; the published files contain one.
+        device, dtype: Device and dtype of the parameters.
     Raises:
         ValueError: Disabled pooling with heads, or per-stage arguments of different lengths.
     """
@@ -279,7 +279,7 @@ VARIANTS = {
     'casvit_m': dict(depths=(3, 3, 6, 3), widths=(64, 96, 192, 384)),
     'casvit_t': dict(depths=(3, 3, 6, 3), widths=(96, 128, 256, 512)),
 }
-# At 384 pixels the whole image is squashed into the square, instead of its centre being cropped.
+# At 384 pixels the whole image is squashed to a square instead of cropped.
 AT_384 = dict(input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0, crop_mode='squash')
 
 default_cfgs = generate_default_cfgs({

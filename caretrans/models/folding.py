@@ -1,7 +1,7 @@
-"""Algebra on weights that makes a network for inference smaller, exactly, and the layers that fold themselves so.
+"""Folding of norms, scales and heads into weights, which is exact, and the layers that fuse themselves this way.
 
-All of it is computed in float64. The layers return what they become from their `fuse` methods, where timm's
-`reparameterize_model` finds them.
+Everything is computed in float64. The `fuse` method of a layer, which timm's `reparameterize_model` calls, returns
+its fused replacement.
 """
 import copy
 from typing import Any, Sequence, Tuple
@@ -22,13 +22,13 @@ class InferenceModule(nn.Module):
     def train(self, mode: bool = True) -> nn.Module:
         if mode:
             raise RuntimeError(
-                'This network is fused, for inference alone: its norms and layer scales are gone. Train the network '
-                'that it was made from, and fuse it again.')
+                'This network is fused, for inference only: its norms and layer scales are gone. Train the original '
+                'network, and fuse it again.')
         return super().train(False)
 
 
 class FusedConv2d(InferenceModule, nn.Conv2d):
-    """A convolution with something folded into its weights."""
+    """A convolution with other layers folded into its weights."""
 
 
 def _scale_and_shift(norm: nn.BatchNorm2d) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -38,7 +38,7 @@ def _scale_and_shift(norm: nn.BatchNorm2d) -> Tuple[torch.Tensor, torch.Tensor]:
 
 
 def _make_conv(like: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> nn.Conv2d:
-    """A convolution with the stride and padding of another one, and this float64 weight and bias."""
+    """A convolution with the stride and padding of `like`, from float64 weight and bias."""
     conv = FusedConv2d(
         weight.shape[1] * like.groups, len(weight), like.kernel_size, like.stride, like.padding, groups=like.groups,
         device=like.weight.device, dtype=like.weight.dtype)
@@ -49,7 +49,7 @@ def _make_conv(like: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> nn.
 
 
 def _get_bias(conv: nn.Conv2d) -> torch.Tensor:
-    """The bias in float64, zeros where there is none."""
+    """Bias in float64; zeros if there is none."""
     return conv.weight.new_zeros(conv.out_channels).double() if conv.bias is None else conv.bias.double()
 
 
@@ -70,10 +70,10 @@ def fold_norm_into_next(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> nn.Conv2d:
     """conv(norm(x)) as one convolution.
 
     Raises:
-        ValueError: The convolution pads: its zeros would have to become the shift of the norm.
+        ValueError: The convolution pads; its zeros would have to equal the shift of the norm.
     """
     if any(conv.padding):
-        raise ValueError(f'A norm cannot go into a convolution that pads by {conv.padding}.')
+        raise ValueError(f'A norm cannot be folded into a convolution that pads by {conv.padding}.')
     return _fold_affine(*_scale_and_shift(norm), conv)
 
 
@@ -89,15 +89,15 @@ def fold_pixels(
     """conv((x / white - mean) / std) as one convolution of pixels x from 0 to `white`, per channel.
 
     Args:
-        half: Whether the weights will be rounded to float16. Pixels are far from 0 in the mean, unlike what training
-            saw, and so is what rounding changes: then the weights are rounded here, and its mean goes into the bias.
+        half: Whether the weights will be rounded to float16. The mean of pixels is far from 0, so rounding errors of
+            the weights add up: the weights are then rounded here, and the mean error is corrected in the bias.
     Raises:
-        ValueError: The convolution pads, or has not as many channels as there are means.
+        ValueError: The convolution pads, or its channels do not match the means.
     """
     if any(conv.padding) or conv.in_channels != len(mean):
         raise ValueError(
-            f'A normalisation of {len(mean)} channels cannot go into a convolution of {conv.in_channels} channels '
-            f'that pads by {conv.padding}.')
+            f'A normalisation of {len(mean)} channels cannot be folded into a convolution of {conv.in_channels} '
+            f'channels that pads by {conv.padding}.')
     grey = white * torch.tensor(mean, dtype=torch.float64, device=conv.weight.device)
     scale = 1 / (white * torch.tensor(std, dtype=torch.float64, device=conv.weight.device))
     folded = _fold_affine(scale, -grey * scale, conv)
@@ -109,7 +109,7 @@ def fold_pixels(
 
 
 def make_pointwise(weight: torch.Tensor, bias: torch.Tensor, like: torch.Tensor) -> nn.Conv2d:
-    """A linear layer of weight (out, in) and bias (out,) as a 1x1 convolution, in the dtype and place of `like`."""
+    """A linear layer of weight (out, in) and bias (out,) as a 1x1 convolution, with the dtype and device of `like`."""
     conv = FusedConv2d(weight.shape[1], len(weight), 1, device=like.device, dtype=like.dtype)
     with torch.no_grad():
         conv.weight.copy_(weight[:, :, None, None])
@@ -118,7 +118,7 @@ def make_pointwise(weight: torch.Tensor, bias: torch.Tensor, like: torch.Tensor)
 
 
 def join_depthwise(convs: Sequence[nn.Conv2d]) -> nn.Conv2d:
-    """Depth-wise convolutions of consecutive slices as one, of the size of the largest."""
+    """Join depth-wise convolutions of consecutive slices into one with the largest kernel."""
     largest = max(convs, key=lambda conv: conv.kernel_size)
     height, width = largest.kernel_size
     weights = []
@@ -152,12 +152,12 @@ class ConvNorm(nn.Module):
         return self.norm(self.conv(x))
 
     def fuse(self) -> nn.Module:
-        """One convolution for inference alone."""
+        """One convolution for inference only."""
         return fold_norm_into_previous(self.conv, self.norm)
 
 
 class NormConv(nn.Module):
-    """A BatchNorm and the convolution after it, which does not pad: (B, in_chs, H, W) to (B, out_chs, H', W')."""
+    """A BatchNorm and the convolution after it, without padding: (B, in_chs, H, W) to (B, out_chs, H', W')."""
 
     def __init__(
             self, in_chs: int, out_chs: int, kernel_size: int = 1, stride: int = 1, bias: bool = True,
@@ -170,7 +170,7 @@ class NormConv(nn.Module):
         return self.conv(self.norm(x))
 
     def fuse(self) -> nn.Module:
-        """One convolution for inference alone."""
+        """One convolution for inference only."""
         return fold_norm_into_next(self.norm, self.conv)
 
 
@@ -184,7 +184,7 @@ class ResidualConv(nn.Conv2d):
         return x + self._conv_forward(x, self.weight, self.bias)
 
     def fuse(self) -> nn.Module:
-        """One convolution for inference alone: its central weights grow by 1."""
+        """One convolution for inference only, with 1 added to the central weights."""
         weight = self.weight.double().clone()
         weight[:, :, self.kernel_size[0] // 2, self.kernel_size[1] // 2] += 1
         return _make_conv(self, weight, _get_bias(self))
@@ -193,15 +193,15 @@ class ResidualConv(nn.Conv2d):
 class LinearHead(nn.Linear):
     """A linear classifier of pooled features: (B, C) to (B, num_classes).
 
-    `siblings` are the heads that its output is averaged with; a head that is one of them has `is_sibling`.
+    Its output is averaged with the heads in `siblings`, which have `is_sibling` set.
     """
 
-    siblings: Tuple[nn.Module, ...] = ()  # in a tuple, not to be registered as parts of this head
+    siblings: Tuple[nn.Module, ...] = ()  # a tuple, so that they are not registered as submodules
     is_sibling = False
     __jit_ignored_attributes__ = ['siblings', 'is_sibling']
 
     def fuse(self) -> nn.Module:
-        """One classifier for inference alone, the mean of this one and its siblings, which become identities."""
+        """One classifier for inference only, the mean of this head and its siblings, which become identities."""
         return nn.Identity() if self.is_sibling else FusedLinearHead([self, *self.siblings])
 
 
@@ -220,13 +220,13 @@ class FusedLinearHead(InferenceModule, nn.Linear):
 
 
 def fold_norm_into_head(norm: nn.Module, head: nn.Linear) -> nn.Linear:
-    """The scale and the shift of a norm of maps, and behind it the mean over positions and a linear head, as one head.
+    """Fold scale and shift of a norm of maps into the linear head after global average pooling.
 
-    The mean commutes with them. Of a BatchNorm that is all of it; a LayerNorm is left without its scale and shift.
+    The mean commutes with them. This replaces a BatchNorm entirely; a LayerNorm remains, without scale and shift.
 
     Args:
         norm: A BatchNorm2d in evaluation mode, or a LayerNorm over channels.
-        head: Of pooled features (B, C).
+        head: Linear head on pooled features (B, C).
     """
     scale, shift = _scale_and_shift(norm) if isinstance(norm, nn.BatchNorm2d) else (norm.weight, norm.bias)
     folded, weight = copy.deepcopy(head), head.weight.double()

@@ -1,19 +1,19 @@
 """MLLA (MILA): a backbone of linear attention in a block shaped like that of Mamba.
 
-Paper: "Demystify Mamba in Vision: A Linear Attention Perspective", NeurIPS 2024, arXiv:2405.16605. Its final name of
-the network is MILA: `mila_t` is another name of `mlla_t`.
+Paper: "Demystify Mamba in Vision: A Linear Attention Perspective", NeurIPS 2024, arXiv:2405.16605. The
+network was later renamed MILA: `mila_t` is an alias of `mlla_t`.
 
-The network in one paragraph. A convolutional stem makes a feature map of 1/4 size; four stages of blocks follow, each
-but the first halving the map by an inverted bottleneck. A block adds a depth-wise convolution of the map to it (a
+A convolutional stem makes a feature map of 1/4 size; four stages of blocks follow, and all
+but the first halve the map by an inverted bottleneck. A block adds a depth-wise convolution of the map to it (a
 *conditional position code*), then the mixer: linear attention over all positions of a projection of the map, with a
 *rotary position code* (RoPE) in its numerator and a depth-wise convolution of the values beside it (*LePE*), gated by
-another projection; then a second position code and an MLP. Everything follows the size of the map, so any input from
-32 x 32 works, square or not; positions count in whole steps of the grid, so larger images go beyond those of training.
+another projection; then a second position code and an MLP. Nothing depends on a fixed size, so any input from
+32 x 32 works, square or not; positions are grid indices, so larger images have positions not seen in training.
 
-The rotary code turns the channels before they are split into heads, so the first half of the heads sees rows alone and
-the second half columns alone. That is how the published networks were trained, and is kept.
+The rotary code rotates the channels before they are split into heads, so the first half of the heads sees only rows
+and the second half only columns. The published networks were trained this way, so it is kept.
 
-`PUBLISHED_KEYS` is the glossary from the names of the published checkpoints to ours.
+`PUBLISHED_KEYS` maps the names in published checkpoints to the names here.
 """
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -30,7 +30,7 @@ from .rotary import make_rotations, rotary_code
 
 __all__ = ['Mlla']
 
-torch.fx.wrap('check_image_size')  # leaves of FX graphs: they look at shapes
+torch.fx.wrap('check_image_size')  # leaves of FX graphs: they read shapes
 torch.fx.wrap('linear_attention')
 torch.fx.wrap('rotary_code')
 
@@ -52,7 +52,7 @@ def to_map(x: torch.Tensor) -> torch.Tensor:
 class RotaryLinearAttention(nn.Module):
     """Multi-head linear attention over all positions of a map (B, C, H, W), to the same shape.
 
-    Queries and keys are projections of the input, turned by a rotary code in the numerator; the values are the input
+    Queries and keys are projections of the input, rotated by a rotary code in the numerator; the values are the input
     itself, and a depth-wise convolution of them (LePE) is added. The channels of a head are contiguous.
     """
 
@@ -119,7 +119,7 @@ class MllaBlock(nn.Module):
         num_heads: Heads of the linear attention.
         mlp_ratio: Expansion of the MLP.
         drop: Dropout rate of the MLP.
-        drop_path: Rate at which a sample skips the attention, and the MLP.
+        drop_path: Rate at which a sample skips the attention, and separately the MLP.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class MllaBlock(nn.Module):
 
 
 class MllaStage(nn.Module):
-    """Downsampling from `in_chs` channels (none in the first stage: None), then the blocks with one rotary code."""
+    """Downsampling from `in_chs` channels (None: no downsampling), then the blocks with one rotary code."""
 
     def __init__(self, in_chs: Optional[int], chs: int, blocks: List[MllaBlock], **dd: Any) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class MllaStage(nn.Module):
 
 # Network --------------------------------------------------------------------------------------------------------------
 
-PUBLISHED_KEYS = (  # part of a published key, part of ours; both between dots, ^ at the beginning
+PUBLISHED_KEYS = (  # (part of a published key, part of a key of this package), both between dots, ^ at the beginning
     ('^patch_embed', 'stem'),
     *((f'^layers.{i}.blocks', f'stages.{i}.blocks') for i in range(4)),
     *((f'^layers.{i}.downsample.conv.0.conv', f'stages.{i + 1}.downsample.expand') for i in range(3)),
@@ -189,17 +189,17 @@ class Mlla(Backbone):
 
     Args:
         in_chans: Channels of the image.
-        num_classes: Classes of each head; 0 leaves the heads out.
-        global_pool: Pooling before the heads; '' disables it, and the heads must be left out too.
+        num_classes: Classes of each head; 0 for no heads.
+        global_pool: Pooling before the heads; '' disables it, which requires num_classes=0.
         depths: Blocks per stage.
         width: Channels of the first stage, a multiple of 32; they double with each stage.
         mlp_ratio: Expansion of the MLPs.
         drop_rate: Dropout after the stem and in the MLPs.
         drop_path_rate: Stochastic depth, growing linearly from 0 at the first block to this at the last.
-        distilled: Two heads, which the published networks have not.
-        device, dtype: Where and as what the parameters are made.
+        distilled: Make two heads; the published networks have one.
+        device, dtype: Device and dtype of the parameters.
     Raises:
-        ValueError: Disabled pooling with heads, or another width.
+        ValueError: Disabled pooling with heads, or a width that is not a multiple of 32.
     """
 
     published_keys = PUBLISHED_KEYS
@@ -224,7 +224,7 @@ class Mlla(Backbone):
         super().__init__(distilled)
         dd = dict(device=device, dtype=dtype)
         if width % HEAD_CHS:
-            raise ValueError(f'width={width} is no multiple of {HEAD_CHS}, the channels of a head.')
+            raise ValueError(f'width={width} is not a multiple of {HEAD_CHS}, the channels of a head.')
         self.in_chans = in_chans
 
         self.stem = Stem(in_chans, width, drop_rate, **dd)
@@ -242,7 +242,7 @@ class Mlla(Backbone):
 
     @torch.jit.ignore
     def compute_entries(self, height: int, width: int) -> Dict[str, torch.Tensor]:
-        """The tables of the rotary code, see `make_rotations`."""
+        """Tables of the rotary code, see `make_rotations`."""
         chs, depths = [info['num_chs'] for info in self.feature_info], [len(stage.blocks) for stage in self.stages]
         return make_rotations(chs, depths, height, width)
 

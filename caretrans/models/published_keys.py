@@ -1,4 +1,4 @@
-"""Rename the keys of a state dict between the published layout of a model and ours."""
+"""Rename the keys of a state dict between the published layout of a model and the layout of this package."""
 import re
 from typing import Any, Dict, Iterable, Sequence, Tuple
 
@@ -6,13 +6,13 @@ import torch.nn as nn
 
 __all__ = ['Table', 'rename_keys', 'rename_on_load']
 
-# (part of a published key, part of ours), each between dots; ^ at the beginning of a part is the beginning of the key.
-# One row after another is applied to a key.
+# Rows (part of a published key, part of a key of this package), each part between dots; ^ anchors a part at the
+# beginning of the key. All rows are applied to a key, in order.
 Table = Iterable[Tuple[str, str]]
 
 
 def _match_part(part: str) -> str:
-    """A regular expression for a part of a key between dots; its first group is what must be kept in front."""
+    """A regular expression for a part of a key between dots; its first group must be kept in front."""
     front, part = (r'^()', part[1:]) if part.startswith('^') else (r'(^|\.)', part)
     return rf'{front}{re.escape(part)}(?=\.|$)'
 
@@ -20,13 +20,13 @@ def _match_part(part: str) -> str:
 def rename_keys(
         state_dict: Dict[str, Any], table: Table, to_published: bool = False,
         drop: Sequence[str] = ()) -> Dict[str, Any]:
-    """Return the entries under our keys, or with `to_published` under the published ones, in their order.
+    """Return the entries under the keys of this package, or with `to_published` under published keys, in their order.
 
-    A dict that is in the wanted layout already comes back unchanged: the parts of one layout do not occur in the
-    other, or within the part that they would become.
+    A dict that already has the wanted layout is returned unchanged, because the parts of one layout do not occur in
+    the other, or only within the part that replaces them.
 
     Args:
-        drop: Ends of the keys to leave out.
+        drop: Endings of keys to omit.
     """
     rows = [(ours, published) if to_published else (published, ours) for published, ours in table]
     renames = []
@@ -45,7 +45,7 @@ def rename_keys(
 
 
 def rename_on_load(model: nn.Module, table: Table, drop: Sequence[str] = ()) -> None:
-    """Let `model.load_state_dict` take published keys too, also where `model` is a part of a larger module."""
+    """Let `model.load_state_dict` also accept published keys, even if `model` is part of a larger module."""
     model.register_load_state_dict_pre_hook(_Renamer(table, drop))
 
 

@@ -1,4 +1,4 @@
-"""The rotary position code (RoPE) of MLLA in two dimensions, and the tables of it in its published checkpoints."""
+"""The rotary position code (RoPE) of MLLA in two dimensions, and its tables in published checkpoints."""
 from typing import Dict, Sequence
 
 import torch
@@ -6,14 +6,14 @@ import torch
 __all__ = ['make_rotations', 'rotary_code']
 
 STRIDE = 4  # pixels per position of the first stage; every stage halves the map
-SIDES = 32  # published networks take square images of a multiple of this
+SIDES = 32  # published networks need square images of a multiple of this
 
 
 def rotary_code(x: torch.Tensor) -> torch.Tensor:
-    """Cosines and sines by which the pairs of channels of a map (B, C, H, W) turn: (2, C / 2, H, W), float32 or wider.
+    """Cosines and sines that rotate the pairs of channels of a map (B, C, H, W): (2, C / 2, H, W), float32 or wider.
 
-    With n = C / 4 and theta_i = 10000^(-i / n), pair p turns by row * theta_p for p < n, and by column * theta_(p - n)
-    for the others.
+    With n = C / 4 and theta_i = 10000^(-i / n), pair p is rotated by row * theta_p for p < n, and by column *
+    theta_(p - n) for the others.
     Source: Su et al. 2021, arXiv:2104.09864, in two dimensions.
     """
     chs, height, width = x.shape[1], x.shape[2], x.shape[3]
@@ -27,15 +27,15 @@ def rotary_code(x: torch.Tensor) -> torch.Tensor:
 
 
 def make_rotations(chs: Sequence[int], depths: Sequence[int], height: int, width: int) -> Dict[str, torch.Tensor]:
-    """The tables of the rotary code in a published checkpoint for images of `height` x `width` pixels.
+    """Tables of the rotary code in a published checkpoint for images of `height` x `width` pixels.
 
     Args:
         chs, depths: Channels and blocks of each stage.
     Returns:
-        {published key: (H', W', C / 2, 2)}, cosines and sines in float32, a table for each block; H' x W' is the map of
-        its stage, 56 x 56 in the first one for 224 x 224 pixels.
+        {published key: (H', W', C / 2, 2)}, cosines and sines in float32, one table per block; H' x W' is the size of
+        the map in its stage, 56 x 56 in the first one for 224 x 224 pixels.
     Raises:
-        ValueError: The published networks take no such images.
+        ValueError: The published networks do not support this size.
     """
     if height != width or height % SIDES:
         raise ValueError(

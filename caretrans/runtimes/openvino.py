@@ -43,7 +43,7 @@ def quantize(model: Any, batches: Sequence[np.ndarray]) -> Any:
 
 
 def compile_model(model: Any, threads: int, hint: str = 'f32') -> Any:
-    """A model for the CPU, for latency: one stream, the number format as asked for.
+    """A model for the CPU, for latency: one stream, the requested number format.
 
     Args:
         model: Of OpenVINO.
@@ -56,5 +56,5 @@ def compile_model(model: Any, threads: int, hint: str = 'f32') -> Any:
         'INFERENCE_PRECISION_HINT': hint})
     taken = compiled.get_property('INFERENCE_PRECISION_HINT').to_string()
     if taken != hint:
-        raise RuntimeError(f'OpenVINO computes in {taken} where {hint} was asked for')
+        raise RuntimeError(f'OpenVINO computes in {taken} although {hint} was requested')
     return compiled

@@ -64,7 +64,7 @@ MORE = [
 @pytest.mark.parametrize('name, setup', [
     *(('care_s0', setup) for setup in COMMON + MORE), *(('casvit_xs', setup) for setup in COMMON),
     *(('mlla_t', setup) for setup in COMMON)], ids=str)
-def test_every_backend_computes_what_the_network_computes(networks, name, setup):
+def test_every_backend_agrees_with_the_network(networks, name, setup):
     network = networks(name)
     check_setup(setup)
     runner = prepare(network, setup)
@@ -74,7 +74,7 @@ def test_every_backend_computes_what_the_network_computes(networks, name, setup)
     assert torch.equal(logits, runner.read(runner.run())), 'a second run gives the same'
 
 
-def test_openvino_computes_in_the_format_that_was_asked_for(network, monkeypatch):
+def test_openvino_computes_in_the_requested_format(network, monkeypatch):
     """Its own choice on CPUs with bfloat16 is bfloat16. It starts once: a second start would kill the process at the
     next signal."""
     import openvino
@@ -191,13 +191,13 @@ def swap_local_convolutions(fused):
     local.weight.data = local.weight.data.roll(len(local.weight) // 2, 0)
 
 
-def lose_bias_of_expansion(fused):
+def drop_bias_of_expansion(fused):
     expansion = [module for name, module in fused.named_modules() if name.startswith('stages') and '.expand' in name][0]
     expansion.bias.data.zero_()
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
-@pytest.mark.parametrize('change', [swap_local_convolutions, lose_bias_of_expansion])
+@pytest.mark.parametrize('change', [swap_local_convolutions, drop_bias_of_expansion])
 def test_a_broken_fused_network_is_caught_in_low_precision(network, change, dtype):
     wrong = break_network(network, change)
     with pytest.raises(WrongOutputError, match='the logits differ from float64 by'):
@@ -242,7 +242,7 @@ def test_a_wrong_last_image_and_logits_that_are_not_finite_are_caught(network):
     (Setup('onnxruntime', device=MPS), 'no provider for mps: use --device cpu'),
     (Setup('eager', kernels='triton'), '--kernels triton with --backend eager'),
     (Setup('fused', kernels='triton'), '--kernels triton with --device cpu')])
-def test_what_cannot_be_combined_is_refused(setup, message):
+def test_invalid_setups_are_refused(setup, message):
     with pytest.raises(ConfigError, match=message) as error:
         check_setup(setup)
     assert '\n' not in str(error.value)

@@ -90,12 +90,12 @@ def test_the_script_prints_and_writes_it(checkpoint, data, tmp_path, call):
 
 
 @pytest.mark.parametrize('flags, message', [
-    ([], 'give its file with --checkpoint'),
+    ([], 'name its file with --checkpoint'),
     (['--checkpoint', 'FILE', '--model', 'care_s0', '--data', 'no/such/folder'], 'no/such/folder'),
     (['--checkpoint', 'FILE', '--model', 'care_s1'], 'care_s1'),
     (['--checkpoint', 'FILE', '--model', 'care_s0', 'care_s1'], 'with 2 models'),
-    (['--checkpoint', 'FILE', '--model', 'care_s0', '--img-size', '64x96'], 'give one square size')])
-def test_what_cannot_be_evaluated_is_refused_in_a_line(checkpoint, flags, message, call):
+    (['--checkpoint', 'FILE', '--model', 'care_s0', '--img-size', '64x96'], 'use one square size')])
+def test_invalid_evaluations_are_refused_in_one_line(checkpoint, flags, message, call):
     code, out, err = call('--bench', 'accuracy', '--device', 'cpu', *[
         checkpoint if flag == 'FILE' else flag for flag in flags])
     assert code == 2 and out == '' and message in err.splitlines()[-1]

@@ -36,7 +36,7 @@ def network():
     return Network(randomize(model, images), images)
 
 
-def test_without_triton_the_refusal_and_the_remark_say_so(call, monkeypatch):
+def test_without_triton_the_refusal_and_the_remark_name_the_reason(call, monkeypatch):
     monkeypatch.setattr(caretrans.kernels, 'find_spec', lambda name: None)
     refusal = call('--device', 'cpu', '--kernels', 'triton')[2]
     assert '--kernels triton with --device cpu: Triton is not installed' in refusal
@@ -78,7 +78,7 @@ def test_where_no_kernel_runs_torch_is_named_with_the_reason(network):
     assert all('torch, the kernels run on CUDA GPUs, not on cpu' in note for note in runner.notes)
 
 
-def test_parts_that_stay_with_pytorch_are_noted(network, pretend, monkeypatch):
+def test_parts_that_run_in_pytorch_are_noted(network, pretend, monkeypatch):
     monkeypatch.setattr(caretrans.kernels.modules, 'MAX_HEAD_CHS', 1)
     _, notes = place_kernels(network.fused, 'triton')
     caretrans.kernels.use_kernels(network.fused, parts=())
@@ -118,7 +118,7 @@ def test_table_and_records_name_the_kernels(call, tmp_path, pretend):
     with open(tmp_path / 'results.csv', newline='') as file:
         assert [row['kernels'] for row in csv.DictReader(file)] == [r['kernels'] for r in records]
     assert re.search(r'care_s0 +fused +float32 +channels_last +triton +64 x 64 ', out)
-    assert "mobilenetv2_035: no part of it has Triton kernels, PyTorch's own run" in out
+    assert "mobilenetv2_035: no part has Triton kernels, so PyTorch's kernels run" in out
 
 
 def test_profiles_are_of_each_choice_and_say_so(call, tmp_path, pretend, monkeypatch):

@@ -39,7 +39,7 @@ def is_png(path):
     return path.read_bytes().startswith(b'\x89PNG')
 
 
-def test_accuracy_against_latency_says_what_is_published_and_what_measured(tmp_path, drawn):
+def test_accuracy_against_latency_labels_published_and_measured_values(tmp_path, drawn):
     records = [record('care_s2', 40.), record('care_s0', 30.), record('care_s0', 10., 'fused'),
                record('fastvit_t8', 25.), record('resnet18', 20.), record('care_s1', None)]
     assert is_png(draw_accuracy_by_latency(records, tmp_path / 'plots' / 'latency.png'))
@@ -73,13 +73,13 @@ def test_bars_are_the_milliseconds_of_the_profiles(tmp_path, drawn):
 
 
 @pytest.mark.parametrize('draw, message', [
-    (lambda path: draw_accuracy_by_latency([record('resnet18', 1.)], path), 'No accuracy is published of any'),
+    (lambda path: draw_accuracy_by_latency([record('resnet18', 1.)], path), 'No accuracy is published for any'),
     (lambda path: draw_accuracy_by_latency([record('care_s0', 1.), record('care_s0', 1., batch=8)], path),
      'several values of batch'),
-    (lambda path: draw_accuracy_by_gmacs(dict(resnet18=1.), path), 'No accuracy is published of resnet18'),
+    (lambda path: draw_accuracy_by_gmacs(dict(resnet18=1.), path), 'No accuracy is published for resnet18'),
     (lambda path: draw_growth([record('care_s0', 1.)], path), 'No records of growth'),
     (lambda path: draw_parts({}, path), 'No profiles')])
-def test_nothing_is_drawn_of_nothing(tmp_path, draw, message):
+def test_plots_without_data_are_refused(tmp_path, draw, message):
     with pytest.raises(PlotError, match=message):
         draw(tmp_path / 'plot.png')
     assert not (tmp_path / 'plot.png').exists()

@@ -50,7 +50,7 @@ def test_everything_is_measured_printed_written_and_drawn(call, tmp_path):
     assert 'plot skipped: ' in out, 'multiply-adds are drawn at 224 x 224 alone'
 
 
-def test_one_picture_is_drawn_alone(call, tmp_path):
+def test_a_single_plot_is_drawn(call, tmp_path):
     picture = tmp_path / 'images' / 'latency.png'
     code, out, _ = call('--plots', picture, '--output', tmp_path, *QUICK, '--runs', '1')
     assert code == 0 and picture.read_bytes().startswith(b'\x89PNG') and f'plot: {picture}' in out
@@ -93,7 +93,7 @@ def test_the_roofline_is_printed_beside_the_time_of_every_backend_of_the_fused_n
 @pytest.mark.parametrize('batches, taken, remarks', [
     ([1, 64], [64], ['training steps have a batch of 64, not 1: mixup pairs the images']), ([], [16], []),
     ([1], [16], ['training steps have a batch of 16, not 1: mixup pairs the images']), ([2, 4], [2, 4], [])])
-def test_of_all_benches_training_takes_the_even_batches(monkeypatch, batches, taken, remarks):
+def test_training_uses_only_even_batches_with_bench_all(monkeypatch, batches, taken, remarks):
     config, device = BenchConfig(bench='all', batch_size=batches), torch.device('cpu')
     result, found = BenchResult(''), []
     monkeypatch.setattr(run, 'bench_training', lambda bench, *args, **kwargs: found.append(bench.batch) or [])
@@ -107,7 +107,7 @@ def fail(*args, **kwargs):
     raise AssertionError('not as it should be')
 
 
-def test_late_failures_leave_what_was_measured(call, tmp_path, monkeypatch):
+def test_late_failures_keep_earlier_measurements(call, tmp_path, monkeypatch):
     for function in ('bench_training', 'build_network', 'draw_accuracy_by_latency', 'measure_growth'):
         monkeypatch.setattr(run, function, fail)
     code, out, err = call('--bench', 'all', '--plots', tmp_path / 'plots', '--output', tmp_path, *ALL)

@@ -47,7 +47,7 @@ def read(folder):
 @pytest.mark.parametrize('flags, message', [
     (['--model', 'care_s9'], '--model care_s9: no such model, the nearest are care_s'),
     (['--model', 'mobilnetv2_100'], 'mobilenetv2_100'), (['--model', 'nothing*'], '--model nothing.: no such model'),
-    (['--backend', 'tensorrt'], 'tensorrt'), (['--backend', 'all', 'eager'], 'all stands alone'),
+    (['--backend', 'tensorrt'], 'tensorrt'), (['--backend', 'all', 'eager'], 'all cannot be combined'),
     (['--backend', 'eager', 'eager'], 'name each once'), (['--frobnicate'], 'frobnicate'),
     (['--dtype', 'int8', '--backend', 'eager'], '--dtype int8 with --backend eager'),
     (['--dtype', 'tf32'], '--dtype tf32 with --device cpu: no backend'),
@@ -60,7 +60,7 @@ def read(folder):
     (['--checkpoint', 'x.pth', '--model', 'care_*', '--bench', 'profile'], 'with 3 models'),
     (['--checkpoint', 'not/there.pth'], 'not/there.pth'),
     (['--check', '--readme', 'none.md'], 'none.md does not exist'),
-    (['--plots', 'a.png', '--bench', 'train'], '--plots a.png: one picture needs --bench infer'),
+    (['--plots', 'a.png', '--bench', 'train'], '--plots a.png: a single plot needs --bench infer'),
     # flags of another bench
     (['--bench', 'train', '--backend', 'eager', 'fused'],
      '--backend eager fused with --bench train: it is for --bench infer, profile, accuracy; remove it'),
@@ -79,8 +79,8 @@ def read(folder):
     (['--bench', 'train', '--img-size', '64x96'], '--img-size 64x96 with --bench train: training needs square images'),
     (['--bench', 'train', '--batch-size', '2', '7'], '--batch-size 7 with --bench train: mixup'),
     (['--bench', 'train', '--teacher', 'resnet18', '--model', 'care_s0', 'mobilenetv2_035'],
-     '--teacher resnet18 with --model mobilenetv2_035: it has no head that learns from one'),
-    (['--bench', 'train', '--teacher', 'resnet18', '--model', 'casvit_xs'], '--model casvit_xs: it has no head'),
+     '--teacher resnet18 with --model mobilenetv2_035: the model has no second head'),
+    (['--bench', 'train', '--teacher', 'resnet18', '--model', 'casvit_xs'], 'casvit_xs: the model has no second head'),
     (['--bench', 'train', '--teacher', 'regnety_161'], '--teacher regnety_161: no such model'),
     (['--bench', 'train', '--ways', 'faster'], 'faster'), (['--bench', 'train', '--ways', 'tf32'], 'tf32'),
     # kernels
@@ -91,7 +91,7 @@ def read(folder):
     (['--kernels', 'cuda'], "invalid choice: 'cuda'"), (['--kernels', 'torch', 'torch'], 'name each once'),
     (['--kernels', 'torch', '--published'], '--published fixes --kernels'),
 ])
-def test_what_cannot_be_measured_is_one_line_and_exit_code_2(call, flags, message):
+def test_invalid_measurements_are_refused_with_exit_code_2(call, flags, message):
     code, out, err = call('--device', 'cpu', *flags)
     assert code == 2 and out == '' and re.search(message, err)
     assert err.count('\n') == 1 and err.startswith('benchmark.py: ')
@@ -106,9 +106,9 @@ def test_a_missing_gpu_is_refused(call):
 @pytest.mark.parametrize('flags, message', [
     (['--output', 'FILE'], '--output .*page.md: .* is not a folder'), (['--plots', 'FILE/here'], '--plots .*here: '),
     (['--plots', 'FILE/here.png'], '--plots .*page.md: '),
-    (['--update', '--readme', 'no/such/folder/page.md'], 'page.md is not a file that can be written'),
-    (['--update', '--readme', 'FILE'], 'it would be replaced, and is another page')])
-def test_what_cannot_be_written_is_refused_before_anything_is_measured(call, tmp_path, monkeypatch, flags, message):
+    (['--update', '--readme', 'no/such/folder/page.md'], 'page.md cannot be written'),
+    (['--update', '--readme', 'FILE'], 'was not written by this command and would be replaced')])
+def test_unwritable_outputs_are_refused_before_any_measurement(call, tmp_path, monkeypatch, flags, message):
     file = tmp_path / 'page.md'
     file.write_text('text\n')
     monkeypatch.setattr(benchmark, 'run_benches', None)
@@ -143,7 +143,7 @@ def test_published_figures_that_are_not_known_are_empty():
         ['80.9 [1]', '-', '5.76', '- |'], ['85.3 [2]', '16.2', '96', '- |'], ['-', '-', '-', '- |']]
 
 
-def test_footnotes_say_what_each_accuracy_is_and_where_it_is_published():
+def test_footnotes_name_training_and_source_of_each_accuracy():
     notes = list_footnotes(['mobilenetv2_100', 'mlla_t', 'care_s0', 'casvit_xs', 'care_s1'])
     assert notes[0].startswith('[1] top-1 of mlla_t, with self-distillation')
     assert notes[1].startswith('[2] top-1 of care_s0, care_s1, with a teacher')
@@ -160,12 +160,12 @@ def test_footnotes_say_what_each_accuracy_is_and_where_it_is_published():
 @pytest.mark.parametrize('bench, plots, benches', [
     ('infer', '', ['infer']), ('train', '', ['train']), ('all', '', ['infer', 'profile', 'train']),
     ('infer', 'here', ['infer', 'profile']), ('infer', 'here.png', ['infer'])])
-def test_the_benches_are_those_asked_for_and_those_that_plots_need(bench, plots, benches):
+def test_requested_benches_run_and_benches_that_plots_need(bench, plots, benches):
     assert BenchConfig(bench=bench, plots=plots).list_benches() == benches
     BenchConfig(bench='all', backend=['eager'], teacher=['resnet18'], ways=['published'], runs=7, warmup=2)
 
 
-def test_all_backends_are_those_that_work_here_and_the_others_say_why(monkeypatch):
+def test_all_means_available_backends_and_names_the_reason_for_others(monkeypatch):
     setups, skipped = list_setups(BenchConfig(dtype=['float32', 'int8']), CPU)
     assert [str(s) for s in setups] == [
         'eager float32 nchw', 'fused float32 channels_last', 'compile float32 channels_last', 'onnxruntime float32',
@@ -241,12 +241,12 @@ def test_records_of_each_bench_have_their_columns():
     assert record.to_row()['versions'] == '{"torch": "2"}' and record.to_row()['notes'] == 'a; b'
 
 
-def test_one_json_object_is_all_that_is_printed(call, tmp_path, small):
+def test_only_one_json_object_is_printed(call, tmp_path, small):
     code, out, _ = call(*CARE, '--backend', 'eager', '--json', '--output', tmp_path)
     assert code == 0 and json.loads(out)['records'][0]['model'] == 'care_s0'
 
 
-def test_a_checkpoint_gives_the_weights(call, tmp_path):
+def test_weights_come_from_the_checkpoint(call, tmp_path):
     file = tmp_path / 'care_s0.pth'
     torch.save(published_state_dict('care_s0'), file)
     code, out, _ = call(*CARE, '--checkpoint', file, '--backend', 'eager', '--output', tmp_path)
@@ -376,7 +376,7 @@ def test_out_of_memory_is_recognised_in_exceptions_of_onnx_runtime():
 
 def test_the_figures_of_the_pages_are_counted_again(call):
     code, out, err = call('--check')
-    assert code == 0 and err == '' and len(re.findall(r'\d+ figures are as counted', out)) == 2
+    assert code == 0 and err == '' and len(re.findall(r'\d+ figures match the counts', out)) == 2
     assert check_readme(README)[0] >= 3 * len(MODELS) and check_readme(PAGE)[0] == 5 * 16
 
 

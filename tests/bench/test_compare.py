@@ -87,10 +87,11 @@ def test_wildcards_families_and_aliases_are_accepted():
     (['--seeds', '1', '1'], 'each once'), (['--seeds', '1', '--seed', '2'], 'one of them'), (['--seeds', '-1'], '-1'),
     (['--no-resume'], '--no-resume'), (['--recipe', 'care_s9'], 'No recipe'),
     (['--checkpoint', 'x.pth'], 'it fits only one model'),
-    (['--model', 'care_s0', 'casvit_xs', '--teacher', 'resnet18'], 'casvit_xs has one head'),
+    (['--model', 'care_s0', 'casvit_xs', '--teacher', 'resnet18'], 'casvit_xs has no second head'),
     (['--model', 'care_s0', 'casvit_xs', '--model-args', 'ablation=no_inter1'], 'casvit_xs: .*ablation'),
     (['--kernels'], 'kernels'), (['--batch-size', '64'], 'do not fill a batch'),
-    (['--update', 'README.md'], 'README.md: it would be replaced'), (['--update', 'LICENSE/a.md'], '--update LICENSE')])
+    (['--update', 'README.md'], 'README.md: the file was not written by this command'),
+    (['--update', 'LICENSE/a.md'], '--update LICENSE')])
 def test_bad_input_is_one_line_before_any_training(data, tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.setattr(command, 'train', None)
     monkeypatch.chdir(SAMPLE_IMAGES.parents[1])
@@ -117,7 +118,7 @@ def test_a_folder_of_another_comparison_is_refused(data, compared, change, messa
 
 def test_a_folder_of_something_else_is_refused(compared, tmp_path):
     (tmp_path / 'file').write_text('mine')
-    with pytest.raises(ConfigError, match='something else than a comparison'):
+    with pytest.raises(ConfigError, match='other files than a comparison'):
         compare(replace(compared[0], folder=tmp_path))
 
 
@@ -158,7 +159,7 @@ def test_tables_and_plot_are_written(compared):
     assert '| `care_s0` | ' in text and ' ± ' in text
     for said in ('not of the published accuracies', '2 epochs = 4 steps of 4 images = 16 images of 32 px',
                  '8 training and 8 validation images, 2 classes (chance: 50.0 %)',
-                 'ls_init_value=0.1, which the recipe gives to its own family, is not given to casvit_xs',
+                 'ls_init_value=0.1, which the recipe sets for its own model family, does not apply to casvit_xs',
                  'standard deviation over 2 seeds', '1 thread(s), batch 1, float32'):
         assert said in text, said
 

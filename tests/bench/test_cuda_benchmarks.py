@@ -70,7 +70,7 @@ def network():
 
 
 @torch.inference_mode()
-def test_time_is_told_by_part_and_kind(network):
+def test_time_is_reported_by_part_and_kind(network):
     model, images = network
     profile = profile_call(partial(model, images), CUDA, model, runs=3)
     print(describe_profile(profile))
@@ -82,7 +82,7 @@ def test_time_is_told_by_part_and_kind(network):
 
 @torch.inference_mode()
 @pytest.mark.parametrize('dtype', ['float32', 'tf32', 'bfloat16'])
-def test_the_roofline_is_below_what_is_measured(network, dtype):
+def test_the_roofline_is_below_the_measured_time(network, dtype):
     model, images = network
     rates, number = measure_rates(CUDA, dtype), torch.bfloat16 if dtype == 'bfloat16' else torch.float32
     trace = trace_layers(model, (224, 224), 8, number)

@@ -89,7 +89,7 @@ def test_every_convolution_is_timed(care, care_profile):
             if kind.startswith('conv') and ms > 0} == convolutions
 
 
-def test_the_hooks_are_removed_and_outputs_stay(care):
+def test_the_hooks_are_removed_and_outputs_unchanged(care):
     with torch.no_grad():
         before = care(IMAGES)
         profile(care)
@@ -134,7 +134,7 @@ def test_models_of_timm_are_profiled_too(name, size, attention):
     assert len(find_attention(model)) == attention and bool(found.sum_by(1).get('attention')) == bool(attention)
 
 
-def test_the_table_and_the_records_say_what_the_cells_say(care_profile):
+def test_the_table_and_the_records_agree_with_the_cells(care_profile):
     table = describe_profile(care_profile, top=3)
     records = list_profile(care_profile, Record(model='care_s0', backend='eager', batch=1, height=64, width=64))
     assert all(part in table for part, _ in care_profile.cells) and 'conv depth-wise' in table
@@ -145,5 +145,5 @@ def test_the_table_and_the_records_say_what_the_cells_say(care_profile):
 
 
 def test_no_runs_are_refused():
-    with pytest.raises(ValueError, match='runs=0, it must be at least 1'):
+    with pytest.raises(ValueError, match='runs=0 must be at least 1'):
         profile_call(lambda: None, CPU, runs=0)

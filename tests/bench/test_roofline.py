@@ -100,7 +100,7 @@ def test_the_slower_of_moving_and_working_bounds_a_layer():
     assert bound_layer(Layer('a', 'conv 1x1', 1000, 10 ** 5), RATES, RATES.cached) == (0.25e-6, 'bytes')
 
 
-def test_bounds_sum_up_to_the_roofline_and_stand_beside_what_was_measured(care):
+def test_layers_sum_up_to_the_roofline_and_have_measured_times(care):
     _, trace, profile = care
     bounds = list_bounds(trace.layers, RATES)
     assert sum(bound.ms for bound in bounds) == pytest.approx(1e3 * bound_time(trace.layers, RATES))

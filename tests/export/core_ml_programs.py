@@ -56,7 +56,7 @@ def save_cases(cases: dict[str, Case], path: Path) -> Path:
 
 
 def split_cases(cases: dict[str, Case], row: torch.Tensor, x: torch.Tensor) -> dict[str, tuple]:
-    """{case: (values of the program, those of PyTorch)}, both flat."""
+    """{case: (values of the program, values of PyTorch)}, both flat."""
     expected = {name: in_torch(x).flatten() for name, (_, in_torch) in cases.items()}
     found = row[0].split([len(y) for y in expected.values()])
     return {name: (part, expected[name]) for name, part in zip(cases, found, strict=True)}

@@ -118,7 +118,7 @@ class Programs:
 
 # Deliberate breaks ----------------------------------------------------------------------------------------------------
 
-def lose_bias(model: torch.nn.Module) -> None:
+def drop_bias(model: torch.nn.Module) -> None:
     """One bias of the attentions of 'care'."""
     model.stages[2].blocks[1].mixer.long_range.qk.bias.data.zero_()
 
@@ -130,7 +130,7 @@ def swap_two(names: list[str]) -> list[str]:
 
 def assert_break_is_caught(job: Job, program: Program) -> None:
     """A program and a network that differ in one bias do not pass as equal."""
-    source = change(make_source(), lose_bias)
+    source = change(make_source(), drop_bias)
     with pytest.raises(VerificationError, match='rounding does not explain'):
         verify(source, job, program, load_cases(source, job.size, count=14), 'program')
 

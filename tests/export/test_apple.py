@@ -111,7 +111,7 @@ def test_elsewhere_core_ml_cannot_predict(programs):
     path, _ = programs.write(job, 'test_efficientnet')
     for use in (lambda: apple.read_by_core_ml(make_source(), job, path), lambda: apple.list_placements(path),
                 lambda: apple.measure_latency(path, job, torch.zeros(1, 3, 64, 64))):
-        with pytest.raises(ExportError, match='.mlmodel: Core ML cannot load it .* It runs on macOS only'):
+        with pytest.raises(ExportError, match='.mlmodel: Core ML cannot load it .* Core ML needs macOS'):
             use()
 
 
@@ -128,7 +128,7 @@ def make_usage(engine):
 
 
 class Plan:
-    """Of operations (type, engine or None, share of the cost or None)."""
+    """A compute plan of operations (type, engine or None, share of the cost or None)."""
 
     def __init__(self, operations, program=True):
         named = [Namespace(operator_name=f'ios16.{kind}', type=kind, engine=engine, share=share)
@@ -176,7 +176,7 @@ def test_layers_of_networks_have_devices_and_no_cost():
 # Latency --------------------------------------------------------------------------------------------------------------
 
 class Loaded:
-    """What the benchmarker of coremltools loads: predictions of 1, 2, 3 ... ms."""
+    """Stand-in for the model that coremltools' benchmarker loads: predictions of 1, 2, 3 ... ms."""
 
     def __init__(self):
         self.inputs = []

@@ -40,7 +40,7 @@ def test_file_equals_pytorch_in_float64(format, precision, programs):
 
 
 def compute_logits(program, kind, job, name='care'):
-    """Of the first images, by `run`, `run_exact` or `run_flushed`: (n, classes) float64."""
+    """Outputs for the first images, by `run`, `run_exact` or `run_flushed`: (n, classes) float64."""
     found = []
     for pixels in make_cases(name, job.size, IMAGES).pixels[:FEW].split(1):
         output = getattr(program, kind)(make_source(name).make_ready(pixels, job))
@@ -97,7 +97,7 @@ def shift_padding(spec, items):
                 padding[:2] = [7, 3]
 
 
-def lose_bias(spec, items, number=0):
+def drop_bias(spec, items, number=0):
     """A convolution loses its bias, by default the first."""
     chosen = of_type(items, 'conv', 'convolution')[number]
     if is_layer(chosen):
@@ -106,9 +106,9 @@ def lose_bias(spec, items, number=0):
         del chosen.inputs['bias']
 
 
-def lose_small_bias(spec, items):
+def drop_small_bias(spec, items):
     """A convolution far inside loses its bias, and the logits change less than rounding may change them."""
-    lose_bias(spec, items, number=101)
+    drop_bias(spec, items, number=101)
 
 
 def swap_slices(spec, items):
@@ -170,7 +170,7 @@ def read_broken(break_file, job, programs, folder, name='care'):
 
 @pytest.mark.parametrize('job, break_file, name', [
     *((make_job(format, 'fp16', input='image', output='classes'), break_file, 'care')
-      for format in FORMATS for break_file in (shift_padding, lose_bias)),
+      for format in FORMATS for break_file in (shift_padding, drop_bias)),
     *(pytest.param(job, swap_slices, 'care_s0', marks=marks) for job, marks in WHOLE)])
 def test_a_break_changes_predictions_and_is_refused(job, break_file, name, programs, tmp_path):
     program = read_broken(break_file, job, programs, tmp_path, name)
@@ -180,8 +180,8 @@ def test_a_break_changes_predictions_and_is_refused(job, break_file, name, progr
 
 
 @pytest.mark.parametrize('job', [pytest.param(job, marks=marks) for job, marks in WHOLE])
-def test_a_lost_bias_that_rounding_hides_is_seen_in_an_exact_run(job, programs, tmp_path):
-    program = read_broken(lose_small_bias, job, programs, tmp_path, 'care_s0')
+def test_a_missing_bias_hidden_by_rounding_is_detected_in_an_exact_run(job, programs, tmp_path):
+    program = read_broken(drop_small_bias, job, programs, tmp_path, 'care_s0')
     expected = compute_expected(job, 'care_s0')
     errors = [(compute_logits(program, kind, job, 'care_s0') - expected).abs().max() / expected.abs().max()
               for kind in ('run', 'run_exact')]
@@ -198,7 +198,7 @@ def test_an_overflow_is_refused_with_its_operation(job, programs, tmp_path):
 @BOTH
 def test_swapped_labels_are_refused(job, programs, tmp_path):
     program = read_broken(swap_labels, job, programs, tmp_path)
-    with pytest.raises(VerificationError, match="class 0 is labelled 'class 1', it should be 'class 0'"):
+    with pytest.raises(VerificationError, match="class 0 is labelled 'class 1', expected 'class 0'"):
         check(job, program)
 
 

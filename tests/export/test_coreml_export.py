@@ -140,7 +140,7 @@ def test_file_of_others_is_refused(programs, tmp_path):
 
 @pytest.mark.parametrize('spoil, message', [
     (lambda facts: facts.update(class_names=json.dumps(json.loads(facts['class_names'])[::-1])),
-     'its class 0 is labelled'),
+     'class 0 is labelled'),
     (lambda facts: facts.pop('class_names'), r"cannot be read \(KeyError: 'class_names'\)")])
 def test_labels_of_a_program_without_classifier_are_checked(spoil, message, programs, tmp_path):
     assert programs.read(LOGITS, 'test_efficientnet').labels == make_source('test_efficientnet').class_names
@@ -183,12 +183,12 @@ def test_compressed_weights_are_smaller_and_still_agree(format, tmp_path):
 # Refusals and failures ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('settings, said', [
-    (dict(batch=2, input='image', output='logits'), r'--batch 2 with --input image: .* Take --input tensor'),
-    (dict(batch=2, output='classes'), r'--batch 2 with --output classes: .* Take --output probabilities'),
-    (dict(compress='int8', target='iOS15'), r'--compress int8 with --target iOS15: .* Take --target iOS16'),
+    (dict(batch=2, input='image', output='logits'), r'--batch 2 with --input image: .* Use --input tensor'),
+    (dict(batch=2, output='classes'), r'--batch 2 with --output classes: .* Use --output probabilities'),
+    (dict(compress='int8', target='iOS15'), r'--compress int8 with --target iOS15: .* Use --target iOS16'),
     (dict(compress='palette4', target='iOS15'), '--compress palette4 with --target iOS15'),
 ])
-def test_what_excludes_one_another_is_refused(settings, said):
+def test_conflicting_settings_are_refused(settings, said):
     with pytest.raises(ConfigError, match=said):
         convert.check(make_job('mlpackage', 'fp16', **settings))
 

@@ -114,7 +114,7 @@ def test_earlier_file_stays_when_an_export_fails(spoil, message, run, convert, t
 
 @pytest.mark.parametrize('make', [
     lambda target: target.write_text('mine'), lambda target: target.mkdir(), lambda target: target.symlink_to('/tmp')])
-def test_what_was_not_exported_is_not_replaced(run, tmp_path, make):
+def test_other_files_are_not_replaced(run, tmp_path, make):
     target = tmp_path / PROGRAM
     make(target)
     code, _, error = run(*RANDOM, '--output-dir', tmp_path, *FAST)
@@ -159,14 +159,14 @@ def test_sizes_that_a_model_does_not_take_are_named(run, tmp_path):
     code, _, error = run(
         '--model', 'vit_tiny_patch16_224', '--random-weights', '--output-dir', tmp_path, '--format', 'torch',
         '--img-size', '64', '--images', '2')
-    assert code == 2 and '--img-size 64x64: vit_tiny_patch16_224 does not take such images' in error
+    assert code == 2 and '--img-size 64x64: vit_tiny_patch16_224 does not support this size' in error
 
 
 def test_images_of_other_than_three_channels_are_refused(run, tmp_path):
     path = tmp_path / 'grey.pth.tar'
     save_checkpoint(path, filled_model('care_s0', in_chans=1), arch='care_s0')
     code, _, error = run('--checkpoint', path, '--output-dir', tmp_path / 'out')
-    assert code == 2 and '--input image: care_s0 takes 1 channels, an RGB image has 3' in error
+    assert code == 2 and '--input image: care_s0 has 1 input channels, but an RGB image has 3' in error
 
 
 def test_figures_that_are_not_finite_are_null_in_json():
@@ -176,7 +176,7 @@ def test_figures_that_are_not_finite_are_null_in_json():
 
 
 @pytest.mark.parametrize('flags, said', [
-    ([], 'No weights: give a file with --checkpoint, or --random-weights'),
+    ([], 'No weights: name a file with --checkpoint, or add --random-weights'),
     (['--model', 'care_s0'], 'No weights'),
     (['--random-weights'], '--random-weights needs --model'),
     (['--model', 'care_s9', '--random-weights'], '--model care_s9: no such model, the nearest are'),
@@ -188,9 +188,9 @@ def test_figures_that_are_not_finite_are_null_in_json():
     ([*RANDOM, '--format', 'tflite'], 'invalid choice'),
     ([*RANDOM, '--format', 'torch', 'torch'], 'name each once'),
     ([*RANDOM, '--format', 'torch', '--precision', 'fp16'],
-     '--precision fp16 with --format torch: it has fp32'),
+     '--precision fp16 with --format torch: it supports fp32'),
     ([*RANDOM, '--format', 'torch', '--output', 'classes'],
-     '--output classes with --format torch: it has logits, probabilities'),
+     '--output classes with --format torch: it supports logits, probabilities'),
     ([*RANDOM, '--format', 'torch', '--compress', 'int8'], '--compress int8 is for'),
     ([*RANDOM, '--target', 'iOS12'], 'invalid choice'),
     ([*RANDOM, '--format', 'torch', '--data', 'nowhere'], 'No images at nowhere'),

@@ -41,7 +41,7 @@ def test_pinned_environment_has_everything(form, install):
 
 @pytest.mark.parametrize('form, module, package', [
     ('litert', 'ai_edge_quantizer', 'ai-edge-quantizer'), ('executorch', 'torchao', 'torchao')])
-def test_packages_of_int8_are_named_when_int8_is_asked_for(form, module, package, install):
+def test_packages_of_int8_are_named_when_int8_is_requested(form, module, package, install):
     install(missing=[module])
     assert find_obstacle(FORMATS[form], 'fp32') == ''
     assert find_obstacle(FORMATS[form], 'int8') == f'{package} is not installed here: {REMEDY}'
@@ -56,9 +56,9 @@ def test_remedy_is_the_script_alone_where_pip_would_change_torch(install):
 
 
 @pytest.mark.parametrize('form, precision, versions, said', [
-    ('executorch', 'fp32', dict(executorch='1.4.0'), 'executorch 1.4.0 is installed, it is tested with 1.5.1'),
-    ('litert', 'fp32', dict(torch='2.15.0+cpu'), 'torch 2.15.0+cpu is installed, it is tested with 2.14.1'),
-    ('litert', 'int8', dict(ai_edge_quantizer='0.9'), 'ai-edge-quantizer 0.9 is installed, it is tested with 0.10.0'),
+    ('executorch', 'fp32', dict(executorch='1.4.0'), 'executorch 1.4.0 is installed, but 1.5.1 is required'),
+    ('litert', 'fp32', dict(torch='2.15.0+cpu'), 'torch 2.15.0+cpu is installed, but 2.14.1 is required'),
+    ('litert', 'int8', dict(ai_edge_quantizer='0.9'), 'ai-edge-quantizer 0.9 is installed, but 0.10.0 is required'),
     ('litert', 'fp32', dict(ai_edge_quantizer='0.9'), ''),
     ('coreai', 'fp32', dict(torch='2.14.1+cpu', executorch='1.4.0'), ''),
     ('onnx', 'fp32', dict(torch='2.15.0', onnx='1.0'), '')])
@@ -70,7 +70,7 @@ def test_version_that_is_not_the_pinned_one_is_named(form, precision, versions, 
 def test_two_other_versions_are_both_named(install):
     install(coreai_core='1.0', torch='2.13')
     assert find_obstacle(FORMATS['coreai']).startswith(
-        'torch 2.13 is installed, it is tested with 2.14.1; coreai-core 1.0 is installed')
+        'torch 2.13 is installed, but 2.14.1 is required; coreai-core 1.0 is installed')
 
 
 def test_without_the_repository_nothing_is_compared(install, monkeypatch, tmp_path):
@@ -80,7 +80,7 @@ def test_without_the_repository_nothing_is_compared(install, monkeypatch, tmp_pa
     assert find_obstacle(FORMATS['executorch']) == ''
 
 
-def test_pins_hold_all_that_formats_of_that_environment_use():
+def test_pins_cover_the_packages_of_formats_of_that_environment():
     pins = table.read_pins()
     for item in FORMATS.values():
         for precision in item.precisions if item.own_environment else ():
@@ -136,4 +136,4 @@ esac
         ['bash', '-euc', 'source cmd/env.sh; echo "$python"'], cwd=tmp_path, capture_output=True, text=True,
         env=dict(ENVIRONMENT, PATH=f'{stand_in.parent}:{ENVIRONMENT["PATH"]}'))
     assert (done.returncode, done.stdout) == (0, f'{tmp_path}/.venv/bin/python\n'), done.stderr
-    assert 'Making the environment .venv' in done.stderr and 'Installing into .venv' in done.stderr
+    assert 'Creating the environment .venv' in done.stderr and 'Installing into .venv' in done.stderr

@@ -75,7 +75,7 @@ def test_int8_is_smaller_and_agrees(programs):
     assert 0.01 < result.max_error < result.largest / 2
 
 
-def lose_bias(model):
+def drop_bias(model):
     conv = [node for node in model.graph.node if node.op_type == 'Conv'][12]
     bias = next(item for item in model.graph.initializer if item.name == conv.input[2])
     bias.raw_data = bytes(len(bias.raw_data))
@@ -95,7 +95,7 @@ def swap_labels(model):
 
 
 @pytest.mark.parametrize('spoil, message', [
-    (lose_bias, 'have the top-1 class of PyTorch|rounding does not explain'),
+    (drop_bias, 'have the top-1 class of PyTorch|rounding does not explain'),
     (permute_classes, 'have the top-1 class of PyTorch'), (swap_labels, 'class 2 is labelled')])
 def test_spoiled_file_is_noticed(spoil, message, programs, tmp_path):
     model, broken = onnx.load(programs.write(JOB)[0]), tmp_path / 'broken.onnx'
@@ -110,7 +110,7 @@ def test_program_of_another_network_is_noticed_and_a_truncated_one_named(program
     assert_truncation_is_named(JOB, programs.copy(JOB, tmp_path))
 
 
-def test_file_that_misses_only_its_end_is_named(programs, tmp_path):
+def test_slightly_truncated_file_is_named(programs, tmp_path):
     """Protocol buffers can be cut between two entries and still be read."""
     model, cut = onnx.load(programs.write(JOB)[0]), tmp_path / 'cut.onnx'
     del model.metadata_props[:]

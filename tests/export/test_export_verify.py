@@ -75,7 +75,7 @@ def test_one_image_that_is_not_finite_is_noticed():
 
 def test_other_number_of_classes_is_noticed():
     job = make_job()
-    with pytest.raises(VerificationError, match='it returns 999 numbers per image, the network has 1000 classes'):
+    with pytest.raises(VerificationError, match='returns 999 numbers per image, the network has 1000 classes'):
         check(job, make_program(job, lambda logits: logits[:, 1:]))
 
 
@@ -83,13 +83,13 @@ def test_swapped_labels_are_noticed():
     job = make_job()
     labels = list(make_source().class_names)
     labels[3], labels[7] = labels[7], labels[3]
-    with pytest.raises(VerificationError, match='its class 3 is labelled'):
+    with pytest.raises(VerificationError, match='class 3 is labelled'):
         check(job, make_program(job, labels=labels))
-    with pytest.raises(VerificationError, match='it has 2 labels for 1000 classes'):
+    with pytest.raises(VerificationError, match='the program has 2 labels for 1000 classes'):
         check(job, make_program(job, labels=make_source().class_names[:2]))
 
 
-def lose_bias(network):
+def drop_bias(network):
     """A bias of the last expansion of the third stage: rounding to float16 hides it."""
     network.network.stages[2].blocks[-1].inter1.expand.bias.data[3] += 0.02
 
@@ -118,7 +118,7 @@ def test_mistakes_below_the_rounding_are_noticed_where_it_can_be_skipped(output)
     result = check(job, make_half_program(job))
     assert result.compared == 'logits' and result.largest > 1
     assert 0 < result.exact_error < 1e-5
-    wrong = make_half_program(job, lose_bias)
+    wrong = make_half_program(job, drop_bias)
     wrong_without = Program(**{**vars(wrong), 'run_exact': None})
     assert check(job, wrong_without).exact_error is None  # goes unseen
     with pytest.raises(VerificationError, match='without rounding, its logits differ .* something else'):
@@ -141,7 +141,7 @@ def test_flushing_is_measured():
 
 def test_classifier_without_labels_is_noticed():
     job = make_job(format='mlpackage', output='classes')
-    with pytest.raises(VerificationError, match='it names no classes'):
+    with pytest.raises(VerificationError, match='the program has no class labels'):
         check(job, make_program(job))
 
 

@@ -123,7 +123,7 @@ def test_subnormal_numbers_are_found_and_flushed_where_asked(tmp_path):
     assert program.findings.describe() == lines
 
 
-def test_flushing_changes_what_subnormal_numbers_become(tmp_path):
+def test_flushing_changes_subnormal_numbers(tmp_path):
     program = read_ml_program(save_operation(
         lambda x: mb.mul(x=mb.exp(x=x), y=np.float16(1000)), tmp_path / 'a.mlpackage', half=True))
     x = torch.full(SHAPE, -10.)
@@ -196,7 +196,7 @@ def scores(x):
     return mb.reduce_mean(x=mb.mul(x=x, y=np.float16(3)), axes=[2, 3], keep_dims=False)
 
 
-def test_logits_are_what_the_last_softmax_got_in_the_last_run(tmp_path):
+def test_logits_are_the_input_of_the_last_softmax_in_the_last_run(tmp_path):
     program = read_ml_program(save_operation(
         lambda x: mb.cast(x=mb.softmax(x=scores(x), axis=-1), dtype='fp32'), tmp_path / 'a.mlpackage', half=True))
     x, program = values(*SHAPE) * 1e-4, program.to_program()
@@ -287,7 +287,7 @@ def test_missing_files_are_named_with_the_remedy(package, tmp_path):
     with pytest.raises(ExportError, match='none.mlpackage cannot be read .* or export it again'):
         read_ml_program(tmp_path / 'none.mlpackage')
     (package / 'Data' / 'com.apple.CoreML' / 'weights' / 'weight.bin').unlink()
-    with pytest.raises(ExportError, match='a.mlpackage cannot be read .*weight.bin.* Copy it again as a whole'):
+    with pytest.raises(ExportError, match='a.mlpackage cannot be read .*weight.bin.* Copy the complete file again'):
         read_ml_program(package)
 
 
@@ -311,7 +311,7 @@ def test_a_shape_other_than_declared_is_an_error(package):
 
 
 def test_images_of_another_shape_are_refused(package):
-    with pytest.raises(ExportError, match=r'takes images of \(1, 6, 5, 7\), not \(1, 6, 7, 5\)'):
+    with pytest.raises(ExportError, match=r'expects images of \(1, 6, 5, 7\), not \(1, 6, 7, 5\)'):
         read_ml_program(package).run(values(1, 6, 7, 5))
 
 

@@ -22,7 +22,7 @@ def assert_close(found, expected):
 
 @pytest.fixture(scope='module')
 def compared(tmp_path_factory):
-    """All operations in one network: {case: (values, those of PyTorch, values of runs with rounding)}."""
+    """All operations in one network: {case: (values, values of PyTorch, values of runs with rounding)}."""
     path, x = save_cases(CASES, tmp_path_factory.mktemp('layers') / 'a.mlmodel'), values(*SHAPE)
     rounded = read_network(path)
     others = [split_cases(CASES, run(x), x) for run in (rounded.run, rounded.run_exact, rounded.run_flushed)]
@@ -122,7 +122,7 @@ def test_a_layer_of_the_builder_equals_pytorch(name, tmp_path):
     assert_close(found, expected(x).reshape(1, -1))
 
 
-def test_half_rounds_weights_and_what_each_layer_gives(tmp_path):
+def test_half_rounds_weights_and_layer_outputs(tmp_path):
     x = values(*SHAPE)
     path = save_layers(tmp_path / 'a.mlmodel', lambda b: (
         b.add_unary('u', 'x', 'u', 'exp'), b.add_scale('s', values(7, seed=1).numpy(), None, False, 'u', 'y', [7])))
@@ -169,7 +169,7 @@ def test_weights_that_become_0_by_rounding_are_found(tmp_path):
     assert bool((read_network(path).run_exact(torch.ones(SHAPE)) > 0).all())
 
 
-def test_logits_are_what_the_last_softmax_got(tmp_path):
+def test_logits_are_the_input_of_the_last_softmax(tmp_path):
     program = read_network(save_layers(tmp_path / 'a.mlmodel', lambda b: (
         b.add_unary('u', 'x', 'u', 'exp'), b.add_softmax_nd('s', 'u', 'y', 3)), (1, 1, 1, 7))).to_program()
     x = values(1, 1, 1, 7)

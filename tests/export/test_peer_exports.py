@@ -62,12 +62,12 @@ def test_program_of_oblong_images_by_two_is_verified(name, format, precision, pr
 
 # Breaks: a program and a network that differ --------------------------------------------------------------------------
 
-def lose_bias(model):
+def drop_bias(model):
     convs = [module for module in model.stages[2].modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     next(conv for conv in convs[2:] if conv.bias is not None).bias.data.zero_()
 
 
-def lose_gate(model):
+def drop_gate(model):
     """The gate of the channels of the queries, or that of the attention."""
     block = model.stages[2].blocks[0]
     if hasattr(block, 'mixer'):
@@ -77,7 +77,7 @@ def lose_gate(model):
         block.act_proj.bias.data.fill_(1.2785)  # of which SiLU makes 1
 
 
-@pytest.mark.parametrize('alter', [lose_bias, lose_gate])
+@pytest.mark.parametrize('alter', [drop_bias, drop_gate])
 @pytest.mark.parametrize('name', NAMES)
 def test_program_is_refused_for_an_altered_network(name, alter, programs):
     source = change(make_source(name), alter)
@@ -100,7 +100,7 @@ def test_swapped_rows_and_columns_of_the_rotation_are_refused(programs, monkeypa
 
 
 @pytest.mark.parametrize('name, gate', [('casvit', 'sigmoid'), ('mlla', 'silu')])
-def test_gate_that_is_lost_in_the_file_is_refused(name, gate, programs, tmp_path):
+def test_missing_gate_in_the_file_is_refused(name, gate, programs, tmp_path):
     def lose(spec, items):
         next(item for item in items if item.type == gate).type = 'identity'
     path = programs.copy(HALF, tmp_path, name)
@@ -112,7 +112,7 @@ def test_gate_that_is_lost_in_the_file_is_refused(name, gate, programs, tmp_path
 # float16 --------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('unfused', [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_stream_that_overflows_float16_is_held_by_the_form_for_phones(unfused, tmp_path):
+def test_phone_form_is_finite_where_the_stream_overflows_float16(unfused, tmp_path):
     """Values of the residual stream beyond 65504, which the original network cannot hold."""
     def enlarge(model):
         last = model.stages[1].downsample.project.norm

@@ -100,7 +100,7 @@ def test_damaged_files_are_named(lines, message, tmp_path):
         read_results(path)
 
 
-def test_row_comes_from_what_the_program_says_and_what_was_measured():
+def test_row_combines_metadata_and_measurements():
     facts = {name: ROW[name] for name in (
         'model', 'form', 'size', 'batch', 'format', 'precision', 'compress', 'input', 'target')}
     measured = {name: text for name, text in ROW.items() if name not in facts and name != 'version'}

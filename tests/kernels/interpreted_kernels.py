@@ -91,7 +91,7 @@ def test_a_wrong_eps_is_caught():
 
 @pytest.mark.parametrize('rotated', [False, True])
 def test_a_wrong_gradient_is_caught(monkeypatch, rotated):
-    """Of another eps; of a rotation the other way."""
+    """Kernels with another eps, or with the opposite rotation."""
     backward = linear_attention.attend_backward_into
 
     def wrong(*args):
@@ -219,7 +219,7 @@ def test_a_network_trains_as_it_does_in_torch():
     assert error_of(run_with_parameters(with_kernels, x), run_with_parameters(network, x)) <= 1e-10
 
 
-def test_rotary_attention_under_autocast_returns_what_it_does_in_torch():
+def test_rotary_attention_under_autocast_agrees_with_torch():
     stage = MllaStage(None, 16, [MllaBlock(16, 2, mlp_ratio=2.)]).eval()
     with_kernels, x = copy.deepcopy(stage), torch.randn(2, 16, 4, 5)
     caretrans.kernels.use_kernels(with_kernels)

@@ -83,7 +83,7 @@ def test_results_are_bit_identical_when_repeated():
 
 @pytest.mark.parametrize('fused', [False, True])
 @pytest.mark.parametrize('name', ['care_s0', 'care_s2', 'mlla_t'])
-def test_a_network_computes_what_it_does_in_torch(name, fused):
+def test_a_network_agrees_with_torch(name, fused):
     model, reference = with_and_without(name)
     if fused:
         model = caretrans.fuse.fuse(reference)

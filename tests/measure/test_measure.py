@@ -34,7 +34,7 @@ def test_kinds_parts_and_activations_are_those_worked_out_by_hand():
 
 
 @pytest.mark.parametrize('name', [*CARE, 'mobilenetv2_100', 'fastvit_t8', 'deit_tiny_distilled_patch16_224'])
-def test_sums_are_what_pytorch_counts(name):
+def test_sums_equal_the_counts_of_pytorch(name):
     model = make_empty(name)
     assert next(model.parameters()).is_meta
     counts, expected = count_operations(model, (224, 224)), gmacs(model)['total']
@@ -89,7 +89,7 @@ def test_parameters_are_counted_with_and_without_the_head_of_distillation():
     assert plain['parameters'] == plain['parameters_one_head'] == 3_504_872
 
 
-def test_parts_are_children_and_what_containers_hold():
+def test_parts_are_children_and_contents_of_containers():
     assert list_parts(OneOfEach()) == ['stem', 'blocks.0', 'blocks.1', 'fc', 'unused']
 
 

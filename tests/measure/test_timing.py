@@ -74,7 +74,7 @@ def test_a_noisy_measurement_says_so(p90, self_ratio, reasons):
     assert all(text.startswith('noisy: ') for text in found)
 
 
-def test_peak_memory_counts_what_is_held_at_the_same_time():
+def test_peak_memory_counts_simultaneous_allocations():
     mib = torch.zeros(256, 1024)
 
     def run():

@@ -86,7 +86,7 @@ def test_ablated_network_trains(ablation):
     ('symmetrical', (32, 64, 128, 1024)),
     ('stacked', (32, 64, 128, 1024)),
 ])
-def test_ablated_network_tells_its_features(ablation, chs):
+def test_ablated_network_has_feature_info(ablation, chs):
     model = timm.create_model('care_s0', ablation=ablation, features_only=True)
     assert tuple(model.feature_info.channels()) == chs
     assert tuple(y.shape[1] for y in model(torch.randn(1, 3, 33, 64))) == chs

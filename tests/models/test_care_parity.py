@@ -48,7 +48,7 @@ def test_training_step_counts_one_batch():
 
 
 @pytest.mark.parametrize('name', CARE)
-def test_published_layout_is_our_layout_under_other_names(name):
+def test_published_layout_differs_only_in_names(name):
     ours = timm.create_model(name, device='meta').state_dict()
     renamed = rename_keys(ours, PUBLISHED_KEYS, to_published=True)
     assert {key: list(value.shape) for key, value in renamed.items()} == published_layout(name)

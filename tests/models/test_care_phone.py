@@ -127,7 +127,7 @@ def test_rounding_of_folded_weights_does_not_darken_or_brighten():
 @pytest.mark.parametrize('conv, mean', [(torch.nn.Conv2d(3, 8, 3, padding=1), [0.5] * 3), (
     torch.nn.Conv2d(1, 8, 3), [0.5] * 3)])
 def test_pixels_do_not_fold_where_that_would_be_wrong(conv, mean):
-    with pytest.raises(ValueError, match='cannot go into'):
+    with pytest.raises(ValueError, match='cannot be folded into'):
         fold_pixels(conv, mean, mean)
 
 
@@ -140,7 +140,7 @@ def test_phone_form_has_no_transposes_and_two_reshapes_for_each_attention():
     assert sum('reshape' in name or 'view' in name or 'flatten' in name for name in names) == 2 * attentions
 
 
-def test_forms_leave_the_network_as_it_is():
+def test_forms_do_not_change_the_network():
     model = filled_model('care_s0')
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for form in FORMS:
@@ -185,7 +185,7 @@ def test_least_mass_is_the_least_denominator():
 
 
 def test_phone_form_of_a_fused_network_still_refuses_training():
-    with pytest.raises(RuntimeError, match='for inference alone'):
+    with pytest.raises(RuntimeError, match='for inference only'):
         to_form(filled_model('care_s0'), 'phone').stages[2].blocks[0].mixer.train()
 
 

@@ -34,7 +34,7 @@ def test_fused_float32_is_as_close_to_float64_as_unfused(model):
     assert measure_fusion_error(model, fuse(model)) < FLOAT32
 
 
-def test_reparameterize_model_of_timm_gives_the_fused_network(model):
+def test_reparameterize_model_of_timm_returns_the_fused_network(model):
     found, expected = reparameterize_model(model), fuse(model)
     assert str(found) == str(expected)
     assert all(torch.equal(a, b) for a, b in zip(
@@ -65,7 +65,7 @@ def test_every_model_is_fused(name):
 
 @pytest.mark.parametrize('name', one_of_each_file())
 class TestOneOfEachFile:
-    def test_the_original_stays(self, name):
+    def test_the_original_is_unchanged(self, name):
         model = shallow_model(name)
         before = copy.deepcopy(model)
         fused = fuse(model)
@@ -98,7 +98,7 @@ class TestOneOfEachFile:
         with pytest.raises(ValueError, match=r'training mode.*call eval\(\)'):
             fuse(model)
         for fused in fuse(model.eval()), reparameterize_model(timm.create_model(name, depths=SHALLOW)):
-            with pytest.raises(RuntimeError, match='for inference alone'):
+            with pytest.raises(RuntimeError, match='for inference only'):
                 fused.train()
             assert not fused.eval().training
 
@@ -108,7 +108,7 @@ class TestOneOfEachFile:
         with pytest.raises(ValueError, match='training mode'):
             fuse(model)
 
-    def test_fusing_twice_or_what_is_wrapped_is_refused(self, name):
+    def test_fusing_twice_or_a_wrapped_network_is_refused(self, name):
         model = timm.create_model(name, depths=SHALLOW).eval()
         with pytest.raises(ValueError, match='fused already'):
             fuse(fuse(model))
@@ -122,12 +122,12 @@ class TestOneOfEachFile:
         assert not list(tmp_path.iterdir())
 
 
-def test_a_network_of_others_is_refused():
+def test_a_foreign_network_is_refused():
     with pytest.raises(ValueError, match='ResNet has no parts to fuse'):
         fuse(timm.create_model('resnet18').eval())
 
 
-def test_a_head_put_in_from_outside_is_refused():
+def test_a_replaced_head_is_refused():
     model = timm.create_model('care_s0').eval()
     model.head_dist = copy.deepcopy(model.head_dist)
     with pytest.raises(ValueError, match='replaced from outside'):
@@ -165,12 +165,12 @@ def test_fusing_adds_no_multiply_adds_but_those_of_the_border_around_the_3x3():
 
 # Errors in the rewrites, each of which the comparison must notice ----------------------------------------------------
 
-def lose_a_shift(monkeypatch):
+def drop_a_shift(monkeypatch):
     found = folding._scale_and_shift
     monkeypatch.setattr(folding, '_scale_and_shift', lambda norm: (found(norm)[0], 0 * found(norm)[1]))
 
 
-def forget_the_eps_of_a_norm(monkeypatch):
+def drop_the_eps_of_a_norm(monkeypatch):
     def without_eps(norm):
         scale = norm.weight.double() / norm.running_var.double().sqrt()
         return scale, norm.bias.double() - norm.running_mean.double() * scale
@@ -185,7 +185,7 @@ def fold_into_the_wrong_side(monkeypatch):
     monkeypatch.setattr(care_fused, 'fold_norm_into_next', fold)
 
 
-def leave_the_layer_scale_out(monkeypatch):
+def omit_the_layer_scale(monkeypatch):
     monkeypatch.setattr(care_fused, 'scale_outputs', lambda conv, scale: conv)
 
 
@@ -210,30 +210,30 @@ def take_one_head_alone(monkeypatch):
 
 
 @pytest.mark.parametrize('break_it', [
-    lose_a_shift, forget_the_eps_of_a_norm, fold_into_the_wrong_side, leave_the_layer_scale_out,
+    drop_a_shift, drop_the_eps_of_a_norm, fold_into_the_wrong_side, omit_the_layer_scale,
     scale_the_weight_but_not_the_bias, put_the_3x3_into_a_corner, take_one_head_alone], ids=lambda f: f.__name__)
-def test_a_wrong_rewrite_is_noticed(break_it, monkeypatch):
+def test_a_wrong_fusion_is_detected(break_it, monkeypatch):
     model = shallow_model('care_s0').double()
     assert measure_fusion_error(model, fuse(model)) < EXACT
     break_it(monkeypatch)
     assert measure_fusion_error(model, fuse(model)) > 1e6 * EXACT
 
 
-def forget_the_residual(monkeypatch):
+def drop_the_residual(monkeypatch):
     monkeypatch.setattr(folding.ResidualConv, 'fuse', lambda conv: folding._make_conv(
         conv, conv.weight.double(), conv.bias.double()))
 
 
-def take_one_linear_head_alone(monkeypatch):
+def use_one_linear_head(monkeypatch):
     init = folding.FusedLinearHead.__init__
     monkeypatch.setattr(folding.FusedLinearHead, '__init__', lambda self, heads: init(self, heads[:1]))
 
 
 @pytest.mark.parametrize('name, break_it', [
-    ('casvit_xs', lose_a_shift), ('casvit_xs', forget_the_eps_of_a_norm), ('casvit_xs', fold_into_the_wrong_side),
-    ('casvit_xs', take_one_linear_head_alone), ('mlla_t', lose_a_shift), ('mlla_t', forget_the_residual),
-    ('mlla_t', take_one_linear_head_alone)], ids=lambda value: getattr(value, '__name__', value))
-def test_a_wrong_rewrite_of_other_networks_is_noticed(name, break_it, monkeypatch):
+    ('casvit_xs', drop_a_shift), ('casvit_xs', drop_the_eps_of_a_norm), ('casvit_xs', fold_into_the_wrong_side),
+    ('casvit_xs', use_one_linear_head), ('mlla_t', drop_a_shift), ('mlla_t', drop_the_residual),
+    ('mlla_t', use_one_linear_head)], ids=lambda value: getattr(value, '__name__', value))
+def test_a_wrong_fusion_of_other_networks_is_detected(name, break_it, monkeypatch):
     model = shallow_model(name, distilled=True).double()
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     assert measure_fusion_error(model, fuse(model), images) < EXACT

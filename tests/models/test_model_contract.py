@@ -1,4 +1,4 @@
-"""What timm asks of a backbone, asked of every model this package registers."""
+"""Interface that timm expects of a backbone, checked for every registered model."""
 import copy
 import io
 import pickle
@@ -46,7 +46,7 @@ def test_num_features_are_the_channels_of_the_features(name, num_features):
 
 
 @each_model
-def test_feature_info_tells_modules_channels_and_reductions(name):
+def test_feature_info_lists_modules_channels_and_reductions(name):
     model = on_meta(name)
     maps = model.forward_intermediates(images(1, 3, 96, 64, device='meta'), intermediates_only=True)
     assert len(maps) == len(model.feature_info)
@@ -57,7 +57,7 @@ def test_feature_info_tells_modules_channels_and_reductions(name):
 
 @each_model
 @pytest.mark.parametrize('out_indices', [None, (0,), (1, 3), (-1,), (0, 1, 2, 3)])
-def test_features_only_gives_the_maps_asked_for(name, out_indices):
+def test_features_only_returns_the_requested_maps(name, out_indices):
     kwargs = {} if out_indices is None else dict(out_indices=out_indices)
     model = on_meta(name, features_only=True, **kwargs)
     maps = model(images(1, 3, 64, 96, device='meta'))
@@ -68,7 +68,7 @@ def test_features_only_gives_the_maps_asked_for(name, out_indices):
 
 @each_file
 @pytest.mark.parametrize('feature_cls', ['list', 'dict', 'getter', 'hook', 'fx'])
-def test_every_kind_of_features_only_gives_the_intermediates(name, feature_cls):
+def test_every_kind_of_features_only_returns_the_intermediates(name, feature_cls):
     model = shallow_model(name)
     extractor = timm.create_model(
         name, features_only=True, feature_cls=feature_cls, out_indices=(0, 2, 3), depths=SHALLOW).eval()
@@ -115,7 +115,7 @@ def test_forward_intermediates_can_stop_early(name):
 
 
 @each_model
-def test_forward_intermediates_refuses_what_it_has_not(name):
+def test_forward_intermediates_refuses_invalid_arguments(name):
     x = images(1, 3, 64, 64, device='meta')
     with pytest.raises((ValueError, AssertionError), match='NLC'):
         on_meta(name).forward_intermediates(x, output_fmt='NLC')
@@ -124,7 +124,7 @@ def test_forward_intermediates_refuses_what_it_has_not(name):
 
 
 @each_file
-def test_prune_intermediate_layers_keeps_what_is_asked_for(name):
+def test_prune_intermediate_layers_keeps_the_requested_stages(name):
     model = shallow_model(name)
     x = images(2, 3, 64, 64)
     with torch.no_grad():
@@ -260,7 +260,7 @@ def test_device_and_dtype_are_constructor_arguments(name):
 
 
 @each_file
-def test_dtype_argument_gives_the_same_network(name):
+def test_dtype_argument_creates_the_same_network(name):
     model = timm.create_model(name, dtype=torch.float64, depths=SHALLOW).eval()
     assert model(images(1, 3, 64, 64).double()).dtype == torch.float64
     for (key, value), other in zip(
@@ -277,7 +277,7 @@ def test_unknown_argument_is_refused_by_name(name):
 
 
 @each_model
-def test_pretrained_cfg_says_how_to_evaluate_and_what_to_replace(name):
+def test_pretrained_cfg_has_evaluation_settings_and_layer_names(name):
     model = on_meta(name)
     cfg = model.pretrained_cfg
     keys = set(model.state_dict())

@@ -24,7 +24,7 @@ def test_forward_is_features_then_head(name):
 
 
 @each_model
-def test_no_classes_give_pooled_features_and_no_pooling_gives_maps(name):
+def test_no_classes_return_pooled_features_and_no_pooling_returns_maps(name):
     x = images(2, 3, 64, 96, device='meta')
     model = on_meta(name, num_classes=0)
     assert model.num_classes == 0 and model(x).shape == (2, model.num_features)
@@ -88,7 +88,7 @@ def test_reset_classifier_changes_the_pooling_only_when_asked(name):
 
 
 @each_model
-def test_get_classifier_gives_the_linear_layers(name):
+def test_get_classifier_returns_the_linear_layers(name):
     model = on_meta(name, num_classes=11)
     classifiers = classifiers_of(model)
     assert len(classifiers) == (2 if model.distilled else 1) and model.distilled == (name in CARE)
@@ -131,7 +131,7 @@ def test_only_distilled_training_returns_a_pair(name):
 
 
 @each_file
-def test_a_second_head_has_all_that_the_first_has(name):
+def test_a_second_head_has_the_layers_of_the_first(name):
     model = two_headed(name, num_classes=10)
     head, head_dist = model.get_classifier()
     assert head.weight.shape == head_dist.weight.shape and not torch.equal(head.weight, head_dist.weight)

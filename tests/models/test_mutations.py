@@ -56,7 +56,7 @@ def take_the_memory_from_the_other_end(model, monkeypatch):
     monkeypatch.setattr(care.CareBlock, 'forward', forward)
 
 
-def forget_the_memory(model, monkeypatch):
+def drop_the_memory(model, monkeypatch):
     def forward(self, x):
         memory, features = x.split([self.memory_chs, self.mixed_chs], dim=1)
         features = self.inter1(self.mixer(features))
@@ -168,7 +168,7 @@ MUTATIONS = {
     'attention and 3x3 slices of one block swapped': swap_attention_and_3x3_slices_of_one_block,
     'mixed slices in another order': concatenate_mixed_slices_in_another_order,
     'memory at the other end': take_the_memory_from_the_other_end,
-    'no memory': forget_the_memory,
+    'no memory': drop_the_memory,
     'channels of heads interleaved': interleave_the_channels_of_heads,
     'queries and keys swapped': swap_queries_and_keys,
     'eps 1e-3': partial(change_eps, eps=1e-3),
@@ -205,7 +205,7 @@ TRAINING_MUTATIONS = {
 }
 
 
-def test_the_network_as_it_is_has_parity(model):
+def test_the_unmodified_network_has_parity(model):
     print(f'largest error {largest(assert_evaluation_parity(model, "care_s0"))}')
 
 

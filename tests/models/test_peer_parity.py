@@ -54,7 +54,7 @@ def test_evaluation_reproduces_the_published_logits(name, dtype):
 
 
 @each_peer
-def test_published_layout_is_our_layout_under_other_names(name):
+def test_published_layout_differs_only_in_names(name):
     model = timm.create_model(name, device='meta', **heads_of(name))
     ours = {key: list(value.shape) for key, value in model.state_dict().items()}
     published = published_layout(PUBLISHED_NAMES[name])
@@ -76,7 +76,7 @@ def test_parameters_and_gmacs_are_those_published(name):
         assert gmacs(model)['total'] == pytest.approx(expected, abs=6e-4)
 
 
-def test_rotation_tables_of_a_file_are_left_out():
+def test_rotation_tables_of_a_file_are_ignored():
     model = timm.create_model('mlla_t')
     published = published_state_dict('mlla_t')
     tables = {f'layers.{s}.blocks.0.attn.rope.rotations': torch.zeros(56 >> s, 56 >> s, 32 << s, 2) for s in range(4)}
@@ -87,7 +87,7 @@ def test_rotation_tables_of_a_file_are_left_out():
         assert torch.equal(value, nested[0].state_dict()[key])
 
 
-def test_rotary_code_turns_the_first_half_by_rows_and_the_second_by_columns():
+def test_rotary_code_rotates_the_first_half_by_rows_and_the_second_by_columns():
     """theta_i = 10000^(-i / n), n = C / 4: pair p turns by row * theta_p, pair n + p by column * theta_p."""
     code = rotary_code(torch.zeros(1, 32, 5, 7, dtype=torch.float64))
     assert code.shape == (2, 16, 5, 7) and code.dtype == torch.float64
@@ -119,7 +119,7 @@ def test_cas_vit_has_an_evaluation_at_384_that_squashes():
     assert (cfg['input_size'], cfg['crop_pct'], cfg['crop_mode']) == ((3, 224, 224), 0.875, 'center')
 
 
-def test_arguments_that_cannot_work_are_refused():
+def test_invalid_arguments_are_refused():
     with pytest.raises(ValueError, match='per stage'):
         CasVit(depths=(1, 1), widths=(8, 8, 8))
     with pytest.raises(ValueError, match='width=48'):

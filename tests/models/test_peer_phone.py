@@ -54,12 +54,12 @@ def test_phone_form_computes_the_same(name, settings):
         phone = to_form(model, 'phone')
         assert measure_error(phone(images), model(images)) < CLOSE[name]
     assert is_fused(phone) and isinstance(phone, (CasVit, Mlla))
-    with pytest.raises(RuntimeError, match='for inference alone'):
+    with pytest.raises(RuntimeError, match='for inference only'):
         phone.train()
 
 
 @pytest.mark.parametrize('name', CLOSE)
-def test_phone_form_leaves_the_network_as_it_is(name):
+def test_phone_form_does_not_change_the_network(name):
     model = filled_model(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for parameter in to_form(model, 'phone').parameters():

@@ -95,7 +95,7 @@ def test_timm_beyond_its_own_models(timm_tests, name, test):
     run(timm_tests, test, name)
 
 
-def test_every_test_that_timm_runs_on_all_models_runs_on_ours(timm_tests):
+def test_every_test_that_timm_runs_on_all_models_runs_on_these_models(timm_tests):
     functions = {name for name, f in vars(timm_tests).items() if name.startswith('test_') and runs_over_all_models(f)}
     ran = functions & set(FOR_ALL_MODELS)
     left_out = functions - ran - set(NOT_FOR_OURS)

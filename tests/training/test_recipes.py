@@ -94,7 +94,7 @@ def test_every_recipe_is_valid_and_described(path):
     ('casvit_t_imagenet', 'casvit_xs_imagenet', {'model'}), ('cifar100', 'cifar10', {'data', 'dataset'}),
     ('casvit_t_384_finetune', 'casvit_xs_384_finetune', {'model'}),
     ('mlla_b_imagenet', 'mlla_s_imagenet', {'model', 'drop_path', 'mesa'})])
-def test_variants_change_only_what_they_state(name, base, expected):
+def test_variants_change_only_the_stated_settings(name, base, expected):
     mine, others = (parse(recipe).to_dict() for recipe in (name, base))
     assert {key for key in mine if mine[key] != others[key]} == expected
 

@@ -199,7 +199,7 @@ def test_three_processes_resume_with_their_own_statistics(data, tmp_path):
     assert read_rows(folder) == read_rows(expected)
 
 
-def test_another_number_of_processes_resumes_and_reports_what_differs(data, undisturbed, half_way, tmp_path, capsys):
+def test_another_number_of_processes_resumes_and_reports_the_differences(data, undisturbed, half_way, tmp_path, capsys):
     """From one to two and back to one, in the middle of epochs."""
     log = tmp_path / 'log.txt'
     process = start('train.py', data, *FLAGS, '--output', half_way, log=log, processes=2)

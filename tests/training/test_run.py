@@ -202,7 +202,7 @@ def test_a_worker_that_dies_ends_the_run_with_the_reason(data, tmp_path):
     assert 'the same command resumes from it' in printed and 'Traceback' not in printed
 
 
-def test_ctrl_c_tells_how_to_resume(data, tmp_path):
+def test_ctrl_c_prints_how_to_resume(data, tmp_path):
     log = tmp_path / 'log.txt'
     process = start('train.py', data, *FLAGS, '--epochs', 300, '--output', tmp_path / 'run', log=log)
     assert wait_for(lambda: 'epoch 1/' in log.read_text(), process)

@@ -190,7 +190,7 @@ def test_a_killed_run_ends_with_the_same_weights(data, unbroken, tmp_path, monke
             read_tensors(folder / 'last.pth.tar', entry) for folder in (tmp_path / 'run', unbroken)))
 
 
-def test_two_processes_learn_what_one_learns(data, tmp_path):
+def test_two_processes_learn_the_same_as_one(data, tmp_path):
     """The average is the same on both except for the running statistics, which each process has for its own images."""
     flags = [data, *FLAGS, *MESA, '--mixup', 0, '--cutmix', 0, '--drop', 0, '--epochs', 2, '--opt', 'sgd']
     for name, processes in (('one', 1), ('two', 2)):

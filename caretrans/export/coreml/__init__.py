@@ -1,1 +1,1 @@
-"""Core ML: conversion, evaluation of its programs on any system, and what only a Mac can measure."""
+"""Core ML: conversion, evaluation of its programs on any system, and measurements on a Mac."""

@@ -51,7 +51,7 @@ def _open(path: Path, units: str, load: bool = True) -> Any:
             model.get_compiled_model_path()
         except Exception as error:  # a plain one, of coremltools
             raise ExportError(
-                f'{path}: Core ML cannot load it ({error}). It runs on macOS only, from the --target on that the '
+                f'{path}: Core ML cannot load it ({error}). Core ML needs macOS, at least the --target that the '
                 f'program was exported for.') from error
     return model
 

@@ -46,7 +46,7 @@ def import_coremltools() -> Any:
 
 
 def check(job: Job) -> None:
-    """Refuse what Core ML does not support.
+    """Refuse settings that Core ML does not support.
 
     Raises:
         ConfigError: Versions that do not fit, or settings that exclude one another.
@@ -60,14 +60,14 @@ def check(job: Job) -> None:
         raise ConfigError(f'--compress {job.compress} needs scikit-learn: pip install scikit-learn')
     if job.batch != 1 and job.input == 'image':
         raise ConfigError(
-            f'--batch {job.batch} with --input image: a Core ML image is one image. Take --input tensor.')
+            f'--batch {job.batch} with --input image: a Core ML image input holds one image. Use --input tensor.')
     if job.batch != 1 and job.output == 'classes':
         raise ConfigError(
-            f'--batch {job.batch} with --output classes: a Core ML classifier labels one image at a time. Take '
+            f'--batch {job.batch} with --output classes: a Core ML classifier labels one image at a time. Use '
             f'--output probabilities or logits.')
     if job.format == 'mlpackage' and job.compress != 'none' and job.target == 'iOS15':
         raise ConfigError(
-            f'--compress {job.compress} with --target iOS15: iOS reads such weights from 16 on. Take --target iOS16.')
+            f'--compress {job.compress} with --target iOS15: compressed weights need iOS 16. Use --target iOS16.')
 
 
 # Conversion -----------------------------------------------------------------------------------------------------------
@@ -201,12 +201,12 @@ def read_facts(path: Path) -> dict[str, str]:
     """The metadata in a saved program: model, form, format, precision, input, size and more, as text.
 
     Raises:
-        ExportError: It cannot be read, or is not one of ours.
+        ExportError: It cannot be read, or was not written by coreml/export.py.
     """
     with quiet(*LOGGERS), reading(path):
         facts = dict(import_coremltools().utils.load_spec(str(path)).description.metadata.userDefined)
     if 'caretrans' not in facts:
-        raise ExportError(f'{path} was not exported by coreml/export.py: it has no metadata of it.')
+        raise ExportError(f'{path} was not exported by coreml/export.py: its metadata are missing.')
     return facts
 
 

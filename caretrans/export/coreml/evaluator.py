@@ -30,7 +30,7 @@ KEEPING = ('cast', 'expandDims', 'expand_dims', 'flattenTo2D', 'identity', 'rank
 
 
 class Mode(Enum):
-    """How a run computes what the file declares as float16."""
+    """Handling of values that the file declares as float16."""
     ROUNDED = 'rounded to float16 after each operation'
     FLUSHED = 'rounded, and subnormal numbers become 0, as on devices without them'
     EXACT = 'float32, with the weights as the file has them'
@@ -42,7 +42,7 @@ def round_half_(x: torch.Tensor) -> torch.Tensor:
 
 
 def _flush(x: torch.Tensor) -> torch.Tensor:
-    """Set float16 values below 6.1e-5 to 0; NaN stays."""
+    """Set float16 values below 6.1e-5 to 0; NaN is kept."""
     return F.hardshrink(x, LARGEST_SUBNORMAL) if x.is_floating_point() else x
 
 
@@ -304,7 +304,7 @@ class Evaluator:
         """Run in one mode, and add to what is given."""
         if tuple(images.shape) != tuple(self.input.shape):
             raise ExportError(
-                f'{self.path} takes images of {tuple(self.input.shape)}, not {tuple(images.shape)}: use these, or '
+                f'{self.path} expects images of {tuple(self.input.shape)}, not {tuple(images.shape)}: use these, or '
                 'export it again for another --batch and --img-size.')
         values = {name: weight.take(mode) for name, weight in self.constants.items()}
         values[self.input.name] = self.input.prepare(images, mode)

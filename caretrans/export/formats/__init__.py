@@ -1,1 +1,1 @@
-"""Formats: one module for each runtime, and the table of what they are called, need and allow."""
+"""Formats: one module for each runtime, and the table of their names, requirements and options."""

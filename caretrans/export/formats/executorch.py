@@ -30,13 +30,13 @@ SHAPE_CHANGES = ('view', 'permute', 'transpose', 'squeeze', 'unsqueeze', 'expand
 
 
 def check(job: Job) -> None:
-    """Refuse what the Core ML delegate has no target for.
+    """Refuse targets that the Core ML delegate does not support.
 
     Raises:
         ConfigError: There is no such target.
     """
     if job.format == 'executorch-coreml' and job.target == 'iOS26':
-        raise ConfigError(f'--target {job.target} with --format {job.format}: take iOS15, iOS16, iOS17 or iOS18.')
+        raise ConfigError(f'--target {job.target} with --format {job.format}: use iOS15, iOS16, iOS17 or iOS18.')
 
 
 # Writing --------------------------------------------------------------------------------------------------------------

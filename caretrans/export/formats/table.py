@@ -23,7 +23,7 @@ class Format:
         precisions, inputs, outputs: Choices, the default first.
         packages: {module to import: what to pip install}.
         precision_packages: {precision: further packages}.
-        own_environment: Whether its packages clash with those of training, so that cmd/export.sh makes another one.
+        own_environment: Whether its packages conflict with training, so that it needs a separate environment.
     """
     name: str
     module: str
@@ -84,7 +84,7 @@ def read_pins() -> dict[str, str]:
 
 
 def find_obstacle(item: Format, precision: str = '') -> str:
-    """What a format lacks here, with the remedy; '' if nothing.
+    """Obstacle to a format here, with the remedy; '' if there is none.
 
     Args:
         precision: Include what this precision needs.
@@ -96,7 +96,7 @@ def find_obstacle(item: Format, precision: str = '') -> str:
     if missing:
         return f'{", ".join(missing)} is not installed here: {REMEDY}'
     pins = read_pins()
-    others = [f'{name} {version} is installed, it is tested with {pins[name]}'
+    others = [f'{name} {version} is installed, but {pins[name]} is required'
               for name, version in list_versions(item, precision).items()
               if name in pins and version.partition('+')[0] != pins[name]]
     return f'{"; ".join(others)}: {REMEDY}' if others else ''

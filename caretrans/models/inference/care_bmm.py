@@ -1,12 +1,12 @@
-"""The CARE Transformer for XNNPACK: the fused network with operations that its compilers keep in one piece.
+"""The CARE Transformer for XNNPACK: the fused network with operations that run in XNNPACK without fallbacks.
 
-XNNPACK, which runs ExecuTorch's and LiteRT's programs on processors, takes what it knows and leaves the rest to slow
-general code, with a copy at each border. It knows no split, no comparison, no mean over one axis and no product of four
-axes. So channels are cut by slices, batch and heads are one axis, the feature of attention is
+XNNPACK, which runs programs of ExecuTorch and LiteRT on CPUs, leaves unsupported operations to slow general code, with
+a copy at each border. It supports no split, comparison, mean over one axis or matmul of four-dimensional tensors.
+Therefore channels are cut by slices, batch and heads are one axis, the feature of attention is
 
     phi(t) = elu(t) + 1 = exp(-relu(-t)) + relu(t),
 
-and its denominator is a further row of the values, all ones, that the convolution makes. Exact algebra.
+and its denominator is an extra row of the values, all ones, that the convolution makes. This is exact algebra.
 """
 import copy
 from typing import Tuple
@@ -21,9 +21,9 @@ __all__ = ['BmmAttention', 'SlicedMixer', 'to_bmm_form']
 
 
 class BmmAttention(InferenceModule):
-    """Linear attention by products of three axes: (B, C, H, W) to the same shape.
+    """Linear attention by matmuls of three-dimensional tensors: (B, C, H, W) to the same shape.
 
-    One convolution gives each head its queries, keys, values and a row of ones, in the least reshapes. Values and ones
+    One convolution computes queries, keys, values and a row of ones for each head, with few reshapes. Values and ones
     are multiplied by 1 / N, so that the sums over the N positions are means; see `caretrans.models.attention`.
     """
 
@@ -56,7 +56,7 @@ class BmmAttention(InferenceModule):
 
 
 class SlicedMixer(InferenceModule):
-    """A `FusedMixer` by slices: (B, C, H, W) to (B, m, H, W) and (B, C - m, H, W)."""
+    """A `FusedMixer` that slices instead of splitting: (B, C, H, W) to (B, m, H, W) and (B, C - m, H, W)."""
 
     def __init__(self, mixer: nn.Module) -> None:
         super().__init__()
@@ -73,10 +73,10 @@ class SlicedMixer(InferenceModule):
 
 
 def to_bmm_form(model: nn.Module) -> nn.Module:
-    """A copy of a fused network with the operations of XNNPACK; the network itself stays.
+    """Return a copy of a fused network with operations that XNNPACK supports; the network itself is unchanged.
 
     Args:
-        model: What `caretrans.fuse.fuse` returned.
+        model: A network returned by `caretrans.fuse.fuse`.
     """
     model = copy.deepcopy(model)
     for block in [module for module in model.modules() if hasattr(module, 'mixer')]:

@@ -1,15 +1,15 @@
-"""The CARE Transformer for inference alone: the same function with fewer operations.
+"""The CARE Transformer for inference only: the same function with fewer operations.
 
-Every rewrite is exact algebra, computed in float64; only the rounding differs.
+Every step is exact algebra, computed in float64; only the rounding differs.
 
-- A BatchNorm in evaluation mode is a scale and a shift per channel: those of the stem go into the convolution before
-  them, those of the downsampling, of Inter1 and of Inter2 into the convolution after them, none of which pads.
-- The 3x3 convolution is a 7x7 one with a border of zeros: both local ranges become one convolution.
-- Of the residual x + gamma * (c + P(h)) the second term becomes a convolution of its own, x + gamma * c + (gamma P)(h).
+- A BatchNorm in evaluation mode is a scale and a shift per channel. The BatchNorm of the stem is folded into the
+  convolution before it, the others (downsampling, Inter1, Inter2) into the one after them, none of which pads.
+- The 3x3 convolution is a 7x7 one with a border of zeros: both local convolutions become one.
+- The residual x + gamma * (c + P(h)) becomes x + gamma * c + (gamma P)(h): gamma is folded into the projection P.
 - The heads share pooling, GELU and the statistics of their LayerNorms, so that their mean is one head.
-- Dropout and stochastic depth do nothing, and are gone.
+- Dropout and stochastic depth do nothing, and are removed.
 
-The parts of `care.py` return these from their `fuse` methods, where timm's `reparameterize_model` finds them.
+The `fuse` methods in `care.py`, which timm's `reparameterize_model` calls, return these modules.
 """
 from typing import Optional, Sequence, Tuple
 
@@ -53,7 +53,7 @@ class FusedExpansion(InferenceModule):
 
 
 class FusedInteraction(FusedExpansion):
-    """What an interaction adds to its input, times `scale` per channel: (B, C, H, W) to the same shape."""
+    """Residual branch of an interaction, times `scale` per channel: (B, C, H, W) to the same shape."""
 
     def __init__(self, interaction: nn.Module, scale: Optional[torch.Tensor] = None) -> None:
         super().__init__(interaction)
@@ -64,7 +64,7 @@ class FusedInteraction(FusedExpansion):
 
 
 class FusedMixer(InferenceModule):
-    """Split off the memory and mix the rest, in one split: (B, C, H, W) to (B, m, H, W) and (B, C - m, H, W)."""
+    """Split off the memory and mix the other slices: (B, C, H, W) to (B, m, H, W) and (B, C - m, H, W)."""
 
     def __init__(self, mixer: nn.Module, memory_chs: int) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class FusedMixer(InferenceModule):
 
 
 class FusedStackedMixer(InferenceModule):
-    """The same for an ablation that mixes all of the rest in one way after another."""
+    """A `FusedMixer` for the ablation whose mixing layers run in sequence, each on all channels."""
 
     def __init__(self, mixer: nn.Module, memory_chs: int, mixed_chs: int) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class FusedStackedMixer(InferenceModule):
 class FusedBlock(InferenceModule):
     """CareBlock: (B, 4m, H, W) to the same shape, or to the expanded channels of Inter2 in the last block.
 
-    `inter1` and `inter2` are None where an ablation goes without, the layer scale `gamma` in the last block.
+    `inter1` and `inter2` are None if an ablation removes them; the layer scale `gamma` is None in the last block.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -130,7 +130,7 @@ class FusedBlock(InferenceModule):
 class FusedHead(InferenceModule):
     """The mean of several heads as one: pooled features (B, C) to logits (B, num_classes).
 
-    The LayerNorm only normalises; the scales and shifts of those it stands for are in the linear layer.
+    The LayerNorm only normalises; the scales and shifts of the original LayerNorms are folded into the linear layer.
     """
 
     def __init__(self, heads: Sequence[nn.Module]) -> None:

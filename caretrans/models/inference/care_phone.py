@@ -2,11 +2,11 @@
 
 - Attention is written with softmax and logarithms: no sum over positions that overflows, no small denominator, no
   feature that cancels to 0. Queries, keys and values leave one convolution, head by head, so that two reshapes remain.
-- The 11x1 and the 1x11 convolution of the early stages are one 11x11 cross, and that is one convolution with the local
-  range beside it, whose 7x7 gets a border of zeros: 2 % more multiply-adds of care_s0 for 12 operations fewer.
+- The 11x1 and the 1x11 convolution of the early stages become one 11x11 cross, joined with the local 7x7 convolution,
+  which gets a border of zeros: 2 % more multiply-adds for care_s0, but 12 operations fewer.
 
-Both are exact algebra but for one number: attention has no eps of 1e-6. That moves an output by the fraction
-eps / denominator of itself; `watch_least_mass` shows the denominators.
+Both are exact algebra except that attention omits the eps of 1e-6, which changes an output by the fraction
+eps / denominator of its value; `watch_least_mass` shows the denominators.
 """
 import copy
 from typing import Tuple
@@ -33,7 +33,7 @@ class PhoneAttention(InferenceModule):
     are the same for log phi + 1 = min(t + 1, 1) + log(max(t + 1, 1)), which needs no exponential and is nearly t
     itself for negative t, where phi vanishes. t + 1 comes from the bias, v from an identity in the convolution.
 
-    Departure: no eps in the denominator; see above.
+    Unlike the original, the denominator has no eps; see above.
     """
 
     def __init__(self, attention: nn.Module) -> None:
@@ -98,10 +98,10 @@ class ConvMixer(InferenceModule):
 
 
 def to_phone_form(model: nn.Module) -> nn.Module:
-    """A copy of a fused network with the operations that phones prefer; the network itself stays.
+    """Return a copy of a fused network with the operations that phones prefer; the network itself is unchanged.
 
     Args:
-        model: What `caretrans.fuse.fuse` returned.
+        model: A network returned by `caretrans.fuse.fuse`.
     """
     model = copy.deepcopy(model)
     for block in [module for module in model.modules() if isinstance(module, FusedBlock)]:

@@ -1,18 +1,18 @@
 """MLLA for phones: the fused network with fewer operations that are also safer in float16.
 
-Its maps stay channels first, so that nothing is transposed: linear layers are 1x1 convolutions, LayerNorms run along
-the channels in the form that Core ML's converter recognises as one operation, and their scales and shifts move into the
-convolutions after them. Both projections of a block are one convolution.
+All maps are channels first, so that nothing is transposed: linear layers are 1x1 convolutions, and LayerNorms run along
+the channels in the form that Core ML's converter recognises as one operation. Their scales and shifts are folded into
+the convolutions after them. Both projections of a block are one convolution.
 
 The linear attention is written for float16 like that of `care_phone.py`: features by their logarithms, queries by a
 softmax over channels, keys as fractions of their mean, so that no sum overflows and no denominator is small. Its rotary
 code is two elementwise products with constant tables and one matmul with a small matrix; nothing is split into pairs.
 
-The residual stream holds an eighth of its values in the original network. LayerNorm does not see that, ReLU passes it
-through, and squares, which some programs compute separately, stay finite in float16 up to 2,000 instead of 255.
+The residual stream has 1/8 of its values in the original network. LayerNorm is invariant to that, ReLU preserves it,
+and squares, which some programs compute separately, are finite in float16 up to values of 2,000 instead of 255.
 
-All is exact algebra but for the eps of 1e-6 in the denominator, which is missing: `phone.watch_least_mass` shows the
-denominators.
+Everything is exact algebra except that the eps of 1e-6 in the denominator is omitted: `phone.watch_least_mass` shows
+the denominators.
 """
 import copy
 import math
@@ -27,13 +27,13 @@ from .phone import log_feature, use_mean_pool
 
 __all__ = ['ChannelNorm', 'PhoneMllaBlock', 'PhoneRotaryAttention', 'make_rotary_tables', 'to_phone_form']
 
-STREAM = 1 / 8  # what the residual stream is multiplied with
+STREAM = 1 / 8  # factor of the residual stream
 
 
 def make_rotary_tables(x: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Cosines over sines of the rotary code of a map (B, C, H, W), by head: (1, h, 2d, H * W) in its dtype.
 
-    The channels of a head are the first ones of all pairs, then the second ones: both have the angle of their pair.
+    In a head, the first channels of all pairs come first, then the second ones; both have the angle of their pair.
     """
     chs, height, width = x.shape[1], x.shape[2], x.shape[3]
     cos, sin = rotary_code(x).reshape(2, num_heads, chs // num_heads // 2, height * width).to(x.dtype).unbind(0)
@@ -56,9 +56,9 @@ class PhoneRotaryAttention(InferenceModule):
         out_i = R_i u_i . (sum_j R_j k'_j v_j) / (u_i . sum_j k'_j)
 
     k' is about N^-1/2 and both sums about N^1/2, whatever the keys are. R x = cos x + J (sin x) with a matrix J of 1
-    and -1, so that the products are taken with (cos u, sin u) and (cos k', sin k'), and J is applied to the sums.
+    and -1, so that the matmuls use (cos u, sin u) and (cos k', sin k'), and J is applied to the sums.
 
-    Departure: no eps in the denominator; see above.
+    Unlike the original, the denominator has no eps; see above.
     """
 
     def __init__(self, attention: nn.Module) -> None:
@@ -96,7 +96,7 @@ class PhoneRotaryAttention(InferenceModule):
 class ChannelNorm(InferenceModule):
     """A LayerNorm along the channels of the stream (B, C, H, W), without scale and shift.
 
-    Core ML's converter makes one operation of it.
+    Core ML's converter turns it into one operation.
     """
 
     def __init__(self, norm: nn.LayerNorm) -> None:
@@ -110,7 +110,7 @@ class ChannelNorm(InferenceModule):
 
 
 class ScaledNorm(ChannelNorm):
-    """The same with the scale and the shift."""
+    """A `ChannelNorm` with scale and shift."""
 
     def __init__(self, norm: nn.LayerNorm) -> None:
         super().__init__(norm)
@@ -129,12 +129,12 @@ def _fold(norm: nn.LayerNorm, linears: List[nn.Linear]) -> nn.Conv2d:
 
 
 def _write(linear: nn.Linear) -> nn.Conv2d:
-    """A linear layer as a 1x1 convolution that adds to the stream."""
+    """A linear layer as a 1x1 convolution whose output is added to the scaled stream."""
     return make_pointwise(linear.weight.double() * STREAM, linear.bias.double() * STREAM, like=linear.weight)
 
 
 def _keep(conv: nn.Conv2d) -> nn.Conv2d:
-    """A convolution of a part of the stream that gives the same part of what it gave."""
+    """A convolution of the scaled stream, whose output has the same scale."""
     conv = copy.deepcopy(conv).requires_grad_(False)
     conv.bias.mul_(STREAM)
     return conv
@@ -186,10 +186,10 @@ class PhoneMllaStage(InferenceModule):
 
 
 def to_phone_form(model: nn.Module) -> nn.Module:
-    """A copy of a fused MLLA with the operations that phones prefer; the network itself stays.
+    """Return a copy of a fused MLLA with the operations that phones prefer; the network itself is unchanged.
 
     Args:
-        model: What `caretrans.fuse.fuse` returned.
+        model: A network returned by `caretrans.fuse.fuse`.
     """
     model = copy.deepcopy(model)
     last = model.stem.conv3[1]

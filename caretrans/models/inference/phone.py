@@ -1,7 +1,7 @@
-"""Parts that the phone forms of all networks share.
+"""Parts shared by the phone forms of all networks.
 
-Phones compute in float16, whose largest number is 65504 and whose smallest normal one is 6.1e-5, and their compilers
-pay for every change of shape.
+Phones compute in float16, whose largest number is 65504 and whose smallest normal one is 6.1e-5, and every
+change of shape costs them time.
 """
 import copy
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ HALF_MAX = torch.finfo(torch.float16).max
 
 
 def log_feature(shifted: torch.Tensor) -> torch.Tensor:
-    """1 + log phi(t) of t + 1, for phi(t) = elu(t) + 1: without an exponential, and exact where phi vanishes."""
+    """1 + log phi(t) as a function of t + 1, with phi(t) = elu(t) + 1: no exponential, and exact where phi vanishes."""
     return shifted.clamp(-HALF_MAX, 1.) + shifted.clamp(1., HALF_MAX).log()
 
 
@@ -39,12 +39,12 @@ def use_mean_pool(model: nn.Module) -> bool:
 
 
 def to_phone_form(model: nn.Module) -> nn.Module:
-    """A copy of a fused network whose last BatchNorm moves through the global mean into the head.
+    """Return a copy of a fused network with its last BatchNorm folded, through the global mean, into the head.
 
-    For networks whose other layers are convolutions, gates and sums already, channels first.
+    The other layers must already be convolutions, gates and sums, channels first.
 
     Args:
-        model: What `caretrans.fuse.fuse` returned.
+        model: A network returned by `caretrans.fuse.fuse`.
     """
     model = copy.deepcopy(model)
     if use_mean_pool(model) and isinstance(model.head, nn.Linear) and isinstance(model.norm, nn.BatchNorm2d):
@@ -55,7 +55,7 @@ def to_phone_form(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def watch_least_mass(model: nn.Module) -> Iterator[List[float]]:
-    """The smallest denominator of each call of linear attention in an original or fused network, while it runs.
+    """Record the smallest denominator of each call of linear attention in an original or fused network.
 
         with watch_least_mass(model) as masses:
             model(images)
