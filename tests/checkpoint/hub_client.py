@@ -1,8 +1,4 @@
-<<<<<<< HEAD:tests/checkpoint/hub_client.py
 """Calls of timm's hub functions, in a separate process: huggingface_hub reads HF_ENDPOINT when it is imported.
-=======
-"""Calls of timm's hub functions, in a separate process because huggingface_hub reads HF_ENDPOINT when it is imported.
->>>>>>> r2lang:tests/hub_client.py
 
     HF_ENDPOINT=... python tests/checkpoint/hub_client.py    # prints {step: outcome} as JSON
 """
