@@ -15,6 +15,8 @@ from caretrans.bench.setups import Setup, check_setup, list_dtypes
 from caretrans.errors import ConfigError
 from caretrans.measure.sample_network import load_sample_images, randomize
 
+pytestmark = pytest.mark.slow
+
 CPU, CUDA, MPS = torch.device('cpu'), torch.device('cuda'), torch.device('mps')
 SIZE = (64, 96)
 

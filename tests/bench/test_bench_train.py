@@ -10,6 +10,8 @@ from caretrans.bench.train import (
     PUBLISHED, Mode, TrainingBench, bench_training, describe_training, list_modes, parse_mode, training_precision)
 from caretrans.errors import ConfigError, TrainingError
 
+pytestmark = pytest.mark.slow
+
 CPU, CUDA = torch.device('cpu'), torch.device('cuda')
 TINY = TrainingBench(
     batch=8, img_size=64, rounds=2, warmup=2, block_seconds=0., model_args=(('depths', (1, 1, 1, 1)),))

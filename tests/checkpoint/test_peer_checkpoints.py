@@ -13,6 +13,8 @@ from caretrans.__main__ import main
 from caretrans.checkpoint import convert_checkpoint, create_from_checkpoint, load_checkpoint, save_checkpoint
 from caretrans.models.published_keys import rename_keys
 
+pytestmark = pytest.mark.slow
+
 def rotations_by_definition(chs, side):
     """(side, side, chs / 2, 2): theta_i = 10000^(-i / n), n = chs / 4; pair p by row * theta_p, n + p by column."""
     theta = 10000. ** (-np.arange(chs // 4) / (chs // 4))

@@ -20,6 +20,8 @@ from caretrans.evaluation import EvalConfig, describe_result, evaluate_checkpoin
 from caretrans.training.run import train
 from train import main
 
+pytestmark = pytest.mark.slow
+
 CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
 FLAGS = ['--epochs', 1, '--warmup-epochs', 0, '--batch-size', 4, '--img-size', 32, '--workers', 0, '--device', 'cpu']
 

@@ -5,6 +5,8 @@ from exports import assert_break_is_caught, assert_truncation_is_named, check, m
 from caretrans.errors import ExportError
 from caretrans.export.formats import openvino
 
+pytestmark = pytest.mark.slow
+
 JOB = make_job('openvino')
 
 

@@ -17,6 +17,8 @@ from launch import ROOT
 from caretrans.export.formats.table import FORMATS, find_obstacle
 from caretrans.fuse import fuse, to_form
 
+pytestmark = pytest.mark.slow
+
 
 def skip_without(form):
     obstacle = find_obstacle(FORMATS[form])

@@ -11,6 +11,8 @@ from caretrans.export.verify import VerificationError, verify
 from caretrans.models import mlla
 from caretrans.models.inference import mlla_phone
 
+pytestmark = pytest.mark.slow
+
 NAMES = ('casvit', 'mlla')
 FEW = 4
 ERRORS = {'fp16': 5e-3, 'fp32': 5e-6}  # of the largest logit; measured 2.5e-3 and 1.5e-6

@@ -15,6 +15,8 @@ from kernel_checks import rotation_of
 from launch import run
 from reference import filled_model
 
+pytestmark = pytest.mark.slow
+
 needs_triton = pytest.mark.skipif(find_spec('triton') is None, reason='Triton is not installed')
 
 HOPPER = ('cuda', 90, 32)

@@ -17,7 +17,7 @@ SOME = sorted({*one_of_each_file(), 'care_s2'})
 some_models = pytest.mark.parametrize('name', SOME)
 first_models = pytest.mark.parametrize('name', one_of_each_file())
 
-pytestmark = pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')]
 
 
 def same(a, b):

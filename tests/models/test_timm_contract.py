@@ -17,6 +17,8 @@ from reference import SHALLOW
 from registered import MODELS, one_of_each_file
 from timm.models import get_pretrained_cfg
 
+pytestmark = pytest.mark.slow
+
 SOURCE = Path(__file__).parents[2] / 'build' / f'timm-{timm.__version__}' / 'tests' / 'test_models.py'
 
 FOR_ALL_MODELS = (

@@ -15,6 +15,8 @@ from caretrans.distributed import Processes
 from caretrans.training import Trainer
 from caretrans.training.steps import train_steps
 
+pytestmark = pytest.mark.slow
+
 FLAGS = [
     '--recipe', 'care_s0_fruit14', '--epochs', 2, '--warmup-epochs', 1, '--batch-size', 8, '--device-batch', 4,
     '--img-size', 32, '--val-img-size', 32, '--workers', 1, '--device', 'cpu', '--drop-path', 0.1, '--mixup', 0.8,

@@ -229,7 +229,8 @@ def get_change(trainer, start):
 
 @pytest.mark.parametrize('flags, tolerance', [
     (['--channels-last'], 1e-4), (['--grad-checkpointing'], 1e-6), (['--sync-bn'], 1e-6),
-    (['--compile', '--ema'], 1e-3), (['--amp', 'bf16'], 0.2), (['--amp', 'fp16'], 0.05)],
+    pytest.param(['--compile', '--ema'], 1e-3, marks=pytest.mark.slow),
+    (['--amp', 'bf16'], 0.2), (['--amp', 'fp16'], 0.05)],
     ids=lambda value: value[0][2:] if isinstance(value, list) else '')
 def test_every_mode_computes_the_same_step(data, flags, tolerance):
     """Plain gradient descent, so that the change of the weights is the gradient; error relative to the largest."""

@@ -14,6 +14,8 @@ from caretrans.training.losses import SelfDistillationTask, build_task
 from caretrans.training.run import train
 from caretrans.training.trainer import build_mixup
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device('cpu')
 CLASSES = 5
 FLAGS = [
