@@ -26,8 +26,8 @@ def encode(image: Image.Image, kind: str = 'JPEG', **options) -> bytes:
     return file.getvalue()
 
 
-def photograph(width: int, height: int, number: int = 0) -> Image.Image:
-    """Four photographs beside each other, scaled to this size."""
+def sample_image(width: int, height: int, number: int = 0) -> Image.Image:
+    """Four images side by side, scaled to this size."""
     tiles = [Image.open(SAMPLE_IMAGES[(number + i) % len(SAMPLE_IMAGES)]).convert('RGB') for i in range(4)]
     image = Image.new('RGB', (256, 256))
     for i, tile in enumerate(tiles):
@@ -81,15 +81,15 @@ def test_the_crops_have_the_distribution_that_they_should():
 
 @pytest.mark.parametrize('options', [{}, {'subsampling': 0}, {'progressive': True}, {'quality': 40}])
 def test_pixels_of_a_jpeg_are_those_of_timm_to_within_rounding(options):
-    apart = difference(encode(photograph(150, 120), **options))
+    apart = difference(encode(sample_image(150, 120), **options))
     assert apart.max() <= 2 and apart.float().mean() < 0.01
 
 
 def test_a_large_jpeg_is_decoded_at_a_reduced_scale_and_looks_the_same():
     assert [choose_reduction((0, 0, h, w), (64, 64)) for h, w in ((127, 500), (128, 500), (300, 256), (600, 512))] \
         == [1, 2, 4, 8]
-    apart = difference(encode(photograph(1200, 900)), interpolation='bilinear')
-    assert 0 < apart.float().mean() < 2.5  # of 255, at edges sharper than a photograph's
+    apart = difference(encode(sample_image(1200, 900)), interpolation='bilinear')
+    assert 0 < apart.float().mean() < 2.5  # of 255, at edges sharper than those of real images
 
 
 @pytest.mark.parametrize('axis', [0, 1])
@@ -136,16 +136,16 @@ OTHERS = {
 
 @pytest.mark.parametrize('kind', OTHERS)
 def test_what_is_no_plain_jpeg_goes_through_pillow_exactly_as_in_timm(kind):
-    data = OTHERS[kind](photograph(150, 120))
+    data = OTHERS[kind](sample_image(150, 120))
     assert read_jpeg_size(data) is None
     assert difference(data).max() == 0
 
 
 def test_grey_and_rotated_jpegs_come_out_as_in_timm():
-    assert difference(encode(photograph(150, 120).convert('L'))).max() <= 2
+    assert difference(encode(sample_image(150, 120).convert('L'))).max() <= 2
     rotated = Image.Exif()
     rotated[0x0112] = 6  # a viewer would turn it by 90 degrees, timm does not
-    data = encode(photograph(150, 120), exif=rotated)
+    data = encode(sample_image(150, 120), exif=rotated)
     assert read_jpeg_size(data) == (120, 150) and difference(data).max() <= 2
 
 
@@ -158,7 +158,7 @@ def outcome(transform, data):
 
 
 def test_damaged_files_are_refused_where_timm_refuses_them_and_else_look_the_same():
-    whole = encode(photograph(150, 120))
+    whole = encode(sample_image(150, 120))
     damaged = [whole[:length] for length in range(0, len(whole), 211)] + [whole[:-1], whole[:-2], whole[:-3], b'']
     for seed in range(40):
         data = bytearray(whole)
@@ -181,7 +181,7 @@ def test_damaged_files_are_refused_where_timm_refuses_them_and_else_look_the_sam
 def test_an_image_that_is_too_large_is_left_to_the_guard_of_pillow(monkeypatch):
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
     with pytest.raises(Image.DecompressionBombError):
-        CropTransform(create())(encode(photograph(150, 120)))
+        CropTransform(create())(encode(sample_image(150, 120)))
 
 
 def test_a_transform_without_a_random_crop_is_refused():

@@ -217,27 +217,27 @@ def hub_data(tmp_path, monkeypatch):
         monkeypatch.setenv(variable, value)
     import datasets  # reads them at import
 
-    photographs = copy_images(tmp_path / 'photographs', per_class=8)
+    images = copy_images(tmp_path / 'images', per_class=8)
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=['kaiser', 'orange']))
     (tmp_path / 'hub' / 'data').mkdir(parents=True)
     for split in ('train', 'val'):
-        paths = [path for path, _ in open_dataset(photographs, split).reader.samples]
+        paths = [path for path, _ in open_dataset(images, split).reader.samples]
         columns = dict(
             image=[dict(bytes=Path(path).read_bytes(), path=None) for path in paths],
             label=[int('orange' in path.split('/')[-2]) for path in paths])
         datasets.Dataset.from_dict(columns, features=features).to_parquet(
             tmp_path / 'hub' / 'data' / f'{split}-00000-of-00001.parquet')
-    return photographs, tmp_path / 'hub', tmp_path / 'cache'
+    return images, tmp_path / 'hub', tmp_path / 'cache'
 
 
 def test_hugging_face_data_sets_are_loaded_as_folders_are(hub_data):
-    photographs, folder, cache = hub_data
+    images, folder, cache = hub_data
     name = f'hfds/{folder}'
     dataset = open_dataset(cache, 'train', name=name)
     assert list_classes(dataset) == ['kaiser', 'orange'] and find_labels(dataset) == {0, 1}
-    assert are_equal(passes(load(cache, name=name, workers=2)), passes(load(photographs)))
+    assert are_equal(passes(load(cache, name=name, workers=2)), passes(load(images)))
     split = next(split for split in ('val', 'validation') if split in dataset.reader.dataset.info.splits)
-    assert are_equal(evaluate(cache, name=name, split=split)[0], evaluate(photographs)[0])
+    assert are_equal(evaluate(cache, name=name, split=split)[0], evaluate(images)[0])
     with pytest.raises(DataError, match='the data has 1'):
         check_labels(dataset, 1)
 

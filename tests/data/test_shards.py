@@ -29,7 +29,7 @@ from caretrans.errors import DataError
 
 @pytest.fixture
 def small_data(tmp_path) -> Path:
-    return copy_images(tmp_path / 'photographs', per_class=10)
+    return copy_images(tmp_path / 'images', per_class=10)
 
 
 @pytest.fixture
