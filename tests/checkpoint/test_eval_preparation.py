@@ -190,7 +190,7 @@ def test_unknown_channel_order_is_refused(tmp_path):
 def test_exports_of_a_bgr_checkpoint_are_refused(tmp_path):
     """Exports are described and verified for RGB images."""
     file = save(tmp_path / 'bgr.pth.tar', make_model(), mean=MEAN, std=STD, channel_order='bgr')
-    with pytest.raises(CheckpointError, match='channel order bgr, exports take RGB: .python -m caretrans convert'):
+    with pytest.raises(CheckpointError, match='channel order bgr, exports need RGB: .python -m caretrans convert'):
         load_source(ExportConfig(checkpoint=file))
 
 
