@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the tests, timm's own tests of our models among them.
-#   bash cmd/test.sh          what every change needs: about 5 minutes on two cores
-#   bash cmd/test.sh --all    every test: about 12 minutes
+#   bash cmd/test.sh          what every change needs
+#   bash cmd/test.sh --all    every test: 18 minutes on two shared cores
 #   bash cmd/test.sh [--all] [arguments of pytest, e.g. tests/training/test_engine.py, or -n 0 for a single process]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
