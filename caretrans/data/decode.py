@@ -1,7 +1,7 @@
 """Decoding for training: timm's random crop, taken from a JPEG by libjpeg-turbo and resized by PyTorch's uint8 kernels.
 
 The random numbers, the crop and the interpolation are timm's. The pixels are Pillow's to within rounding, and where a
-large image is decoded at a reduced scale to within what that scale keeps; docs/input-pipeline.md has both
+large image is decoded at a reduced scale to within what that scale keeps; docs/training.md has both
 measured, and the time. Whatever is not a plain JPEG, or makes libjpeg-turbo complain, goes through Pillow exactly as in
 timm.
 """
