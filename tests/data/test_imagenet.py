@@ -20,7 +20,7 @@ from miniature_ilsvrc import (
     TRAIN_IMAGES, VAL_IDS, WNIDS, build_miniature, pack, pack_devkit, run as main, train_tars, val_images)
 
 from caretrans.data import imagenet, list_classes, open_dataset
-from caretrans.data.imagenet import ILSVRC2012, read_devkit
+from caretrans.data.imagenet import ILSVRC2012, Record, read_devkit
 
 ROOT = Path(imagenet.__file__).parents[2]
 SLOW = """import builtins, time
@@ -109,7 +109,7 @@ def test_the_script_passes_its_arguments_on_and_knows_the_size_of_the_archives(w
 def test_a_second_run_opens_no_archive(whole, target, monkeypatch, capsys):
     assert main(flags(whole, target)) == 0
     printed, times = capsys.readouterr().out, read_times(target)
-    monkeypatch.setattr(imagenet, 'verify_checksum', None)
+    monkeypatch.setattr(imagenet, 'compute_md5', None)
     monkeypatch.setattr(imagenet, 'list_members', None)
     assert main(flags(whole, target)) == 0
     assert capsys.readouterr().out.splitlines() == printed.splitlines()[-2:]
@@ -206,7 +206,7 @@ def test_without_labels_the_remedy_is_named(whole, target, tmp_path, capsys):
 
 @pytest.mark.parametrize('split, sent', [
     ('train', signal.SIGKILL), ('val', signal.SIGKILL), ('train', signal.SIGINT)])
-def test_after_a_kill_the_same_command_completes_the_target(whole, tmp_path, split, sent):
+def test_after_a_kill_the_same_command_completes_the_target(whole, tmp_path, capsys, split, sent):
     data = tmp_path / 'archives and target'
     shutil.copytree(whole.folder, data)
     arguments = [whole.json, '--folder', data, '--workers', 1]
@@ -223,7 +223,9 @@ def test_after_a_kill_the_same_command_completes_the_target(whole, tmp_path, spl
     assert len(left) < 18 and set(left) != set(whole.files)
     if sent == signal.SIGINT:
         assert err == 'extract_ILSVRC.sh: stopped; run the same command again to resume\n'
+    capsys.readouterr()
     assert main(arguments) == 0
+    assert sent == signal.SIGKILL or 'MD5' not in capsys.readouterr().out
     assert read_tree(data) == whole.files
 
 
@@ -246,15 +248,26 @@ def test_an_interruption_at_any_image_can_be_resumed(whole, tmp_path, monkeypatc
         assert main(flags(whole, target)) == 0 and read_tree(target) == whole.files
 
 
-def test_complete_folders_are_kept_and_others_are_compared_with_the_archives(whole, target, capsys):
+def test_folders_that_the_record_does_not_know_are_compared_with_the_archives(whole, target, capsys):
     assert main(flags(whole, target)) == 0
-    times = read_times(target / 'train' / 'n02119789')
-    next((target / 'train' / 'n01440764').iterdir()).unlink()
-    line = refusal(capsys, *flags(whole, target))
-    assert 'has other numbers of images than the archive (n01440764 4 instead of 5)' in line
+    times, record = read_times(target / 'train'), target / '.imagenet.jsonl'
+    lines = sorted(record.read_text().splitlines(), key=lambda line: 'train/n01440764' in line)
+    for text in ('\n'.join(lines)[:-9], ''):  # the last line cut short, and no line at all
+        record.write_text(text)
+        assert main(flags(whole, target)) == 0
+        assert read_times(target / 'train') == times and read_tree(target) == whole.files
+        with Record(target) as known:
+            assert len(known.entries) == 9
+    image = next((target / 'train' / 'n01440764').iterdir())
+    image.write_bytes(image.read_bytes()[:-1])
+    assert f'{target}/train/n01440764: has other files than the archive' in refusal(capsys, *flags(whole, target))
     shutil.rmtree(target / 'train' / 'n01440764')
     assert main(flags(whole, target)) == 0 and read_tree(target) == whole.files
-    assert read_times(target / 'train' / 'n02119789') == times
+
+
+def test_two_runs_at_a_time_are_refused(whole, target, capsys):
+    with Record(target):
+        assert 'another extraction into it is running' in refusal(capsys, *flags(whole, target))
 
 
 # Archives that are not right ------------------------------------------------------------------------------------------
@@ -315,6 +328,7 @@ def test_a_wrong_checksum_gives_both_sums_and_skipping_says_what_is_not_known(wh
     assert f'{path}: its MD5 is {found}, not {whole.edition.val.md5}' in line and read_tree(target) == {}
     assert main(flags(some, target, '--skip-checksums')) == 0
     assert 'CHECKSUMS ARE SKIPPED' in capsys.readouterr().err
+    assert f'its MD5 is {found}' in refusal(capsys, *flags(some, target)), 'the skipped checksum is made up for'
     path.write_bytes(data[:-512])
     shutil.rmtree(target)
     assert 'has 50,688 of 51,200 bytes' in refusal(capsys, *flags(some, target))
@@ -351,7 +365,6 @@ def test_counts_that_do_not_match_are_listed_by_class(target, tmp_path, capsys):
     few = build_miniature(tmp_path / 'few', train=pack(tars))
     line = refusal(capsys, *flags(few, target))
     assert '3 classes with 11 images, not 3 with 12; differing: n01440764 4 instead of 5.' in line
-    shutil.rmtree(target)
     few = build_miniature(tmp_path / 'fewer', val=pack(dict(list(val_images().items())[1:])))
     assert 'has 5 of 6 images' in refusal(capsys, *flags(few, target))
 
