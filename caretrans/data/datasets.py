@@ -62,6 +62,8 @@ def _open_shards(root: str, split: str, **options: Any) -> IterableImageDataset:
 
 def _open(root: str, split: str, name: str, options: dict[str, Any]) -> Dataset:
     path = Path(root)
+    if name.lower().startswith('hfids/'):
+        raise DataError(f'{name} is a stream, which cannot resume: use hfds/{name[6:]}, which is read by index.')
     sharded = name.lower().startswith('wds/') or not name and (path / INFO).is_file()
     if not name:
         if not root or not path.exists():

@@ -116,7 +116,7 @@ class Samples(Dataset):
 
 
 class StreamedSamples(IterableDataset):
-    """Transformed images of a reader of timm's that streams (iterable Hugging Face data), in its order."""
+    """Transformed images of a reader of timm's that streams (TensorFlow Datasets), in its order."""
 
     def __init__(self, dataset: IterableDataset, transform: Callable, seed: int, rank: int) -> None:
         dataset.transform = None

@@ -249,6 +249,11 @@ def test_a_missing_package_of_hugging_face_is_named(monkeypatch, tmp_path):
         open_dataset(tmp_path, 'train', name='hfds/some')
 
 
+def test_hugging_face_streams_are_refused_with_the_name_by_index(tmp_path):
+    with pytest.raises(DataError, match='hfids/some is a stream, which cannot resume: use hfds/some'):
+        open_dataset(tmp_path, 'train', name='hfids/some')
+
+
 class Stream(IterableDataset):
     """What timm's factory gives for data that streams, cut short."""
 
