@@ -16,6 +16,7 @@ from .errors import ConfigError
 from .flags import (
     CROP_MODES, DEVICE_HELP, FlagParser, add_flags, check_settings, number, parse_flags, setting)
 from .models.backbone import find_family
+from .text import read_text
 
 __all__ = [
     'CROP_MODES', 'FlagParser', 'TrainConfig', 'add_flags', 'check_settings', 'choose_model_args',
@@ -194,7 +195,7 @@ def read_recipe(name_or_file: str, seen: Sequence[str] = ()) -> dict[str, Any]:
         known = ', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml')))
         raise ConfigError(f'No recipe {name_or_file!r}: neither a file nor one of {known}.')
     try:
-        settings = yaml.safe_load(path.read_text()) or {}
+        settings = yaml.safe_load(read_text(path, ConfigError)) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f'{path} is not YAML: {" ".join(str(error).split())}') from None
     if not isinstance(settings, dict):

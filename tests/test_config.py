@@ -9,7 +9,7 @@ from caretrans.errors import ConfigError
 
 def test_flags_override_the_recipe_and_the_recipe_the_defaults(tmp_path):
     recipe = tmp_path / 'mine.yaml'
-    recipe.write_text('lr: 3e-4\nepochs: 7\nmodel_args: {ls_init_value: 0.1, ablation: stacked}\n')
+    recipe.write_text('lr: 3e-4\nepochs: 7\nmodel_args: {ls_init_value: 0.1, ablation: stacked}\n', encoding='utf-8')
     config = parse_train_config(
         ['photos', '--recipe', str(recipe), '--epochs', '9', '--no-dataset-download', '--scale', '0.5', '1',
          '--model-args', 'ablation=no_inter1'])
@@ -55,7 +55,7 @@ def test_model_args_of_a_recipe_apply_only_to_its_family(caplog):
     ('a: b: c', 'is not YAML'),
 ])
 def test_settings_that_cannot_work_are_refused(tmp_path, text, message):
-    (tmp_path / 'bad.yaml').write_text(text)
+    (tmp_path / 'bad.yaml').write_text(text, encoding='utf-8')
     with pytest.raises(ConfigError, match=message) as error:
         parse_train_config(['--recipe', str(tmp_path / 'bad.yaml')])
     assert '\n' not in str(error.value)

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..measure.published import PublishedRow
 from ..measure.timing import Rounds, compare_rounds, judge_noise, summarise
+from ..text import open_text
 
 __all__ = ['COLUMNS', 'BenchResult', 'ModelCounts', 'Record', 'shorten', 'write_csv']
 
@@ -48,7 +49,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write a CSV file: lists as text, dictionaries as JSON; no file without rows."""
     if not rows:
         return
-    with open(path, 'w', newline='') as file:
+    with open_text(path, 'w') as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         for row in rows:

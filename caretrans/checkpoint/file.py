@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 
 from ..errors import CheckpointError, list_names
+from ..text import utf8_path
 
 __all__ = [
     'Checkpoint', 'is_plain', 'read_checkpoint', 'write_safetensors', 'write_torch']
@@ -156,7 +157,7 @@ def _read_contents(path: Path) -> tuple[Any, dict[str, Any]]:
             # given a name instead of a file, torch.load decides by its ending
             with open(path, 'rb') as file, torch.serialization.safe_globals(HARMLESS):
                 return torch.load(file, map_location='cpu', weights_only=True), {}
-        with safetensors.safe_open(path, framework='pt') as file:
+        with utf8_path(path) as name, safetensors.safe_open(name, framework='pt') as file:
             metadata = {key: _parse_text(value) for key, value in (file.metadata() or {}).items()}
             return {key: file.get_tensor(key) for key in file.keys()}, metadata
     except Exception as error:  # damaged bytes make torch.load raise nearly anything

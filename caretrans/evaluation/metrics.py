@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from ..devices import autocast
 from ..distributed import Processes
 from ..errors import DataError, list_names
+from ..text import open_text
 
 __all__ = ['Details', 'evaluate', 'evaluate_in_detail', 'list_worst', 'tabulate_classes', 'write_classes']
 
@@ -185,7 +186,7 @@ def write_classes(path: str, rows: Sequence[dict[str, Any]]) -> None:
         DataError: The file cannot be written.
     """
     try:
-        with open(path, 'w', newline='', encoding='utf-8') as file:
+        with open_text(path, 'w') as file:
             writer = csv.writer(file)
             writer.writerow(['class', 'name', 'images', 'top1', 'top5', 'taken_for', 'taken_for_images'])
             for row in rows:
