@@ -18,8 +18,7 @@ from ..evaluation.metrics import evaluate_in_detail
 from ..measure.sample_network import load_sample_images
 from ..progress import Progress
 from .backends import Network, Runner, prepare
-from .infer import shorten
-from .record import Record
+from .record import Record, shorten
 from .setups import Setup
 
 __all__ = ['measure_accuracy']
@@ -61,7 +60,7 @@ def measure_accuracy(
     Args:
         data: Folder with val/CLASS/*; by default the data set that the checkpoint was trained on.
         img_size: Side of square images; by default that of the checkpoint.
-        stream: Where progress is shown; stdout by default.
+        stream: Output of the progress; stdout by default.
         failures: Gets a line for each setup that fails, and the others are still measured; without it the first failure
             is raised.
     Returns:
