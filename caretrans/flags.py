@@ -15,11 +15,12 @@ import yaml
 from .errors import ConfigError
 
 __all__ = [
-    'CHANNEL_ORDERS', 'CROP_MODES', 'DEVICE_HELP', 'FlagParser', 'add_checkpoint_flags', 'add_flags', 'check_settings',
-    'number', 'parse_flags', 'setting']
+    'CHANNEL_ORDERS', 'CROP_MODES', 'DEVICE_HELP', 'FlagParser', 'ORIENTATIONS', 'add_checkpoint_flags', 'add_flags',
+    'check_settings', 'number', 'parse_flags', 'setting']
 
 CROP_MODES = ['center', 'squash', 'border']  # timm's names
 CHANNEL_ORDERS = ['rgb', 'bgr']
+ORIENTATIONS = ['exif', 'ignore']
 DEVICE_HELP = 'cpu, cuda, mps or auto'
 
 
@@ -154,5 +155,9 @@ def add_checkpoint_flags(parser: Any, preparation: Any = None) -> None:
     group.add_argument(
         '--channel-order', choices=CHANNEL_ORDERS,
         help='default: as in the checkpoint, else rgb; published CAS-ViT files may need bgr')
+    group.add_argument(
+        '--orientation', choices=ORIENTATIONS,
+        help='rotate images upright as their EXIF data say, or not (default: as in the checkpoint, else ignore, as '
+             'published weights were trained)')
     group.add_argument(
         '--interpolation', choices=['bicubic', 'bilinear', 'nearest', 'lanczos'], help='resizing method')

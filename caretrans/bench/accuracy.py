@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from torch.utils.data import Dataset
 
+from ..checkpoint.preparation import Preparation
 from ..data.loaders import build_eval_loader
 from ..devices import describe_device, list_versions
 from ..evaluation.evaluate import load_for_evaluation, open_data
@@ -41,7 +42,7 @@ class RunnerModule(nn.Module):
 
 
 def _score(
-        model: nn.Module, images: Dataset, eval_config: dict[str, Any], num_classes: int, device: torch.device,
+        model: nn.Module, images: Dataset, eval_config: Preparation, num_classes: int, device: torch.device,
         progress: Progress) -> tuple[dict[str, Any], torch.Tensor]:
     """The figures of an evaluation, and the predicted class of each image."""
     loader = build_eval_loader(images, eval_config, BATCH, 0, device=device)
@@ -73,10 +74,9 @@ def measure_accuracy(
     device = setups[0].device
     model, loaded, eval_config = load_for_evaluation(checkpoint, model_name, img_size=img_size)
     images, name = open_data(loaded, data, '', '', model.num_classes)
-    size = tuple(eval_config['input_size'][1:])
-    preprocessing = {key: value for key, value in eval_config.items() if key != 'input_size'}
-    network = Network(model, torch.zeros(BATCH, *eval_config['input_size']),
-                      calibration=load_sample_images(model, size, CALIBRATION, **preprocessing))
+    size = eval_config.size
+    network = Network(model, torch.zeros(BATCH, *eval_config.input_size),
+                      calibration=load_sample_images(model, size, CALIBRATION, preparation=eval_config))
     records: list[Record] = []
     with Progress((len(setups) + 1) * len(images), 'images', stream=stream) as progress:
         progress.describe('original')

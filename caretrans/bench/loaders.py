@@ -14,9 +14,10 @@ from typing import Any
 import PIL
 import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_loader
+from timm.data import create_loader
 from torch.utils.data import Dataset
 
+from ..checkpoint.preparation import Preparation
 from ..config import TrainConfig
 from ..data.datasets import open_dataset
 from ..data.loaders import build_train_loader
@@ -80,8 +81,7 @@ def _open_loaders(
         data: str, config: TrainConfig, images: int) -> Iterator[dict[str, Callable[[int], Iterable[Any]]]]:
     """For each loader, a function that returns the uint8 batches of an epoch as they leave the workers."""
     size = (3, config.img_size, config.img_size)
-    eval_config = dict(input_size=size, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
-    ours = build_train_loader(_open_images(data, images), config, eval_config, config.split_steps(1))
+    ours = build_train_loader(_open_images(data, images), config, Preparation(size), config.split_steps(1))
     theirs = create_loader(
         _open_images(data, images), size, config.batch_size, is_training=True, scale=tuple(config.scale),
         ratio=tuple(config.ratio), hflip=config.hflip, color_jitter=config.color_jitter,

@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch.utils.data import Dataset
 
 from ..checkpoint.load import Checkpoint, create_from_checkpoint
-from ..checkpoint.preparation import FLAGS, list_sources, resolve_settings
+from ..checkpoint.preparation import FLAGS, Preparation, list_sources, resolve_settings
 from ..data.datasets import describe_classes, list_classes, open_dataset
 from ..data.loaders import EvalLoader, build_eval_loader
 from ..distributed import Processes, find_processes, join_processes, leave_processes
@@ -23,7 +23,7 @@ from .real_labels import RealLabels
 __all__ = ['EvalConfig', 'describe_result', 'evaluate_checkpoint', 'load_for_evaluation', 'open_data']
 
 CPU = torch.device('cpu')
-USUAL = dict(crop_mode='center', channel_order='rgb')  # printed only where a setting differs
+USUAL = dict(crop_mode='center', channel_order='rgb', orientation='ignore')  # printed only where a setting differs
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class EvalConfig:
         per_class: CSV file to write, one row per class.
         worst: The number of worst classes to list with what they are mistaken for.
         real_labels: '' for the ImageNet-ReaL labels packed with timm, or a file of them; None for none.
-        img_size, crop_pct, crop_mode, interpolation, channel_order: Of the images, see `load_for_evaluation`.
+        img_size, crop_pct, crop_mode, interpolation, channel_order, orientation: Of the images, see
+            `load_for_evaluation`.
     """
     checkpoint: str
     data: str = ''
@@ -61,6 +62,7 @@ class EvalConfig:
     crop_mode: str | None = None
     interpolation: str | None = None
     channel_order: str | None = None
+    orientation: str | None = None
 
     @property
     def overrides(self) -> dict[str, Any]:
@@ -74,11 +76,11 @@ def load_for_evaluation(
         entry: str | None = None,
         device: torch.device = CPU,
         **overrides: Any,
-) -> tuple[nn.Module, Checkpoint, dict[str, Any]]:
+) -> tuple[nn.Module, Checkpoint, Preparation]:
     """Load the model of a checkpoint in evaluation mode; returns it, the checkpoint and the image settings.
 
-    `overrides` (img_size, crop_pct, crop_mode, interpolation, channel_order; None is no override) take precedence over
-    the settings in the checkpoint (see `read_settings`), and those over the model's `pretrained_cfg`.
+    `overrides` (the flags of `preparation.FLAGS`; None is no override) take precedence over the settings in
+    the checkpoint (see `read_settings`), and those over the model's `pretrained_cfg`.
     """
     model, loaded = create_from_checkpoint(checkpoint, model_name, entry)
     return model.eval().to(device), loaded, resolve_settings(model, loaded, model_name, **overrides)
@@ -124,7 +126,8 @@ def _prepare(config: EvalConfig, processes: Processes) -> _Evaluation:
         raise DataError(f'{name} has {len(images)} images, but {config.expect} are expected.')
     facts = dict(
         checkpoint=str(config.checkpoint), entry=loaded.entry, model=model.pretrained_cfg['architecture'],
-        form=config.form, data=name, eval_config=eval_config, eval_sources=sources, processes=processes.world_size)
+        form=config.form, data=name, eval_config=eval_config.to_dict(), eval_sources=sources,
+        processes=processes.world_size)
     return _Evaluation(
         model, build_eval_loader(images, eval_config, config.batch_size, config.workers, processes, config.device),
         len(images), describe_classes(loaded.meta.get('class_names') or list_classes(images), model.num_classes),
