@@ -3,12 +3,12 @@
 Both return the same augmentation of the same files as uint8 batches; what then happens on the device is not measured.
 They take turns in one process, with persistent workers, so that other load on the machine affects both.
 """
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import PIL
@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from ..checkpoint.preparation import Preparation
 from ..config import TrainConfig
 from ..data.datasets import open_dataset
+from ..data.folders import list_images
 from ..data.loaders import build_train_loader
 from ..devices import count_cores, describe_cpu
 from ..errors import DataError
@@ -134,7 +135,7 @@ def bench_loader(
                     speeds[name] += [speed] * (turn > 0)
         ratios = [ours / theirs for ours, theirs in zip(speeds['ours'], speeds['timm'], strict=True)]
         policies.append(Policy(policy, Rate.of(speeds['ours']), Rate.of(speeds['timm']), Rate.of(ratios)))
-    sizes = [path.stat().st_size for path in Path(data).rglob('*.jp*g')]
+    sizes = [os.path.getsize(path) for path in list_images(data).images]
     machine = dict(processor=describe_cpu(), cores=count_cores(), torch=torch.__version__, timm=timm.__version__,
                    pillow=PIL.__version__)
     return LoaderBench(
@@ -148,7 +149,7 @@ def describe_bench(bench: LoaderBench) -> str:
     return '\n'.join([
         f'{machine["processor"]}, {machine["cores"]} cores; PyTorch {machine["torch"]}, timm {machine["timm"]}, '
         f'Pillow {machine["pillow"]}',
-        f'{bench.files} JPEGs of {bench.mean_bytes / 1000:.0f} kB on average, to {bench.img_size} pixels, '
+        f'{bench.files} images of {bench.mean_bytes / 1000:.0f} kB on average, to {bench.img_size} pixels, '
         f'{bench.workers} workers, batches of {bench.batch_size}',
         f'Images/s per worker as uint8 batches, median of {bench.rounds} alternating rounds (minimum to maximum):', '',
         '| augmentation | timm | ours | ratio |', '|---|---|---|---|',

@@ -95,7 +95,11 @@ def open_image(source: bytes | Image.Image, orientation: str = 'ignore') -> Imag
         image.load()
         transposition = TRANSPOSITIONS.get(_read_orientation(image)) if orientation == 'exif' else None
         image = _reduce_to_8_bits(image).convert('RGB')
-        return image if transposition is None else image.transpose(transposition)
+        if transposition is not None:
+            image = image.transpose(transposition)
+            for kind in ('exif', 'xmp', 'XML:com.adobe.xmp'):  # else it would be rotated again where it is opened again
+                image.info.pop(kind, None)
+        return image
     except (MemoryError, *UNREADABLE):
         raise
     except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
@@ -115,6 +119,8 @@ class EvalTransform:
 
     def __init__(self, preparation: Preparation, as_uint8: bool = False) -> None:
         self.preparation = preparation
+        # A border around an image so thin that it is resized to 0 pixels would be all of it.
+        self.most_aspect = dict(squash=math.inf, border=min(preparation.size)).get(preparation.crop_mode, MAX_ASPECT)
         self.transform = create_transform(
             preparation.input_size, is_training=False, use_prefetcher=as_uint8, mean=preparation.mean,
             std=preparation.std, interpolation=preparation.interpolation, crop_pct=preparation.crop_pct,
@@ -123,8 +129,9 @@ class EvalTransform:
     def __call__(self, source: bytes | Image.Image) -> torch.Tensor:
         """(C, H, W); one of UNREADABLE is raised for what Pillow cannot decode."""
         image = open_image(source, self.preparation.orientation)
-        if max(image.size) > MAX_ASPECT * min(image.size) and self.preparation.crop_mode == 'center':
-            image = center_crop(image, [min(side, MAX_ASPECT * min(image.size)) for side in image.size[::-1]])
+        longest = self.most_aspect * min(image.size)
+        if max(image.size) > longest:
+            image = center_crop(image, [min(side, longest) for side in image.size[::-1]])
         if self.preparation.channel_order == 'bgr':
             image = Image.merge('RGB', image.split()[::-1])
         return torch.as_tensor(self.transform(image))

@@ -51,7 +51,7 @@ def _sort_key(name: str) -> tuple:
         return [name.lower()], name
 
 
-NO_IMAGE, HIDDEN, OUTSIDE = 'files that are no images', 'hidden or system names', 'images outside of class folders'
+NO_IMAGE, HIDDEN, OUTSIDE = 'files that are not images', 'hidden or system names', 'images outside of class folders'
 AGAIN, BROKEN = 'links to what is listed already or to a folder above', 'links to nothing'
 
 
@@ -83,7 +83,7 @@ class Found:
             endings = Counter(os.path.splitext(path)[1].lower() or 'no ending' for path in paths)
             counts = ', '.join(f'{count} {ending}' for ending, count in endings.most_common(5))
             named = f'{counts}: ' if reason == NO_IMAGE else ''
-            parts.append(f'{len(paths)} {reason} ({named}{list_names(paths, SHOWN)})')
+            parts.append(f'{reason}: {len(paths)} ({named}{list_names(paths, SHOWN)})')
         return f'{self.root}: skipped {"; ".join(parts)}.' if parts else ''
 
 
@@ -190,7 +190,7 @@ class ClassReader(Reader):
             raise DataError(f'{self.root} has no images in class folders. Expected: {self.root}/CLASS/IMAGE.jpg. '
                             f'{skipped}'.strip())
         empty = [name for name in found.folders if name not in used]
-        problem = f'{self.root}: no images in {len(empty)} class folders: {list_names(empty)}.'
+        problem = f'{self.root}: class folders without images: {list_names(empty)}.'
         if empty and is_training:
             raise DataError(f'{problem} Add images, or remove the folders. {skipped}'.strip())
         self.notes = [note for note in (skipped, problem if empty else '') if note]
