@@ -231,7 +231,7 @@ def export(config: ExportConfig, stream: TextIO | None = None) -> tuple[Facts, l
     """
     source = load_source(config)
     jobs = config.list_jobs(source.size)
-    channels = source.eval_config['input_size'][0]
+    channels = source.eval_config.input_size[0]
     if channels != 3 and any(job.input == 'image' for job in jobs):
         raise ConfigError(
             f'--input image: {source.name} has {channels} input channels, but an RGB image has 3. Use --input tensor.')
