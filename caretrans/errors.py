@@ -12,8 +12,8 @@ from typing import Any
 from .text import escape, escape_output
 
 __all__ = [
-    'CaretransError', 'CheckpointError', 'ConfigError', 'DataError', 'ExportError', 'PlotError', 'Preempted',
-    'ResultsError', 'TrainingError', 'list_names', 'require', 'run_command']
+    'CaretransError', 'CheckpointError', 'ConfigError', 'DataError', 'EvaluationError', 'ExportError', 'PlotError',
+    'Preempted', 'ResultsError', 'TrainingError', 'list_names', 'require', 'run_command']
 
 EXTRAS = {  # import name of an optional package: the extra that installs it
     **dict.fromkeys(['matplotlib', 'simplejpeg', 'tensorboard', 'torchmetrics', 'tqdm', 'webdataset'], 'train'),
@@ -42,6 +42,10 @@ class ConfigError(CaretransError, ValueError):
 
 class DataError(CaretransError, ValueError):
     """Data that cannot be trained on or evaluated."""
+
+
+class EvaluationError(CaretransError, ArithmeticError):
+    """Logits that are not finite, so that there is no accuracy."""
 
 
 class ExportError(CaretransError, RuntimeError):

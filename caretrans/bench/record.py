@@ -7,6 +7,7 @@
 import csv
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,8 +149,10 @@ class Record:
         self.runs, self.noisy, self.notes = sum(map(len, times)), bool(noise), self.notes + noise
 
     def to_dict(self) -> dict[str, Any]:
-        """The columns of its bench, in order, for JSON and CSV."""
-        return {name: getattr(self, name) for name in COLUMNS[self.bench]}
+        """The columns of its bench, in order, for JSON and CSV; None for numbers that are not finite."""
+        values = {name: getattr(self, name) for name in COLUMNS[self.bench]}
+        return {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in values.items()}
 
 
 @dataclass

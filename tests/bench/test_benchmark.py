@@ -238,6 +238,7 @@ def test_records_of_each_bench_have_their_columns(tmp_path):
     record = Record(model='care_s0', bench='growth', attention='linear', versions=dict(torch='2'), notes=['a', 'b'])
     assert list(record.to_dict())[:4] == ['model', 'bench', 'attention', 'backend'] and 'error' not in record.to_dict()
     assert record.to_dict()['median_ms'] is None and record.to_dict()['notes'] == ['a', 'b']
+    assert Record(bench='train', error=float('inf')).to_dict()['error'] is None, 'JSON has no infinity'
     write_csv(tmp_path / 'results.csv', [record.to_dict()])
     with open(tmp_path / 'results.csv', newline='', encoding='utf-8') as file:
         row, = csv.DictReader(file)
