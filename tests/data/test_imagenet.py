@@ -183,7 +183,7 @@ def test_labels_come_from_a_file_in_any_usual_form(whole, target, tmp_path, caps
     (LABELS['pairs'][:5] + ['other.JPEG n01440764'], 'has no label for ILSVRC2012_val_00000001.JPEG'),
     (['n02119789'] * 3 + ['n03000684'] * 3, '2 of 3 classes: missing n01440764; unexpected none'),
     (['n02119789', 'n03000684', 'n09999999'] * 2, '3 of 3 classes: missing n01440764; unexpected n09999999'),
-    (None, 'cannot be read as labels'),
+    (None, 'cannot be read'),
 ])
 def test_labels_of_other_images_are_refused(whole, target, tmp_path, capsys, lines, message):
     if lines is not None:
