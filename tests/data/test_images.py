@@ -23,7 +23,8 @@ from caretrans.data.loaders import build_eval_loader, build_train_loader
 from caretrans.data.samples import load_images
 from caretrans.data.shards import write_shards
 from caretrans.errors import DataError
-from caretrans.evaluation import EvalConfig, EvalResult, describe_result, evaluate_checkpoint, load_for_evaluation, predict_images
+from caretrans.evaluation import (
+    EvalConfig, EvalResult, describe_result, evaluate_checkpoint, load_for_evaluation, predict_images)
 from caretrans.export.config import ExportConfig
 from caretrans.export.source import load_cases, load_source
 from caretrans.measure.sample_network import load_sample_images
@@ -191,7 +192,7 @@ def test_checkpoints_keep_the_orientation(rotated, tmp_path, caplog, capsys):
     def predict(*flags: str) -> str:
         image = sorted((rotated / 'val').glob('*/*.jpg'))[1]
         assert caretrans(['predict', '--json', '--device', 'cpu', str(image), '--checkpoint', *flags]) == 0
-        return capsys.readouterr().out
+        return capsys.readouterr().out.splitlines()[-1]
     assert predict(new) == predict(old, '--orientation', 'exif') != predict(new, '--orientation', 'ignore')
 
 
