@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from typing import Any
 
 __all__ = [
-    'CaretransError', 'CheckpointError', 'ConfigError', 'DataError', 'ExportError', 'PlotError', 'Preempted',
-    'ResultsError', 'TrainingError', 'list_names', 'require', 'run_command']
+    'CaretransError', 'CheckpointError', 'ConfigError', 'DataError', 'EvaluationError', 'ExportError', 'PlotError',
+    'Preempted', 'ResultsError', 'TrainingError', 'list_names', 'require', 'run_command']
 
 EXTRAS = {  # import name of an optional package: the extra that installs it
     **dict.fromkeys(['matplotlib', 'simplejpeg', 'tensorboard', 'torchmetrics', 'tqdm', 'webdataset'], 'train'),
@@ -40,6 +40,10 @@ class ConfigError(CaretransError, ValueError):
 
 class DataError(CaretransError, ValueError):
     """Data that cannot be trained on or evaluated."""
+
+
+class EvaluationError(CaretransError, ArithmeticError):
+    """Logits that are not finite, so that there is no accuracy."""
 
 
 class ExportError(CaretransError, RuntimeError):

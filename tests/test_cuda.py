@@ -55,4 +55,4 @@ def test_a_run_stopped_on_a_gpu_resumes(data, tmp_path, monkeypatch, flags):
     monkeypatch.setattr(caretrans.training.run.StopRequest, '__call__', lambda self: next(looks) == 1)
     with pytest.raises(caretrans.training.run.Preempted):
         caretrans.training.run.train(config)
-    assert caretrans.training.run.train(config).last['epoch'] == 2
+    assert caretrans.training.run.train(config).last.epoch == 2

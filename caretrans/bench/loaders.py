@@ -25,6 +25,7 @@ from ..data.loaders import build_train_loader
 from ..devices import count_cores, describe_cpu
 from ..errors import DataError
 from ..measure.sample_network import SAMPLE_IMAGES
+from ..measure.tables import format_table
 
 __all__ = ['LoaderBench', 'Policy', 'Rate', 'bench_loader', 'describe_bench']
 
@@ -55,9 +56,19 @@ class Policy:
 
 
 @dataclass(frozen=True)
+class Machine:
+    """CPU and versions."""
+    processor: str
+    cores: int
+    torch: str
+    timm: str
+    pillow: str
+
+
+@dataclass(frozen=True)
 class LoaderBench:
     """The machine, the settings, the number and mean size of the files, and the rates of each augmentation."""
-    machine: dict[str, Any]
+    machine: Machine
     rounds: int
     images: int
     workers: int
@@ -136,8 +147,7 @@ def bench_loader(
         ratios = [ours / theirs for ours, theirs in zip(speeds['ours'], speeds['timm'], strict=True)]
         policies.append(Policy(policy, Rate.of(speeds['ours']), Rate.of(speeds['timm']), Rate.of(ratios)))
     sizes = [os.path.getsize(path) for path in list_images(data).images]
-    machine = dict(processor=describe_cpu(), cores=count_cores(), torch=torch.__version__, timm=timm.__version__,
-                   pillow=PIL.__version__)
+    machine = Machine(describe_cpu(), count_cores(), torch.__version__, timm.__version__, PIL.__version__)
     return LoaderBench(
         machine, rounds, images, **options, files=len(sizes), mean_bytes=round(sum(sizes) / max(len(sizes), 1)),
         policies=policies)
@@ -147,11 +157,11 @@ def describe_bench(bench: LoaderBench) -> str:
     """The machine and the settings, then a Markdown table."""
     machine = bench.machine
     return '\n'.join([
-        f'{machine["processor"]}, {machine["cores"]} cores; PyTorch {machine["torch"]}, timm {machine["timm"]}, '
-        f'Pillow {machine["pillow"]}',
+        f'{machine.processor}, {machine.cores} cores; PyTorch {machine.torch}, timm {machine.timm}, '
+        f'Pillow {machine.pillow}',
         f'{bench.files} images of {bench.mean_bytes / 1000:.0f} kB on average, to {bench.img_size} pixels, '
         f'{bench.workers} workers, batches of {bench.batch_size}',
         f'Images/s per worker as uint8 batches, median of {bench.rounds} alternating rounds (minimum to maximum):', '',
-        '| augmentation | timm | ours | ratio |', '|---|---|---|---|',
-        *(f'| crop, flip{", " * bool(row.auto_augment)}{row.auto_augment} | {row.timm.show(0)} | {row.ours.show(0)} '
-          f'| {row.ratio.show(2)} |' for row in bench.policies)])
+        *format_table(['augmentation', 'timm', 'ours', 'ratio'], [
+            [f'crop, flip{", " * bool(row.auto_augment)}{row.auto_augment}', row.timm.show(0), row.ours.show(0),
+             row.ratio.show(2)] for row in bench.policies], markdown=True)])

@@ -10,8 +10,9 @@ from ..data.datasets import describe_classes
 from ..data.decode import EvalTransform, describe_error
 from ..data.folders import list_images
 from ..devices import autocast
-from ..errors import DataError
+from ..errors import DataError, EvaluationError
 from .evaluate import CPU, load_for_evaluation
+from .metrics import explain_non_finite, list_non_finite
 
 __all__ = ['find_images', 'predict_images']
 
@@ -46,6 +47,7 @@ def predict_images(
         entry: str | None = None,
         device: torch.device = CPU,
         amp: str = 'off',
+        pretrained: bool = False,
         **overrides: Any,
 ) -> Iterator[dict[str, Any]]:
     """The likeliest classes of each image.
@@ -53,15 +55,17 @@ def predict_images(
     Args:
         images: Files and folders.
         topk: The number of classes, capped at those of the model.
-        overrides: See `load_for_evaluation`.
+        pretrained, overrides: See `load_for_evaluation`.
     Yields:
         {'image': path, 'classes': names, 'labels': their numbers, 'probabilities': 0 to 1}, or for a file that
-        cannot be read {'image': path, 'error': reason}.
+        cannot be read, or whose logits are not finite, {'image': path, 'error': reason}.
     Raises:
-        CheckpointError, DataError: Before the first image.
+        CheckpointError, ConfigError, DataError: Before the first image.
+        EvaluationError: The weights are not finite, so that no image has a prediction.
     """
     paths = list(find_images(images))
-    model, loaded, preparation = load_for_evaluation(checkpoint, model_name, entry, device, **overrides)
+    model, loaded, preparation = load_for_evaluation(
+        checkpoint, model_name, entry, device, pretrained, **overrides)
     names = describe_classes(loaded.meta.get('class_names'), model.num_classes)
     transform = EvalTransform(preparation)
     for path in paths:
@@ -71,7 +75,13 @@ def predict_images(
             yield dict(image=path, error=f'cannot be read as an image ({describe_error(error)})')
             continue
         with torch.inference_mode(), autocast(device, amp):
-            probabilities = model(image[None].to(device)).float().softmax(dim=-1)[0].cpu()
+            logits = model(image[None].to(device)).float()[0].cpu()
+        if not logits.isfinite().all():
+            if list_non_finite(model):
+                raise EvaluationError(f'The logits of {path} are not finite: {explain_non_finite(model)}.')
+            yield dict(image=str(path), error=f'the logits are not finite: {explain_non_finite(model, amp)}')
+            continue
+        probabilities = logits.softmax(dim=-1)
         best: list[int] = probabilities.topk(min(topk, len(names))).indices.tolist()
         yield dict(
             image=path, classes=[names[i] for i in best], labels=best,

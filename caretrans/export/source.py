@@ -20,7 +20,6 @@ from ..evaluation.evaluate import load_for_evaluation
 from ..fuse import to_form
 from ..measure.sample_network import SAMPLE_IMAGES, load_sample_images, randomize
 from ..models.folding import fold_pixels
-from ..models.inference.phone import watch_least_mass
 from ..runtimes.tracing import trace_network
 from .config import ExportConfig, Job
 
@@ -199,13 +198,11 @@ class Cases:
         pixels: (n, C, H, W) uint8, resized and cropped as in evaluation.
         logits: (n, classes) float64.
         labels: (n,) where the data has the classes of the network, else None.
-        least_mass: The least denominator of its linear attention on them; None without such attention.
     """
     name: str
     pixels: torch.Tensor
     logits: torch.Tensor
     labels: torch.Tensor | None = None
-    least_mass: float | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -221,7 +218,7 @@ class Cases:
         """`count` of them at most, evenly spaced."""
         chosen = sorted({i * len(self) // count for i in range(count)})
         labels = None if self.labels is None else self.labels[chosen]
-        return Cases(self.name, self.pixels[chosen], self.logits[chosen], labels, self.least_mass)
+        return Cases(self.name, self.pixels[chosen], self.logits[chosen], labels)
 
     def batches(self, size: int) -> Iterator[torch.Tensor]:
         """The pixels in batches of one size, the last filled up with the first images."""
@@ -249,8 +246,7 @@ def load_cases(source: Source, size: tuple[int, int], data: str = '', count: int
         EvalTransform(source.eval_config.at_size(size), as_uint8=True))
     model = copy.deepcopy(source.model).double()
     try:
-        with watch_least_mass(model) as masses:
-            logits = torch.cat([model(source.normalise(part, torch.float64)) for part in pixels.split(8)])
+        logits = torch.cat([model(source.normalise(part, torch.float64)) for part in pixels.split(8)])
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ConfigError(
             f'--img-size {size[0]}x{size[1]}: {source.name} does not support this size: '
@@ -258,4 +254,4 @@ def load_cases(source: Source, size: tuple[int, int], data: str = '', count: int
     own = source.meta.get('class_names')
     labels = labels if own and own == list_classes(dataset) else None
     name = f'{folder}, {total} of {len(dataset)} validation images'
-    return Cases(name, pixels, logits, labels, min(masses, default=None))
+    return Cases(name, pixels, logits, labels)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ import yaml
 from ..checkpoint.load import save_checkpoint
 from ..config import TrainConfig
 from ..errors import ConfigError, list_names, require
+from ..strict_json import to_json
+from .state import EpochRow
 
 __all__ = ['RunFolder', 'choose_orientation', 'describe_environment', 'find_run', 'list_checkpoints']
 
@@ -164,8 +167,8 @@ class RunFolder:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
         require('matplotlib')  # draws the curves at the end
 
-        self.rows: list[dict[str, float | None]] = []  # of summary.csv, one per epoch
-        self.best: dict[str, float | None] | None = None
+        self.rows: list[EpochRow] = []
+        self.best: EpochRow | None = None
         try:
             path.mkdir(parents=True, exist_ok=True)
             self.lock = _lock(path, patience=5.)
@@ -177,54 +180,55 @@ class RunFolder:
             if not is_new and environment.exists():
                 before = json.loads(environment.read_text())
                 contents = {**before, 'resumed': [*before.get('resumed', []), contents]}
-            environment.write_text(json.dumps(contents, indent=2) + '\n')
+            environment.write_text(to_json(contents, indent=2) + '\n', encoding='utf-8')
             for file in [path / 'summary.csv', *path.glob('events.out.tfevents.*')]:
                 file.unlink(missing_ok=True)
             self.events = SummaryWriter(str(path))
         except OSError as error:
             raise ConfigError(f'{path} cannot be written ({error}): choose another --output.') from None
 
-    def restore(self, rows: list[dict[str, float | None]], best: dict[str, float | None] | None) -> None:
+    def restore(self, rows: list[dict[str, Any]], best: dict[str, Any] | None) -> None:
         """Load the rows of a checkpoint; summary.csv and TensorBoard then contain exactly these."""
         for row in rows:
-            self.rows.append(row)
-            self._publish(row)
-        self.best = best
+            self.rows.append(EpochRow(**row))
+            self._publish(self.rows[-1])
+        self.best = EpochRow(**best) if best else None
 
-    def _publish(self, row: dict[str, float | None]) -> None:
-        with open(self.path / 'summary.csv', 'a', newline='') as file:
-            writer = csv.DictWriter(file, row.keys())
+    def _publish(self, row: EpochRow) -> None:
+        values = asdict(row)
+        with open(self.path / 'summary.csv', 'a', newline='', encoding='utf-8') as file:
+            writer = csv.DictWriter(file, values)
             if row is self.rows[0]:
                 writer.writeheader()
-            writer.writerow(row)
-        for name, value in row.items():
+            writer.writerow(values)
+        for name, value in values.items():
             if name != 'epoch' and value is not None:
-                self.events.add_scalar(name, value, row['epoch'])
+                self.events.add_scalar(name, value, row.epoch)
         self.events.flush()
 
-    def log_epoch(
-            self, row: dict[str, float | None], model: torch.nn.Module, resume: dict[str, Any], **meta: Any) -> None:
+    def log_epoch(self, row: EpochRow, model: torch.nn.Module, resume: dict[str, Any], **meta: Any) -> None:
         """Finish an epoch: write best.pth.tar if its top-1 is the best so far, last.pth.tar, then table and events.
 
         Args:
-            row: Figures of the epoch, always with the same names; None for what was not measured.
             model, meta: See `save_checkpoint`.
             resume: Entries needed to resume, in last.pth.tar only.
         """
         self.rows.append(row)
-        if row['val_top1'] is not None and (self.best is None or row['val_top1'] > self.best['val_top1']):
+        if row.val_top1 is not None and (self.best is None or row.val_top1 > self.best.val_top1):
             self.best = row
             save_checkpoint(self.path / 'best.pth.tar', model, **meta, metrics=self._metrics())
         self.save_step(model, resume, **meta)
         self._publish(row)  # last, so that every row of the table is in a checkpoint too
 
     def _metrics(self) -> dict[str, float]:
-        return {name: value for name, value in self.rows[-1].items() if value is not None} if self.rows else {}
+        return {name: value for name, value in asdict(self.rows[-1]).items() if value is not None} if self.rows else {}
 
     def save_step(self, model: torch.nn.Module, resume: dict[str, Any], **meta: Any) -> None:
         """Write last.pth.tar; the previous one becomes previous.pth.tar once the new one is complete."""
         new, last, previous = (self.path / name for name in CHECKPOINTS)
-        save_checkpoint(new, model, **meta, metrics=self._metrics(), **resume, best=self.best, rows=self.rows)
+        save_checkpoint(
+            new, model, **meta, metrics=self._metrics(), **resume, best=asdict(self.best) if self.best else None,
+            rows=[asdict(row) for row in self.rows])
         if last.exists():
             os.replace(last, previous)
         os.replace(new, last)
@@ -237,7 +241,8 @@ class RunFolder:
 
     def finish(self) -> None:
         """Mark the run as finished with result.json."""
-        (self.path / 'result.json').write_text(json.dumps(dict(last=self.rows[-1], best=self.best), indent=2) + '\n')
+        result = dict(last=asdict(self.rows[-1]), best=asdict(self.best) if self.best else None)
+        (self.path / 'result.json').write_text(to_json(result, indent=2) + '\n', encoding='utf-8')
 
     def draw_curves(self) -> Path:
         """Draw loss, top-1 and learning rate over the epochs into curves.png."""
@@ -249,7 +254,7 @@ class RunFolder:
                 panels, ('loss', 'top-1, %', 'learning rate'), (('train_loss', 'val_loss'), ('val_top1',), ('lr',)),
                 strict=True):
             for name in names:
-                points = [(row['epoch'], row[name]) for row in self.rows if row[name] is not None]
+                points = [(row.epoch, getattr(row, name)) for row in self.rows if getattr(row, name) is not None]
                 if points:
                     panel.plot(*zip(*points, strict=True), marker='.', label=name)
             panel.set(xlabel='epoch', title=title)

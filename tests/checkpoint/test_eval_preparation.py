@@ -157,8 +157,8 @@ def test_network_with_swapped_inputs_has_the_same_predictions_in_bgr(checkpoint,
     expected = evaluate_checkpoint(EvalConfig(checkpoint, **options))
     bgr = evaluate_checkpoint(EvalConfig(swapped, channel_order='bgr', **options))
     rgb = evaluate_checkpoint(EvalConfig(swapped, **options))
-    assert bgr['top1'] == expected['top1'] != rgb['top1'] and bgr['images'] == 12 * len(CLASSES)
-    assert bgr['loss'] == pytest.approx(expected['loss'], rel=1e-5) != rgb['loss']
+    assert bgr.top1 == expected.top1 != rgb.top1 and bgr.images == 12 * len(CLASSES)
+    assert bgr.loss == pytest.approx(expected.loss, rel=1e-5) != rgb.loss
     assert 'crop_pct 1.0 (checkpoint), channel_order bgr (flag)' in '\n'.join(describe_result(bgr))
     assert 'channel_order' not in '\n'.join(describe_result(rgb))
 
