@@ -14,7 +14,8 @@ from .devices import count_cores
 from .distributed import read_number
 from .errors import ConfigError
 from .flags import (
-    CROP_MODES, DEVICE_HELP, FlagParser, add_flags, check_settings, convert_setting, number, parse_flags, setting)
+    CROP_MODES, DEVICE_HELP, ORIENTATIONS, FlagParser, add_flags, check_settings, convert_setting, number, parse_flags,
+    setting)
 from .models.backbone import find_family
 
 __all__ = [
@@ -69,6 +70,8 @@ class TrainConfig:
     crop_mode: str | None = setting(
         None, 'evaluation: crop the centre, squash the whole image to a square, or add a border (default: that of the '
         'model)', choices=CROP_MODES)
+    orientation: str = setting(
+        'exif', 'rotate images upright as their EXIF data say, or ignore it', choices=ORIENTATIONS)
     scale: list[float] = setting([0.08, 1.0], 'smallest and largest area of random crops', size=2, bounds=(0, 1))
     ratio: list[float] = setting(
         [3 / 4, 4 / 3], 'smallest and largest aspect ratio of random crops', size=2, bounds=(0, 100))

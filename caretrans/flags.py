@@ -16,11 +16,13 @@ import yaml
 from .errors import ConfigError
 
 __all__ = [
-    'CHANNEL_ORDERS', 'CROP_MODES', 'DEVICE_HELP', 'FlagParser', 'PRETRAINED_HELP', 'add_checkpoint_flags', 'add_flags',
-    'add_weights_flags', 'check_settings', 'check_weights', 'convert_setting', 'number', 'parse_flags', 'setting']
+    'CHANNEL_ORDERS', 'CROP_MODES', 'DEVICE_HELP', 'FlagParser', 'ORIENTATIONS', 'PRETRAINED_HELP',
+    'add_checkpoint_flags', 'add_flags', 'add_weights_flags', 'check_settings', 'check_weights', 'convert_setting',
+    'number', 'parse_flags', 'setting']
 
 CROP_MODES = ['center', 'squash', 'border']  # timm's names
 CHANNEL_ORDERS = ['rgb', 'bgr']
+ORIENTATIONS = ['exif', 'ignore']
 DEVICE_HELP = 'cpu, cuda, mps or auto'
 PRETRAINED_HELP = 'use the published weights of --model, from their hub, or from its cache when offline'
 OFF = ('no', 'off', 'none', 'false', '')  # texts for a setting that is switched off
@@ -229,5 +231,9 @@ def add_checkpoint_flags(parser: Any, preparation: Any = None) -> None:
     group.add_argument(
         '--channel-order', choices=CHANNEL_ORDERS,
         help='default: as in the checkpoint, else rgb; published CAS-ViT files may need bgr')
+    group.add_argument(
+        '--orientation', choices=ORIENTATIONS,
+        help='rotate images upright as their EXIF data say, or not (default: as in the checkpoint, else ignore, as '
+             'published weights were trained)')
     group.add_argument(
         '--interpolation', choices=['bicubic', 'bilinear', 'nearest', 'lanczos'], help='resizing method')

@@ -5,11 +5,12 @@ bfloat16, float16 and int8 change the logits; only labelled images show whether 
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 import torch.nn as nn
 
+from ..checkpoint.preparation import Preparation
 from ..data.loaders import build_eval_loader
 from ..devices import describe_device, list_versions
 from ..evaluation.evaluate import EvalData, load_for_evaluation, open_data
@@ -17,8 +18,7 @@ from ..evaluation.metrics import Scores, evaluate_in_detail
 from ..measure.sample_network import load_sample_images
 from ..progress import Progress
 from .backends import Network, Runner, prepare
-from .infer import shorten
-from .record import Record
+from .record import Record, shorten
 from .setups import Setup
 
 __all__ = ['measure_accuracy']
@@ -40,7 +40,7 @@ class RunnerModule(nn.Module):
 
 
 def _score(
-        model: nn.Module, data: EvalData, eval_config: dict[str, Any], num_classes: int, device: torch.device,
+        model: nn.Module, data: EvalData, eval_config: Preparation, num_classes: int, device: torch.device,
         progress: Progress) -> tuple[Scores, torch.Tensor]:
     """The scores of a model, and the predicted class of each image."""
     loader = build_eval_loader(data.images, eval_config, BATCH, 0, device=device)
@@ -60,7 +60,7 @@ def measure_accuracy(
     Args:
         data: Folder with val/CLASS/*; by default the data set that the checkpoint was trained on.
         img_size: Side of square images; by default that of the checkpoint.
-        stream: Where progress is shown; stdout by default.
+        stream: Output of the progress; stdout by default.
         failures: Gets a line for each setup that fails, and the others are still measured; without it the first failure
             is raised.
     Returns:
@@ -72,10 +72,8 @@ def measure_accuracy(
     device = setups[0].device
     model, loaded, eval_config = load_for_evaluation(checkpoint, model_name, img_size=img_size)
     opened = open_data(loaded, data, '', '', model.num_classes)
-    size = tuple(eval_config['input_size'][1:])
-    preprocessing = {key: value for key, value in eval_config.items() if key != 'input_size'}
-    network = Network(model, torch.zeros(BATCH, *eval_config['input_size']),
-                      calibration=load_sample_images(model, size, CALIBRATION, **preprocessing))
+    network = Network(model, torch.zeros(BATCH, *eval_config.input_size),
+                      calibration=load_sample_images(model, eval_config.size, CALIBRATION, preparation=eval_config))
     records: list[Record] = []
     with Progress((len(setups) + 1) * len(opened.images), 'images', stream=stream) as progress:
         progress.describe('original')
@@ -94,7 +92,8 @@ def measure_accuracy(
                 continue
             records.append(Record(
                 model=model.pretrained_cfg['architecture'], bench='accuracy', checkpoint=checkpoint, data=opened.name,
-                device=describe_device(device), height=size[0], width=size[1], versions=list_versions(),
+                device=describe_device(device), versions=list_versions(),
+                height=eval_config.size[0], width=eval_config.size[1],
                 backend=setup.backend, dtype=setup.dtype, layout=setup.layout, kernels=runner.kernels,
                 images=result.images, top1=result.top1, top5=result.top5, loss=result.loss,
                 top1_change=result.top1 - base.top1,

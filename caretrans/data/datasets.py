@@ -1,28 +1,28 @@
-"""Data sets, through timm's readers: what cannot be trained on or evaluated stops here."""
+"""Data sets: folders, tars and shards of ours, and those of timm's factory; refuses what cannot be used."""
 import json
-from collections.abc import Callable
+import logging
+import tarfile
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
-from PIL import Image
-from timm.data import ImageNetInfo, IterableImageDataset, create_dataset, create_transform
+from timm.data import ImageDataset, ImageNetInfo, IterableImageDataset, create_dataset
 from torch.utils.data import Dataset
-from torchvision.transforms import Compose
 
 from ..errors import DataError, list_names
-from ..flags import CHANNEL_ORDERS
+from .folders import FolderReader, TarReader
 
-__all__ = [
-    'CHANNEL_ORDERS', 'build_eval_transform', 'check_labels', 'describe_classes', 'find_labels',
-    'list_classes', 'name_image', 'open_dataset']
+__all__ = ['check_labels', 'describe_classes', 'find_labels', 'list_classes', 'name_image', 'open_dataset']
 
+_logger = logging.getLogger(__name__)
+
+VALIDATION = ('validation', 'valid', 'val')  # names of one split
 INFO = '_info.json'  # beside WebDataset shards, as timm reads it
 
 
 def _list_synonyms(split: str) -> list[str]:
-    return [split, 'validation', 'valid', 'val'] if split in ('val', 'validation') else [split]
+    return [split, *VALIDATION] if split in ('val', 'validation') else [split]
 
 
 def _split_folder(root: Path, split: str) -> Path:
@@ -60,6 +60,17 @@ def _open_shards(root: str, split: str, **options: Any) -> IterableImageDataset:
     return IterableImageDataset(root, reader=ShardReader(root=root, split=split, **options))
 
 
+def _open_images(path: Path, is_training: bool) -> ImageDataset:
+    """The images of a folder or a tar with class folders."""
+    try:
+        reader = FolderReader(path, is_training) if path.is_dir() else TarReader(path, is_training)
+    except tarfile.TarError as error:
+        raise DataError(f'{path} is neither a folder nor a whole tar of images: {error}.') from None
+    for note in reader.notes:
+        _logger.warning(note)
+    return ImageDataset(str(path), reader=reader)
+
+
 def _open(root: str, split: str, name: str, options: dict[str, Any]) -> Dataset:
     path = Path(root)
     if name.lower().startswith('hfids/'):
@@ -71,19 +82,17 @@ def _open(root: str, split: str, name: str, options: dict[str, Any]) -> Dataset:
             raise DataError(f'{problem}: give a folder with {split}/CLASS/*.jpg; the bundled one is data/fruit14.')
         if path.is_file() and options['is_training']:
             raise DataError(f'{root} is one file: training needs a folder with train.tar and val.tar.')
-        root = str(_split_folder(path, split)) if path.is_dir() and not sharded else root
-        options.update(search_split=False)
     try:
         if sharded:
             return _open_shards(root, split, is_training=options['is_training'], seed=options['seed'])
+        if not name:
+            return _open_images(_split_folder(path, split) if path.is_dir() else path, options['is_training'])
         return create_dataset(name, root=root, split=split, **options)
     except DataError:
         raise
     except (RuntimeError, OSError, ImportError, AssertionError, ValueError, HTTPException) as error:
         if name.lower().startswith('torch/'):
             _explain_download(error, root, name)
-        if 'Found 0 images' in str(error):
-            raise DataError(f'{root} has no images. Expected: {root}/CLASS/IMAGE.jpg.') from None
         if isinstance(error, ImportError) and getattr(error, 'name', '') == 'datasets':
             raise DataError(f'{name} needs the package of Hugging Face data sets: pip install datasets') from None
         raise DataError(f'{name or root}, split {split!r}, cannot be read: {" ".join(str(error).split())}') from error
@@ -139,10 +148,9 @@ def open_dataset(
 def list_classes(dataset: Dataset) -> list[str] | None:
     """The names of the classes in the order of their labels, or None where the data set does not say."""
     for owner in (getattr(dataset, 'reader', None), dataset):
-        for attribute in ('class_to_idx', 'class_name_to_idx'):  # timm's reader of tars has the second
-            index = getattr(owner, attribute, None)
-            if index:
-                return sorted(index, key=index.get)
+        index = getattr(owner, 'class_to_idx', None)
+        if index:
+            return sorted(index, key=index.get)
     return None
 
 
@@ -157,39 +165,16 @@ def describe_classes(classes: list[str] | None, num_classes: int) -> list[str]:
     return [imagenet.label_name_to_description(name) if name in known else name for name in classes]
 
 
-def build_eval_transform(eval_config: dict[str, Any], as_uint8: bool = False) -> Callable[[Image.Image], Any]:
-    """timm's evaluation transform of RGB images as `resolve_eval_config` says.
-
-    Args:
-        as_uint8: Give pixels, to be normalised on the device, instead of normalised float32.
-    Returns:
-        A function of an image that gives (C, H, W); in channel order 'bgr' blue comes first and meets the first of the
-        means and standard deviations, which stay as they are.
-    Raises:
-        DataError: No such channel order.
-    """
-    settings = dict(eval_config, input_size=tuple(eval_config['input_size']))
-    order = settings.pop('channel_order', 'rgb')
-    if order not in CHANNEL_ORDERS:
-        raise DataError(f'channel_order is {order!r}, choose from {", ".join(CHANNEL_ORDERS)}.')
-    transform = create_transform(**settings, is_training=False, use_prefetcher=as_uint8)
-    return Compose([_reverse_channels, transform]) if order == 'bgr' else transform
-
-
-def _reverse_channels(image: Image.Image) -> Image.Image:
-    return Image.merge('RGB', image.split()[::-1])
-
-
 def find_labels(dataset: Dataset) -> set[int] | None:
     """The labels that occur, where they can be known without reading the images."""
     reader = getattr(dataset, 'reader', None)
-    if isinstance(getattr(reader, 'samples', None), list):  # folders: (path, label)
+    if isinstance(getattr(reader, 'samples', None), list):  # folders and tars: (path, label)
         return {int(label) for _, label in reader.samples}
     if hasattr(reader, 'iter_targets'):  # Hugging Face data sets by index
         plain = reader.label_key in reader.dataset.column_names and not (reader.remap_class or reader.target_keys)
         labels = reader.dataset.unique(reader.label_key) if plain else reader.iter_targets()
         return {-1 if label is None else int(label) for label in labels}
-    for owner in (reader, dataset):  # tars, and most data sets of torchvision
+    for owner in (reader, dataset):  # most data sets of torchvision
         for attribute in ('targets', 'labels', '_labels'):
             labels = getattr(owner, attribute, None)
             if labels is not None:
@@ -211,15 +196,12 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
 
 
 def name_image(dataset: Dataset, index: int) -> str:
-    """Where image `index` is: its path, a tar's path and the name in it, or its number where no path is known."""
-    reader = getattr(dataset, 'reader', None)
+    """The path of image `index`, the path of a tar and the name in it, or its number where no path is known."""
     samples = getattr(dataset, 'samples', None)
-    if reader is None and samples is not None:  # torchvision's folders: (path, label)
+    if getattr(dataset, 'reader', None) is None and samples is not None:  # torchvision's folders: (path, label)
         return str(samples[index][0])
     try:
         name = dataset.filename(index, absolute=True)
     except (AttributeError, AssertionError, NotImplementedError, KeyError, TypeError):
         name = None
-    if name and hasattr(reader, 'tar_state'):
-        return ':'.join([str(reader.root), *filter(None, [reader.samples[index][1]]), name])
     return str(name) if name else f'image {index}'

@@ -18,13 +18,14 @@ from timm.data.loader import PrefetchLoader
 from timm.data.scheduled_sampler import ScheduledBatchSampler
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, SequentialSampler
 
+from ..checkpoint.preparation import Preparation
 from ..config import TrainConfig
 from ..distributed import Processes
 from ..errors import DataError, list_names, require
 from ..seeds import derive_seed, seed_everything
-from .datasets import build_eval_transform, name_image
-from .decode import CropTransform
-from .samples import Batch, EvalTransform, Sample, Samples, ShardSamples, StreamedSamples, collate, start_worker
+from .datasets import name_image
+from .decode import CropTransform, EvalTransform
+from .samples import Batch, Sample, Samples, ShardSamples, StreamedSamples, collate, start_worker
 
 __all__ = ['EvalLoader', 'Pass', 'TrainLoader', 'build_eval_loader', 'build_train_loader']
 
@@ -90,16 +91,15 @@ class _DeviceLoader:
         waited: Seconds spent waiting for the workers so far.
     """
 
-    def __init__(self, eval_config: dict[str, Any], device: torch.device, **erasing: Any) -> None:
-        channels = eval_config['input_size'][0]
+    def __init__(self, preparation: Preparation, device: torch.device, **erasing: Any) -> None:
+        channels = preparation.input_size[0]
         if channels != 3:
             raise DataError(f'The model takes images of {channels} channels, the loaders give 3 (RGB): in_chans=3.')
         self.unreadable: list[tuple[str, str]] = []
         self.waited = 0.
         self.num_classes: int | None = None  # labels are checked against it
         self.prefetcher = PrefetchLoader(
-            self, mean=tuple(eval_config['mean']), std=tuple(eval_config['std']), device=device,
-            channels=channels, **erasing)
+            self, mean=preparation.mean, std=preparation.std, device=device, channels=channels, **erasing)
 
     def _batches(self) -> Iterable[Batch]:
         raise NotImplementedError
@@ -123,7 +123,11 @@ class _DeviceLoader:
         batches = iter(self._batches())
         while True:
             start = time.perf_counter()
-            batch = next(batches, None)
+            try:
+                batch = next(batches, None)
+            except DataError as error:  # that of a worker has its traceback before the message
+                *_, line = str(error).strip().splitlines()
+                raise DataError(line.removeprefix(f'{DataError.__module__}.{DataError.__name__}: ')) from error
             self.waited += time.perf_counter() - start
             if batch is None:
                 return
@@ -154,10 +158,10 @@ class TrainLoader(_DeviceLoader):
     """
 
     def __init__(
-            self, samples: Dataset, config: TrainConfig, eval_config: dict[str, Any], splits: Sequence[tuple[int, int]],
+            self, samples: Dataset, config: TrainConfig, preparation: Preparation, splits: Sequence[tuple[int, int]],
             processes: Processes, device: torch.device,
     ) -> None:
-        super().__init__(eval_config, device, re_prob=config.random_erasing, re_mode='pixel')
+        super().__init__(preparation, device, re_prob=config.random_erasing, re_mode='pixel')
         self.samples, self.seed, self.processes, self.splits = samples, config.seed, processes, list(splits)
         options: dict[str, Any] = dict(
             num_workers=config.workers, collate_fn=collate, pin_memory=device.type == 'cuda',
@@ -236,7 +240,7 @@ def _end_workers() -> None:
 
 
 def build_train_loader(
-        dataset: Dataset, config: TrainConfig, eval_config: dict[str, Any], splits: Sequence[tuple[int, int]],
+        dataset: Dataset, config: TrainConfig, preparation: Preparation, splits: Sequence[tuple[int, int]],
         processes: Processes = Processes(), device: torch.device = torch.device('cpu'),  # noqa: B008 (immutable)
         num_classes: int | None = None,
 ) -> TrainLoader:
@@ -251,10 +255,10 @@ def build_train_loader(
     require('simplejpeg')
     transforms = [
         CropTransform(create_transform(
-            (eval_config['input_size'][0], size, size), is_training=True, use_prefetcher=True,
-            interpolation=config.interpolation, mean=tuple(eval_config['mean']), std=tuple(eval_config['std']),
-            scale=tuple(config.scale), ratio=tuple(config.ratio), hflip=config.hflip,
-            color_jitter=config.color_jitter, auto_augment=config.auto_augment or None))
+            (preparation.input_size[0], size, size), is_training=True, use_prefetcher=True,
+            interpolation=config.interpolation, mean=preparation.mean, std=preparation.std, scale=tuple(config.scale),
+            ratio=tuple(config.ratio), hflip=config.hflip, color_jitter=config.color_jitter,
+            auto_augment=config.auto_augment or None), preparation.orientation)
         for size in config.list_sizes()]
     if len(dataset) < config.batch_size:
         raise DataError(
@@ -262,7 +266,7 @@ def build_train_loader(
     if isinstance(dataset, IterableDataset) and len(transforms) > 1:
         raise DataError('train_img_sizes needs images by index: shards are read in order, so give one img_size.')
     samples = _make_samples(dataset, transforms, config, splits, processes)
-    loader = TrainLoader(samples, config, eval_config, splits, processes, device)
+    loader = TrainLoader(samples, config, preparation, splits, processes, device)
     loader.num_classes = num_classes
     return loader
 
@@ -298,10 +302,10 @@ class EvalLoader(_DeviceLoader):
     """
 
     def __init__(
-            self, samples: Dataset, eval_config: dict[str, Any], batch_size: int, workers: int, processes: Processes,
+            self, samples: Dataset, preparation: Preparation, batch_size: int, workers: int, processes: Processes,
             device: torch.device,
     ) -> None:
-        super().__init__(eval_config, device)
+        super().__init__(preparation, device)
         self.share: list[int] | None = None
         options: dict[str, Any] = dict(
             num_workers=workers, collate_fn=collate, pin_memory=device.type == 'cuda', worker_init_fn=start_worker)
@@ -326,12 +330,12 @@ class EvalLoader(_DeviceLoader):
 
 
 def build_eval_loader(
-        dataset: Dataset, eval_config: dict[str, Any], batch_size: int, workers: int,
+        dataset: Dataset, preparation: Preparation, batch_size: int, workers: int,
         processes: Processes = Processes(), device: torch.device = torch.device('cpu'),  # noqa: B008 (immutable)
         num_classes: int | None = None,
 ) -> EvalLoader:
-    """Images resized and cropped as `eval_config` says, this process's share of them."""
-    transform = EvalTransform(build_eval_transform(eval_config, as_uint8=True))
+    """This process's share of the images, prepared for evaluation."""
+    transform = EvalTransform(preparation, as_uint8=True)
     if hasattr(getattr(dataset, 'reader', None), 'read_mixed'):
         samples: Dataset = ShardSamples(dataset.reader, transform, 0, processes.rank, processes.world_size)
     elif isinstance(dataset, IterableDataset):
@@ -342,6 +346,6 @@ def build_eval_loader(
         samples = StreamedSamples(dataset, transform, 0, 0)
     else:
         samples = Samples(dataset, [transform], replace=False)
-    loader = EvalLoader(samples, eval_config, batch_size, workers, processes, device)
+    loader = EvalLoader(samples, preparation, batch_size, workers, processes, device)
     loader.num_classes = num_classes
     return loader

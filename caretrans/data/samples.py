@@ -1,25 +1,25 @@
 """What runs in the workers of a loader: images read, decoded, augmented, and those that cannot be."""
 import os
-import re
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from timm.data.dataset import ImageDataset
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
+from torchvision.datasets import DatasetFolder
 
 from ..errors import DataError
 from ..seeds import derive_seed, seed_sample
 from .datasets import name_image
-from .decode import UNREADABLE, open_image
+from .decode import UNREADABLE, describe_error
 
 __all__ = [
-    'Batch', 'EvalTransform', 'Item', 'Sample', 'Samples', 'ShardSamples', 'StreamedSamples', 'collate',
-    'forget_open_tars', 'start_worker']
+    'Batch', 'Item', 'Sample', 'Samples', 'ShardSamples', 'StreamedSamples', 'collate', 'load_images', 'start_worker']
 
 MAX_TRIES = 50  # images in a row that cannot be read
 GRACE = 20.  # seconds that a worker stays after SIGTERM, for the last step and its checkpoint
@@ -52,28 +52,16 @@ def collate(items: Sequence[Item]) -> Batch:
         default_collate([item[0] for item in items]), torch.tensor([item[1] for item in items]), unreadable)
 
 
-def describe_error(error: Exception) -> str:
-    """Its type and text, without the addresses of objects."""
-    return f'{type(error).__name__}: {re.sub(" ?<_io[.][^>]*>", "", str(error))}'
-
-
-class EvalTransform:
-    """timm's evaluation transform for what `read_image` gives: every image through Pillow, as published."""
-
-    def __init__(self, transform: Callable[[Image.Image], torch.Tensor]) -> None:
-        self.transform = transform
-
-    def __call__(self, source: bytes | Image.Image) -> torch.Tensor:
-        return self.transform(open_image(source))
-
-
 def read_image(dataset: Dataset, index: int) -> tuple[bytes | Image.Image, int]:
     """Image `index` of a data set of timm's factory, as the bytes of its file where there is one, and its label.
 
     Raises:
         OSError, SyntaxError, EOFError, Image.DecompressionBombError: It cannot be read.
     """
-    if not isinstance(dataset, ImageDataset):  # torchvision's open the image themselves
+    if isinstance(dataset, DatasetFolder):  # torchvision's would decode it
+        path, target = dataset.samples[index]
+        return Path(path).read_bytes(), target
+    if not isinstance(dataset, ImageDataset):  # torchvision's others have images in memory, or open them themselves
         return dataset[index][:2]
     try:
         file, target = dataset.reader[index][:2]
@@ -81,6 +69,38 @@ def read_image(dataset: Dataset, index: int) -> tuple[bytes | Image.Image, int]:
         raise OSError(f'no image: {error}') from None
     with file:
         return file.read(), target
+
+
+def load_image(dataset: Dataset, index: int, transform: Callable) -> tuple[torch.Tensor, int]:
+    """Image `index`, transformed, and its label.
+
+    Raises:
+        OSError, SyntaxError, EOFError, Image.DecompressionBombError: It cannot be read.
+        DataError: Anything else went wrong; names the image.
+    """
+    try:
+        source, target = read_image(dataset, index)
+        return transform(source), int(target)
+    except (DataError, *UNREADABLE):
+        raise
+    except Exception as error:
+        raise DataError(f'{name_image(dataset, index)}: {describe_error(error)}.') from error
+
+
+def load_images(dataset: Dataset, indices: Iterable[int], transform: Callable) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some images of a data set, transformed, and their labels.
+
+    Raises:
+        DataError: One of them cannot be read; names it.
+    """
+    indices, loaded = list(indices), {}
+    for index in set(indices):
+        try:
+            loaded[index] = load_image(dataset, index, transform)
+        except UNREADABLE as error:
+            name = name_image(dataset, index)
+            raise DataError(f'{name} cannot be read as an image ({describe_error(error)}): remove it.') from None
+    return torch.stack([loaded[i][0] for i in indices]), torch.tensor([loaded[i][1] for i in indices])
 
 
 class Samples(Dataset):
@@ -104,9 +124,8 @@ class Samples(Dataset):
         index = sample.index
         for _ in range(MAX_TRIES):
             try:
-                source, target = read_image(self.dataset, index)
                 seed_sample(sample.seed)
-                return self.transforms[sample.size](source), int(target), unreadable
+                return *load_image(self.dataset, index, self.transforms[sample.size]), unreadable
             except UNREADABLE as error:
                 unreadable.append((name_image(self.dataset, index), describe_error(error)))
             if not self.replace:
@@ -207,6 +226,8 @@ class ShardSamples(IterableDataset):
             return self.transform(record.data), record.label, []
         except UNREADABLE as error:
             return None, -1, [(record.name, describe_error(error))]
+        except Exception as error:
+            raise DataError(f'{record.name}: {describe_error(error)}.') from error
 
 
 def start_worker(worker_id: int) -> None:
@@ -217,13 +238,3 @@ def start_worker(worker_id: int) -> None:
     if os.name == 'posix':
         signal.signal(signal.SIGTERM, stay)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    forget_open_tars(getattr(get_worker_info().dataset, 'dataset', None))
-
-
-def forget_open_tars(dataset: Any) -> None:
-    """Open the tars anew: workers that got them open from the main process would move each other's place in them."""
-    state = getattr(getattr(dataset, 'reader', None), 'tar_state', {})
-    for tar in state.values() if isinstance(state, dict) else [state]:
-        tar.reset()
-        for child in tar.children.values():
-            child.reset()

@@ -14,10 +14,11 @@ from timm.data.readers.reader_wds import ReaderWds
 from webdataset.tariterators import tarfile_samples
 
 from ..seeds import derive_seed
+from .folders import list_endings
 
 __all__ = ['Record', 'ShardReader', 'mix', 'share_shards']
 
-IMAGE_KEYS = ('jpg', 'jpeg', 'png', 'webp', 'bmp', 'gif', 'tif', 'tiff', 'ppm')
+PREFERRED = ['jpg', 'jpeg', 'png', 'webp']  # of several images in a record, as of a mask beside its image
 MIXED = 2048  # records in memory from which the next is drawn; ImageNet's are 110 kB each, so 225 MB in every worker
 
 
@@ -99,7 +100,8 @@ class ShardReader(ReaderWds):
 
     def _to_record(self, sample: dict[str, Any], url: str) -> Record:
         name = f'{url}, {sample["__key__"]}'
-        data = next((sample[key] for key in IMAGE_KEYS if key in sample), None)
+        kinds = [key for key in [*PREFERRED, *sample] if key in sample and f'.{key}' in list_endings()]
+        data = sample[kinds[0]] if kinds else None
         if data is None:
             return Record(name, None, reason=f'no image among {", ".join(k for k in sample if k[0] != "_")}')
         try:

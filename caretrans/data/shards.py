@@ -18,7 +18,8 @@ from typing import Any
 
 from ..errors import DataError, list_names
 from ..progress import Progress
-from .datasets import INFO, list_classes, open_dataset
+from .datasets import INFO, VALIDATION, list_classes, open_dataset
+from .folders import FolderReader
 
 __all__ = ['write_shards']
 
@@ -62,13 +63,13 @@ def plan_shards(
         source: str, split: str, images_per_shard: int | None, shard_size: float, seed: int,
 ) -> tuple[list[list[Entry]], list[str]]:
     """The images of each shard, and the classes; shards differ by at most one image."""
-    dataset = open_dataset(source, split, is_training=True)
-    samples = getattr(dataset.reader, 'samples', None)
-    if not isinstance(samples, list):
+    dataset = open_dataset(source, split, is_training=split not in VALIDATION)
+    if not isinstance(dataset.reader, FolderReader):
         raise DataError(f'{source}, split {split!r}, is no folder of images: it takes {split}/CLASS/IMAGE.jpg.')
-    keys = make_keys([os.path.relpath(path, dataset.reader.root) for path, _ in samples])
+    keys = make_keys([os.path.relpath(path, dataset.reader.root) for path, _ in dataset.reader.samples])
     entries = [
-        Entry(path, int(label), os.path.getsize(path), *key) for (path, label), key in zip(samples, keys, strict=True)]
+        Entry(path, int(label), os.path.getsize(path), *key) for (path, label), key in zip(
+            dataset.reader.samples, keys, strict=True)]
     random.Random(seed).shuffle(entries)
     total = sum(entry.size for entry in entries)
     number = -(-len(entries) // images_per_shard) if images_per_shard else int(total / (shard_size * 1e6)) + 1

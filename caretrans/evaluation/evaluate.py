@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch.utils.data import Dataset
 
 from ..checkpoint.load import Checkpoint, create_from_checkpoint, create_pretrained
-from ..checkpoint.preparation import FLAGS, list_sources, resolve_settings
+from ..checkpoint.preparation import FLAGS, Preparation, list_sources, resolve_settings
 from ..data.datasets import describe_classes, list_classes, open_dataset
 from ..data.loaders import EvalLoader, build_eval_loader
 from ..distributed import Processes, find_processes, join_processes, leave_processes, shared_errors
@@ -27,7 +27,7 @@ __all__ = [
     'open_data']
 
 CPU = torch.device('cpu')
-USUAL = dict(crop_mode='center', channel_order='rgb')  # printed only where a setting differs
+USUAL = dict(crop_mode='center', channel_order='rgb', orientation='ignore')  # printed only where a setting differs
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class EvalConfig:
         per_class: CSV file to write, one row per class.
         worst: The number of worst classes to list with what they are mistaken for.
         real_labels: '' for the ImageNet-ReaL labels packed with timm, or a file of them; None for none.
-        img_size, crop_pct, crop_mode, interpolation, channel_order: Of the images, see `load_for_evaluation`.
+        img_size, crop_pct, crop_mode, interpolation, channel_order, orientation: Of the images, see
+            `load_for_evaluation`.
     """
     checkpoint: str = ''
     data: str = ''
@@ -66,6 +67,7 @@ class EvalConfig:
     crop_mode: str | None = None
     interpolation: str | None = None
     channel_order: str | None = None
+    orientation: str | None = None
 
     @property
     def overrides(self) -> dict[str, Any]:
@@ -80,15 +82,14 @@ def load_for_evaluation(
         device: torch.device = CPU,
         pretrained: bool = False,
         **overrides: Any,
-) -> tuple[nn.Module, Checkpoint, dict[str, Any]]:
-    """Load a model in evaluation mode; returns it, its checkpoint and the image settings.
+) -> tuple[nn.Module, Checkpoint, Preparation]:
+    """Load a model in evaluation mode; returns it, its checkpoint and the preparation of images.
 
     Args:
         checkpoint, model_name, entry: As in `create_from_checkpoint`.
         pretrained: Load the published weights of `model_name` instead of a file, see `create_pretrained`.
-        overrides: img_size, crop_pct, crop_mode, interpolation, channel_order; None is no override. They take
-            precedence over the settings in the checkpoint (see `read_settings`), and those over the model's
-            `pretrained_cfg`.
+        overrides: The flags of `preparation.FLAGS`; None is no override. They take precedence over the settings in the
+            checkpoint (see `read_settings`), and those over the model's `pretrained_cfg`.
     Raises:
         ConfigError: Neither a file nor published weights are named, or both.
         CheckpointError: The weights cannot be loaded.
@@ -191,7 +192,7 @@ def _prepare(config: EvalConfig, processes: Processes) -> _Work:
         raise DataError(f'{data.name} has {len(data.images)} images, but {config.expect} are expected.')
     facts = dict(
         checkpoint=str(loaded.path), entry=loaded.entry, model=model.pretrained_cfg['architecture'], form=config.form,
-        data=data.name, eval_config=eval_config, eval_sources=sources, processes=processes.world_size)
+        data=data.name, eval_config=eval_config.to_dict(), eval_sources=sources, processes=processes.world_size)
     loader = build_eval_loader(data.images, eval_config, config.batch_size, config.workers, processes, config.device)
     real_labels = None if config.real_labels is None else RealLabels(
         data.images, model.num_classes, config.real_labels)

@@ -39,7 +39,6 @@ class Facts:
         weights: The checkpoint, or 'random'.
         sha256: Of the checkpoint; '' for random weights.
         data: The images that programs are compared on.
-        least_attention_mass: The least denominator of linear attention on them; None without such attention.
     """
     model: str
     weights: str
@@ -47,7 +46,6 @@ class Facts:
     data: str
     device: str
     versions: dict[str, str]
-    least_attention_mass: float | None
 
 
 @dataclass
@@ -233,7 +231,7 @@ def export(config: ExportConfig, stream: TextIO | None = None) -> tuple[Facts, l
     """
     source = load_source(config)
     jobs = config.list_jobs(source.size)
-    channels = source.eval_config['input_size'][0]
+    channels = source.eval_config.input_size[0]
     if channels != 3 and any(job.input == 'image' for job in jobs):
         raise ConfigError(
             f'--input image: {source.name} has {channels} input channels, but an RGB image has 3. Use --input tensor.')
@@ -247,7 +245,7 @@ def export(config: ExportConfig, stream: TextIO | None = None) -> tuple[Facts, l
         source.accuracy = cases.describe_accuracy()
         facts = Facts(
             source.name, source.checkpoint or 'random', source.sha256, cases.name,
-            describe_device(torch.device('cpu')), versions, cases.least_mass)
+            describe_device(torch.device('cpu')), versions)
         exports = []
         with Progress(len(cases) * len(jobs), 'images', stream=stream) as progress:
             for job in jobs:

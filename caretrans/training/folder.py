@@ -22,7 +22,7 @@ from ..errors import ConfigError, list_names, require
 from ..strict_json import to_json
 from .state import EpochRow
 
-__all__ = ['RunFolder', 'describe_environment', 'find_run', 'list_checkpoints']
+__all__ = ['RunFolder', 'choose_orientation', 'describe_environment', 'find_run', 'list_checkpoints']
 
 # Settings that may change when a run resumes: where things are and how they are computed, not what is computed.
 FREE = {
@@ -63,6 +63,11 @@ def _read_settings(path: Path) -> dict[str, Any]:
 def _list_changes(saved: dict[str, Any], config: TrainConfig, free: set) -> list[str]:
     return [f'{name} {saved[name]!r} there, {value!r} here' for name, value in config.to_dict().items()
             if name not in free and name in saved and saved[name] != value]
+
+
+def choose_orientation(path: Path, config: TrainConfig) -> str:
+    """The orientation with which a run resumes: older versions ignored it, and their config.yaml lacks it."""
+    return config.orientation if 'orientation' in _read_settings(path) else 'ignore'
 
 
 def find_run(config: TrainConfig) -> tuple[Path, list[Path]]:

@@ -18,7 +18,7 @@ from ..errors import CheckpointError, ConfigError, EvaluationError, Preempted, T
 from ..evaluation.metrics import Scores, evaluate, list_non_finite
 from ..progress import Progress
 from .failures import explain_failures
-from .folder import RunFolder, find_run, list_checkpoints
+from .folder import RunFolder, choose_orientation, find_run, list_checkpoints
 from .state import (
     Division, EpochRow, TrainScores, TrainState, describe_world_change, gather_train_state, restore_train_state)
 from .steps import Step, train_steps
@@ -347,6 +347,8 @@ def _train(config: TrainConfig, processes: Processes, device: torch.device, stop
     if config.dataset_download:  # once per machine
         processes.together(lambda: _download(config) if processes.local_rank == 0 else None)
     path, candidates = processes.first(lambda: find_run(config))
+    if candidates:
+        config.orientation = processes.first(lambda: choose_orientation(path, config))
     trainer = processes.together(lambda: Trainer(config, processes, device))
     folder = processes.first(lambda: RunFolder(path, config, trainer.describe(), is_new=not candidates), keep=True)
     trainer.distribute()  # before statistics are restored, because it copies those of the primary to all processes

@@ -203,7 +203,7 @@ class Trainer:
 
         self.eval_config = resolve_eval_config(
             self.model, img_size=config.val_img_size or config.img_size, crop_pct=config.crop_pct,
-            crop_mode=config.crop_mode)
+            crop_mode=config.crop_mode, orientation=config.orientation)
         self.train_loader = build_train_loader(
             self.train_set, config, self.eval_config, self.splits, processes, device, self.num_classes)
         if not self.train_loader.steps:
@@ -267,15 +267,16 @@ class Trainer:
             asdict(self.division), model=config.model, parameters=sum(p.numel() for p in self.model.parameters()),
             train_images=len(self.train_set), val_images=len(self.val_set), num_classes=self.num_classes,
             device=str(self.device), kernels=self.kernels, batch_size=config.batch_size, size_batches=sizes,
-            epochs=self.epochs, steps_per_epoch=self.train_loader.steps, lr=config.lr, eval_config=self.eval_config)
+            epochs=self.epochs, steps_per_epoch=self.train_loader.steps, lr=config.lr,
+            eval_config=self.eval_config.to_dict())
 
     def checkpoint_meta(self) -> dict[str, Any]:
         """Everything `save_checkpoint` stores besides the weights and the resume state."""
         config = self.config
         settings = dict(config.to_dict(), data=os.path.abspath(config.data) if config.data else '')
         return dict(
-            arch=config.model, model_args=config.model_args, class_names=self.classes, eval_config=self.eval_config,
-            config=settings, ema=self.ema)
+            arch=config.model, model_args=config.model_args, class_names=self.classes,
+            eval_config=self.eval_config.to_dict(), config=settings, ema=self.ema)
 
     def resume_state(self) -> dict[str, Any]:
         """State of optimizer and scaler, which a resumed run needs besides the weights."""

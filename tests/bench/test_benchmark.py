@@ -16,7 +16,7 @@ from caretrans.bench import config as bench_config, infer
 from caretrans.bench.backends import WrongOutputError, prepare
 from caretrans.bench.config import BenchConfig, list_setups, parse_bench_config
 from caretrans.bench.readme import PAGE, README, check_readme
-from caretrans.bench.record import ModelCounts, Record
+from caretrans.bench.record import ModelCounts, Record, write_csv
 from caretrans.bench.report import describe_counts
 from caretrans.bench.setups import BACKENDS
 from caretrans.errors import ConfigError
@@ -106,8 +106,8 @@ def test_a_missing_gpu_is_refused(call):
 @pytest.mark.parametrize('flags, message', [
     (['--output', 'FILE'], '--output .*page.md: .* is not a folder'), (['--plots', 'FILE/here'], '--plots .*here: '),
     (['--plots', 'FILE/here.png'], '--plots .*page.md: '),
-    (['--update', '--readme', 'no/such/folder/page.md'], 'page.md cannot be written'),
-    (['--update', '--readme', 'FILE'], 'was not written by this command and would be replaced')])
+    (['--update', '--readme', 'FILE/page.md'], '--readme .*page.md: .* is not a folder'),
+    (['--update', '--readme', 'FILE'], '--readme .*page.md: it is not a writable page with the heading "## Results"')])
 def test_unwritable_outputs_are_refused_before_any_measurement(call, tmp_path, monkeypatch, flags, message):
     file = tmp_path / 'page.md'
     file.write_text('text\n')
@@ -234,11 +234,14 @@ def test_the_script_prints_a_table_and_writes_json_and_csv(tmp_path):
     assert result['config']['batch_size'] == [1, 2]
 
 
-def test_records_of_each_bench_have_their_columns():
+def test_records_of_each_bench_have_their_columns(tmp_path):
     record = Record(model='care_s0', bench='growth', attention='linear', versions=dict(torch='2'), notes=['a', 'b'])
     assert list(record.to_dict())[:4] == ['model', 'bench', 'attention', 'backend'] and 'error' not in record.to_dict()
     assert record.to_dict()['median_ms'] is None and record.to_dict()['notes'] == ['a', 'b']
-    assert record.to_row()['versions'] == '{"torch": "2"}' and record.to_row()['notes'] == 'a; b'
+    write_csv(tmp_path / 'results.csv', [record.to_dict()])
+    with open(tmp_path / 'results.csv', newline='') as file:
+        row, = csv.DictReader(file)
+    assert list(row) == list(record.to_dict()) and row['versions'] == '{"torch": "2"}' and row['notes'] == 'a; b'
 
 
 def test_only_one_json_object_is_printed(call, tmp_path, small):
@@ -409,14 +412,14 @@ def test_a_page_without_tables_of_models_is_refused(call, tmp_path):
 
 def test_several_models_are_compared_in_one_table_and_written_to_a_page_that_can_be_checked(call, tmp_path):
     page = tmp_path / 'benchmarks.md'
-    page.write_text('# Benchmarks\n\nold\n')
+    page.write_text('# Benchmarks\n\nhow to measure\n\n## Results\n\nold\n')
     code, out, _ = call('--model', 'mobileone_s0', 'care_s0', '--backend', 'fused', '--markdown', '--update',
                         '--readme', page, '--output', tmp_path, *QUICK)
     assert code == 0 and '| top-1 %, published |' in out and '| `mobileone_s0` | 64 x 64 | 5.29 | 2.08 |' in out
     assert {r['reference'] for r in read(tmp_path)[0]['records']} == {
         'mobileone_s0 fused float32 channels_last', 'care_s0 fused float32 channels_last'}
     text = page.read_text()
-    assert text.startswith('# Benchmarks\n') and '\n## Results\n\n| model |' in text and 'old\n' not in text
+    assert text.startswith('# Benchmarks\n\nhow to measure\n\n## Results\n\n| model |') and 'old\n' not in text
     assert check_readme(page) == (10, [])
     page.write_text(text.replace('| 2.08 |', '| 2.09 |'))
     assert check_readme(page)[1] == ['mobileone_s0, fused, M: the page has 2.09, counted 2.08']

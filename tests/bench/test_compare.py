@@ -14,8 +14,9 @@ from photos import copy_images
 
 from caretrans.__main__ import main
 from caretrans.bench import compare as command
-from caretrans.bench.compare import compare, parse_plan
-from caretrans.bench.compare_report import TITLE, describe_comparison, draw_comparison
+from caretrans.bench.compare import compare
+from caretrans.bench.compare_plan import TITLE, parse_plan
+from caretrans.bench.compare_report import RunFacts, describe_comparison, draw_comparison
 from caretrans.errors import ConfigError, TrainingError
 from caretrans.measure.sample_network import SAMPLE_IMAGES
 from caretrans.models.backbone import find_family
@@ -90,7 +91,7 @@ def test_wildcards_families_and_aliases_are_accepted():
     (['--model', 'care_s0', 'casvit_xs', '--teacher', 'resnet18'], 'casvit_xs has no second head'),
     (['--model', 'care_s0', 'casvit_xs', '--model-args', 'ablation=no_inter1'], 'casvit_xs: .*ablation'),
     (['--kernels'], 'kernels'), (['--batch-size', '64'], 'do not fill a batch'),
-    (['--update', 'README.md'], 'README.md: the file was not written by this command'),
+    (['--update', 'README.md'], 'README.md: it is not a writable page with the heading'),
     (['--update', 'LICENSE/a.md'], '--update LICENSE')])
 def test_bad_input_is_one_line_before_any_training(data, tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.setattr(command, 'train', None)
@@ -167,12 +168,13 @@ def test_tables_and_plot_are_written(compared):
 def test_differences_between_models_and_machines_are_named(compared):
     _, result = compared
     assert not any('evaluated images,' in line or 'of the runs' in line for line in describe_comparison(result))
-    other = dict(result.facts['care_s0']['eval_config'], crop_pct=0.9)
-    changed = replace(result, facts=dict(result.facts, casvit_xs=dict(result.facts['casvit_xs'], eval_config=other)))
+    other = dict(result.facts['casvit_xs'].described, eval_config=dict(
+        result.facts['care_s0'].eval_config, crop_pct=0.9))
+    changed = replace(result, facts=dict(result.facts, casvit_xs=RunFacts(other)))
     assert any(line.startswith('differs: crop_pct of evaluated images, 1.0 of care_s0, 0.9 of casvit_xs')
                for line in describe_comparison(changed))
     care, casvit = result.models
-    moved = replace(care.runs[0], machine=dict(care.runs[0].machine, torch='2.6.0', compile=True))
+    moved = replace(care.runs[0], machine=replace(care.runs[0].machine, torch='2.6.0', compile=True))
     lines = describe_comparison(replace(result, models=[replace(care, runs=[moved, care.runs[1]]), casvit]))
     assert any(line.startswith('differs: torch of the runs, 2.6.0 of care_s0 (seed 0); ') for line in lines)
     assert any(line.startswith('differs: compile of the runs, True of care_s0 (seed 0); False of ') for line in lines)

@@ -55,7 +55,9 @@ def predict_one_by_one(checkpoint: str, paths):
     """The logits (n, C) for image files by a plain loop."""
     model = create_from_checkpoint(checkpoint)[0].eval()
     config = resolve_eval_config(model, img_size=SIZE)
-    transform = create_transform(**{**config, 'input_size': tuple(config['input_size'])})
+    transform = create_transform(
+        config.input_size, interpolation=config.interpolation, mean=config.mean, std=config.std,
+        crop_pct=config.crop_pct, crop_mode=config.crop_mode)
     with torch.inference_mode():
         return torch.cat([model(transform(Image.open(path).convert('RGB'))[None]) for path in paths])
 

@@ -1,7 +1,4 @@
-"""OpenVINO programs, converted from ONNX.
-
-OpenVINO's converter of PyTorch models sends telemetry, its ONNX reader does not. NNCF's telemetry is switched off.
-"""
+"""OpenVINO programs, converted from ONNX, in float32, with weights in float16, and quantized to int8."""
 import json
 from collections import Counter
 from pathlib import Path

@@ -5,8 +5,7 @@
 - The 11x1 and the 1x11 convolution of the early stages become one 11x11 cross, joined with the local 7x7 convolution,
   which gets a border of zeros: 2 % more multiply-adds for care_s0, but 12 operations fewer.
 
-Both are exact algebra except that attention omits the eps of 1e-6, which changes an output by the fraction
-eps / denominator of its value; `watch_least_mass` shows the denominators.
+Both are exact algebra, with the eps in the denominator of attention.
 """
 import copy
 from typing import Tuple
@@ -15,9 +14,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..folding import InferenceModule, join_depthwise
+from ..folding import InferenceModule, join_depthwise, make_pointwise
 from .care_fused import FusedBlock, FusedMixer
-from .phone import log_feature, use_mean_pool
+from .phone import log_feature, split_log_eps, use_mean_pool
 
 __all__ = ['ConvMixer', 'CrossConv', 'PhoneAttention', 'to_phone_form']
 
@@ -27,13 +26,14 @@ class PhoneAttention(InferenceModule):
 
     With phi(t) = elu(t) + 1 and K_a = sum_j phi(k_ja), output i is
 
-        sum_a g_ia c_a,   c_a = sum_j phi(k_ja) / K_a v_j,   g_ia = phi(q_ia) K_a / sum_b phi(q_ib) K_b
+        sum_a g_ia c_a,   c_a = sum_j phi(k_ja) / K_a v_j,   g_ia = phi(q_ia) K_a / (sum_b phi(q_ib) K_b + N eps)
 
     The first is a softmax over positions j of log phi(k), the second one over channels a of log phi(q) + log K. Both
     are the same for log phi + 1 = min(t + 1, 1) + log(max(t + 1, 1)), which needs no exponential and is nearly t
     itself for negative t, where phi vanishes. t + 1 comes from the bias, v from an identity in the convolution.
 
-    Unlike the original, the denominator has no eps; see above.
+    The eps is one channel more in each head, whose query and key are constants with phi(q) phi(k) = eps, so that its
+    phi(q) K is N eps; `mask` sets its c to 0.
     """
 
     def __init__(self, attention: nn.Module) -> None:
@@ -41,22 +41,22 @@ class PhoneAttention(InferenceModule):
         qk = attention.qk
         chs, heads, size = qk.in_channels, attention.num_heads, attention.head_chs
         self.num_heads, self.head_chs = heads, size
-        by_head = [part.view(heads, size, -1) for part in qk.weight.detach().chunk(2)]
-        weight = torch.cat([*by_head, torch.eye(chs).to(qk.weight).view(heads, size, chs)], dim=1)
-        shifts = [part.view(heads, size) + 1 for part in qk.bias.detach().double().chunk(2)]
-        bias = torch.cat([*shifts, torch.zeros_like(shifts[0])], dim=1)
-        self.qkv = nn.Conv2d(chs, 3 * chs, 1, device=qk.weight.device, dtype=qk.weight.dtype)
-        with torch.no_grad():
-            self.qkv.weight.copy_(weight.view(3 * chs, chs, 1, 1))
-            self.qkv.bias.copy_(bias.flatten())
+        q, k = (part.reshape(heads, size, chs) for part in qk.weight.detach().chunk(2))
+        q_shift, k_shift = (part.reshape(heads, size) + 1 for part in qk.bias.detach().double().chunk(2))
+        none, identity = torch.zeros_like(q[:, :1]), torch.eye(chs).to(q).view(heads, size, chs)
+        q_eps, k_eps = (torch.full_like(q_shift[:, :1], value) for value in split_log_eps())
+        self.qkv = make_pointwise(
+            torch.cat([q, none, k, none, identity], dim=1).flatten(0, 1),
+            torch.cat([q_shift, q_eps, k_shift, k_eps, torch.zeros_like(q_shift)], dim=1).flatten(), like=qk.weight)
+        self.register_buffer('mask', (torch.arange(size + 1) < size).to(qk.weight))
         self.requires_grad_(False).eval()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, C, H, W = x.shape
-        shifted, v = self.qkv(x).reshape(B, self.num_heads, 3 * self.head_chs, H * W).split(
-            [2 * self.head_chs, self.head_chs], dim=2)
-        q, k = log_feature(shifted).split(self.head_chs, dim=2)
-        context = v @ k.softmax(dim=-1).transpose(-2, -1)  # (B, h, d, d)
+        size = self.head_chs
+        shifted, v = self.qkv(x).reshape(B, self.num_heads, 3 * size + 2, H * W).split([2 * size + 2, size], dim=2)
+        q, k = log_feature(shifted).split(size + 1, dim=2)
+        context = v @ k.softmax(dim=-1).transpose(-2, -1) * self.mask  # (B, h, d, d + 1)
         shares = (q + k.logsumexp(dim=-1, keepdim=True)).softmax(dim=2)
         return (context @ shares).reshape(B, C, H, W)
 

@@ -11,8 +11,7 @@ code is two elementwise products with constant tables and one matmul with a smal
 The residual stream has 1/8 of its values in the original network. LayerNorm is invariant to that, ReLU preserves it,
 and squares, which some programs compute separately, are finite in float16 up to values of 2,000 instead of 255.
 
-Everything is exact algebra except that the eps of 1e-6 in the denominator is omitted: `phone.watch_least_mass` shows
-the denominators.
+Everything is exact algebra, with the eps in the denominator of attention.
 """
 import copy
 import math
@@ -20,10 +19,11 @@ from typing import List
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from ..folding import InferenceModule, fold_norm_into_head, make_pointwise, scale_outputs
 from ..rotary import rotary_code
-from .phone import log_feature, use_mean_pool
+from .phone import log_feature, split_log_eps, use_mean_pool
 
 __all__ = ['ChannelNorm', 'PhoneMllaBlock', 'PhoneRotaryAttention', 'make_rotary_tables', 'to_phone_form']
 
@@ -31,13 +31,15 @@ STREAM = 1 / 8  # factor of the residual stream
 
 
 def make_rotary_tables(x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Cosines over sines of the rotary code of a map (B, C, H, W), by head: (1, h, 2d, H * W) in its dtype.
+    """Cosines over sines of the rotary code of a map (B, C, H, W), by head: (1, h, 2d + 2, H * W) in its dtype.
 
-    In a head, the first channels of all pairs come first, then the second ones; both have the angle of their pair.
+    In a head, the first channels of all pairs come first, then the second ones; both have the angle of their pair. The
+    channel of eps comes before them, and has 0.
     """
     chs, height, width = x.shape[1], x.shape[2], x.shape[3]
     cos, sin = rotary_code(x).reshape(2, num_heads, chs // num_heads // 2, height * width).to(x.dtype).unbind(0)
-    return torch.cat([cos, cos, sin, sin], dim=1).unsqueeze(0)
+    none = torch.zeros_like(cos[:, :1])
+    return torch.cat([none, cos, cos, none, sin, sin], dim=1).unsqueeze(0)
 
 
 def _turn_halves(size: int) -> torch.Tensor:
@@ -50,15 +52,14 @@ def _turn_halves(size: int) -> torch.Tensor:
 class PhoneRotaryAttention(InferenceModule):
     """RotaryLinearAttention for float16: a map (B, C, H, W) and its tables to the same shape as the map.
 
-    With u = phi(q) / sum_b phi(q_b), a softmax of log phi(q) over the d channels, and k' = phi(k) / m, where m is
-    sqrt(N) times the mean of phi(k) over channels and positions,
+    With m, sqrt(N) times the mean of phi(k) over channels and positions, k' = phi(k) / m, and one channel more of
+    constants with phi(q) k' = eps, which takes part in the denominator alone,
 
         out_i = R_i u_i . (sum_j R_j k'_j v_j) / (u_i . sum_j k'_j)
 
-    k' is about N^-1/2 and both sums about N^1/2, whatever the keys are. R x = cos x + J (sin x) with a matrix J of 1
-    and -1, so that the matmuls use (cos u, sin u) and (cos k', sin k'), and J is applied to the sums.
-
-    Unlike the original, the denominator has no eps; see above.
+    where u is a softmax over the d + 1 channels of log phi(q) + log m, and of log phi(q) in that channel. k' is about
+    N^-1/2 and the sums about N^1/2, whatever the keys are. R x = cos x + J (sin x) with a matrix J of 1 and -1, so that
+    the matmuls use (cos u, sin u) and (cos k', sin k'), and J is applied to the sums.
     """
 
     def __init__(self, attention: nn.Module) -> None:
@@ -67,13 +68,17 @@ class PhoneRotaryAttention(InferenceModule):
         chs, heads, size = linear.in_features, attention.num_heads, attention.head_chs
         self.num_heads, self.head_chs = heads, size
         order = torch.arange(size).reshape(-1, 2).t().flatten()  # the first of all pairs, then the second
-        weights = [part.reshape(heads, size, chs)[:, order] for part in linear.weight.detach().double().chunk(2)]
-        shifts = [part.reshape(heads, size)[:, order] + 1 for part in linear.bias.detach().double().chunk(2)]
-        identity = torch.eye(chs).to(weights[0]).view(heads, size, chs)
+        q, k = (part.reshape(heads, size, chs)[:, order] for part in linear.weight.detach().double().chunk(2))
+        q_shift, k_shift = (
+            part.reshape(heads, size)[:, order] + 1 for part in linear.bias.detach().double().chunk(2))
+        none, identity = torch.zeros_like(q[:, :1]), torch.eye(chs).to(q).view(heads, size, chs)
+        q_eps, k_eps = (torch.full_like(q_shift[:, :1], value) for value in split_log_eps(-2.75))
         self.qkv = make_pointwise(
-            torch.cat([*weights, identity], dim=1).view(3 * chs, chs),
-            torch.cat([*shifts, torch.zeros_like(shifts[0])], dim=1).flatten(), like=linear.weight)
-        eye, turn = torch.eye(size), _turn_halves(size)
+            torch.cat([none, q, none, k, identity], dim=1).flatten(0, 1),
+            torch.cat([q_eps, q_shift, k_eps, k_shift, torch.zeros_like(q_shift)], dim=1).flatten(), like=linear.weight)
+        signs = torch.cat([torch.zeros(1), torch.ones(size), torch.zeros(1), -torch.ones(size)])
+        self.register_buffer('signs', signs[:, None].to(linear.weight))
+        eye, turn = F.pad(torch.eye(size), (1, 0, 1, 0)), F.pad(_turn_halves(size), (1, 0, 1, 0))
         mix = torch.cat([torch.cat([eye, turn], dim=1), torch.cat([turn.t(), eye], dim=1)])
         self.register_buffer('mix', mix.t().contiguous().to(linear.weight))
         self.lepe = attention.lepe
@@ -82,13 +87,13 @@ class PhoneRotaryAttention(InferenceModule):
     def forward(self, x: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
         B, C, H, W = x.shape
         size = self.head_chs
-        shifted, v = self.qkv(x).reshape(B, self.num_heads, 3 * size, H * W).split([2 * size, size], dim=2)
-        q, k = log_feature(shifted).split(size, dim=2)
-        q = q.softmax(dim=2)
-        mass = k.logsumexp(dim=(2, 3), keepdim=True) - math.log(size * math.sqrt(H * W))
-        k = (k - mass).exp()
+        shifted, v = self.qkv(x).reshape(B, self.num_heads, 3 * size + 2, H * W).split([2 * size + 2, size], dim=2)
+        features = log_feature(shifted)
+        mass = features[:, :, size + 2:].logsumexp(dim=(2, 3), keepdim=True) - math.log(size * math.sqrt(H * W))
+        q, k = (features + mass * self.signs).split(size + 1, dim=2)
+        q, k = q.softmax(dim=2), k.exp()
         weight = k.sum(dim=3).unsqueeze(2) @ q  # (B, h, 1, N)
-        context = v @ (torch.cat([k, k], dim=2) * tables).transpose(-2, -1)  # (B, h, d, 2d)
+        context = v @ (torch.cat([k, k], dim=2) * tables).transpose(-2, -1)  # (B, h, d, 2d + 2)
         out = (context @ self.mix) @ (torch.cat([q, q], dim=2) * tables)
         return (out / weight).reshape(B, C, H, W) + self.lepe(x)
 
