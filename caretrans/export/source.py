@@ -21,6 +21,7 @@ from ..fuse import to_form
 from ..measure.sample_network import SAMPLE_IMAGES, load_sample_images, randomize
 from ..models.folding import fold_pixels
 from ..runtimes.tracing import trace_network
+from ..text import escape, read_text
 from .config import ExportConfig, Job
 
 __all__ = ['Cases', 'ExportedNetwork', 'Source', 'build_network', 'load_cases', 'load_source', 'trace']
@@ -90,14 +91,12 @@ def name_classes(config: ExportConfig, count: int, own: list[str] | None = None)
     """
     names = describe_classes(own, count)
     if config.labels:
-        try:
-            names = Path(config.labels).read_text(encoding='utf-8').splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f'--labels {config.labels} cannot be read: {error}.') from None
+        names = read_text(config.labels, ConfigError, '--labels').splitlines()
     if len(names) != count:
         raise ConfigError(
             f'{config.labels or config.checkpoint} names {len(names)} classes, the network has {count}: '
             f'use --labels FILE with one class on each of {count} lines.')
+    names = [escape(name) for name in names]
     counts = Counter(names)
     return [f'{name} (class {number})' if counts[name] > 1 else name for number, name in enumerate(names)]
 
