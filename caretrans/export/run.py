@@ -22,6 +22,7 @@ from .config import COREML, TARGET, ExportConfig, Job
 from .coreml.apple import Examination, examine, is_available
 from .formats.table import list_versions as list_format_versions
 from .program import FormatModule, Program
+from .shapes import describe_shapes
 from .source import Cases, Source, load_cases, load_source
 from .verify import Verification, VerificationError, verify
 
@@ -188,6 +189,7 @@ def _make(source: Source, job: Job, cases: Cases, config: ExportConfig, progress
         result.program = module.read(job, new)
     result.notes += result.program.notes
     result.verification = verify(source, job, result.program, cases, new.name, progress.update)
+    result.notes.append(describe_shapes(source, job, result.program, cases))
     if job.format in COREML and is_available():
         try:
             result.core_ml = examine(source, job, new, cases)

@@ -70,7 +70,10 @@ def _list_changes(saved: dict[str, Any], config: TrainConfig, free: set) -> list
 
 def choose_orientation(path: Path, config: TrainConfig) -> str:
     """The orientation with which a run resumes: older versions ignored it, and their config.yaml lacks it."""
-    return config.orientation if 'orientation' in _read_settings(path) else 'ignore'
+    if 'orientation' in _read_settings(path):
+        return config.orientation
+    _logger.info(f'{path}: begun by an older version, which did not rotate images as their EXIF data say; resumes so.')
+    return 'ignore'
 
 
 def find_run(config: TrainConfig) -> tuple[Path, list[Path]]:

@@ -32,7 +32,7 @@ def write(source: Source, job: Job, path: Path) -> list[str]:
     path.mkdir(parents=True, exist_ok=True)
     openvino.save_model(model, str(path / MODEL), compress_to_fp16=job.precision == 'fp16')
     write_text(path / FACTS, json.dumps(describe(source, job), indent=2, ensure_ascii=False) + '\n')
-    return [f'only images of shape {tuple(model.input(0).shape)}']
+    return []
 
 
 def read(job: Job, path: Path) -> Program:
