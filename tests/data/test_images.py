@@ -187,15 +187,17 @@ def test_checkpoints_keep_the_orientation(rotated, tmp_path, caplog, capsys):
 
     def score(checkpoint: str, **options) -> EvalResult:
         return evaluate_checkpoint(EvalConfig(checkpoint, data=str(rotated), workers=0, **options))
-    assert score(old, orientation='exif').loss == score(new).loss != score(old).loss
+    assert score(old, orientation='exif').loss == pytest.approx(score(new).loss, rel=1e-6)
+    assert abs(score(old).loss - score(new).loss) > 1e-3
     assert 'orientation exif (checkpoint)' in '\n'.join(describe_result(score(new)))
     assert score(new).eval_config['orientation'] == 'exif'
 
-    def predict(*flags: str) -> str:
+    def predict(*flags: str) -> list[float]:
         image = sorted((rotated / 'val').glob('*/*.jpg'))[1]
         assert caretrans(['predict', '--json', '--device', 'cpu', str(image), '--checkpoint', *flags]) == 0
-        return capsys.readouterr().out
-    assert predict(new) == predict(old, '--orientation', 'exif') != predict(new, '--orientation', 'ignore')
+        return json.loads(capsys.readouterr().out)['probabilities']
+    assert predict(new) == pytest.approx(predict(old, '--orientation', 'exif'), rel=1e-6)
+    assert abs(predict(new)[0] - predict(new, '--orientation', 'ignore')[0]) > 1e-4
 
 
 def test_runs_of_older_versions_resume_without_rotating(tmp_path, caplog):
