@@ -111,6 +111,15 @@ def test_links_to_folders_and_files_elsewhere_are_followed(split, tmp_path):
     assert 'links to nothing: 1 (b/gone.jpg)' in reader.notes[0] and 'a/pipe.jpg' in reader.notes[0]
 
 
+def test_of_several_links_to_a_file_the_first_counts(split, tmp_path):
+    picture = write(tmp_path / 'picture.jpg')
+    for name in ('b/0.jpg', 'a/5.jpg', 'a/6.jpg', 'c/7.jpg'):
+        (split / name).parent.mkdir(exist_ok=True)
+        (split / name).symlink_to(picture)
+    assert names(split) == ['a/1.jpg', 'a/2.jpg', 'a/5.jpg', 'b/3.jpg', 'b/4.jpg']
+    assert '(a/6.jpg, b/0.jpg, c/7.jpg)' in FolderReader(split).notes[0]
+
+
 def test_every_ending_that_pillow_decodes_is_an_image(split):
     Image.init()
     assert list_endings() >= {
