@@ -27,6 +27,8 @@ UNDECODED = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'WMF'}
 SYSTEM_NAMES = {'@eaDir', '__MACOSX'}  # of network disks and of archives from a Mac
 SHOWN = 3  # names of each kind that was skipped
 
+Identities = set[tuple[int, int]]  # device and inode of files or folders
+
 
 @lru_cache
 def list_endings() -> frozenset[str]:
@@ -73,7 +75,7 @@ class Found:
 
     def shorten(self, path: str) -> str:
         """A path from `root` on."""
-        return path.removeprefix(self.root).removeprefix(os.sep)
+        return path.removeprefix(self.root).lstrip(f'{os.sep}:')
 
     def skip(self, reason: str, path: str) -> None:
         self.skipped.setdefault(reason, []).append(self.shorten(path))
@@ -110,9 +112,6 @@ def list_images(root: str | Path) -> Found:
     return found
 
 
-Identities = set[tuple[int, int]]
-
-
 def _identify(found: os.stat_result) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
@@ -143,25 +142,27 @@ def _walk(folder: str, found: Found, seen: Identities, links: deque[str]) -> Non
 
 def _follow(link: str, found: Found, seen: Identities, files: Identities, links: deque[str]) -> None:
     """Add what a link leads to, unless it is among the `seen` folders or the `files` already."""
-    try:
-        target = os.stat(link)
-    except OSError:
-        return found.skip(BROKEN, link)
-    if not stat.S_ISDIR(target.st_mode):
-        if not stat.S_ISREG(target.st_mode) or not is_image(link):
-            return found.skip(NO_IMAGE, link)
-        if _identify(target) in files:
-            return found.skip(AGAIN, link)
+    if not os.path.exists(link):
+        found.skip(BROKEN, link)
+        return
+    target = os.stat(link)
+    if stat.S_ISDIR(target.st_mode):
+        if os.path.dirname(link) == found.root:
+            found.folders.append(os.path.basename(link))
+        if _identify(target) in seen or _contains(link, found.root):
+            found.skip(AGAIN, link)
+        else:
+            before = len(found.images)
+            seen.add(_identify(target))
+            _walk(link, found, seen, links)
+            files.update(_identify(os.stat(path)) for path in found.images[before:])
+    elif not stat.S_ISREG(target.st_mode) or not is_image(link):
+        found.skip(NO_IMAGE, link)
+    elif _identify(target) in files:
+        found.skip(AGAIN, link)
+    else:
         files.add(_identify(target))
-        return found.images.append(link)
-    if os.path.dirname(link) == found.root:
-        found.folders.append(os.path.basename(link))
-    if _identify(target) in seen or _contains(link, found.root):
-        return found.skip(AGAIN, link)
-    before = len(found.images)
-    seen.add(_identify(target))
-    _walk(link, found, seen, links)
-    files.update(_identify(os.stat(path)) for path in found.images[before:])
+        found.images.append(link)
 
 
 def _contains(folder: str, path: str) -> bool:
