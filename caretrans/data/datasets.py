@@ -11,6 +11,7 @@ from timm.data import ImageDataset, ImageNetInfo, IterableImageDataset, create_d
 from torch.utils.data import Dataset
 
 from ..errors import DataError, list_names
+from ..text import read_text
 from .folders import FolderReader, TarReader
 
 __all__ = ['check_labels', 'describe_classes', 'find_labels', 'list_classes', 'name_image', 'open_dataset']
@@ -41,10 +42,12 @@ def _split_folder(root: Path, split: str) -> Path:
 def _open_shards(root: str, split: str, **options: Any) -> IterableImageDataset:
     """A split of WebDataset shards: described by an `_info.json`, else found by timm's reader."""
     from .shard_reader import ShardReader  # webdataset is needed for shards only
+    root = str(Path(root).absolute()) if Path(root).is_dir() else root  # webdataset takes 'a:b' for a protocol
     path = Path(root) / INFO
     if path.is_file():
+        text = read_text(path, DataError)
         try:
-            splits = json.loads(path.read_text())['splits']
+            splits = json.loads(text)['splits']
             found = next((name for name in _list_synonyms(split) if name in splits), None)
             files = splits[found]['filenames'] if found else []
             missing = [file for file in files if not (path.parent / file).is_file()]

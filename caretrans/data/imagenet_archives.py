@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ..errors import DataError, list_names, require
 from ..progress import Progress
+from ..text import read_text
 
 __all__ = [
     'AGAIN', 'CHUNK', 'IMAGE', 'INNER_TAR', 'SOURCE', 'Archive', 'Devkit', 'Member', 'compute_md5', 'find_archive',
@@ -187,7 +188,4 @@ def label_images(names: Iterable[str], labels: Path | None, devkit: Devkit | Non
 
 
 def _read_lines(path: Path) -> list[list[str]]:
-    try:
-        return [line.split() for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f'{path}: cannot be read as labels ({error}): give a text with a line per image.') from None
+    return [line.split() for line in read_text(path, DataError).splitlines() if line.strip()]

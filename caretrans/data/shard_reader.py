@@ -5,13 +5,15 @@ decodes with Pillow, and only logs what it cannot read. Here the order depends o
 returned as bytes, and a missing image is a record with the reason.
 """
 import json
+import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from typing import Any, NamedTuple
 
 from timm.data.readers.reader_wds import ReaderWds
-from webdataset.tariterators import tarfile_samples
+from webdataset.gopen import gopen
+from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from ..errors import DataError
 from ..seeds import derive_seed
@@ -53,6 +55,28 @@ def mix(records: Iterable[Record], generator: random.Random, size: int = MIXED) 
     yield from buffer
 
 
+def _keep(errors: list[Exception]) -> Callable[[Exception], bool]:
+    """A handler of webdataset that collects the errors and continues."""
+    return lambda error: errors.append(error) or True
+
+
+def _list_files(url: str, errors: list[Exception]) -> Iterator[dict[str, Any]]:
+    """The files in a shard. webdataset itself would take 'a:b/x.tar' for a protocol, and skip a class '__x__'."""
+    try:
+        with open(url, 'rb') if os.path.isfile(url) else gopen(url) as stream:
+            for file in tar_file_iterator(stream, skip_meta=None, handler=_keep(errors)):
+                yield dict(file, __url__=url)
+    except Exception as error:  # whatever a damaged tar or a server raises
+        errors.append(error)
+
+
+def _split_name(name: str) -> tuple[str | None, str | None]:
+    """The key and the kind of a file: its path up to the first dot of its name, and what follows."""
+    folder, slash, file = name.rpartition('/')
+    stem, dot, kind = file.partition('.')
+    return (folder + slash + stem, kind) if stem and dot else (None, None)
+
+
 class ShardReader(ReaderWds):
     """Shards described by an `_info.json`: timm's `splits`, and optionally the names of the `classes`."""
 
@@ -92,7 +116,7 @@ class ShardReader(ReaderWds):
         """All records of a shard; if `length` is known, also one for each image that a damaged shard lost."""
         errors: list[Exception] = []
         found = 0
-        for sample in tarfile_samples([dict(url=url)], handler=lambda error: errors.append(error) or True):
+        for sample in group_by_keys(_list_files(url, errors), keys=_split_name, handler=_keep(errors)):
             found += 1
             yield self._to_record(sample, url)
         reason = f'{type(errors[0]).__name__}: {errors[0].args[0]}' if errors else 'the shard ends early'

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..errors import DataError, list_names
 from ..progress import Progress
+from ..text import open_text, read_text
 from .datasets import INFO, VALIDATION, list_classes, open_dataset
 from .folders import FolderReader
 
@@ -88,8 +89,8 @@ def fingerprint(shards: Sequence[Sequence[Entry]]) -> str:
 
 def _write_json(path: Path, content: Any) -> None:
     partial = path.with_name(path.name + '.partial')
-    with open(partial, 'w') as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
+    with open_text(partial, 'w') as file:
+        json.dump(content, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)
@@ -97,8 +98,8 @@ def _write_json(path: Path, content: Any) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
+        return json.loads(read_text(path, DataError)) if path.exists() else {}
+    except json.JSONDecodeError as error:
         raise DataError(f'{path} is not JSON: {error}. Remove the folder and start again.') from None
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__
+from ..text import escape
 from .config import AIMED, Job
 from .formats.table import list_versions
 from .source import Source
@@ -52,7 +53,7 @@ def describe(source: Source, job: Job) -> dict[str, str]:
         facts['accuracy'] = source.accuracy
     if source.meta.get('metrics'):
         facts['training_metrics'] = json.dumps(source.meta['metrics'])
-    return facts
+    return {name: escape(value) for name, value in facts.items()}
 
 
 def read_class_names(facts: Mapping[str, str]) -> list[str]:

@@ -13,13 +13,13 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checkpoint.load import create_pretrained, load_checkpoint
+from ..checkpoint.load import NOT_ARCHITECTURE, create_pretrained, load_checkpoint
 from ..checkpoint.preparation import resolve_eval_config
 from ..config import TrainConfig
 from ..data.datasets import check_labels, list_classes, open_dataset
 from ..data.loaders import build_eval_loader, build_train_loader
 from ..distributed import Processes
-from ..errors import CheckpointError, ConfigError, DataError
+from ..errors import CheckpointError, ConfigError, DataError, list_names
 from ..kernels import describe_placements, use_kernels, why_unavailable
 from ..seeds import seed_everything
 from .losses import SelfDistillationTask, build_task
@@ -42,6 +42,9 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
         near = ', '.join(timm.list_models(f'*{config.model.split("_")[0]}*')[:8]) or 'none'
         raise ConfigError(f'No model {config.model!r}; near: {near}.')
     rates = {key: value for key, value in (('drop_rate', config.drop), ('drop_path_rate', config.drop_path)) if value}
+    wrong = [name for name in config.model_args if name in NOT_ARCHITECTURE]
+    if wrong:
+        raise ConfigError(f'The model_args name {list_names(wrong)}: use --pretrained or --checkpoint.')
     arguments = dict(num_classes=num_classes, **{**rates, **config.model_args})
     try:
         model = create_pretrained(config.model, **arguments)[0] if config.pretrained else \

@@ -195,7 +195,7 @@ def test_checkpoints_keep_the_orientation(rotated, tmp_path, caplog, capsys):
     def predict(*flags: str) -> list[float]:
         image = sorted((rotated / 'val').glob('*/*.jpg'))[1]
         assert caretrans(['predict', '--json', '--device', 'cpu', str(image), '--checkpoint', *flags]) == 0
-        return json.loads(capsys.readouterr().out)['probabilities']
+        return json.loads(capsys.readouterr().out.splitlines()[-1])['probabilities']
     assert predict(new) == pytest.approx(predict(old, '--orientation', 'exif'), rel=1e-6)
     assert abs(predict(new)[0] - predict(new, '--orientation', 'ignore')[0]) > 1e-4
 
@@ -311,6 +311,15 @@ def test_values_of_unknown_range_are_refused_by_name(tmp_path, values, mode):
         load_images(dataset, range(5), EvalTransform(PREPARATION))
     failed, = predict_images(save(tmp_path / 'model.pth.tar'), [str(path)])
     assert f'mode {mode}' in failed['error']
+
+
+def test_reason_is_given_where_no_image_can_be_read(tmp_path):
+    root = copy_images(tmp_path / 'data', per_class=2)
+    for path in list(root.glob('val/*/*.jpg')):
+        path.with_suffix('.tif').write_bytes(encode_tiff(np.zeros((4, 4), dtype=np.float32)))
+        path.unlink()
+    with pytest.raises(DataError, match=r'None of 4 images could be read, the first is .*\.tif: .*mode F'):
+        evaluate_checkpoint(EvalConfig(save(tmp_path / 'model.pth.tar'), data=str(root), workers=0))
 
 
 def make_transparent_palette() -> bytes:
