@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from ..errors import DataError, list_names
 from ..text import read_text
-from .folders import FolderReader, TarReader
+from .folders import ClassReader, FolderReader, TarReader
 
 __all__ = ['check_labels', 'describe_classes', 'find_labels', 'list_classes', 'name_image', 'open_dataset']
 
@@ -144,6 +144,10 @@ def open_dataset(
             f'{root} has images of one class only, {found[0]!r}: the folders directly under a split are its classes.')
     if classes is not None and found is not None and found != classes:
         missing, extra = sorted(set(classes) - set(found)), sorted(set(found) - set(classes))
+        reader = getattr(dataset, 'reader', None)
+        if isinstance(reader, ClassReader) and not extra and set(missing) <= set(reader.empty):
+            reader.number_classes(classes)
+            return dataset
         raise DataError(
             f'The classes of {root} are not those expected ({len(found)} against {len(classes)}): '
             f'missing {list_names(missing) or "none"}; unknown {list_names(extra) or "none"}.')

@@ -181,7 +181,8 @@ class ClassReader(Reader):
         is_training: Refuse a class without images.
     Attributes:
         samples: (path, label) of each image.
-        class_to_idx: Label of each class.
+        class_to_idx: Label of each class that has images.
+        empty: Names of class folders without images.
         notes: Lines about what was skipped and about classes without images.
     Raises:
         DataError: There are no images in class folders, or a class has none and is to be trained on.
@@ -198,13 +199,18 @@ class ClassReader(Reader):
         if not used:
             raise DataError(f'{self.root} has no images in class folders. Expected: {self.root}/CLASS/IMAGE.jpg. '
                             f'{skipped}'.strip())
-        empty = [name for name in found.folders if name not in used]
-        problem = f'{self.root}: class folders without images: {list_names(empty)}.'
-        if empty and is_training:
+        self.empty = [name for name in found.folders if name not in used]
+        problem = f'{self.root}: class folders without images: {list_names(self.empty)}.'
+        if self.empty and is_training:
             raise DataError(f'{problem} Add images, or remove the folders. {skipped}'.strip())
-        self.notes = [note for note in (skipped, problem if empty else '') if note]
-        self.class_to_idx = {name: label for label, name in enumerate(_sort({*used, *empty}))}
+        self.notes = [note for note in (skipped, problem if self.empty else '') if note]
+        self.class_to_idx = {name: label for label, name in enumerate(_sort(used))}
         self.samples = [(image, self.class_to_idx[name]) for image, name in classes.items()]
+
+    def number_classes(self, classes: Sequence[str]) -> None:
+        """Label the classes in the given order, which may include folders without images."""
+        names, self.class_to_idx = list(self.class_to_idx), {name: label for label, name in enumerate(classes)}
+        self.samples = [(path, self.class_to_idx[names[label]]) for path, label in self.samples]
 
     def __len__(self) -> int:
         return len(self.samples)
