@@ -71,7 +71,7 @@ class TrainConfig:
         None, 'evaluation: crop the centre, squash the whole image to a square, or add a border (default: that of the '
         'model)', choices=CROP_MODES)
     orientation: str = setting(
-        'exif', 'rotate images upright as their EXIF data say, or ignore it', choices=ORIENTATIONS)
+        'exif', 'rotate images upright as their EXIF data say, or ignore it', choices=ORIENTATIONS, off='ignore')
     scale: list[float] = setting([0.08, 1.0], 'smallest and largest area of random crops', size=2, bounds=(0, 1))
     ratio: list[float] = setting(
         [3 / 4, 4 / 3], 'smallest and largest aspect ratio of random crops', size=2, bounds=(0, 100))

@@ -124,8 +124,8 @@ def number(kind: type, least: float, most: float = float('inf')) -> Callable[[st
     def convert(text: str) -> Any:
         value = kind(text)
         if not (math.isfinite(value) and least <= value <= most):
-            limits = f'at least {least}' if most == float('inf') else f'between {least} and {most}'
-            raise argparse.ArgumentTypeError(f'{text} is not {limits}')
+            limits = f'of at least {least}' if most == float('inf') else f'between {least} and {most}'
+            raise argparse.ArgumentTypeError(f'{text} is not a finite number {limits}')
         return value
     convert.__name__ = kind.__name__  # of which argparse says that a text is none
     return convert

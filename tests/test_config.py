@@ -139,7 +139,7 @@ def test_every_flag_of_a_number_refuses_what_is_not_finite(name, value):
 
 def test_shared_number_flags_refuse_what_is_not_finite():
     for text in ('nan', 'inf'):
-        with pytest.raises(ArgumentTypeError, match=f'{text} is not at least 0.01'):
+        with pytest.raises(ArgumentTypeError, match=f'{text} is not a finite number of at least 0.01'):
             number(float, 0.01)(text)
 
 

@@ -42,7 +42,8 @@ def describe(source: Source, job: Job) -> dict[str, str]:
         model=source.name, form=job.get_form(), format=job.format, precision=job.precision, compress=job.compress,
         input=job.input, output=job.output, size=f'{height}x{width}', batch=str(job.batch),
         channels=str(source.eval_config.input_size[0]), target=job.target if job.format in AIMED else '',
-        checkpoint=Path(source.checkpoint).name or 'random weights', preprocessing=describe_input(source, job),
+        checkpoint=Path(source.checkpoint).name if source.sha256 else source.checkpoint or 'random weights',
+        preprocessing=describe_input(source, job),
         class_names=json.dumps(source.class_names, ensure_ascii=False), caretrans=__version__,
         **list_versions(job.kind, job.precision))
     facts['torch'] = torch.__version__  # with the platform it was built for

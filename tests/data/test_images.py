@@ -23,7 +23,8 @@ from caretrans.data.loaders import build_eval_loader, build_train_loader
 from caretrans.data.samples import load_images
 from caretrans.data.shards import write_shards
 from caretrans.errors import DataError
-from caretrans.evaluation import EvalConfig, describe_result, evaluate_checkpoint, load_for_evaluation, predict_images
+from caretrans.evaluation import (
+    EvalConfig, EvalResult, describe_result, evaluate_checkpoint, load_for_evaluation, predict_images)
 from caretrans.export.config import ExportConfig
 from caretrans.export.source import load_cases, load_source
 from caretrans.measure.sample_network import load_sample_images
@@ -182,11 +183,11 @@ def test_checkpoints_keep_the_orientation(rotated, tmp_path, caplog, capsys):
     assert load_for_evaluation(old, orientation='exif')[2].orientation == 'exif'
     assert list_sources(model, loaded, orientation='exif')['orientation'] == 'flag'
 
-    def score(checkpoint: str, **options) -> dict:
+    def score(checkpoint: str, **options) -> EvalResult:
         return evaluate_checkpoint(EvalConfig(checkpoint, data=str(rotated), workers=0, **options))
-    assert score(old, orientation='exif')['loss'] == score(new)['loss'] != score(old)['loss']
+    assert score(old, orientation='exif').loss == score(new).loss != score(old).loss
     assert 'orientation exif (checkpoint)' in '\n'.join(describe_result(score(new)))
-    assert score(new)['eval_config']['orientation'] == 'exif'
+    assert score(new).eval_config['orientation'] == 'exif'
 
     def predict(*flags: str) -> str:
         image = sorted((rotated / 'val').glob('*/*.jpg'))[1]
