@@ -17,6 +17,7 @@ from .flags import (
     CROP_MODES, DEVICE_HELP, ORIENTATIONS, FlagParser, add_flags, check_settings, convert_setting, number, parse_flags,
     setting)
 from .models.backbone import find_family
+from .text import read_text
 
 __all__ = [
     'CROP_MODES', 'FlagParser', 'TrainConfig', 'add_flags', 'check_settings', 'choose_model_args',
@@ -220,12 +221,9 @@ def read_recipe(name_or_file: str, seen: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:
+    text = read_text(path, ConfigError)
     try:
-        settings = yaml.load(path.read_text(encoding='utf-8-sig'), _StrictLoader) or {}
-    except UnicodeDecodeError as error:
-        raise ConfigError(f'{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8.') from None
-    except OSError as error:
-        raise ConfigError(f'{path} cannot be read: {error.strerror}.') from None
+        settings = yaml.load(text, _StrictLoader) or {}
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f'{path} is not YAML: {" ".join(str(error).split())}') from None
     if not isinstance(settings, dict):

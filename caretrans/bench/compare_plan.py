@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from ..measure.names import expand_models
 from ..measure.sample_network import SAMPLE_IMAGES
 from ..models.backbone import resolve_alias
+from ..text import read_text, write_text
 from ..training.folder import FREE
 from .report import check_folder, check_page
 
@@ -164,9 +165,9 @@ def check_places(plan: Plan) -> None:
             raise ConfigError(f'{plan.folder} contains other files than a comparison: choose another --output.')
         return
     try:
-        saved = yaml.safe_load(file.read_text())
+        saved = yaml.safe_load(read_text(file, ConfigError))
         settings, models, seeds = saved['settings'], saved['models'], saved['seeds']
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (ConfigError, yaml.YAMLError, KeyError, TypeError) as error:
         raise ConfigError(f'{file} cannot be read ({type(error).__name__}): choose another --output.') from None
     settings = _locate(settings)
     changes = [f'{name} {settings[name]!r} there, {value!r} here'
@@ -189,6 +190,6 @@ def write_plan(plan: Plan) -> None:
     contents = dict(models=plan.models, seeds=plan.seeds, recipe=plan.recipe, settings=plan.list_settings())
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
-        (plan.folder / SETTINGS).write_text(yaml.safe_dump(contents, sort_keys=False))
+        write_text(plan.folder / SETTINGS, yaml.safe_dump(contents, sort_keys=False))
     except OSError as error:
         raise ConfigError(f'{plan.folder} cannot be written to ({error}): choose another --output.') from None

@@ -14,6 +14,8 @@ import yaml
 from ..errors import ConfigError
 from ..measure.tables import format_table, format_value
 from ..models.backbone import find_family
+from ..strict_json import replace_non_finite, to_json
+from ..text import escape, read_text, write_text
 from .compare_plan import TITLE, Plan
 from .record import ModelCounts, Record, write_csv
 
@@ -88,11 +90,11 @@ class RunFigures:
 
     @classmethod
     def read(cls, model: str, seed: int, folder: Path) -> 'RunFigures':
-        result = json.loads((folder / 'result.json').read_text())
-        environment = json.loads((folder / 'environment.json').read_text())
-        config = yaml.safe_load((folder / 'config.yaml').read_text())
-        with open(folder / 'summary.csv', newline='') as file:
-            seconds = sum(float(row['seconds']) for row in csv.DictReader(file))
+        result = json.loads(read_text(folder / 'result.json', ConfigError))
+        environment = json.loads(read_text(folder / 'environment.json', ConfigError))
+        config = yaml.safe_load(read_text(folder / 'config.yaml', ConfigError))
+        rows = csv.DictReader(read_text(folder / 'summary.csv', ConfigError).splitlines())
+        seconds = sum(float(row['seconds']) for row in rows)
         last, best = result['last'], result['best']
         modes = {name: config.get(name) for name in ('compile', 'kernels', 'grad_checkpointing')}
         known = {**environment, **modes}
@@ -275,8 +277,9 @@ def draw_comparison(comparison: Comparison, path: Path) -> Path:
           for backend, (shape, filling) in MARKERS.items())])
     plan, budget, side = comparison.plan, comparison.budget, comparison.models[0].counts.height
     axes.set(xlabel='latency of one image, median, ms', ylabel='top-1 after the last epoch, %')
+    data = escape(plan.data_name).replace('$', r'\$')  # between two of them matplotlib reads a formula
     axes.set_title(
-        f'Trained on equal terms: {budget.epochs} epochs of {budget.train_images:,} images, {plan.data_name}, '
+        f'Trained on equal terms: {budget.epochs} epochs of {budget.train_images:,} images, {data}, '
         f'{plan.config.img_size} px\n{comparison.device}, {side} px, float32', fontsize=10)
     axes.margins(x=0.15, y=0.15)
     axes.set_xlim(left=0)
@@ -298,14 +301,15 @@ def write_comparison(comparison: Comparison) -> None:
     folder, page = comparison.plan.folder, comparison.plan.update
     text = '\n'.join(describe_comparison(comparison, markdown=True)) + '\n'
     try:
-        (folder / 'comparison.json').write_text(json.dumps(comparison.to_dict(), indent=2) + '\n')
+        write_text(folder / 'comparison.json', to_json(replace_non_finite(comparison.to_dict()), indent=2) + '\n')
         write_csv(folder / 'comparison.csv', [
             {**row, 'seeds': ' '.join(map(str, row['seeds']))} for row in map(ModelFigures.to_dict, comparison.models)])
-        (folder / 'comparison.md').write_text(text)
+        write_text(folder / 'comparison.md', text)
         draw_comparison(comparison, folder / 'comparison.png')
         if page:
             Path(page).parent.mkdir(parents=True, exist_ok=True)
-            Path(page).write_text(
+            write_text(
+                page,
                 f'{TITLE}\n\n`bash cmd/compare.sh --update` replaces this whole page; see '
                 f'[comparison.md](comparison.md).\n\n{text}')
     except OSError as error:

@@ -12,6 +12,7 @@ from ..errors import ConfigError
 from ..fuse import to_form
 from ..measure.counts import count_operations, count_parameters, make_empty
 from ..measure.names import parse_size
+from ..text import read_text, write_text
 
 __all__ = ['PAGE', 'README', 'RESULTS', 'check_readme', 'write_page']
 
@@ -69,7 +70,7 @@ def check_readme(path: Path) -> tuple[int, list[str]]:
     if not Path(path).is_file():
         raise ConfigError(f'{path} does not exist: name the file with --readme.')
     found = []
-    for block in re.findall(r'(?:^\|.*\|\n)+', Path(path).read_text(), re.MULTILINE):
+    for block in re.findall(r'(?:^\|.*\|\n)+', read_text(path, ConfigError), re.MULTILINE):
         header, *rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in block.splitlines()]
         found += [line for row in rows[1:] for line in _compare(header, row)]
     if not found:
@@ -85,7 +86,7 @@ def write_page(page: Path, lines: Sequence[str]) -> None:
     Args:
         lines: Result of `report.describe_result`, in Markdown.
     """
-    text = page.read_text() if page.exists() else f'# Benchmarks\n\n{RESULTS}\n'
+    text = read_text(page, ConfigError) if page.exists() else f'# Benchmarks\n\n{RESULTS}\n'
     introduction = text.splitlines()[:text.splitlines().index(RESULTS) + 1]
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text('\n'.join([*introduction, '', *lines, '']))
+    write_text(page, '\n'.join([*introduction, '', *lines, '']))

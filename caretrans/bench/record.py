@@ -7,6 +7,7 @@
 import csv
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from ..measure.published import PublishedRow
 from ..measure.timing import Rounds, compare_rounds, judge_noise, summarise
+from ..text import open_text
 
 __all__ = ['COLUMNS', 'BenchResult', 'ModelCounts', 'Record', 'shorten', 'write_csv']
 
@@ -48,7 +50,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write a CSV file: lists as text, dictionaries as JSON; no file without rows."""
     if not rows:
         return
-    with open(path, 'w', newline='') as file:
+    with open_text(path, 'w') as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         for row in rows:
@@ -147,8 +149,10 @@ class Record:
         self.runs, self.noisy, self.notes = sum(map(len, times)), bool(noise), self.notes + noise
 
     def to_dict(self) -> dict[str, Any]:
-        """The columns of its bench, in order, for JSON and CSV."""
-        return {name: getattr(self, name) for name in COLUMNS[self.bench]}
+        """The columns of its bench, in order, for JSON and CSV; None for numbers that are not finite."""
+        values = {name: getattr(self, name) for name in COLUMNS[self.bench]}
+        return {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in values.items()}
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """Tables, JSON and CSV files of the results of `benchmark.py`."""
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -11,6 +10,8 @@ from ..errors import ConfigError
 from ..measure.counts import KINDS
 from ..measure.published import list_footnotes, mark_accuracy
 from ..measure.tables import format_table, format_value
+from ..strict_json import replace_non_finite, to_json
+from ..text import read_text, write_text
 from .backends import UNSEEN
 from .config import BenchConfig
 from .record import BenchResult, ModelCounts, Record, write_csv
@@ -169,7 +170,7 @@ def check_page(page: str | Path, line: str, flag: str) -> None:
     page = Path(page)
     check_folder(str(page.parent), flag)
     if page.exists() and not (
-            page.is_file() and os.access(page, os.W_OK) and line in page.read_text().splitlines()):
+            page.is_file() and os.access(page, os.W_OK) and line in read_text(page, ConfigError, flag).splitlines()):
         raise ConfigError(
             f'{flag} {page}: it is not a writable page with the heading "{line}", below which everything is replaced; '
             f'choose another.')
@@ -185,7 +186,7 @@ def write_result(result: BenchResult, config: BenchConfig) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         contents = dict(result.to_dict(), config=dataclasses.asdict(config))
-        (folder / 'results.json').write_text(json.dumps(contents, indent=2) + '\n')
+        write_text(folder / 'results.json', to_json(replace_non_finite(contents), indent=2) + '\n')
         profiles = [row for rows in contents['profiles'].values() for row in rows]
         for name, rows in dict(
                 results=contents['records'], counts=contents['counts'], training=contents['training'],

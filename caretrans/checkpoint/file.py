@@ -19,6 +19,7 @@ import torch
 
 from ..errors import CheckpointError, ResultsError, list_names
 from ..strict_json import to_json
+from ..text import utf8_path
 from .stand_ins import StandIns, simplify
 
 __all__ = [
@@ -145,7 +146,7 @@ def _read_contents(path: Path) -> tuple[Any, dict[str, Any], list[str]]:
     try:
         if head.startswith((b'PK', b'\x80')):
             return _unpickle(path)
-        with safetensors.safe_open(path, framework='pt') as file:
+        with utf8_path(path) as name, safetensors.safe_open(name, framework='pt') as file:
             metadata = {key: _parse_text(value) for key, value in (file.metadata() or {}).items()}
             return {key: file.get_tensor(key) for key in file.keys()}, metadata, []
     except Exception as error:  # damaged bytes make torch.load raise nearly anything

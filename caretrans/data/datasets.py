@@ -11,6 +11,7 @@ from timm.data import ImageDataset, ImageNetInfo, IterableImageDataset, create_d
 from torch.utils.data import Dataset
 
 from ..errors import DataError, list_names
+from ..text import read_text
 from .folders import FolderReader, TarReader
 
 __all__ = ['check_labels', 'describe_classes', 'find_labels', 'list_classes', 'name_image', 'open_dataset']
@@ -26,7 +27,7 @@ def _list_synonyms(split: str) -> list[str]:
 
 
 def _split_folder(root: Path, split: str) -> Path:
-    """The folder of a split: `root`/`split`, or `root` itself where it is the split of that name already."""
+    """The folder or tar of a split: `root`/`split`, or `root` itself if it has the name of the split."""
     synonyms = _list_synonyms(split)
     for name in synonyms:
         for path in (root / name, root / f'{name}.tar'):
@@ -39,12 +40,14 @@ def _split_folder(root: Path, split: str) -> Path:
 
 
 def _open_shards(root: str, split: str, **options: Any) -> IterableImageDataset:
-    """A split of WebDataset shards that an `_info.json` describes; for shards elsewhere, what timm's reader finds."""
+    """A split of WebDataset shards: described by an `_info.json`, else found by timm's reader."""
     from .shard_reader import ShardReader  # webdataset is needed for shards only
+    root = str(Path(root).absolute()) if Path(root).is_dir() else root  # webdataset takes 'a:b' for a protocol
     path = Path(root) / INFO
     if path.is_file():
+        text = read_text(path, DataError)
         try:
-            splits = json.loads(path.read_text())['splits']
+            splits = json.loads(text)['splits']
             found = next((name for name in _list_synonyms(split) if name in splits), None)
             files = splits[found]['filenames'] if found else []
             missing = [file for file in files if not (path.parent / file).is_file()]
@@ -99,14 +102,14 @@ def _open(root: str, split: str, name: str, options: dict[str, Any]) -> Dataset:
 
 
 def _explain_download(error: Exception, root: str, name: str) -> None:
-    """A line on what torchvision could not fetch or find; nothing for its other errors."""
+    """Raise a DataError about what torchvision could not download or find; return on its other errors."""
     text = ' '.join(str(error).split())
     if isinstance(error, (URLError, HTTPException, ConnectionError, TimeoutError)) or text.startswith('File not found'):
         raise DataError(
             f'{name} could not be fetched into {root} ({type(error).__name__}: {text}): try again, or put the archive '
-            f'there that its authors offer.') from error
+            f'of its authors there.') from error
     if 'download=True' in text:
-        raise DataError(f'{root} holds no whole copy of {name}: --dataset-download fetches it.') from error
+        raise DataError(f'{root} holds no complete copy of {name}: --dataset-download fetches it.') from error
 
 
 def open_dataset(
@@ -124,12 +127,13 @@ def open_dataset(
     Args:
         root: Folder of the data.
         split: 'train', 'val', or a name that the data set knows.
-        name: '' for folders and tars of images in ImageNet layout and for shards of ours, else a name of timm's factory
-            (torch/cifar10); whatever follows wds/ in it is not looked at, the shards are in `root`.
-        classes: The classes in the order of their labels, when a checkpoint or another split fixes it.
-        is_training, download, batch_size, seed: As in `timm.data.create_dataset`.
+        name: '' for folders and tars of images and for shards of ours, else a name of timm's factory (torch/cifar10).
+            The shards of any wds/NAME are those in `root`.
+        classes: The expected classes in the order of their labels, from a checkpoint or another split.
+        is_training, download, batch_size, seed: As in `timm.data.create_dataset`; every class of a folder or tar to be
+            trained on must have an image.
     Raises:
-        DataError: The folder, the split, images or a package are missing, or the classes are not `classes`.
+        DataError: The folder, the split, images or a package are missing, or the classes differ from `classes`.
     """
     root = str(root or '')
     dataset = _open(root, split, name, dict(
@@ -146,7 +150,7 @@ def open_dataset(
 
 
 def list_classes(dataset: Dataset) -> list[str] | None:
-    """The names of the classes in the order of their labels, or None where the data set does not say."""
+    """The names of the classes in the order of their labels; None if the data set does not name them."""
     for owner in (getattr(dataset, 'reader', None), dataset):
         index = getattr(owner, 'class_to_idx', None)
         if index:
@@ -155,7 +159,7 @@ def list_classes(dataset: Dataset) -> list[str] | None:
 
 
 def describe_classes(classes: list[str] | None, num_classes: int) -> list[str]:
-    """Names to show people: descriptions for ImageNet's ids and for 1,000 unnamed classes, else the names."""
+    """Readable names: descriptions for ImageNet's ids and for 1,000 unnamed classes, else the names."""
     if classes is None and num_classes != 1000:
         return [str(i) for i in range(num_classes)]
     imagenet = ImageNetInfo()
@@ -166,7 +170,7 @@ def describe_classes(classes: list[str] | None, num_classes: int) -> list[str]:
 
 
 def find_labels(dataset: Dataset) -> set[int] | None:
-    """The labels that occur, where they can be known without reading the images."""
+    """The labels that occur; None if they cannot be known without reading the images."""
     reader = getattr(dataset, 'reader', None)
     if isinstance(getattr(reader, 'samples', None), list):  # folders and tars: (path, label)
         return {int(label) for _, label in reader.samples}
@@ -183,10 +187,10 @@ def find_labels(dataset: Dataset) -> set[int] | None:
 
 
 def check_labels(dataset: Dataset, num_classes: int) -> None:
-    """Refuse labels that a model of `num_classes` cannot learn; those of streams are checked by the loaders.
+    """Refuse labels below 0 or above `num_classes` - 1; labels of streams are checked by the loaders.
 
     Raises:
-        DataError: There are labels below 0 or from `num_classes` on; the message lists them.
+        DataError: There are such labels; the message lists them.
     """
     wrong = sorted(label for label in find_labels(dataset) or () if not 0 <= label < num_classes)
     if wrong:

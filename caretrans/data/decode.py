@@ -185,6 +185,8 @@ def decode_crop(
     Raises:
         ValueError: Damaged, even where a decoder could continue.
     """
+    if orientation == 1:
+        return _decode_stored(data, image_size, box, size, interpolation)
     swapped, *reversed_axes = ORIENTATIONS[orientation]
     if swapped:
         box, size = (box[1], box[0], box[3], box[2]), size[::-1]

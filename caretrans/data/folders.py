@@ -83,7 +83,7 @@ class Found:
             endings = Counter(os.path.splitext(path)[1].lower() or 'no ending' for path in paths)
             counts = ', '.join(f'{count} {ending}' for ending, count in endings.most_common(5))
             named = f'{counts}: ' if reason == NO_IMAGE else ''
-            parts.append(f'{reason}: {len(paths)} ({named}{list_names(paths, SHOWN)})')
+            parts.append(f'{reason}: {len(paths)} ({named}{list_names(sorted(paths), SHOWN)})')
         return f'{self.root}: skipped {"; ".join(parts)}.' if parts else ''
 
 

@@ -1,7 +1,7 @@
-"""Loaders: images of a data set, decoded and augmented in workers as uint8, made floating point on the device.
+"""Loaders: images are decoded and augmented in workers as uint8, and normalised on the device.
 
-What a training loader gives is a function of (seed, epoch, step) alone: each image is augmented with a seed of its own,
-so that a run can resume in the middle of an epoch, and workers and processes may change without changing the images.
+The batches of a training loader depend on (seed, epoch, step) alone, because each image is augmented with a seed of its
+own. So a run can resume in the middle of an epoch, with other numbers of workers and processes.
 """
 import atexit
 import os
@@ -34,18 +34,18 @@ _workers: weakref.WeakSet = weakref.WeakSet()  # processes that the loaders of t
 # Training -------------------------------------------------------------------------------------------------------------
 
 class PassSampler(Sampler):
-    """For each forward pass of this process, the samples it takes of its optimizer step.
+    """The samples of each forward pass of this process.
 
-    Step s of an epoch takes the images at positions s*B ... s*B+B-1 of the epoch's order, B the global batch, whatever
-    the number of processes; they go to pass 0 of process 0, pass 0 of process 1, ..., pass 1 of process 0, ...
+    Step s of an epoch takes the images at positions s*B ... s*B+B-1 of the epoch's order, where B is the global batch,
+    for any number of processes. They go to pass 0 of process 0, pass 0 of process 1, ..., pass 1 of process 0, ...
     timm's scheduled sampler draws a size for each step.
 
     Args:
-        images: Of the data set.
-        batch_size: Global.
+        images: Number of images in the data set.
+        batch_size: Images per step, over all processes.
         splits: For each size, (images per pass and process, passes per step).
-        schedule: 'constant', every size as likely in every epoch, or 'progressive', from the first to the last.
-        epochs: Over which a progressive schedule goes.
+        schedule: 'constant', all sizes equally likely in every epoch, or 'progressive', from the first to the last.
+        epochs: Length of a progressive schedule.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class PassSampler(Sampler):
             choice_schedule=schedule if len(splits) > 1 else 'constant', schedule_epochs=epochs)
 
     def choose_sizes(self, epoch: int) -> list[int]:
-        """Which of the sizes each step of an epoch has."""
+        """The index of the size of each step of an epoch."""
         self.plan.set_epoch(epoch)
         return [size for (_, size), in self.plan]
 
@@ -84,10 +84,10 @@ class PassSampler(Sampler):
 
 
 class _DeviceLoader:
-    """Moves batches to the device and normalises them there, by timm's prefetcher; keeps account of the rest.
+    """Moves batches to the device and normalises them there, by timm's prefetcher; records what was unreadable.
 
     Attributes:
-        unreadable: (name, reason) of the images that could not be read, in the order they came; the reader empties it.
+        unreadable: (name, reason) of the images that could not be read so far; the caller empties it.
         waited: Seconds spent waiting for the workers so far.
     """
 
@@ -105,13 +105,13 @@ class _DeviceLoader:
         raise NotImplementedError
 
     def _check_labels(self, targets: torch.Tensor) -> None:
-        """Stop at labels that `data.check_labels` could not see, those of streams."""
+        """Refuse labels of streams, which `data.check_labels` cannot see."""
         if self.num_classes is not None and not 0 <= int(targets.min()) <= int(targets.max()) < self.num_classes:
             wrong = sorted({label for label in targets.tolist() if not 0 <= label < self.num_classes})
             raise DataError(f'Labels {list_names(wrong)} are not below {self.num_classes}, the classes.')
 
     def _start(self) -> Iterator[Batch]:
-        """An iterator over the data loader, with its workers noted so that they can be ended at exit."""
+        """An iterator over the data loader; its workers are recorded, to be ended at exit."""
         batches = iter(self.loader)
         _workers.update(getattr(batches, '_workers', ()))
         return batches
@@ -139,9 +139,9 @@ class _DeviceLoader:
 
 
 class Pass(NamedTuple):
-    """What one forward pass takes: images (B, 3, H, W) normalised, targets (B,).
+    """The input of a forward pass: normalised images (B, 3, H, W) and targets (B,).
 
-    It is number `index` of the `passes` of this process in optimizer step `step` of the epoch.
+    It is pass `index` of the `passes` of this process in optimizer step `step` of the epoch.
     """
     images: torch.Tensor
     targets: torch.Tensor
@@ -197,7 +197,7 @@ class TrainLoader(_DeviceLoader):
             yield Pass(images, targets, step, i, self.splits[sizes[step]][1])
 
     def name_images(self, step: int) -> list[str]:
-        """The images that this process takes in a step of the epoch it is in; none are known of a stream."""
+        """The images of this process in a step of the current epoch; empty for a stream."""
         if self.sampler is None:
             return []
         self.sampler.set_epoch(self.epoch, step)
@@ -206,11 +206,11 @@ class TrainLoader(_DeviceLoader):
         return [name_image(dataset, sample.index) for samples in islice(self.sampler, passes) for sample in samples]
 
     def close(self) -> None:
-        """Let the workers go; done at the end of the program where it was not before."""
+        """End the workers; otherwise they end with the program."""
         self.loader._iterator = None
 
     def _seed_pass(self, step: int, i: int, purpose: int) -> None:
-        place = i * self.processes.world_size + self.processes.rank  # as many, and the same ones, for any world size
+        place = i * self.processes.world_size + self.processes.rank  # the same places for any world size
         seed_everything(derive_seed(self.seed, self.epoch, step, place, purpose))
 
     def _prepare(self) -> None:
@@ -231,7 +231,7 @@ class TrainLoader(_DeviceLoader):
 
 @atexit.register
 def _end_workers() -> None:
-    """End the workers of our loaders before the interpreter sends them SIGTERM, which they outlive for a while."""
+    """End the workers of our loaders before the interpreter sends them SIGTERM, which they survive for a while."""
     running = [worker for worker in _workers if worker.is_alive()]
     if running and os.name == 'posix':
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -248,9 +248,9 @@ def build_train_loader(
 
     Args:
         splits: For each of the training sizes (`config.list_sizes()`), images per pass and process, and passes.
-        num_classes: Labels not below it raise a `DataError` as they come; None: any label.
+        num_classes: A label that is not below it raises a `DataError` when it is read; None for no check.
     Raises:
-        DataError: The data set is smaller than a batch, or streams and is to be seen at several sizes.
+        DataError: The data set is smaller than a batch, or it is a stream and several sizes are wanted.
     """
     require('simplejpeg')
     transforms = [
@@ -262,7 +262,7 @@ def build_train_loader(
         for size in config.list_sizes()]
     if len(dataset) < config.batch_size:
         raise DataError(
-            f'The {len(dataset)} training images do not fill a batch of {config.batch_size}: take a smaller one.')
+            f'The {len(dataset)} training images do not fill a batch of {config.batch_size}: use a smaller one.')
     if isinstance(dataset, IterableDataset) and len(transforms) > 1:
         raise DataError('train_img_sizes needs images by index: shards are read in order, so give one img_size.')
     samples = _make_samples(dataset, transforms, config, splits, processes)
@@ -294,11 +294,11 @@ def _make_samples(
 class EvalLoader(_DeviceLoader):
     """(images, targets) of this process's share of a data set, each image once, in order.
 
-    Whole batches are shared out, the same ones whatever the number of processes: the last bits of an image's logits
-    depend on its place in the batch and on the size of that.
+    Processes share whole batches, which are the same for any number of processes, because the last bits of an image's
+    logits depend on its place in the batch and on the batch size.
 
     Attributes:
-        share: The numbers of this process's images in the order they come, None for a stream.
+        share: The indices of this process's images in order; None for a stream.
     """
 
     def __init__(

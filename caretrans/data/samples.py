@@ -1,4 +1,4 @@
-"""What runs in the workers of a loader: images read, decoded, augmented, and those that cannot be."""
+"""Work of the loader processes: read, decode and augment images, and report unreadable ones."""
 import os
 import signal
 from collections import deque
@@ -26,7 +26,7 @@ GRACE = 20.  # seconds that a worker stays after SIGTERM, for the last step and 
 
 
 class Sample(NamedTuple):
-    """What a worker is asked for: an image, the seed of its augmentation, and which of the sizes it gets."""
+    """A request to a worker: the index of an image, the seed of its augmentation, and the index of its size."""
     index: int
     seed: int = 0
     size: int = 0
@@ -43,7 +43,7 @@ Item = tuple[torch.Tensor | None, int, list[tuple[str, str]]]
 
 
 def collate(items: Sequence[Item]) -> Batch:
-    """Put items together; those without an image only report why."""
+    """Make a batch of items; an item without an image only has reasons."""
     unreadable = [entry for item in items for entry in item[2]]
     items = [item for item in items if item[0] is not None]
     if not items:
@@ -104,12 +104,12 @@ def load_images(dataset: Dataset, indices: Iterable[int], transform: Callable) -
 
 
 class Samples(Dataset):
-    """Images by index, transformed; asked with a `Sample`.
+    """Transformed images by `Sample`.
 
     Args:
         dataset: Of timm's factory; its own transform is not used.
-        transforms: One for each size, of what `read_image` gives.
-        replace: Take the next readable image for one that is not readable, else leave a gap.
+        transforms: For each size, a function of what `read_image` returns.
+        replace: Replace an unreadable image by the next readable one; otherwise skip it.
     """
 
     def __init__(self, dataset: Dataset, transforms: Sequence[Callable], replace: bool) -> None:
@@ -158,16 +158,16 @@ class StreamedSamples(IterableDataset):
 
 
 class ShardSamples(IterableDataset):
-    """Transformed images of shards, this process's part of them.
+    """This process's share of the images of shards, transformed.
 
-    In evaluation each once. In training as many as `passes` take, whole batches by turns of the workers, so that an
-    epoch can begin in its middle; with other workers or processes it has another order. A reader that has given all its
-    images begins again, so that some come twice in an epoch and as many of other readers not at all.
+    In evaluation, each image once. In training, the images of `passes` forward passes: the workers take turns with
+    whole batches, so that an epoch can start in the middle. The order depends on the number of workers and processes. A
+    reader that runs out of images starts over, so some images may come twice in an epoch and others not at all.
 
     Args:
         reader: A `ShardReader`.
-        images: Per pass, 0 in evaluation.
-        passes: Of an epoch.
+        images: Images per pass, 0 in evaluation.
+        passes: Passes per epoch.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class ShardSamples(IterableDataset):
     ) -> None:
         self.reader, self.transform, self.seed = reader, transform, seed
         self.rank, self.world_size, self.images, self.passes = rank, world_size, images, passes
-        self.place = torch.zeros(2, dtype=torch.int64).share_memory_()  # epoch and first pass, for workers that stay
+        self.place = torch.zeros(2, dtype=torch.int64).share_memory_()  # epoch and first pass, for persistent workers
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -195,8 +195,8 @@ class ShardSamples(IterableDataset):
 
     def _train(self, worker: int, workers: int) -> Iterator[Item]:
         epoch, first = self.place.tolist()
-        first += worker  # of this worker; in the whole epoch it would be the turn of
-        turn = first % workers
+        first += worker  # the first pass of this worker
+        turn = first % workers  # the worker that would have this pass if the epoch started at 0
         records = self.reader.read_mixed(
             self.rank * workers + turn, self.world_size * workers, derive_seed(self.seed, 1), epoch)
         records = islice(records, first // workers * self.images, None)
@@ -206,7 +206,7 @@ class ShardSamples(IterableDataset):
                 yield self._next(records, ahead, derive_seed(self.seed, epoch, self.rank, number, i))
 
     def _next(self, records: Iterator[Any], ahead: deque[Any], seed: int) -> Item:
-        """The next record, or the first readable one after it, which comes in its own place too."""
+        """The next record, or if it is unreadable the first readable one after it, which is then used twice."""
         unreadable: list[tuple[str, str]] = []
         for i in range(MAX_TRIES):
             if i == len(ahead):
@@ -231,7 +231,7 @@ class ShardSamples(IterableDataset):
 
 
 def start_worker(worker_id: int) -> None:
-    """Outlive a SIGTERM to all processes of the run by some seconds: the main process has a step to finish."""
+    """Survive a SIGTERM to all processes of the run by some seconds, until the main process has finished its step."""
     def stay(*_: Any) -> None:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, GRACE)

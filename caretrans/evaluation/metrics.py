@@ -17,6 +17,7 @@ from timm.utils import unwrap_model
 from ..devices import autocast
 from ..distributed import Processes
 from ..errors import DataError, EvaluationError, list_names
+from ..text import open_text
 
 __all__ = [
     'Accuracy', 'ClassScore', 'Details', 'Mistake', 'Scores', 'SubsetScores', 'evaluate', 'evaluate_in_detail',
@@ -301,7 +302,7 @@ def write_classes(path: str, rows: Sequence[ClassScore]) -> None:
         DataError: The file cannot be written.
     """
     try:
-        with open(path, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
+        with open_text(path, 'w') as file:
             writer = csv.writer(file)
             writer.writerow(['class', 'name', 'images', 'top1', 'top5', 'taken_for', 'taken_for_images'])
             for row in rows:

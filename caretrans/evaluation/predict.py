@@ -26,18 +26,19 @@ def find_images(paths: Iterable[str]) -> Iterator[str]:
     Raises:
         DataError: A path does not exist, or a folder has no images.
     """
-    for path in map(Path, paths):
-        if path.is_dir():
+    for name in paths:
+        path = Path(name)
+        if name and path.is_dir():
             found = list_images(path)
             if not found.images:
                 raise DataError(f'No images in {path}. {found.describe_skipped()}'.strip())
             if found.skipped:
                 _logger.warning(found.describe_skipped())
             yield from found.images
-        elif path.exists():
+        elif name and path.exists():
             yield str(path)
         else:
-            raise DataError(f'No image or folder {path}: check the path.')
+            raise DataError(f'No image or folder {str(name)!r}: check the path.')
 
 
 def predict_images(

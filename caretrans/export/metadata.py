@@ -6,6 +6,9 @@ from pathlib import Path
 import torch
 
 from .. import __version__
+from ..checkpoint.file import is_plain
+from ..strict_json import replace_non_finite, to_json
+from ..text import escape
 from .config import AIMED, Job
 from .formats.table import list_versions
 from .source import Source
@@ -51,9 +54,9 @@ def describe(source: Source, job: Job) -> dict[str, str]:
         facts['checkpoint_sha256'] = source.sha256
     if source.accuracy:
         facts['accuracy'] = source.accuracy
-    if source.meta.get('metrics'):
-        facts['training_metrics'] = json.dumps(source.meta['metrics'])
-    return facts
+    if source.meta.get('metrics') and is_plain(source.meta['metrics']):
+        facts['training_metrics'] = to_json(replace_non_finite(source.meta['metrics']))
+    return {name: escape(value) for name, value in facts.items()}
 
 
 def read_class_names(facts: Mapping[str, str]) -> list[str]:

@@ -17,10 +17,12 @@ from ..devices import describe_device, list_versions, use_threads
 from ..errors import ConfigError, ExportError
 from ..measure.timing import compare_rounds, judge_noise, summarise, time_interleaved
 from ..progress import Progress
+from ..text import utf8_path, write_text
 from .config import COREML, TARGET, ExportConfig, Job
 from .coreml.apple import Examination, examine, is_available
 from .formats.table import list_versions as list_format_versions
 from .program import FormatModule, Program
+from .shapes import describe_shapes
 from .source import Cases, Source, load_cases, load_source
 from .verify import Verification, VerificationError, verify
 
@@ -187,6 +189,7 @@ def _make(source: Source, job: Job, cases: Cases, config: ExportConfig, progress
         result.program = module.read(job, new)
     result.notes += result.program.notes
     result.verification = verify(source, job, result.program, cases, new.name, progress.update)
+    result.notes.append(describe_shapes(source, job, result.program, cases))
     if job.format in COREML and is_available():
         try:
             result.core_ml = examine(source, job, new, cases)
@@ -205,7 +208,7 @@ def _export_job(source: Source, job: Job, cases: Cases, config: ExportConfig, pr
     target = folder / name_program(source, job)
     before = progress.count
     progress.describe(str(job))
-    with tempfile.TemporaryDirectory(prefix='.unfinished-', dir=folder) as unfinished:
+    with utf8_path(folder) as place, tempfile.TemporaryDirectory(prefix='.unfinished-', dir=place) as unfinished:
         try:
             result = _make(source, job, cases, config, progress, Path(unfinished) / target.name)
             _replace(result.path, target)
@@ -253,5 +256,5 @@ def export(config: ExportConfig, stream: TextIO | None = None) -> tuple[Facts, l
                 exports.append(result)
                 if not result.failure:
                     report = json.dumps({**vars(facts), **result.to_dict()}, indent=2, allow_nan=False)
-                    Path(f'{result.path}.json').write_text(report + '\n')
+                    write_text(f'{result.path}.json', report + '\n')
     return facts, exports

@@ -3,7 +3,7 @@ import copy
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from ..checkpoint.preparation import Preparation, resolve_eval_config
-from ..data.datasets import describe_classes, list_classes, open_dataset
+from ..data.datasets import describe_classes, list_classes, name_image, open_dataset
 from ..data.decode import EvalTransform
 from ..data.samples import load_images
 from ..errors import CheckpointError, ConfigError, DataError, EvaluationError
@@ -22,9 +22,12 @@ from ..fuse import to_form
 from ..measure.sample_network import SAMPLE_IMAGES, load_sample_images, randomize
 from ..models.folding import fold_pixels
 from ..runtimes.tracing import trace_network
+from ..text import escape, read_text
 from .config import ExportConfig, Job
 
 __all__ = ['Cases', 'ExportedNetwork', 'Source', 'build_network', 'load_cases', 'load_source', 'trace']
+
+SCALED = 4  # images for the scales of the phone form
 
 
 @dataclass
@@ -89,17 +92,15 @@ def name_classes(config: ExportConfig, count: int, own: list[str] | None = None)
     """
     names = describe_classes(own, count)
     if config.labels:
-        try:
-            names = Path(config.labels).read_text(encoding='utf-8-sig').rstrip().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f'--labels {config.labels} cannot be read: {error}.') from None
-    empty = [number for number, name in enumerate(names, 1) if not name.strip()]
-    if empty:
-        raise ConfigError(f'--labels {config.labels}: line {empty[0]} is empty: give each class a name.')
+        names = read_text(config.labels, ConfigError, '--labels').rstrip().splitlines()
+        empty = [number for number, name in enumerate(names, 1) if not name.strip()]
+        if empty:
+            raise ConfigError(f'--labels {config.labels}: line {empty[0]} is empty: give each class a name.')
     if len(names) != count:
         raise ConfigError(
             f'{config.labels or config.checkpoint} names {len(names)} classes, the network has {count}: '
             f'use --labels FILE with one class on each of {count} lines.')
+    names = [escape(name) for name in names]
     counts = Counter(names)
     return [f'{name} (class {number})' if counts[name] > 1 else name for number, name in enumerate(names)]
 
@@ -173,7 +174,8 @@ def build_network(source: Source, job: Job) -> ExportedNetwork:
     The normalisation is folded into the first convolution where that does not pad; else it precedes it. In float16
     folded weights would be too small for pixels up to 255, so the pixels are scaled down first.
     """
-    network = to_form(source.model, job.get_form())
+    images = source.make_calibration(replace(job, input='tensor'), SCALED) if job.get_form() == 'phone' else None
+    network = to_form(source.model, job.get_form(), images)
     prepare: nn.Module = nn.Identity()
     if job.input == 'image':
         mean, std = source.eval_config.mean, source.eval_config.std
@@ -203,11 +205,13 @@ class Cases:
         name: Of the data.
         pixels: (n, C, H, W) uint8, resized and cropped as in evaluation.
         logits: (n, classes) float64.
+        images: Name of each, for messages.
         labels: (n,) where the data has the classes of the network, else None.
     """
     name: str
     pixels: torch.Tensor
     logits: torch.Tensor
+    images: list[str]
     labels: torch.Tensor | None = None
 
     def __len__(self) -> int:
@@ -220,11 +224,11 @@ class Cases:
         top1 = 100 * (self.logits.argmax(dim=-1) == self.labels).double().mean().item()
         return f'top-1 {top1:.2f} % on {self.name}'
 
-    def select(self, count: int) -> 'Cases':
-        """`count` of them at most, evenly spaced."""
-        chosen = sorted({i * len(self) // count for i in range(count)})
+    def select(self, count: int, first: int | None = None) -> 'Cases':
+        """`count` of them at most, evenly spaced, and of these the first."""
+        chosen = sorted({i * len(self) // count for i in range(count)})[:first]
         labels = None if self.labels is None else self.labels[chosen]
-        return Cases(self.name, self.pixels[chosen], self.logits[chosen], labels)
+        return Cases(self.name, self.pixels[chosen], self.logits[chosen], [self.images[i] for i in chosen], labels)
 
     def batches(self, size: int) -> Iterator[torch.Tensor]:
         """The pixels in batches of one size, the last filled up with the first images."""
@@ -247,9 +251,8 @@ def load_cases(source: Source, size: tuple[int, int], data: str = '', count: int
         raise DataError(f'No images at {folder}: name a folder with val/CLASS/*.jpg with --data.')
     dataset = open_dataset(folder, 'val')
     total = min(count or len(dataset), len(dataset))
-    pixels, labels = load_images(
-        dataset, [i * len(dataset) // total for i in range(total)],
-        EvalTransform(source.eval_config.at_size(size), as_uint8=True))
+    chosen = [i * len(dataset) // total for i in range(total)]
+    pixels, labels = load_images(dataset, chosen, EvalTransform(source.eval_config.at_size(size), as_uint8=True))
     model = copy.deepcopy(source.model).double()
     try:
         logits = torch.cat([model(source.normalise(part, torch.float64)) for part in pixels.split(8)])
@@ -265,4 +268,4 @@ def load_cases(source: Source, size: tuple[int, int], data: str = '', count: int
     own = source.meta.get('class_names')
     labels = labels if own and own == list_classes(dataset) else None
     name = f'{folder}, {total} of {len(dataset)} validation images'
-    return Cases(name, pixels, logits, labels)
+    return Cases(name, pixels, logits, [name_image(dataset, i) for i in chosen], labels)

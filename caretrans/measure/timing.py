@@ -176,7 +176,7 @@ def _trace_cpu_peak(run: Run) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'trace.json'
         profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())['traceEvents']
+        events = json.loads(path.read_text(encoding='utf-8'))['traceEvents']
     changes = sorted((event['ts'], event['args']['Bytes']) for event in events if event.get('name') == '[memory]')
     return int(max(np.cumsum([0] + [size for _, size in changes])))
 

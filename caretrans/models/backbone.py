@@ -62,7 +62,8 @@ class Backbone(nn.Module):
     and calls `set_heads`. `published_keys` maps keys of published checkpoints to keys of the class, and `computed_keys`
     lists endings of published keys whose values are computed here; `load_state_dict` accepts both layouts.
     `mmpretrain_keys` maps published keys to the keys of a converter for mmpretrain, if there is one.
-    `inference_forms` maps some of `caretrans.fuse.FORMS` to the function that makes the form from the fused network.
+    `inference_forms` maps some of `caretrans.fuse.FORMS` to the function that makes the form from the fused network
+    and, for 'phone', images; see `caretrans.fuse.to_form`.
     `squash_from` is the image size, in pixels, from which the authors squash images instead of cropping them, and the
     tag of that setup; None if they always crop.
     The methods are described in timm's documentation of feature extraction.
@@ -78,7 +79,7 @@ class Backbone(nn.Module):
     published_keys: Table = ()
     computed_keys: Tuple[str, ...] = ()
     mmpretrain_keys: Table = ()
-    inference_forms: Dict[str, Callable[[nn.Module], nn.Module]] = {}
+    inference_forms: Dict[str, Callable[..., nn.Module]] = {}
     squash_from: Optional[Tuple[int, str]] = None
     init_module = staticmethod(init_weights)
 

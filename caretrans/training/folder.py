@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..checkpoint.load import save_checkpoint
 from ..config import TrainConfig
 from ..errors import ConfigError, list_names, require
 from ..strict_json import to_json
+from ..text import open_text, read_text, utf8_path, write_text
 from .state import EpochRow
 
 __all__ = ['RunFolder', 'choose_orientation', 'describe_environment', 'find_run', 'list_checkpoints']
@@ -37,7 +39,8 @@ _logger = logging.getLogger(__name__)
 def describe_environment() -> dict[str, Any]:
     """Versions, git commit and machine, to report beside measured figures."""
     root = Path(__file__).parents[2]
-    git = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=root, capture_output=True, text=True) \
+    git = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=root, capture_output=True, encoding='utf-8',
+                         errors='replace') \
         if (root / '.git').exists() and shutil.which('git') else None
     packages = ('torch', 'torchvision', 'timm', 'numpy')
     return dict(
@@ -55,8 +58,8 @@ def list_checkpoints(path: Path) -> list[Path]:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        return yaml.safe_load((path / 'config.yaml').read_text()) or {}
-    except (OSError, yaml.YAMLError):
+        return yaml.safe_load(read_text(path / 'config.yaml', ConfigError)) or {}
+    except (ConfigError, yaml.YAMLError):
         return {}
 
 
@@ -67,7 +70,10 @@ def _list_changes(saved: dict[str, Any], config: TrainConfig, free: set) -> list
 
 def choose_orientation(path: Path, config: TrainConfig) -> str:
     """The orientation with which a run resumes: older versions ignored it, and their config.yaml lacks it."""
-    return config.orientation if 'orientation' in _read_settings(path) else 'ignore'
+    if 'orientation' in _read_settings(path):
+        return config.orientation
+    _logger.info(f'{path}: begun by an older version, which did not rotate images as their EXIF data say; resumes so.')
+    return 'ignore'
 
 
 def find_run(config: TrainConfig) -> tuple[Path, list[Path]]:
@@ -80,7 +86,9 @@ def find_run(config: TrainConfig) -> tuple[Path, list[Path]]:
     """
     if not config.output:
         stem = f'{config.model}-{Path(config.data or config.dataset).name}-'
-        for path in sorted(Path('runs').glob(f'{stem}*'), reverse=True) if config.resume else ():
+        runs = Path('runs')
+        candidates = sorted(path for path in runs.iterdir() if path.name.startswith(stem)) if runs.is_dir() else []
+        for path in reversed(candidates) if config.resume else ():
             settings = _read_settings(path)
             if settings and list_checkpoints(path) and not (path / 'result.json').exists() \
                     and not _list_changes(settings, config, FREE - PLACES) and not _is_locked(path):
@@ -91,7 +99,8 @@ def find_run(config: TrainConfig) -> tuple[Path, list[Path]]:
     found, settings = list_checkpoints(path), _read_settings(path)
     if (path / 'result.json').exists():
         raise ConfigError(f'{path} holds a finished run: choose another --output, or remove it.')
-    if not found and (path / 'summary.csv').exists() and len((path / 'summary.csv').read_text().splitlines()) > 1:
+    table = path / 'summary.csv'
+    if not found and table.exists() and len(read_text(table, ConfigError).splitlines()) > 1:
         raise ConfigError(
             f'{path} holds a run without checkpoints to resume from: choose another --output, or remove it.')
     if not found:
@@ -169,21 +178,22 @@ class RunFolder:
 
         self.rows: list[EpochRow] = []
         self.best: EpochRow | None = None
+        self.open_files = ExitStack()
         try:
             path.mkdir(parents=True, exist_ok=True)
             self.lock = _lock(path, patience=5.)
             for part in path.glob('.*.part'):  # temporary files of a run that was killed while writing
                 part.unlink()
             if is_new:
-                (path / 'config.yaml').write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+                write_text(path / 'config.yaml', yaml.safe_dump(config.to_dict(), sort_keys=False))
             environment, contents = path / 'environment.json', {**describe_environment(), **facts}
             if not is_new and environment.exists():
-                before = json.loads(environment.read_text())
+                before = json.loads(read_text(environment, ConfigError))
                 contents = {**before, 'resumed': [*before.get('resumed', []), contents]}
-            environment.write_text(to_json(contents, indent=2) + '\n', encoding='utf-8')
+            write_text(environment, to_json(contents, indent=2) + '\n')
             for file in [path / 'summary.csv', *path.glob('events.out.tfevents.*')]:
                 file.unlink(missing_ok=True)
-            self.events = SummaryWriter(str(path))
+            self.events = SummaryWriter(self.open_files.enter_context(utf8_path(path)))
         except OSError as error:
             raise ConfigError(f'{path} cannot be written ({error}): choose another --output.') from None
 
@@ -196,7 +206,7 @@ class RunFolder:
 
     def _publish(self, row: EpochRow) -> None:
         values = asdict(row)
-        with open(self.path / 'summary.csv', 'a', newline='', encoding='utf-8') as file:
+        with open_text(self.path / 'summary.csv', 'a') as file:
             writer = csv.DictWriter(file, values)
             if row is self.rows[0]:
                 writer.writeheader()
@@ -236,13 +246,13 @@ class RunFolder:
     def list_images(self, images: list[tuple[str, str]], name: str) -> Path:
         """Write the names of images, and the reasons, to a text file."""
         path = self.path / name
-        path.write_text(''.join(f'{image}\t{reason}\n' for image, reason in images))
+        write_text(path, ''.join(f'{image}\t{reason}\n' for image, reason in images))
         return path
 
     def finish(self) -> None:
         """Mark the run as finished with result.json."""
         result = dict(last=asdict(self.rows[-1]), best=asdict(self.best) if self.best else None)
-        (self.path / 'result.json').write_text(to_json(result, indent=2) + '\n', encoding='utf-8')
+        write_text(self.path / 'result.json', to_json(result, indent=2) + '\n')
 
     def draw_curves(self) -> Path:
         """Draw loss, top-1 and learning rate over the epochs into curves.png."""
@@ -273,6 +283,7 @@ class RunFolder:
             self.events.close()
         except OSError as error:
             _logger.warning(f'{self.path}: curves and events are incomplete ({error.strerror or error}).')
+        self.open_files.close()
         if self.lock is not None:
             os.close(self.lock)
             self.lock = None

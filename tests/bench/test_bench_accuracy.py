@@ -81,7 +81,7 @@ def test_the_script_prints_and_writes_it(checkpoint, data, tmp_path, call):
         '--bench', 'accuracy', '--device', 'cpu', '--model', 'care_s0', '--checkpoint', checkpoint, '--data', data,
         '--backend', 'fused', '--dtype', 'bfloat16', '--output', tmp_path)
     assert code == 0, err
-    record, = json.loads((tmp_path / 'results.json').read_text())['accuracy']
+    record, = json.loads((tmp_path / 'results.json').read_text(encoding='utf-8'))['accuracy']
     assert list(record) == [
         'model', 'bench', 'checkpoint', 'data', 'device', 'height', 'width', 'versions', 'backend', 'dtype', 'layout',
         'kernels', 'images', 'top1', 'top5', 'loss', 'top1_change', 'agreement']

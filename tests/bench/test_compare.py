@@ -118,7 +118,7 @@ def test_a_folder_of_another_comparison_is_refused(data, compared, change, messa
 
 
 def test_a_folder_of_something_else_is_refused(compared, tmp_path):
-    (tmp_path / 'file').write_text('mine')
+    (tmp_path / 'file').write_text('mine', encoding='utf-8')
     with pytest.raises(ConfigError, match='other files than a comparison'):
         compare(replace(compared[0], folder=tmp_path))
 
@@ -129,10 +129,10 @@ def test_every_run_is_one_of_train_py_with_the_same_steps(compared):
     plan, result = compared
     runs = [(model, seed) for model in ('care_s0', 'casvit_xs') for seed in (0, 1)]
     folders = [plan.folder / f'{model}-seed{seed}' for model, seed in runs]
-    facts = [json.loads((folder / 'environment.json').read_text()) for folder in folders]
+    facts = [json.loads((folder / 'environment.json').read_text(encoding='utf-8')) for folder in folders]
     assert {(f['train_images'], f['batch_size'], f['epochs'], f['steps_per_epoch']) for f in facts} == {(8, 4, 2, 2)}
     assert [f['model'] for f in facts] == ['care_s0'] * 2 + ['casvit_xs'] * 2
-    assert yaml.safe_load((folders[3] / 'config.yaml').read_text())['seed'] == 1
+    assert yaml.safe_load((folders[3] / 'config.yaml').read_text(encoding='utf-8'))['seed'] == 1
     assert [(r.model, r.seed) for r in result.runs] == runs
 
 
@@ -147,16 +147,16 @@ def test_means_and_spreads_are_those_of_the_runs(compared):
 
 def test_tables_and_plot_are_written(compared):
     plan, result = compared
-    contents = json.loads((plan.folder / 'comparison.json').read_text())
+    contents = json.loads((plan.folder / 'comparison.json').read_text(encoding='utf-8'))
     assert contents['models'] == [figures.to_dict() for figures in result.models] and contents['settings']['lr'] == 4e-3
     assert set(contents) == {'models', 'runs', 'latencies', 'facts', 'settings', 'recipe', 'left_out', 'model_args',
                              'device', 'versions', 'commit', 'failures'}
-    with open(plan.folder / 'comparison.csv', newline='') as file:
+    with open(plan.folder / 'comparison.csv', newline='', encoding='utf-8') as file:
         rows = list(csv.DictReader(file))
     assert [(row['model'], row['family'], row['seeds']) for row in rows] == [
         ('care_s0', 'care', '0 1'), ('casvit_xs', 'casvit', '0 1')]
     assert (plan.folder / 'comparison.png').read_bytes().startswith(b'\x89PNG')
-    text = (plan.folder / 'comparison.md').read_text()
+    text = (plan.folder / 'comparison.md').read_text(encoding='utf-8')
     assert '| `care_s0` | ' in text and ' ± ' in text
     for said in ('not of the published accuracies', '2 epochs = 4 steps of 4 images = 16 images of 32 px',
                  '8 training and 8 validation images, 2 classes (chance: 50.0 %)',
@@ -202,12 +202,12 @@ def test_a_finished_comparison_trains_nothing_again_and_can_grow(data, compared,
     trained, train = [], command.train
     monkeypatch.setattr(command, 'train', lambda config: (trained.append(Path(config.output).name), train(config)))
     page = plan.folder / 'page.md'
-    page.write_text(f'{TITLE}\nold\n')
+    page.write_text(f'{TITLE}\nold\n', encoding='utf-8')
     flags = [str(data), *TINY, '--output', str(plan.folder), '--update', str(page), '--model', 'care_s0', 'casvit_xs']
     result = compare(parse_plan([*flags, '--seeds', '0', '1']))
     assert trained == [] and len(result.runs) == 4
-    assert page.read_text().startswith(f'{TITLE}\n\n') and '| model |' in page.read_text()
-    assert 'old' not in page.read_text()
+    text = page.read_text(encoding='utf-8')
+    assert text.startswith(f'{TITLE}\n\n') and '| model |' in text and 'old' not in text
     result = compare(parse_plan([*flags, '--seeds', '0', '1', '2']))
     assert trained == ['care_s0-seed2', 'casvit_xs-seed2'] and len(result.runs) == 6
 
@@ -224,7 +224,8 @@ def test_a_run_that_fails_is_reported_and_the_others_are_compared(data, tmp_path
     assert main(['compare', str(data), *TINY, '--model', 'care_s0', 'casvit_xs', '--output', str(tmp_path / 'o')]) == 1
     out, err = capsys.readouterr()
     assert 'failed: care_s0, seed 42: the loss is not finite' in err
-    assert [r['model'] for r in json.loads((tmp_path / 'o' / 'comparison.json').read_text())['models']] == ['casvit_xs']
+    contents = json.loads((tmp_path / 'o' / 'comparison.json').read_text(encoding='utf-8'))
+    assert [r['model'] for r in contents['models']] == ['casvit_xs']
 
 
 def test_killed_and_started_again_it_ends_with_the_same_weights(data, compared, tmp_path):

@@ -111,7 +111,7 @@ def test_data_that_are_not_there_are_one_line_with_the_remedy(monkeypatch, serve
         line, = capsys.readouterr().err.splitlines()
         return line
     assert fail() == \
-        f'train.py: {tmp_path / "data"} holds no whole copy of torch/cifar10: --dataset-download fetches it.'
+        f'train.py: {tmp_path / "data"} holds no complete copy of torch/cifar10: --dataset-download fetches it.'
     archive.unlink()
     start = f'train.py: torch/cifar10 could not be fetched into {tmp_path / "data"} '
     assert fail('--dataset-download').startswith(f'{start}(HTTPError: HTTP Error 404')

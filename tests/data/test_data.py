@@ -77,7 +77,7 @@ def test_data_that_cannot_be_evaluated_is_refused(small_data, damage, message):
 
 
 @pytest.mark.parametrize('name, message', [
-    ('torch/cifar10', "holds no whole copy of torch/cifar10: --dataset-download fetches it"),
+    ('torch/cifar10', "holds no complete copy of torch/cifar10: --dataset-download fetches it"),
     ('torch/nonsense', "cannot be read: Unknown torchvision dataset nonsense"),
 ])
 def test_a_data_set_of_the_factory_that_is_not_there_is_refused(tmp_path, name, message):

@@ -129,7 +129,7 @@ def test_what_is_no_image_is_counted_and_named(split):
     note, = FolderReader(split).notes
     assert note == (
         f'{split}: skipped files that are not images: 6 (2 .txt, 1 .csv, 1 .heic, 1 .mp4, 1 no ending: '
-        f'loose.csv, b/IMG_1.heic, b/clip.mp4 and 3 more); images outside of class folders: 1 (loose.png).')
+        f'a/1.txt, a/2.TXT, b/IMG_1.heic and 3 more); images outside of class folders: 1 (loose.png).')
 
 
 def test_class_without_an_image_stops_training_and_warns_in_validation(split, caplog):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from photos import FRUIT, copy_images
 from PIL import Image, ImageOps
 from timm.data import create_transform
@@ -29,6 +30,7 @@ from caretrans.export.config import ExportConfig
 from caretrans.export.source import load_cases, load_source
 from caretrans.measure.sample_network import load_sample_images
 from caretrans.seeds import seed_sample
+from caretrans.training.folder import choose_orientation
 
 SIZE = 32
 PREPARATION = Preparation((3, SIZE, SIZE), 'bilinear', crop_pct=1.)
@@ -192,8 +194,32 @@ def test_checkpoints_keep_the_orientation(rotated, tmp_path, caplog, capsys):
     def predict(*flags: str) -> str:
         image = sorted((rotated / 'val').glob('*/*.jpg'))[1]
         assert caretrans(['predict', '--json', '--device', 'cpu', str(image), '--checkpoint', *flags]) == 0
-        return capsys.readouterr().out
+        return capsys.readouterr().out.splitlines()[-1]
     assert predict(new) == predict(old, '--orientation', 'exif') != predict(new, '--orientation', 'ignore')
+
+
+def test_runs_of_older_versions_resume_without_rotating(tmp_path, caplog):
+    """Their config.yaml lacks the orientation; another recipe must not change in the middle of a run."""
+    caplog.set_level('INFO')
+    for settings, orientation, said in (({}, 'ignore', True), (dict(orientation='exif'), 'exif', False)):
+        (tmp_path / 'config.yaml').write_text(yaml.safe_dump(dict(model='care_s0', **settings)))
+        caplog.clear()
+        assert choose_orientation(tmp_path, TrainConfig(orientation='exif')) == orientation
+        assert ('begun by an older version' in caplog.text) == said
+
+
+def test_orientation_in_xmp_data_counts_as_in_exif_data():
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    data = encode(make_image(), xmp=xmp)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert('RGB')
+    assert expected.size == (60, 90) and np.array_equal(open_image(data, 'exif'), expected)
+    transform = CropTransform(create_transform(
+        (3, SIZE, SIZE), is_training=True, use_prefetcher=True, interpolation='bilinear'), 'exif')
+    crops = []
+    for source in (data, open_image(data, 'exif')):
+        seed_sample(0)
+        crops.append(transform(source))
+    assert distance(*crops) < 1.5
 
 
 def test_published_weights_and_imagenet_recipes_ignore_the_orientation(tmp_path):

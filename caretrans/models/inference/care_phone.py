@@ -2,23 +2,28 @@
 
 - Attention is written with softmax and logarithms: no sum over positions that overflows, no small denominator, no
   feature that cancels to 0. Queries, keys and values leave one convolution, head by head, so that two reshapes remain.
+- The features for the head can be multiplied by a power of two, so that neither they nor the eps of its LayerNorm are
+  too small for float16.
 - The 11x1 and the 1x11 convolution of the early stages become one 11x11 cross, joined with the local 7x7 convolution,
   which gets a border of zeros: 2 % more multiply-adds for care_s0, but 12 operations fewer.
 
-Both are exact algebra, with the eps in the denominator of attention.
+All is exact algebra, with the eps in the denominator of attention.
 """
 import copy
-from typing import Tuple
+import math
+from typing import Optional, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..folding import InferenceModule, join_depthwise, make_pointwise
-from .care_fused import FusedBlock, FusedMixer
-from .phone import log_feature, split_log_eps, use_mean_pool
+from ..folding import InferenceModule, join_depthwise, make_pointwise, scale_outputs
+from .care_fused import FusedBlock, FusedHead, FusedMixer
+from .phone import choose_scale, log_feature, split_log_eps, use_mean_pool
 
-__all__ = ['ConvMixer', 'CrossConv', 'PhoneAttention', 'to_phone_form']
+__all__ = ['ConvMixer', 'CrossConv', 'PhoneAttention', 'PhoneHead', 'to_phone_form']
+
+MOST_SCALE = 512.
 
 
 class PhoneAttention(InferenceModule):
@@ -97,13 +102,39 @@ class ConvMixer(InferenceModule):
         return memory, self.conv(features)
 
 
-def to_phone_form(model: nn.Module) -> nn.Module:
+class PhoneHead(InferenceModule):
+    """A `FusedHead` of pooled features times a power of two: (B, C) to logits (B, num_classes).
+
+    With z = s x, the LayerNorm gets 2 s gelu(x) = z (1 + erf(z / (s sqrt(2)))), and its eps the square of 2 s. Unlike
+    gelu(z / s), that is exact where z / s is subnormal.
+    """
+
+    def __init__(self, head: FusedHead, scale: float) -> None:
+        super().__init__()
+        self.num_merged = head.num_merged
+        self.register_buffer('to_erf', head.fc.weight.new_full((1,), 1 / (scale * math.sqrt(2))))
+        self.norm = nn.LayerNorm(
+            head.norm.normalized_shape, eps=head.norm.eps * (2 * scale) ** 2, elementwise_affine=False)
+        self.fc = head.fc
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.norm(x * (1 + (x * self.to_erf).erf())))
+
+
+def to_phone_form(model: nn.Module, images: Optional[torch.Tensor] = None) -> nn.Module:
     """Return a copy of a fused network with the operations that phones prefer; the network itself is unchanged.
 
     Args:
         model: A network returned by `caretrans.fuse.fuse`.
+        images: (B, C, H, W), normalised, to choose the scale of the features; without them these are not scaled.
     """
     model = copy.deepcopy(model)
+    if images is not None and isinstance(model.head, FusedHead):
+        scale = choose_scale(model, images, 1 / MOST_SCALE, MOST_SCALE) / 2  # the LayerNorm gets twice the features
+        last = model.stages[-1].blocks[-1].inter2
+        last.dwconv = scale_outputs(last.dwconv, torch.full_like(last.dwconv.bias, scale))
+        model.head = PhoneHead(model.head, scale)
     for block in [module for module in model.modules() if isinstance(module, FusedBlock)]:
         if isinstance(block.mixer, FusedMixer) and not hasattr(block.mixer.long_range, 'qk'):
             block.mixer = ConvMixer(block.mixer)

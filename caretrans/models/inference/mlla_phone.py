@@ -8,14 +8,15 @@ The linear attention is written for float16 like that of `care_phone.py`: featur
 softmax over channels, keys as fractions of their mean, so that no sum overflows and no denominator is small. Its rotary
 code is two elementwise products with constant tables and one matmul with a small matrix; nothing is split into pairs.
 
-The residual stream has 1/8 of its values in the original network. LayerNorm is invariant to that, ReLU preserves it,
-and squares, which some programs compute separately, are finite in float16 up to values of 2,000 instead of 255.
+The residual stream has its values in the original network times a power of two, 1/8 if no images say otherwise.
+LayerNorm is invariant to that, ReLU preserves it, and squares, which some programs compute separately, are finite in
+float16 up to values of 2,000 instead of 255.
 
 Everything is exact algebra, with the eps in the denominator of attention.
 """
 import copy
 import math
-from typing import List
+from typing import List, Optional
 
 import torch
 import torch.nn as nn
@@ -23,11 +24,12 @@ import torch.nn.functional as F
 
 from ..folding import InferenceModule, fold_norm_into_head, make_pointwise, scale_outputs
 from ..rotary import rotary_code
-from .phone import log_feature, split_log_eps, use_mean_pool
+from .phone import choose_scale, log_feature, split_log_eps, use_mean_pool
 
 __all__ = ['ChannelNorm', 'PhoneMllaBlock', 'PhoneRotaryAttention', 'make_rotary_tables', 'to_phone_form']
 
-STREAM = 1 / 8  # factor of the residual stream
+STREAM = 1 / 8  # least factor of the residual stream
+MOST_STREAM = 4.
 
 
 def make_rotary_tables(x: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -99,14 +101,14 @@ class PhoneRotaryAttention(InferenceModule):
 
 
 class ChannelNorm(InferenceModule):
-    """A LayerNorm along the channels of the stream (B, C, H, W), without scale and shift.
+    """A LayerNorm along the channels of the stream (B, C, H, W) times `scale`, without scale and shift of its own.
 
     Core ML's converter turns it into one operation.
     """
 
-    def __init__(self, norm: nn.LayerNorm) -> None:
+    def __init__(self, norm: nn.LayerNorm, scale: float) -> None:
         super().__init__()
-        self.eps = norm.eps * STREAM ** 2
+        self.eps = norm.eps * scale ** 2
         self.eval()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -117,8 +119,8 @@ class ChannelNorm(InferenceModule):
 class ScaledNorm(ChannelNorm):
     """A `ChannelNorm` with scale and shift."""
 
-    def __init__(self, norm: nn.LayerNorm) -> None:
-        super().__init__(norm)
+    def __init__(self, norm: nn.LayerNorm, scale: float) -> None:
+        super().__init__(norm, scale)
         self.register_buffer('scale', norm.weight.detach()[:, None, None].clone())
         self.register_buffer('shift', norm.bias.detach()[:, None, None].clone())
 
@@ -133,32 +135,32 @@ def _fold(norm: nn.LayerNorm, linears: List[nn.Linear]) -> nn.Conv2d:
     return make_pointwise(weight * norm.weight.double(), bias + weight @ norm.bias.double(), like=linears[0].weight)
 
 
-def _write(linear: nn.Linear) -> nn.Conv2d:
+def _write(linear: nn.Linear, scale: float) -> nn.Conv2d:
     """A linear layer as a 1x1 convolution whose output is added to the scaled stream."""
-    return make_pointwise(linear.weight.double() * STREAM, linear.bias.double() * STREAM, like=linear.weight)
+    return make_pointwise(linear.weight.double() * scale, linear.bias.double() * scale, like=linear.weight)
 
 
-def _keep(conv: nn.Conv2d) -> nn.Conv2d:
+def _keep(conv: nn.Conv2d, scale: float) -> nn.Conv2d:
     """A convolution of the scaled stream, whose output has the same scale."""
     conv = copy.deepcopy(conv).requires_grad_(False)
-    conv.bias.mul_(STREAM)
+    conv.bias.mul_(scale)
     return conv
 
 
 class PhoneMllaBlock(InferenceModule):
     """MllaBlock, channels first: a map (B, C, H, W) and the tables of its rotary code to the same shape as the map."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, scale: float) -> None:
         super().__init__()
-        self.cpe1, self.cpe2 = _keep(block.cpe1), _keep(block.cpe2)
-        self.norm1, self.norm2 = ChannelNorm(block.norm1), ChannelNorm(block.norm2)
+        self.cpe1, self.cpe2 = _keep(block.cpe1, scale), _keep(block.cpe2, scale)
+        self.norm1, self.norm2 = ChannelNorm(block.norm1, scale), ChannelNorm(block.norm2, scale)
         self.in_and_gate = _fold(block.norm1, [block.in_proj, block.act_proj])
         self.dwconv, self.act = block.dwconv, block.act
         self.attn = PhoneRotaryAttention(block.attn)
-        self.project = _write(block.out_proj)
+        self.project = _write(block.out_proj, scale)
         self.expand = _fold(block.norm2, [block.mlp.fc1])
         self.mlp_act = block.mlp.act
-        self.reduce = _write(block.mlp.fc2)
+        self.reduce = _write(block.mlp.fc2, scale)
         self.eval()
 
     def forward(self, x: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
@@ -172,14 +174,14 @@ class PhoneMllaBlock(InferenceModule):
 class PhoneMllaStage(InferenceModule):
     """MllaStage of such blocks, with one pair of tables: maps (B, in_chs, H, W) to (B, C, H', W')."""
 
-    def __init__(self, stage: nn.Module) -> None:
+    def __init__(self, stage: nn.Module, scale: float) -> None:
         super().__init__()
         self.downsample = copy.deepcopy(stage.downsample)
         for name, conv in list(self.downsample.named_children()):
             if isinstance(conv, nn.Conv2d):
-                setattr(self.downsample, name, _keep(conv))
+                setattr(self.downsample, name, _keep(conv, scale))
         self.num_heads = stage.blocks[0].attn.num_heads
-        self.blocks = nn.ModuleList(PhoneMllaBlock(block) for block in stage.blocks)
+        self.blocks = nn.ModuleList(PhoneMllaBlock(block, scale) for block in stage.blocks)
         self.eval()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -190,19 +192,21 @@ class PhoneMllaStage(InferenceModule):
         return x
 
 
-def to_phone_form(model: nn.Module) -> nn.Module:
+def to_phone_form(model: nn.Module, images: Optional[torch.Tensor] = None) -> nn.Module:
     """Return a copy of a fused MLLA with the operations that phones prefer; the network itself is unchanged.
 
     Args:
         model: A network returned by `caretrans.fuse.fuse`.
+        images: (B, C, H, W), normalised, to choose the scale of the residual stream.
     """
     model = copy.deepcopy(model)
+    scale = STREAM if images is None else choose_scale(model, images, STREAM, MOST_STREAM)
     last = model.stem.conv3[1]
-    model.stem.conv3[1] = scale_outputs(last, torch.full_like(last.bias, STREAM))
-    model.stages = nn.Sequential(*[PhoneMllaStage(stage) for stage in model.stages])
+    model.stem.conv3[1] = scale_outputs(last, torch.full_like(last.bias, scale))
+    model.stages = nn.Sequential(*[PhoneMllaStage(stage, scale) for stage in model.stages])
     norm = model.norm
-    model.norm = ScaledNorm(norm)
+    model.norm = ScaledNorm(norm, scale)
     if use_mean_pool(model) and isinstance(model.head, nn.Linear):
         model.head = fold_norm_into_head(norm, model.head)
-        model.norm = ChannelNorm(norm)
+        model.norm = ChannelNorm(norm, scale)
     return model

@@ -5,7 +5,7 @@ change of shape costs them time.
 """
 import copy
 import math
-from typing import Tuple
+from typing import Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -13,9 +13,10 @@ import torch.nn as nn
 from ..attention import EPS
 from ..folding import InferenceModule, fold_norm_into_head
 
-__all__ = ['MeanPool', 'log_feature', 'split_log_eps', 'to_phone_form', 'use_mean_pool']
+__all__ = ['MeanPool', 'choose_scale', 'log_feature', 'split_log_eps', 'to_phone_form', 'use_mean_pool']
 
 HALF_MAX = torch.finfo(torch.float16).max
+NORM_INPUT = 64.  # largest input of a norm, of the images for the scale: squares up to 16 times as large are finite
 
 
 def log_feature(shifted: torch.Tensor) -> torch.Tensor:
@@ -35,6 +36,30 @@ def split_log_eps(key: float = 0.) -> Tuple[float, float]:
     return query, total - query
 
 
+@torch.no_grad()
+def choose_scale(model: nn.Module, images: torch.Tensor, least: float, most: float) -> float:
+    """The power of two that makes the largest input of a LayerNorm between half of `NORM_INPUT` and `NORM_INPUT`.
+
+    A LayerNorm undoes a scale of its input if its eps has the square of it. With the right one, neither the inputs
+    and their squares nor the eps leave the numbers of float16: networks of one epoch have inputs of 1e-5.
+
+    Args:
+        model: A fused network.
+        images: (B, C, H, W), normalised.
+        least, most: Limits of the scale.
+    """
+    largest = [torch.finfo(torch.float32).tiny]
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args: largest.append(args[0].abs().max().item()))
+        for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    try:
+        model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return min(max(2. ** math.floor(math.log2(NORM_INPUT / max(largest))), least), most)
+
+
 class MeanPool(InferenceModule):
     """Global average pooling without a reshape: (B, C, H, W) to (B, C)."""
 
@@ -50,13 +75,14 @@ def use_mean_pool(model: nn.Module) -> bool:
     return averages
 
 
-def to_phone_form(model: nn.Module) -> nn.Module:
+def to_phone_form(model: nn.Module, images: Optional[torch.Tensor] = None) -> nn.Module:
     """Return a copy of a fused network with its last BatchNorm folded, through the global mean, into the head.
 
     The other layers must already be convolutions, gates and sums, channels first.
 
     Args:
         model: A network returned by `caretrans.fuse.fuse`.
+        images: Not needed: there is no LayerNorm.
     """
     model = copy.deepcopy(model)
     if use_mean_pool(model) and isinstance(model.head, nn.Linear) and isinstance(model.norm, nn.BatchNorm2d):
