@@ -29,7 +29,7 @@ OFF = ('no', 'off', 'none', 'false', '')  # texts for a setting that is switched
 REMEDIES = {  # by type
     bool: ': write true or false', int: ': write a whole number', float: ': write a number',
     dict: ': write {NAME: VALUE, ...}',
-    str: ': put it in quotes, because YAML reads yes, no, on and off as true or false, and nothing as null'}
+    str: ': write one text, in quotes if YAML reads it as something else, such as yes, no, on and off'}
 
 
 def setting(default: Any, help: str, **kwargs: Any) -> Any:

@@ -82,7 +82,7 @@ def read_checkpoint(path: PathLike, entry: str | None = None) -> Checkpoint:
         entry = next((name for name in (*WRAPPERS, '') if name in weights), None)
     if entry not in weights:
         problem = 'no entry of a usual name holds weights' if entry is None else f'entry {entry!r} holds no weights'
-        raise CheckpointError(f'{path}: {problem}: choose entry={" or ".join(map(repr, weights))}.')
+        raise CheckpointError(f'{path}: {problem}: choose entry={" or ".join(map(repr, weights))} (--entry).')
 
     bare = weights.get('', {})
     for key, value in contents.items():

@@ -71,8 +71,9 @@ FUNCTIONS: dict[str, Function] = {  # type in a pickle: what makes a plain value
     **{f'builtins.{kind.__name__}': kind for kind in (
         bool, complex, dict, float, frozenset, int, list, range, set, str, tuple)},
     'torch.torch_version.TorchVersion': str,
+    'typing.Any': _make_record,  # only named, never called, as are some types of NumPy
     'numpy.dtype': _NumpyType,
-    **{f'numpy.{kind.__name__}': _make_record for kind in (  # only named, never called
+    **{f'numpy.{kind.__name__}': _make_record for kind in (
         np.ndarray, np.bool_, *np.sctypeDict.values())},
     **{f'numpy.{core}.multiarray._reconstruct': lambda *arguments: _NumpyArray() for core in NUMPY_CORES},
     **{f'numpy.{core}.multiarray.scalar': lambda dtype, data: np.frombuffer(data, dtype.get()).item()

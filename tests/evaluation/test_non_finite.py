@@ -116,7 +116,7 @@ def test_overflow_in_half_precision_names_amp(tmp_path, data, capsys, monkeypatc
     code, out, _ = call(validate, capsys, monkeypatch, checkpoint, data, '--workers', 0)
     assert code == 0 and 'top-1' in out
     results = list(predict_images(checkpoint, [str(data)], amp='fp16'))
-    assert len(results) == 20 and all('use --amp off' in result['error'] for result in results)
+    assert len(results) == 20 and all('use --amp off' in result.error for result in results)
 
 
 # Training -------------------------------------------------------------------------------------------------------------
