@@ -204,11 +204,6 @@ def test_everything_else_is_refused(tmp_path, function, arguments, named):
     assert f'wants to run code when opened ({named})' in error_of(read_checkpoint, tmp_path / 'x.pth')
 
 
-def test_arrays_of_objects_are_refused(tmp_path):
-    torch.save({'model': {'w': torch.ones(1)}, 'it': np.array([None, {}], dtype=object)}, tmp_path / 'x.pth')
-    assert 'wants to run code when opened (numpy.dtype(O8))' in error_of(read_checkpoint, tmp_path / 'x.pth')
-
-
 def test_conversion_drops_what_it_cannot_keep(tmp_path, caplog):
     source = tmp_path / 'x.pth'
     torch.save(dict(
