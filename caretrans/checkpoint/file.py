@@ -99,7 +99,7 @@ def read_checkpoint(path: PathLike, entry: str | None = None) -> Checkpoint:
 def _clean_keys(path: Path, weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Weights under keys without wrappers, and remarks on what else was removed: counters, and common prefixes."""
     kept, remarks = {}, []
-    counters = [key for key in weights if key.rpartition('.')[2] in COUNTERS]
+    counters = {key: value for key, value in weights.items() if key.rpartition('.')[2] in COUNTERS}
     for key, value in weights.items():
         if key not in counters:
             kept[WRAPPER_MODULES.sub('', key)] = value

@@ -18,6 +18,7 @@ from caretrans.errors import CheckpointError, ConfigError, EvaluationError, Resu
 from caretrans.evaluation import EvalConfig, evaluate_checkpoint, predict_images
 from caretrans.evaluation.metrics import Scores, evaluate
 from caretrans.strict_json import to_json
+from caretrans.training.folder import RunFolder
 from caretrans.training.run import train
 
 NAN, INF = float('nan'), float('inf')
@@ -157,6 +158,17 @@ def test_training_from_weights_that_are_not_finite_is_refused_before_the_first_s
         train(configure(data, *FLAGS, '--teacher', 'care_s0', '--teacher-checkpoint', checkpoint,
                         '--output', tmp_path / 'run'))
     assert not (tmp_path / 'run').exists()
+
+
+def test_best_scores_of_older_runs_that_are_not_finite_do_not_stay(tmp_path):
+    folder = RunFolder(tmp_path / 'run', configure('data'), {})
+    row = dict(epoch=1, train_loss=1., val_loss=NAN, val_top1=99., val_top5=99., lr=1., images_per_s=1., seconds=1.,
+               data_wait=0.)
+    folder.restore([row], row)
+    assert folder.best is None
+    folder.restore([], dict(row, val_loss=2.))
+    assert folder.best.val_top1 == 99.
+    folder.close()
 
 
 def test_validation_whose_logits_are_not_finite_ends_training(tmp_path, data, monkeypatch):
