@@ -149,7 +149,7 @@ def test_every_part_of_the_project_rotates_or_none(rotated, tmp_path, orientatio
     with torch.inference_mode():
         probabilities = model(expected).softmax(dim=-1)
     for found, row in zip(predict_images(checkpoint, [str(rotated / 'val')]), probabilities, strict=True):
-        assert found['probabilities'] == pytest.approx(sorted(row.tolist(), reverse=True), rel=1e-4)
+        assert found.probabilities == pytest.approx(sorted(row.tolist(), reverse=True), rel=1e-4)
 
     source = load_source(ExportConfig(checkpoint=checkpoint))
     cases = load_cases(source, (SIZE, SIZE), str(rotated))
@@ -310,7 +310,7 @@ def test_values_of_unknown_range_are_refused_by_name(tmp_path, values, mode):
     with pytest.raises(DataError, match=f'{path} cannot be read as an image .*not known'):
         load_images(dataset, range(5), EvalTransform(PREPARATION))
     failed, = predict_images(save(tmp_path / 'model.pth.tar'), [str(path)])
-    assert f'mode {mode}' in failed['error']
+    assert f'mode {mode}' in failed.error
 
 
 def test_reason_is_given_where_no_image_can_be_read(tmp_path):
