@@ -1,6 +1,5 @@
 """Small commands: python -m caretrans predict | convert | shard | bench-loader | compare. See --help of each."""
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -8,8 +7,9 @@ from typing import Any
 from .checkpoint import LAYOUTS, convert_checkpoint
 from .devices import resolve_device
 from .errors import run_command
-from .flags import DEVICE_HELP, FlagParser, add_checkpoint_flags, number
+from .flags import DEVICE_HELP, FlagParser, add_checkpoint_flags, add_weights_flags, number
 from .progress import show_messages
+from .strict_json import to_json
 
 
 def _build_parser() -> FlagParser:
@@ -18,7 +18,7 @@ def _build_parser() -> FlagParser:
 
     predict = commands.add_parser('predict', help='classify images')
     predict.add_argument('images', nargs='+', help='image files and folders of images')
-    predict.add_argument('--checkpoint', required=True, help='.pth, .pth.tar or .safetensors, published or by train.py')
+    add_weights_flags(predict)
     add_checkpoint_flags(predict)
     predict.add_argument('--topk', type=number(int, 1), default=5, help='classes per image (default: 5)')
     predict.add_argument('--device', default='auto', help=DEVICE_HELP)
@@ -64,7 +64,7 @@ def _predict(as_json: bool, device: str, **options: Any) -> int:
     failed = False
     for result in predict_images(device=resolve_device(device), **options):
         if as_json:
-            print(json.dumps(result))
+            print(to_json(result))
         elif 'error' not in result:
             print(result['image'])
             for name, probability in zip(result['classes'], result['probabilities'], strict=True):
@@ -90,7 +90,7 @@ def _run(argv: Sequence[str]) -> int:
     elif command == 'bench-loader':
         from .bench.loaders import bench_loader, describe_bench
         result = bench_loader(**options)
-        print(json.dumps(dataclasses.asdict(result)) if as_json else describe_bench(result))
+        print(to_json(dataclasses.asdict(result)) if as_json else describe_bench(result))
     else:
         print(convert_checkpoint(**options))
     return 0

@@ -17,6 +17,7 @@ from ..devices import describe_device, list_versions, use_threads
 from ..errors import ConfigError, ExportError
 from ..measure.timing import compare_rounds, judge_noise, summarise, time_interleaved
 from ..progress import Progress
+from ..text import utf8_path, write_text
 from .config import COREML, TARGET, ExportConfig, Job
 from .coreml.apple import Examination, examine, is_available
 from .formats.table import list_versions as list_format_versions
@@ -207,7 +208,7 @@ def _export_job(source: Source, job: Job, cases: Cases, config: ExportConfig, pr
     target = folder / name_program(source, job)
     before = progress.count
     progress.describe(str(job))
-    with tempfile.TemporaryDirectory(prefix='.unfinished-', dir=folder) as unfinished:
+    with utf8_path(folder) as place, tempfile.TemporaryDirectory(prefix='.unfinished-', dir=place) as unfinished:
         try:
             result = _make(source, job, cases, config, progress, Path(unfinished) / target.name)
             _replace(result.path, target)
@@ -233,7 +234,7 @@ def export(config: ExportConfig, stream: TextIO | None = None) -> tuple[Facts, l
     """
     source = load_source(config)
     jobs = config.list_jobs(source.size)
-    channels = source.eval_config['input_size'][0]
+    channels = source.eval_config.input_size[0]
     if channels != 3 and any(job.input == 'image' for job in jobs):
         raise ConfigError(
             f'--input image: {source.name} has {channels} input channels, but an RGB image has 3. Use --input tensor.')
@@ -255,5 +256,5 @@ def export(config: ExportConfig, stream: TextIO | None = None) -> tuple[Facts, l
                 exports.append(result)
                 if not result.failure:
                     report = json.dumps({**vars(facts), **result.to_dict()}, indent=2, allow_nan=False)
-                    Path(f'{result.path}.json').write_text(report + '\n')
+                    write_text(f'{result.path}.json', report + '\n')
     return facts, exports

@@ -75,7 +75,7 @@ def check(job: Job) -> None:
 def _convert(source: Source, job: Job) -> Any:
     """An MLModel with full weights; inputs and outputs are float32 for every precision and target, for simple apps."""
     ct = import_coremltools()
-    shape = (job.batch, source.eval_config['input_size'][0], *job.size)
+    shape = (job.batch, source.eval_config.input_size[0], *job.size)
     settings: dict[str, Any] = dict(inputs=[
         ct.ImageType(INPUT, shape=shape, color_layout=ct.colorlayout.RGB) if job.input == 'image'
         else ct.TensorType(INPUT, shape=shape, dtype=np.float32)])

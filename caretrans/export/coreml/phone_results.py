@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...errors import ResultsError
 from ...measure.tables import format_table
+from ...text import read_text
 from ..config import COMPRESSIONS, COREML
 
 __all__ = ['COLUMNS', 'Column', 'check_row', 'describe_results', 'format_row', 'make_row', 'read_results']
@@ -116,30 +117,26 @@ def read_results(path: Path) -> list[dict[str, str]]:
         ResultsError: The file cannot be read or holds a mistake; the message names the line.
     """
     rows: list[dict[str, str]] = []
+    reader = csv.reader(io.StringIO(read_text(path, ResultsError)), strict=True)
     try:
-        with open(path, newline='', encoding='utf-8') as file:
-            reader = csv.reader(file, strict=True)
-            try:
-                names = next(reader, [])
-                if names != NAMES:
-                    missing, unknown = sorted({*NAMES} - {*names}), sorted({*names} - {*NAMES})
-                    raise ResultsError(
-                        f'its columns must be {",".join(NAMES)}, in this order'
-                        + (f'; {", ".join(missing)} missing' if missing else '')
-                        + (f'; {", ".join(unknown)} unknown' if unknown else '') + '.')
-                for cells in reader:
-                    if len(cells) != len(names):
-                        raise ResultsError(
-                            f'{len(cells)} cells for {len(names)} columns; text with a comma goes into double quotes.')
-                    row = dict(zip(names, cells, strict=True))
-                    check_row(row)
-                    if row in rows:
-                        raise ResultsError('it repeats an earlier row: remove one of them.')
-                    rows.append(row)
-            except (ResultsError, csv.Error) as error:
-                raise ResultsError(f'{path}, line {max(reader.line_num, 1)}: {error}') from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ResultsError(f'{path} cannot be read: {error}') from error
+        names = next(reader, [])
+        if names != NAMES:
+            missing, unknown = sorted({*NAMES} - {*names}), sorted({*names} - {*NAMES})
+            raise ResultsError(
+                f'its columns must be {",".join(NAMES)}, in this order'
+                + (f'; {", ".join(missing)} missing' if missing else '')
+                + (f'; {", ".join(unknown)} unknown' if unknown else '') + '.')
+        for cells in reader:
+            if len(cells) != len(names):
+                raise ResultsError(
+                    f'{len(cells)} cells for {len(names)} columns; text with a comma goes into double quotes.')
+            row = dict(zip(names, cells, strict=True))
+            check_row(row)
+            if row in rows:
+                raise ResultsError('it repeats an earlier row: remove one of them.')
+            rows.append(row)
+    except (ResultsError, csv.Error) as error:
+        raise ResultsError(f'{path}, line {max(reader.line_num, 1)}: {error}') from None
     return rows
 
 
