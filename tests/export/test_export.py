@@ -237,8 +237,8 @@ def test_exported_form_can_be_evaluated(checkpoint, form):
     settings = dict(data=str(FRUIT), img_size=64, workers=0)
     base = evaluate_checkpoint(EvalConfig(str(checkpoint), **settings))
     result = evaluate_checkpoint(EvalConfig(str(checkpoint), form=form, **settings))
-    assert (result['form'], result['top1'], result['top5']) == (form, base['top1'], base['top5'])
-    assert result['loss'] == pytest.approx(base['loss'], rel=1e-5)
+    assert (result.form, result.top1, result.top5) == (form, base.top1, base.top5)
+    assert result.loss == pytest.approx(base.loss, rel=1e-5)
 
 
 def test_script_passes_flags_on(tmp_path):
