@@ -65,14 +65,14 @@ def _predict(as_json: bool, device: str, **options: Any) -> int:
     failed = False
     for result in predict_images(device=resolve_device(device), **options):
         if as_json:
-            print(to_json(result))
-        elif 'error' not in result:
-            print(escape(result['image']))
-            for name, probability in zip(result['classes'], result['probabilities'], strict=True):
+            print(to_json(result.to_dict()))
+        elif not result.error:
+            print(escape(result.image))
+            for name, probability in zip(result.classes, result.probabilities, strict=True):
                 print(f'  {100 * probability:5.1f} %  {escape(name)}')
-        if 'error' in result:
+        if result.error:
             failed = True
-            print(f'{escape(result["image"])}: {result["error"]}', file=sys.stderr)
+            print(f'{escape(result.image)}: {result.error}', file=sys.stderr)
     return int(failed)
 
 

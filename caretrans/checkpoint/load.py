@@ -150,6 +150,7 @@ def create_pretrained(
     """
     if ':' not in model_name and not timm.is_model(model_name):  # with a colon, timm takes it from a hub or a folder
         raise CheckpointError(f'No model {model_name!r} with published weights: correct the name.')
+    logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # it prints two lines for each of its tries
     try:
         model = timm.create_model(model_name, pretrained=True, **model_args)
     except (CheckpointError, TypeError):

@@ -1,4 +1,4 @@
-"""ImageNet from its archives, on a miniature: extracted whole, resumed after an interruption, refused in one line."""
+"""ImageNet from its archives, on a miniature: extraction, resuming, and refusals of one line."""
 import hashlib
 import os
 import shutil
@@ -139,7 +139,7 @@ def test_the_facts_of_ilsvrc_2012_are_those_of_torchvision():
 
 # Labels ---------------------------------------------------------------------------------------------------------------
 
-def test_the_devkit_is_read_as_torchvision_reads_it(whole, tmp_path, monkeypatch):
+def test_the_devkit_is_read_as_by_torchvision(whole, tmp_path, monkeypatch):
     meta = {'devkit': (whole.edition.devkit.name, whole.edition.devkit.md5)}
     monkeypatch.setattr(torchvision.datasets.imagenet, 'ARCHIVE_META', meta)
     shutil.copy(whole.folder / whole.edition.devkit.name, tmp_path)  # torchvision writes beside it
@@ -298,7 +298,7 @@ def test_a_damaged_class_is_named_and_the_complete_ones_stay(whole, target, tmp_
     assert read_times(target / 'train' / 'n02119789') == times
 
 
-def test_a_class_whose_tar_has_no_end_mark_is_whole(target, tmp_path):
+def test_a_class_whose_tar_has_no_end_mark_is_complete(target, tmp_path):
     tars = train_tars()
     with tarfile.open(fileobj=BytesIO(tars['n03000684.tar'])) as tar:
         last = tar.getmembers()[-1]
@@ -317,7 +317,7 @@ def test_a_missing_class_is_named(target, tmp_path, capsys):
     assert read_tree(target) == {}
 
 
-def test_a_wrong_checksum_gives_both_sums_and_skipping_says_what_is_not_known(whole, target, tmp_path, capsys):
+def test_a_wrong_checksum_names_both_sums_and_skipping_warns(whole, target, tmp_path, capsys):
     shutil.copytree(whole.folder, tmp_path / 'some')
     path = tmp_path / 'some' / whole.edition.val.name
     data = bytearray(path.read_bytes())

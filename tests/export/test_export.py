@@ -19,7 +19,7 @@ from caretrans.evaluation import EvalConfig, evaluate_checkpoint
 from caretrans.export.config import ExportConfig
 from caretrans.export.formats import torch_export
 from caretrans.export.run import Export, _replace, name_program
-from caretrans.export.source import load_source
+from caretrans.export.source import load_source, name_classes
 from caretrans.export.verify import Verification
 
 sys.path.insert(0, str(ROOT / 'coreml'))
@@ -177,13 +177,17 @@ def test_figures_that_are_not_finite_are_null_in_json():
 
 
 @pytest.mark.parametrize('flags, said', [
-    ([], 'No weights: name a file with --checkpoint, or add --random-weights'),
+    ([], 'No weights: --checkpoint FILE loads a file, --pretrained --model NAME the published weights of a model, and '
+         '--random-weights makes random ones to measure speed.'),
     (['--model', 'care_s0'], 'No weights'),
-    (['--random-weights'], '--random-weights needs --model'),
+    (['--random-weights'], '--random-weights needs a model: add --model'),
+    (['--pretrained'], '--pretrained needs a model: add --model'),
+    (['--pretrained', *RANDOM], '--pretrained and --random-weights exclude each other'),
     (['--model', 'care_s9', '--random-weights'], '--model care_s9: no such model, the nearest are'),
     (['--model', 'care_*', '--random-weights'], 'export one model at a time'),
     (['--checkpoint', 'nowhere.pth'], 'nowhere.pth'),
-    (['--checkpoint', 'nowhere.pth', '--random-weights'], 'choose one'),
+    (['--checkpoint', 'nowhere.pth', '--random-weights'],
+     '--checkpoint and --random-weights exclude each other'),
     ([*RANDOM, '--img-size', '16'], "img_size is '16'"),
     ([*RANDOM, '--img-size', '224x'], "img_size is '224x'"),
     ([*RANDOM, '--format', 'tflite'], 'invalid choice'),
@@ -223,6 +227,16 @@ def test_labels_of_another_number_of_classes_are_refused(run, checkpoint, tmp_pa
     labels.write_text('apple\npear\n', encoding='utf-8')
     code, _, error = run('--checkpoint', checkpoint, '--labels', labels, '--output-dir', tmp_path / 'out', *FAST)
     assert code == 2 and 'names 2 classes, the network has 14' in error
+    labels.write_text('apple\n\npear\n', encoding='utf-8')
+    code, _, error = run('--checkpoint', checkpoint, '--labels', labels, '--output-dir', tmp_path / 'out', *FAST)
+    assert code == 2 and 'labels.txt: line 2 is empty: give each class a name' in error
+
+
+@pytest.mark.parametrize('text', ['a\nb', 'a\nb\n', 'a\nb\n\n', 'a\r\nb\r\n', '\ufeffa\nb\n', 'a\nb\n  \n\t\n'])
+def test_empty_last_lines_of_labels_are_no_classes(tmp_path, text):
+    (tmp_path / 'labels.txt').write_bytes(text.encode())
+    config = ExportConfig(model='care_s0', random_weights=True, labels=str(tmp_path / 'labels.txt'))
+    assert name_classes(config, 2) == ['a', 'b']
 
 
 def test_package_that_is_not_installed_is_named_with_its_install_line(monkeypatch):
@@ -238,8 +252,8 @@ def test_exported_form_can_be_evaluated(checkpoint, form):
     settings = dict(data=str(FRUIT), img_size=64, workers=0)
     base = evaluate_checkpoint(EvalConfig(str(checkpoint), **settings))
     result = evaluate_checkpoint(EvalConfig(str(checkpoint), form=form, **settings))
-    assert (result['form'], result['top1'], result['top5']) == (form, base['top1'], base['top5'])
-    assert result['loss'] == pytest.approx(base['loss'], rel=1e-5)
+    assert (result.form, result.top1, result.top5) == (form, base.top1, base.top5)
+    assert result.loss == pytest.approx(base.loss, rel=1e-5)
 
 
 def test_script_passes_flags_on(tmp_path):
