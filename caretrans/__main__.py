@@ -9,6 +9,7 @@ from .devices import resolve_device
 from .errors import run_command
 from .flags import DEVICE_HELP, FlagParser, add_checkpoint_flags, add_weights_flags, number
 from .progress import show_messages
+from .text import escape
 from .strict_json import to_json
 
 
@@ -66,12 +67,12 @@ def _predict(as_json: bool, device: str, **options: Any) -> int:
         if as_json:
             print(to_json(result.to_dict()))
         elif not result.error:
-            print(result.image)
+            print(escape(result.image))
             for name, probability in zip(result.classes, result.probabilities, strict=True):
-                print(f'  {100 * probability:5.1f} %  {name}')
+                print(f'  {100 * probability:5.1f} %  {escape(name)}')
         if result.error:
             failed = True
-            print(f'{result.image}: {result.error}', file=sys.stderr)
+            print(f'{escape(result.image)}: {result.error}', file=sys.stderr)
     return int(failed)
 
 

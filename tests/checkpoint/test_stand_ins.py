@@ -171,7 +171,7 @@ def test_classes_of_the_file_are_not_imported(tmp_path):
     (tmp_path / 'traceful.py').write_text(
         'import enum, pathlib\n'
         'pathlib.Path(__file__).with_name("trace").touch()\n'
-        'class Mode(enum.Enum):\n    FAST = "fast"\n')
+        'class Mode(enum.Enum):\n    FAST = "fast"\n', encoding='utf-8')
     make = ('import torch, traceful\n'
             'torch.save({"model": {"w": torch.ones(1)}, "mode": traceful.Mode.FAST}, "x.pth")')
     subprocess.run([sys.executable, '-c', make], cwd=tmp_path, check=True)

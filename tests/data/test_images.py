@@ -204,7 +204,7 @@ def test_runs_of_older_versions_resume_without_rotating(tmp_path, caplog):
     """Their config.yaml lacks the orientation; another recipe must not change in the middle of a run."""
     caplog.set_level('INFO')
     for settings, orientation, said in (({}, 'ignore', True), (dict(orientation='exif'), 'exif', False)):
-        (tmp_path / 'config.yaml').write_text(yaml.safe_dump(dict(model='care_s0', **settings)))
+        (tmp_path / 'config.yaml').write_text(yaml.safe_dump(dict(model='care_s0', **settings)), encoding='utf-8')
         caplog.clear()
         assert choose_orientation(tmp_path, TrainConfig(orientation='exif')) == orientation
         assert ('begun by an older version' in caplog.text) == said

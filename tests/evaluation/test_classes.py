@@ -111,7 +111,7 @@ def test_json_and_table_of_classes_name_the_subset(tmp_path, monkeypatch, capsys
     result = json.loads(capsys.readouterr().out)
     assert result['subset'].keys() == {'classes', 'loss', 'top1', 'top5'} and result['subset']['classes'] == 6
     assert [row['images'] for row in result['per_class']] == [0] * 3 + [3] * 6 + [0] * 5
-    assert len((tmp_path / 'x.csv').read_text().splitlines()) == 1 + len(CLASSES)
+    assert len((tmp_path / 'x.csv').read_text(encoding='utf-8').splitlines()) == 1 + len(CLASSES)
 
 
 def test_several_processes_score_a_subset_like_one(tmp_path):
