@@ -8,16 +8,12 @@ import logging
 import re
 from collections.abc import Mapping
 from os import PathLike
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
 
 from ..errors import CheckpointError, list_names
 from ..models.published_keys import rename_keys
-
-if TYPE_CHECKING:
-    from .backbone import DenseBackbone
 
 __all__ = ['is_dense', 'load_published', 'load_strictly', 'publish', 'strip_backbone', 'translate_backbone']
 
@@ -69,8 +65,8 @@ def is_dense(weights: Weights) -> bool:
     return any(DENSE_NORM.match(key) for key in weights)
 
 
-def translate_backbone(backbone: 'DenseBackbone', weights: Weights) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Published weights of a backbone under our keys, and the keys of those that it does not use."""
+def translate_backbone(backbone: nn.Module, weights: Weights) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Published weights of a `DenseBackbone` under our keys, and the keys of those that it does not use."""
     network = backbone.network
     norms = {f'{name}.': level for level, name in enumerate(network.dense_norms)}
     own = set(backbone.state_dict())
@@ -92,7 +88,7 @@ def translate_backbone(backbone: 'DenseBackbone', weights: Weights) -> tuple[dic
     return found, unused
 
 
-def publish_backbone(backbone: 'DenseBackbone') -> dict[str, torch.Tensor]:
+def publish_backbone(backbone: nn.Module) -> dict[str, torch.Tensor]:
     """The weights under published keys; the norm of a level that is not taken is one that changes nothing."""
     network = backbone.network
     if not network.dense_norms:

@@ -47,9 +47,10 @@ class Head(RetinaNetHead):
             one_hot[positive, target['labels'][objects]] = 1.
             used = matched != ignored
             classification.append(sigmoid_focal_loss(logits[used], one_hot[used], reduction='sum'))
-            wanted = coder.encode_single(target['boxes'][objects].to(codes.dtype), anchors[i][positive])
+            wanted = coder.encode_single(target['boxes'][objects].to(anchors[i].dtype), anchors[i][positive])
             regression.append((codes[positive] - wanted).abs().sum())
             positives += max(1, len(objects))
+        positives += torch.finfo(torch.float32).eps  # as in mmdet
         return dict(classification=sum(classification) / positives, bbox_regression=sum(regression) / positives)
 
 
