@@ -13,8 +13,8 @@ except ModuleNotFoundError as error:
     print(f'benchmark.py: {error}: use .venv/bin/python, which bash cmd/benchmark.sh creates.', file=sys.stderr)
     sys.exit(2)
 from caretrans.bench.config import BenchConfig, parse_bench_config  # noqa: E402
-from caretrans.bench.readme import PAGE, README, check_page, check_readme, write_page  # noqa: E402
-from caretrans.bench.report import check_folder, describe_result, write_result  # noqa: E402
+from caretrans.bench.readme import PAGE, README, RESULTS, check_readme, write_page  # noqa: E402
+from caretrans.bench.report import check_folder, check_page, describe_result, write_result  # noqa: E402
 from caretrans.bench.run import run_benches  # noqa: E402
 from caretrans.errors import run_command  # noqa: E402
 from caretrans.progress import show_messages  # noqa: E402
@@ -40,7 +40,7 @@ def measure(config: BenchConfig) -> int:
     if config.plots:
         check_folder(str(Path(config.plots).parent) if config.plots_file else config.plots, '--plots')
     if config.update:
-        check_page(page)
+        check_page(page, RESULTS, '--readme' if config.readme else '--update')
     result = run_benches(config, sys.stderr if config.json else None)
     try:
         folder = write_result(result, config)

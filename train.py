@@ -4,37 +4,37 @@ import sys
 
 import caretrans  # noqa: F401 (registers the models)
 from caretrans.config import parse_train_config
-from caretrans.distributed import find_processes, shared_errors
+from caretrans.distributed import find_processes, is_primary, shared_errors
 from caretrans.errors import Preempted, run_command
 from caretrans.progress import show_messages
 from caretrans.training.run import train
 
 
 def run() -> int:
-    is_primary = find_processes().is_primary
-    show_messages(is_primary)
+    processes = find_processes()
+    show_messages(processes.is_primary)
     with shared_errors():  # all processes have the same command line
         config = parse_train_config(description=__doc__)
     try:
         result = train(config)
     except Preempted as stop:
-        if is_primary:
+        if processes.is_primary:
             print(stop)
         return 0
     except KeyboardInterrupt:
-        if is_primary:
+        if processes.is_primary:
             print('train.py: stopped; the same command resumes from the last checkpoint', file=sys.stderr)
         return 130
-    if is_primary:
-        print(f'best top-1 {result.best["val_top1"]:.1f} % after epoch {result.best["epoch"]}, '
-              f'last {result.last["val_top1"]:.1f} %')
+    if processes.is_primary:
+        print(f'best top-1 {result.best.val_top1:.1f} % after epoch {result.best.epoch}, '
+              f'last {result.last.val_top1:.1f} %')
         print(f'curves: {result.folder / "curves.png"}   table: {result.folder / "summary.csv"}')
         print(f'next: bash cmd/eval.sh {shlex.quote(str(result.folder / "best.pth.tar"))}')
     return 0
 
 
 def main() -> int:
-    return run_command('train.py', run, find_processes().is_primary)
+    return run_command('train.py', run, is_primary())
 
 
 if __name__ == '__main__':

@@ -1,23 +1,27 @@
 """Evaluate a checkpoint: python validate.py CHECKPOINT [DATA] [flags]. Prints top-1, top-5, loss, images, images/s."""
-import json
 import sys
+from typing import Any
 
 import caretrans  # noqa: F401 (registers the models)
 from caretrans.devices import resolve_device
-from caretrans.distributed import find_processes, shared_errors
-from caretrans.errors import run_command
+from caretrans.distributed import find_processes, is_primary, shared_errors
+from caretrans.errors import ConfigError, run_command
 from caretrans.evaluation import EvalConfig, describe_result, evaluate_checkpoint
-from caretrans.flags import DEVICE_HELP, FlagParser, add_checkpoint_flags, number
+from caretrans.flags import (
+    DEVICE_HELP, FlagParser, add_checkpoint_flags, add_weights_flags, check_weights, number)
 from caretrans.fuse import FORMS
 from caretrans.progress import show_messages
+from caretrans.strict_json import to_json
 
 
 def build_parser() -> FlagParser:
     parser = FlagParser(description=__doc__)
-    parser.add_argument('checkpoint', help='.pth, .pth.tar or .safetensors, published or written by train.py')
-    parser.add_argument('data', nargs='?', default='', help='folder with val/CLASS/* (default: that of the training)')
+    parser.add_argument(
+        'checkpoint_and_data', nargs='*', metavar='CHECKPOINT DATA', help='same as --checkpoint, unless it is given or '
+        '--pretrained; folder with val/CLASS/* (default: that of the training)')
     parser.add_argument('--dataset', default='', help="data set of timm's factory instead of folders")
     parser.add_argument('--split', default='', help='split to evaluate (default: that of the training, else val)')
+    add_weights_flags(parser)
     add_checkpoint_flags(parser)
     parser.add_argument('--batch-size', type=number(int, 1), default=64, help='images per batch (default: 64)')
     parser.add_argument('--workers', type=number(int, 0), default=2, help='image loading processes (default: 2)')
@@ -35,22 +39,37 @@ def build_parser() -> FlagParser:
     return parser
 
 
+def place_arguments(flags: dict[str, Any]) -> None:
+    """Turn the arguments without a flag into `checkpoint` and `data`.
+
+    Raises:
+        ConfigError: There are too many, or no weights are named.
+    """
+    rest = flags.pop('checkpoint_and_data')
+    if rest and not flags['checkpoint'] and not flags['pretrained']:
+        flags['checkpoint'] = rest.pop(0)
+    if len(rest) > 1:
+        raise ConfigError(f'{" ".join(rest)}: name one folder of data.')
+    flags['data'] = rest[0] if rest else ''
+    check_weights(flags['checkpoint'], flags['pretrained'], flags['model_name'], flags['entry'])
+
+
 def run() -> int:
     processes = find_processes()
     show_messages(processes.is_primary)
     with shared_errors():  # all processes have the same command line
         flags = vars(build_parser().parse_args())
+        place_arguments(flags)
     as_json = flags.pop('json')
     flags['device'] = resolve_device(flags['device'], processes.local_rank)
-    with shared_errors():  # it fails on all processes, whichever found the problem
-        result = evaluate_checkpoint(EvalConfig(**flags), sys.stderr if as_json else None)
+    result = evaluate_checkpoint(EvalConfig(**flags), sys.stderr if as_json else None)
     if processes.is_primary:
-        print(json.dumps(result, indent=2) if as_json else '\n'.join(describe_result(result)))
+        print(to_json(result.to_dict(), indent=2) if as_json else '\n'.join(describe_result(result)))
     return 0
 
 
 def main() -> int:
-    return run_command('validate.py', run, find_processes().is_primary)
+    return run_command('validate.py', run, is_primary())
 
 
 if __name__ == '__main__':

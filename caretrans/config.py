@@ -3,7 +3,6 @@ import argparse
 import dataclasses
 import difflib
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,13 @@ from typing import Any
 import yaml
 
 from .devices import count_cores
+from .distributed import read_number
 from .errors import ConfigError
 from .flags import (
-    CROP_MODES, DEVICE_HELP, FlagParser, add_flags, check_settings, number, parse_flags, setting)
+    CROP_MODES, DEVICE_HELP, ORIENTATIONS, FlagParser, add_flags, check_settings, convert_setting, number, parse_flags,
+    setting)
 from .models.backbone import find_family
+from .text import read_text
 
 __all__ = [
     'CROP_MODES', 'FlagParser', 'TrainConfig', 'add_flags', 'check_settings', 'choose_model_args',
@@ -37,7 +39,7 @@ class TrainConfig:
 
     data: str = setting('', 'folder with train/ and val/ in ImageNet layout, or the folder for --dataset')
     dataset: str = setting(
-        '', "data set of timm's factory, e.g. torch/cifar10, hfds/NAME or wds/NAME; '' for image folders")
+        '', "data set of timm's factory, e.g. torch/cifar10, hfds/NAME or wds/NAME; '' for image folders", off='')
     train_split: str = setting('train', 'training split')
     val_split: str = setting('val', 'evaluation split')
     dataset_download: bool = setting(False, 'download the data set if it is missing')
@@ -48,10 +50,13 @@ class TrainConfig:
 
     model: str = setting('care_s0', 'any model of timm or caretrans')
     model_args: dict[str, Any] = setting({}, 'extra arguments of the model, e.g. ls_init_value=0.1')
-    checkpoint: str = setting('', 'file of the initial weights')
+    checkpoint: str = setting('', 'file of the initial weights', off='')
+    pretrained: bool = setting(
+        False, 'start from the published weights of the model, from their hub or its cache; other classes get fresh '
+        'heads')
     new_heads: bool = setting(False, 'initialize the heads randomly if the checkpoint has other classes')
-    drop: float = setting(0., 'dropout rate', bounds=(0, 0.99))
-    drop_path: float = setting(0.1, 'stochastic depth rate of the last block', bounds=(0, 0.99))
+    drop: float = setting(0., 'dropout rate', bounds=(0, 0.99), off=0.)
+    drop_path: float = setting(0.1, 'stochastic depth rate of the last block', bounds=(0, 0.99), off=0.)
 
     img_size: int = setting(224, 'side of the training images in pixels', bounds=(32, None))
     train_img_sizes: list[int] = setting([], 'train at several image sizes, one per step', bounds=(32, None))
@@ -66,24 +71,27 @@ class TrainConfig:
     crop_mode: str | None = setting(
         None, 'evaluation: crop the centre, squash the whole image to a square, or add a border (default: that of the '
         'model)', choices=CROP_MODES)
-    scale: list[float] = setting([0.08, 1.0], 'smallest and largest area of random crops', size=2)
-    ratio: list[float] = setting([3 / 4, 4 / 3], 'smallest and largest aspect ratio of random crops', size=2)
+    orientation: str = setting(
+        'exif', 'rotate images upright as their EXIF data say, or ignore it', choices=ORIENTATIONS)
+    scale: list[float] = setting([0.08, 1.0], 'smallest and largest area of random crops', size=2, bounds=(0, 1))
+    ratio: list[float] = setting(
+        [3 / 4, 4 / 3], 'smallest and largest aspect ratio of random crops', size=2, bounds=(0, 100))
     interpolation: str = setting('random', 'resizing of random crops', choices=['random', 'bilinear', 'bicubic'])
-    hflip: float = setting(0.5, 'probability of a horizontal flip', bounds=(0, 1))
-    color_jitter: float = setting(0., 'strength of colour jitter; unused with auto_augment', bounds=(0, None))
-    auto_augment: str = setting('rand-m9-mstd0.5-inc1', "augmentation policy by timm's name, '' for none")
-    random_erasing: float = setting(0.25, 'probability of erasing a rectangle with noise', bounds=(0, 1))
-    mixup: float = setting(0., 'mixup alpha', bounds=(0, None))
-    cutmix: float = setting(0., 'cutmix alpha', bounds=(0, None))
-    smoothing: float = setting(0.1, 'label smoothing', bounds=(0, 0.99))
+    hflip: float = setting(0.5, 'probability of a horizontal flip', bounds=(0, 1), off=0.)
+    color_jitter: float = setting(0., 'strength of colour jitter; unused with auto_augment', bounds=(0, None), off=0.)
+    auto_augment: str = setting('rand-m9-mstd0.5-inc1', "augmentation policy by timm's name, '' for none", off='')
+    random_erasing: float = setting(0.25, 'probability of erasing a rectangle with noise', bounds=(0, 1), off=0.)
+    mixup: float = setting(0., 'mixup alpha', bounds=(0, None), off=0.)
+    cutmix: float = setting(0., 'cutmix alpha', bounds=(0, None), off=0.)
+    smoothing: float = setting(0.1, 'label smoothing', bounds=(0, 0.99), off=0.)
     loss: str = setting('ce', 'ce: cross entropy; bce: binary cross entropy per class', choices=['ce', 'bce'])
 
     teacher: str = setting(
-        'none', 'model whose predictions the second head learns, e.g. regnety_160.deit_in1k; or none')
-    teacher_checkpoint: str = setting('', 'file of the teacher weights (default: from the hub)')
+        'none', 'model whose predictions the second head learns, e.g. regnety_160.deit_in1k; or none', off='none')
+    teacher_checkpoint: str = setting('', 'file of the teacher weights (default: from the hub)', off='')
     task_weight: float = setting(0.5, 'weight of the label loss; the distillation loss gets the rest', bounds=(0, 1))
     mesa: float = setting(
-        0., 'weight of self-distillation (MESA) from the averaged weights of ema, 0 for none', bounds=(0, None))
+        0., 'weight of self-distillation (MESA) from the averaged weights of ema, 0 for none', bounds=(0, None), off=0.)
     mesa_start: float | None = setting(
         None, f'share of the epochs before self-distillation starts (default: {MESA_START})', bounds=(0, 1))
 
@@ -91,23 +99,24 @@ class TrainConfig:
     device_batch: int | None = setting(
         None, 'maximum images per device and forward pass; the rest is accumulated', bounds=(1, None))
     opt: str = setting('adamw', "optimizer by timm's name")
-    lr: float = setting(1e-3, 'peak learning rate')
+    lr: float = setting(1e-3, 'peak learning rate', positive=True)
     min_lr: float = setting(1e-5, 'final learning rate', bounds=(0, None))
     warmup_lr: float = setting(1e-6, 'initial learning rate', bounds=(0, None))
-    weight_decay: float = setting(0.05, 'weight decay of parameters with two or more dimensions', bounds=(0, None))
+    weight_decay: float = setting(
+        0.05, 'weight decay of parameters with two or more dimensions', bounds=(0, None), off=0.)
     epochs: int = setting(100, 'epochs of the cosine schedule, including warm-up', bounds=(1, None))
-    warmup_epochs: int = setting(5, 'epochs of linear warm-up', bounds=(0, None))
-    cooldown_epochs: int = setting(0, 'epochs at min_lr after the schedule', bounds=(0, None))
+    warmup_epochs: int = setting(5, 'epochs of linear warm-up', bounds=(0, None), off=0)
+    cooldown_epochs: int = setting(0, 'epochs at min_lr after the schedule', bounds=(0, None), off=0)
     step_schedule: bool = setting(False, 'update the learning rate every step instead of every epoch')
     val_interval: int = setting(1, 'epochs between evaluations; the last epoch is always evaluated', bounds=(1, None))
-    clip_grad: float | None = setting(None, 'gradient clipping threshold', bounds=(0, None))
+    clip_grad: float | None = setting(None, 'gradient clipping threshold', bounds=(0, None), off=None)
     clip_mode: str = setting(
         'norm', 'clip the gradient norm, each value, or adaptively (agc)', choices=['norm', 'value', 'agc'])
     ema: bool = setting(False, 'keep an exponential moving average of the weights and evaluate it')
     ema_decay: float = setting(0.9998, 'decay of the average per step', bounds=(0, 1))
     ema_warmup: bool = setting(False, 'start with a smaller ema_decay')
 
-    amp: str = setting('off', 'autocast of the forward pass', choices=['off', 'bf16', 'fp16'])
+    amp: str = setting('off', 'autocast of the forward pass', choices=['off', 'bf16', 'fp16'], off='off')
     tf32: bool = setting(False, 'use TF32 (10-bit mantissa) in float32 matmuls and convolutions on GPUs')
     channels_last: bool = setting(False, 'keep images and weights in NHWC order')
     compile: bool = setting(False, 'compile model and teacher with torch.compile')
@@ -118,7 +127,7 @@ class TrainConfig:
     seed: int = setting(42, 'seed of weights, image order and augmentation', bounds=(0, None))
     output: str = setting('', 'run folder (default: a new one under runs/)')
     resume: bool = setting(True, 'resume an unfinished run of the same settings')
-    save_steps: int = setting(500, 'steps between checkpoints within an epoch, 0 for none', bounds=(0, None))
+    save_steps: int = setting(500, 'steps between checkpoints within an epoch, 0 for none', bounds=(0, None), off=0)
     on_nan: str = setting('stop', 'reaction to a loss or gradient that is not finite', choices=['stop', 'skip'])
     max_skips: int = setting(10, 'steps that on_nan=skip may skip before it stops', bounds=(0, None))
     max_unreadable: float = setting(0.01, 'share of unreadable training images that stops the run', bounds=(0, 1))
@@ -126,9 +135,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_settings(self)
         if self.workers is None:
-            self.workers = min(max(count_cores() // int(os.environ.get('LOCAL_WORLD_SIZE', 1)), 1), 8)
-        if self.lr <= 0:
-            raise ConfigError(f'lr is {self.lr} but must be positive.')
+            self.workers = min(max(count_cores() // max(read_number('LOCAL_WORLD_SIZE', 1), 1), 1), 8)
         if self.warmup_epochs >= self.epochs:
             raise ConfigError(
                 f'warmup_epochs={self.warmup_epochs} must be below epochs={self.epochs}: set --warmup-epochs as well.')
@@ -138,6 +145,8 @@ class TrainConfig:
             if not 0 < getattr(self, name)[0] <= getattr(self, name)[1]:
                 raise ConfigError(
                     f'{name} is {getattr(self, name)} but must be two positive numbers, smaller first.')
+        if self.pretrained and self.checkpoint:
+            raise ConfigError(f'checkpoint={self.checkpoint} and --pretrained exclude each other: use one of them.')
         if self.teacher_checkpoint and self.teacher == 'none':
             raise ConfigError(
                 f'teacher_checkpoint={self.teacher_checkpoint}, but teacher=none: name its model with --teacher.')
@@ -193,23 +202,47 @@ def read_recipe(name_or_file: str, seen: Sequence[str] = ()) -> dict[str, Any]:
     if not path.is_file():
         known = ', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml')))
         raise ConfigError(f'No recipe {name_or_file!r}: neither a file nor one of {known}.')
+    settings = _read_yaml(path)
+    fields = {item.name: item for item in dataclasses.fields(TrainConfig)}
+    base = settings.pop('base', None)
+    for key, value in settings.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            raise ConfigError(f'{path}: unknown setting {key!r}' + (f', did you mean {near[0]!r}?' if near else '.'))
+        try:
+            settings[key] = convert_setting(fields[key], value)
+        except ConfigError as error:
+            raise ConfigError(f'{path}: {error}') from None
+    if base in (None, False, 'none'):
+        return settings
+    if str(base) in seen:
+        raise ConfigError(f'{path}: base: {base} leads back to itself: remove it.')
+    return {**read_recipe(str(base), (*seen, str(name_or_file), str(base))), **settings}
+
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
+    text = read_text(path, ConfigError)
     try:
-        settings = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+        settings = yaml.load(text, _StrictLoader) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f'{path} is not YAML: {" ".join(str(error).split())}') from None
     if not isinstance(settings, dict):
         raise ConfigError(f'{path} must hold "name: value" lines.')
-    known = [item.name for item in dataclasses.fields(TrainConfig)]
-    base = settings.pop('base', None)
-    for key in settings:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            raise ConfigError(f'{path}: unknown setting {key!r}' + (f', did you mean {near[0]!r}?' if near else '.'))
-    if base is None:
-        return settings
-    if base in seen:
-        raise ConfigError(f'{path}: base: {base} leads back to itself: remove it.')
-    return {**read_recipe(str(base), (*seen, str(name_or_file), str(base))), **settings}
+    return settings
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without two values for one key, of which the last would be used silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in lines:
+                raise yaml.YAMLError(
+                    f'{key.value} is in line {lines[key.value]} and again in line {key.start_mark.line + 1}')
+            if isinstance(key, yaml.ScalarNode):
+                lines[key.value] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
 
 
 def choose_model_args(args: dict[str, Any], recipe: dict[str, Any], model: str) -> dict[str, Any]:

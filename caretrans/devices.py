@@ -49,7 +49,7 @@ def autocast(device: torch.device, amp: str) -> AbstractContextManager:
 def describe_cpu() -> str:
     """The name of the CPU, as reported by the system."""
     try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        lines = Path('/proc/cpuinfo').read_text(encoding='utf-8', errors='replace').splitlines()
         return next(line.split(':')[1].strip() for line in lines if line.startswith('model name'))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

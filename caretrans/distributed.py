@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .errors import CaretransError
+from .errors import CaretransError, ConfigError
 
-__all__ = ['Processes', 'find_processes', 'join_processes', 'leave_processes', 'shared_errors']
+__all__ = [
+    'Processes', 'find_processes', 'is_primary', 'join_processes', 'leave_processes', 'read_number', 'shared_errors']
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,40 @@ def shared_errors() -> Iterator[None]:
         raise
 
 
+def read_number(variable: str, default: int) -> int:
+    """The number in an environment variable that a launcher sets.
+
+    Raises:
+        ConfigError: It is no number.
+    """
+    text = os.environ.get(variable) or str(default)
+    if not (text.isascii() and text.isdigit()):
+        raise ConfigError(f'{variable} is {text!r} in the environment but must be a number: unset it, or use torchrun.')
+    return int(text)
+
+
 def find_processes() -> Processes:
-    """The rank of this process as set by torchrun, without contacting the others."""
-    world_size = int(os.environ.get('WORLD_SIZE', 1)) if 'RANK' in os.environ else 1
-    if world_size == 1:
+    """The rank of this process as set by torchrun, without contacting the others.
+
+    Raises:
+        ConfigError: The variables contradict each other.
+    """
+    world_size = read_number('WORLD_SIZE', 1) if 'RANK' in os.environ else 1
+    if world_size <= 1:
         return Processes()
-    return Processes(int(os.environ['RANK']), world_size, int(os.environ.get('LOCAL_RANK', 0)))
+    rank = read_number('RANK', 0)
+    if rank >= world_size:
+        raise ConfigError(
+            f'RANK={rank} in the environment must be below WORLD_SIZE={world_size}: unset both, or use torchrun.')
+    return Processes(rank, world_size, read_number('LOCAL_RANK', 0))
+
+
+def is_primary() -> bool:
+    """Whether this process prints; True also where the environment is wrong, so that this can be printed."""
+    try:
+        return find_processes().is_primary
+    except ConfigError:
+        return True
 
 
 def join_processes(device: torch.device, timeout: float = 1800.) -> Processes:
@@ -124,11 +153,25 @@ def join_processes(device: torch.device, timeout: float = 1800.) -> Processes:
     Args:
         device: Device of this process; with cuda, gradients travel over NCCL.
         timeout: Seconds to wait for a process that does not answer.
+    Raises:
+        ConfigError: They cannot be reached.
     """
     processes = find_processes()
-    if not processes.is_alone and not dist.is_initialized():
-        backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
+    if processes.is_alone or dist.is_initialized():
+        return processes
+    missing = [name for name in ('MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
+    if missing:
+        raise ConfigError(
+            f'RANK={processes.rank} and WORLD_SIZE={processes.world_size} are set in the environment, but not '
+            f'{" and ".join(missing)}: start with torchrun or the scripts in cmd/, or unset RANK for one process.')
+    backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
+    try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    except (ValueError, RuntimeError) as error:  # RuntimeError: also the errors of torch's store and backends
+        reason = ' '.join(str(error).split())[:200]
+        raise ConfigError(
+            f'Process {processes.rank} of {processes.world_size} cannot meet the others at {os.environ["MASTER_ADDR"]}:'
+            f'{os.environ["MASTER_PORT"]} ({reason}): check both, and that all were started.') from error
     return processes
 
 

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from typing import Any
 
+from .text import escape, escape_output
+
 __all__ = [
-    'CaretransError', 'CheckpointError', 'ConfigError', 'DataError', 'ExportError', 'PlotError', 'Preempted',
-    'ResultsError', 'TrainingError', 'list_names', 'require', 'run_command']
+    'CaretransError', 'CheckpointError', 'ConfigError', 'DataError', 'EvaluationError', 'ExportError', 'PlotError',
+    'Preempted', 'ResultsError', 'TrainingError', 'list_names', 'require', 'run_command']
 
 EXTRAS = {  # import name of an optional package: the extra that installs it
     **dict.fromkeys(['matplotlib', 'simplejpeg', 'tensorboard', 'torchmetrics', 'tqdm', 'webdataset'], 'train'),
@@ -40,6 +42,10 @@ class ConfigError(CaretransError, ValueError):
 
 class DataError(CaretransError, ValueError):
     """Data that cannot be trained on or evaluated."""
+
+
+class EvaluationError(CaretransError, ArithmeticError):
+    """Logits that are not finite, so that there is no accuracy."""
 
 
 class ExportError(CaretransError, RuntimeError):
@@ -97,11 +103,12 @@ def run_command(name: str, main: Callable[[], int], is_primary: bool = True) -> 
     Returns:
         2 after a `CaretransError` or where an optional package is missing, 130 after Ctrl-C, else what `main` returns.
     """
+    escape_output()
     try:
         return main()
     except CaretransError as error:
         if is_primary or not error.is_shared:
-            print(f'{name}: {error}', file=sys.stderr)
+            print(f'{name}: {escape(error)}', file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         package = (error.name or '').partition('.')[0]

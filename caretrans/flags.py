@@ -5,6 +5,7 @@ declared types, `add_flags` adds one flag per field to a parser, and `parse_flag
 """
 import argparse
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -15,12 +16,20 @@ import yaml
 from .errors import ConfigError
 
 __all__ = [
-    'CHANNEL_ORDERS', 'CROP_MODES', 'DEVICE_HELP', 'FlagParser', 'add_checkpoint_flags', 'add_flags', 'check_settings',
+    'CHANNEL_ORDERS', 'CROP_MODES', 'DEVICE_HELP', 'FlagParser', 'ORIENTATIONS', 'PRETRAINED_HELP',
+    'add_checkpoint_flags', 'add_flags', 'add_weights_flags', 'check_settings', 'check_weights', 'convert_setting',
     'number', 'parse_flags', 'setting']
 
 CROP_MODES = ['center', 'squash', 'border']  # timm's names
 CHANNEL_ORDERS = ['rgb', 'bgr']
+ORIENTATIONS = ['exif', 'ignore']
 DEVICE_HELP = 'cpu, cuda, mps or auto'
+PRETRAINED_HELP = 'use the published weights of --model, from their hub, or from its cache when offline'
+OFF = ('no', 'off', 'none', 'false', '')  # texts for a setting that is switched off
+REMEDIES = {  # by type
+    bool: ': write true or false', int: ': write a whole number', float: ': write a number',
+    dict: ': write {NAME: VALUE, ...}',
+    str: ': put it in quotes, because YAML reads yes, no, on and off as true or false, and nothing as null'}
 
 
 def setting(default: Any, help: str, **kwargs: Any) -> Any:
@@ -29,7 +38,8 @@ def setting(default: Any, help: str, **kwargs: Any) -> Any:
     Args:
         default: Lists and dicts are copied for each instance.
         help: Help text of the flag.
-        kwargs: `choices`; `bounds`, minimum and maximum, None for no limit; `size`, the length of a list of numbers.
+        kwargs: `choices`; `bounds`, minimum and maximum, None for no limit; `positive`, whether 0 is refused; `size`,
+            the length of a list of numbers; `off`, the value that no, off, none, false and an empty value mean.
     """
     metadata = dict(help=help, **kwargs)
     if isinstance(default, (list, dict)):
@@ -38,21 +48,33 @@ def setting(default: Any, help: str, **kwargs: Any) -> Any:
 
 
 def check_settings(config: Any) -> None:
-    """Convert every field of a settings class to its type, in place; YAML reads 1e-3 as a string, for example.
+    """Convert every field of a settings class to its type, in place.
 
     Raises:
-        ConfigError: A value has the wrong type, is not among the choices, or is out of bounds.
+        ConfigError: See `convert_setting`.
     """
     for item in dataclasses.fields(config):
-        value, size = getattr(config, item.name), item.metadata.get('size')
-        if value is None and item.default is None:
-            continue
-        if size and not (isinstance(value, (list, tuple)) and len(value) == size):
-            raise ConfigError(f'{item.name} is {value!r} but must be {size} numbers.')
-        if typing.get_origin(item.type) is list and isinstance(value, (list, tuple)):
-            setattr(config, item.name, [_check_value(item, v) for v in value])
-        else:
-            setattr(config, item.name, _check_value(item, value))
+        setattr(config, item.name, convert_setting(item, getattr(config, item.name)))
+
+
+def convert_setting(item: dataclasses.Field, value: Any) -> Any:
+    """A value from YAML or a command line in the type of its field; YAML reads 1e-3 as a text, and off as False.
+
+    Raises:
+        ConfigError: It has the wrong type, is not finite, not among the choices, or out of bounds.
+    """
+    metadata, is_list = item.metadata, typing.get_origin(item.type) is list
+    if value is None and item.default is None:
+        return None
+    if 'off' in metadata and (value is None or value is False or str(value).lower() in OFF):
+        return metadata['off']
+    if (is_list or _plain_type(item) is dict) and (value is None or value is False):
+        value = [] if is_list else {}
+    if metadata.get('size') and not (isinstance(value, (list, tuple)) and len(value) == metadata['size']):
+        raise ConfigError(f'{item.name} is {value!r} but must be {metadata["size"]} numbers.')
+    if is_list:
+        return [_convert_value(item, v) for v in (value if isinstance(value, (list, tuple)) else [value])]
+    return _convert_value(item, value)
 
 
 def _plain_type(item: dataclasses.Field) -> Any:
@@ -63,39 +85,62 @@ def _plain_type(item: dataclasses.Field) -> Any:
     return args[0] if origin in (list, types.UnionType) else item.type
 
 
-def _check_value(item: dataclasses.Field, value: Any) -> Any:
-    wanted = _plain_type(item)
+def _convert_value(item: dataclasses.Field, value: Any) -> Any:
+    wanted, metadata = _plain_type(item), item.metadata
+    remedy = REMEDIES.get(wanted, '')
     try:
-        if wanted is bool and not isinstance(value, bool) or wanted is dict and not isinstance(value, dict):
+        if isinstance(value, bool) != (wanted is bool) or isinstance(value, dict) != (wanted is dict):
             raise TypeError
-        converted = wanted(value)
+        if value is None or wanted in (str, int, float) and isinstance(value, (list, tuple)):
+            raise TypeError
+        converted = int(float(value)) if wanted is int and not isinstance(value, int) else wanted(value)
         if wanted is int and converted != float(value):
             raise ValueError
-    except (TypeError, ValueError):
-        raise ConfigError(f'{item.name} is {value!r} but must be of type {wanted.__name__}.') from None
-    if converted not in item.metadata.get('choices', [converted]):
-        raise ConfigError(f'{item.name} is {value!r}, choose from {", ".join(item.metadata["choices"])}.')
-    least, most = item.metadata.get('bounds', (None, None))
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f'{item.name} is {value!r} but must be of type {wanted.__name__}{remedy}.') from None
+    _check_finite(item.name, converted)
+    if converted not in metadata.get('choices', [converted]):
+        raise ConfigError(f'{item.name} is {value!r}, choose from {", ".join(metadata["choices"])}.')
+    if metadata.get('positive') and converted <= 0:
+        raise ConfigError(f'{item.name} is {converted} but must be positive.')
+    least, most = metadata.get('bounds', (None, None))
     if least is not None and converted < least or most is not None and converted > most:
         raise ConfigError(
             f'{item.name} is {value!r} but must be at least {least}' + ('.' if most is None else f', at most {most}.'))
     return converted
 
 
+def _check_finite(name: str, value: Any) -> None:
+    """Refuse NaN and infinity, also inside lists and dicts: no comparison with a bound refuses NaN."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f'{name} is {value} but must be a finite number.')
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    for key, item in items:
+        _check_finite(f'{name}.{key}', item)
+
+
 def number(kind: type, least: float, most: float = float('inf')) -> Callable[[str], Any]:
-    """An argparse type for numbers from `least` to `most`."""
+    """An argparse type for finite numbers from `least` to `most`."""
     def convert(text: str) -> Any:
-        if not least <= (value := kind(text)) <= most:
-            raise argparse.ArgumentTypeError(f'{text} is not between {least} and {most}')
+        value = kind(text)
+        if not (math.isfinite(value) and least <= value <= most):
+            limits = f'at least {least}' if most == float('inf') else f'between {least} and {most}'
+            raise argparse.ArgumentTypeError(f'{text} is not {limits}')
         return value
+    convert.__name__ = kind.__name__  # of which argparse says that a text is none
     return convert
 
 
 def _parse_assignment(text: str) -> dict[str, Any]:
     name, separator, value = text.partition('=')
-    if not separator:
+    if not separator or not name.isidentifier():
         raise argparse.ArgumentTypeError(f'{text!r} is not NAME=VALUE')
-    return {name: yaml.safe_load(value)}
+    try:
+        return {name: yaml.safe_load(value)}
+    except (yaml.YAMLError, ValueError):
+        raise argparse.ArgumentTypeError(
+            f'{text!r}: {value!r} is not a value: write it as in YAML, e.g. depths=[1,1,1,1], in quotes if it has '
+            'spaces') from None
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -135,6 +180,38 @@ def parse_flags(config_type: type, argv: Sequence[str] | None = None, descriptio
     return config_type(**vars(parser.parse_args(argv)))
 
 
+def check_weights(
+        checkpoint: str, pretrained: bool, model_name: str | None, entry: str | None = None,
+        random_weights: bool | None = None) -> None:
+    """Check that a command names its weights in exactly one way.
+
+    Args:
+        random_weights: Whether they are to be random; None if the command does not support that.
+    Raises:
+        ConfigError: No weights are named, or two kinds; or the model is missing for those without a file.
+    """
+    kinds = {'--checkpoint': bool(checkpoint), '--pretrained': pretrained, '--random-weights': bool(random_weights)}
+    named = [flag for flag, given in kinds.items() if given]
+    if len(named) > 1:
+        raise ConfigError(f'{" and ".join(named)} exclude each other: use one of them.')
+    if not named:
+        only = '' if random_weights is not None else ', which has no accuracy and is not for this command'
+        raise ConfigError(
+            'No weights: --checkpoint FILE loads a file, --pretrained --model NAME the published weights of a model, '
+            f'and --random-weights makes random ones to measure speed{only}.')
+    if not checkpoint and not model_name:
+        raise ConfigError(f'{named[0]} needs a model: add --model, e.g. --model care_s0.')
+    if pretrained and entry:
+        raise ConfigError(f'--entry {entry} is for a file, not for --pretrained: omit it.')
+
+
+def add_weights_flags(parser: Any) -> None:
+    """Add the flags that `check_weights` checks, for commands that need trained weights."""
+    parser.add_argument(
+        '--checkpoint', default='', help='.pth, .pth.tar or .safetensors, published or written by train.py')
+    parser.add_argument('--pretrained', action='store_true', help=PRETRAINED_HELP)
+
+
 def add_checkpoint_flags(parser: Any, preparation: Any = None) -> None:
     """Add the flags of commands that read a checkpoint: its model, its entry, and how images are prepared for it.
 
@@ -154,5 +231,9 @@ def add_checkpoint_flags(parser: Any, preparation: Any = None) -> None:
     group.add_argument(
         '--channel-order', choices=CHANNEL_ORDERS,
         help='default: as in the checkpoint, else rgb; published CAS-ViT files may need bgr')
+    group.add_argument(
+        '--orientation', choices=ORIENTATIONS,
+        help='rotate images upright as their EXIF data say, or not (default: as in the checkpoint, else ignore, as '
+             'published weights were trained)')
     group.add_argument(
         '--interpolation', choices=['bicubic', 'bilinear', 'nearest', 'lanczos'], help='resizing method')

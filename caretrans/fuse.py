@@ -52,13 +52,14 @@ def fuse(model: nn.Module) -> nn.Module:
     return reparameterize_model(model).eval().requires_grad_(False)
 
 
-def to_form(model: nn.Module, form: str = 'fused') -> nn.Module:
+def to_form(model: nn.Module, form: str = 'fused', images: torch.Tensor | None = None) -> nn.Module:
     """Return an equivalent copy of a network for inference.
 
     Args:
         form: 'trained', a plain copy; 'fused', networks of this package by `fuse`, others reparameterised as their
             authors do; 'phone', fused with operations that phones prefer (`models.inference.*phone`); 'bmm', the
             CARE Transformer with operations that XNNPACK prefers (`models.inference.care_bmm`), others fused.
+        images: (B, C, H, W), normalised, for which the phone form chooses scales that suit float16.
     """
     if form not in FORMS:
         raise ValueError(f'form is {form!r}, choose from {", ".join(FORMS)}.')
@@ -67,7 +68,9 @@ def to_form(model: nn.Module, form: str = 'fused') -> nn.Module:
     if not isinstance(model, Backbone):
         return reparameterize_model(model)
     convert = model.inference_forms.get(form)
-    return convert(fuse(model)) if convert else fuse(model)
+    if not convert:
+        return fuse(model)
+    return convert(fuse(model), images) if form == 'phone' else convert(fuse(model))
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ def find_missing(requirements: str) -> list:
 
 
 if __name__ == '__main__':
-    missing = find_missing(Path(sys.argv[1]).read_text())
+    missing = find_missing(Path(sys.argv[1]).read_text(encoding='utf-8'))
     if sys.version_info < (3, 10):
         missing.append('python>=3.10')
     print(' '.join(missing) or 'complete')

@@ -16,7 +16,7 @@ if ! "$python" "$root/cmd/check_requirements.py" "$requirements" >/dev/null 2>&1
     fi
     python="$root/$environment/bin/python"
     if ! missing="$("$python" "$root/cmd/check_requirements.py" "$requirements")"; then
-        echo "Installing into $environment (PyTorch is large, this takes minutes):" $missing
+        echo "Installing into $environment (PyTorch is large, this takes minutes): $missing"
         "$python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
         "$python" "$root/cmd/check_requirements.py" "$requirements"
     fi

@@ -13,9 +13,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from caretrans.errors import run_command  # noqa: E402
-from caretrans.export.config import parse_export_config  # noqa: E402
+from caretrans.export.config import ExportConfig  # noqa: E402
 from caretrans.export.report import describe_exports  # noqa: E402
 from caretrans.export.run import export  # noqa: E402
+from caretrans.flags import parse_flags  # noqa: E402
 from caretrans.progress import show_messages  # noqa: E402
 
 
@@ -24,7 +25,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, which removes temporary files
     logging.getLogger('torch').setLevel(logging.ERROR)
     warnings.filterwarnings('ignore', module='torch|coremltools')
-    config = parse_export_config(description=__doc__.splitlines()[0])
+    config = parse_flags(ExportConfig, description=__doc__.splitlines()[0])
     facts, exports = export(config, sys.stderr if config.json else None)
     if config.json:
         print(json.dumps({**vars(facts), 'programs': [item.to_dict() for item in exports]}, indent=2, allow_nan=False))

@@ -66,7 +66,7 @@ class Running:
     def list_children(self) -> list[int]:
         """Process IDs of the children of all processes: the workers of their loaders."""
         return [int(pid) for process in self.processes
-                for pid in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()]
+                for pid in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text(encoding='utf-8').split()]
 
 
 def start_script(

@@ -40,13 +40,13 @@ def run(script: str, *flags: Any, processes: int = 1, code: int = 0, **variables
     if script == '-c' or variables:
         done = subprocess.run(
             command(script, *flags), cwd=ROOT, capture_output=True, text=True, timeout=600,
-            env=dict(ENVIRONMENT, **variables))
+            env=dict(ENVIRONMENT, **variables), encoding='utf-8')
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout, done.stderr
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ('stdout', 'stderr')]
         found = start_script(script, [str(flag) for flag in flags], *files, processes).wait(timeout=600)
-        out, err = (file.read_text() if file.exists() else '' for file in files)
+        out, err = (file.read_text(encoding='utf-8') if file.exists() else '' for file in files)
     assert found == code, out + err
     return out, err
 

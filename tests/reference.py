@@ -62,7 +62,7 @@ def golden(name: str) -> dict[str, np.ndarray]:
 
 
 def published_layout(name: str) -> dict[str, Sequence[int]]:
-    return json.loads((DATA / f'{name}_official_layout.json').read_text())
+    return json.loads((DATA / f'{name}_official_layout.json').read_text(encoding='utf-8'))
 
 
 def published_state_dict(name: str) -> dict[str, torch.Tensor]:

@@ -38,8 +38,8 @@ def test_every_training_mode_runs_and_says_how_fast(data, tmp_path, flags, proce
     skip_without_kernels(flags)
     out, _ = run('train.py', data, *FLAGS, *flags, '--output', tmp_path / 'run', processes=processes)
     print(f'{processes} process(es) {flags}: {out.splitlines()[-4]}')
-    assert json.loads((tmp_path / 'run' / 'result.json').read_text())['last']['epoch'] == 2
-    kernels = json.loads((tmp_path / 'run' / 'environment.json').read_text())['kernels']
+    assert json.loads((tmp_path / 'run' / 'result.json').read_text(encoding='utf-8'))['last']['epoch'] == 2
+    kernels = json.loads((tmp_path / 'run' / 'environment.json').read_text(encoding='utf-8'))['kernels']
     assert ('x mixer: triton' in kernels) == ('--kernels' in flags)
     assert all(torch.isfinite(value).all() for value in read_tensors(tmp_path / 'run' / 'last.pth.tar').values())
 
@@ -55,4 +55,4 @@ def test_a_run_stopped_on_a_gpu_resumes(data, tmp_path, monkeypatch, flags):
     monkeypatch.setattr(caretrans.training.run.StopRequest, '__call__', lambda self: next(looks) == 1)
     with pytest.raises(caretrans.training.run.Preempted):
         caretrans.training.run.train(config)
-    assert caretrans.training.run.train(config).last['epoch'] == 2
+    assert caretrans.training.run.train(config).last.epoch == 2

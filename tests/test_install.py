@@ -56,9 +56,9 @@ def core(tmp_path_factory) -> Path:
     python = folder / 'bin' / 'python'
     site = Path(subprocess.run(
         [python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))'], capture_output=True, text=True,
-        check=True).stdout.strip())
-    block = re.search(
-        r'^dependencies = \[(.*?)^\]', (ROOT / 'pyproject.toml').read_text(), re.MULTILINE | re.DOTALL)[1]
+        check=True, encoding='utf-8').stdout.strip())
+    project = (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
+    block = re.search(r'^dependencies = \[(.*?)^\]', project, re.MULTILINE | re.DOTALL)[1]
     for package in list_closure(re.findall(r'"(.+?)"', block)).values():
         for top in {file.parts[0] for file in package.files or [] if file.parts[0] not in ('..', '__pycache__')}:
             if not (site / top).exists():
@@ -72,7 +72,7 @@ def core(tmp_path_factory) -> Path:
 def call(python, folder, *arguments):
     environment = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
     return subprocess.run(
-        [python, *arguments], cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
+        [python, *arguments], cwd=folder, capture_output=True, timeout=300, env=environment, encoding='utf-8')
 
 
 def test_the_core_has_none_of_the_extras(core, tmp_path):

@@ -7,7 +7,7 @@ import timm
 from registered import MODELS, gmacs
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / 'README.md').read_text()
+README = (ROOT / 'README.md').read_text(encoding='utf-8')
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -28,16 +28,17 @@ def test_every_file_that_the_readme_names_is_there():
 
 def test_no_page_has_a_place_left_to_fill():
     pages = [ROOT / 'README.md', *(ROOT / 'docs').glob('*.md'), ROOT / 'coreml' / 'README.md']
-    assert [page.name for page in pages if re.search(r'^[A-Z]+_[A-Z_]+$|TODO|TBD|FIXME', page.read_text(), re.M)] == []
+    marks = re.compile(r'^[A-Z]+_[A-Z_]+$|TODO|TBD|FIXME', re.MULTILINE)
+    assert [page.name for page in pages if marks.search(page.read_text(encoding='utf-8'))] == []
 
 
 def test_requirements_and_package_ask_for_the_same():
     """Each requirement states its reason, after the group that it belongs to."""
     wanted = {}
-    for line in (ROOT / 'requirements.txt').read_text().splitlines():
+    for line in (ROOT / 'requirements.txt').read_text(encoding='utf-8').splitlines():
         requirement, reason = (part.strip() for part in line.split('#', 1))
         wanted.setdefault(reason.split(':')[0], set()).add(requirement)
-    package = (ROOT / 'pyproject.toml').read_text()
+    package = (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
     for name in 'core', 'train', 'imagenet', 'benchmark', 'export':
         key = 'dependencies' if name == 'core' else name
         block = re.search(rf'^{key} = \[(.*?)^\]', package, re.MULTILINE | re.DOTALL)[1]

@@ -5,21 +5,20 @@ bfloat16, float16 and int8 change the logits; only labelled images show whether 
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 import torch.nn as nn
-from torch.utils.data import Dataset
 
+from ..checkpoint.preparation import Preparation
 from ..data.loaders import build_eval_loader
 from ..devices import describe_device, list_versions
-from ..evaluation.evaluate import load_for_evaluation, open_data
-from ..evaluation.metrics import evaluate_in_detail
+from ..evaluation.evaluate import EvalData, load_for_evaluation, open_data
+from ..evaluation.metrics import Scores, evaluate_in_detail
 from ..measure.sample_network import load_sample_images
 from ..progress import Progress
 from .backends import Network, Runner, prepare
-from .infer import shorten
-from .record import Record
+from .record import Record, shorten
 from .setups import Setup
 
 __all__ = ['measure_accuracy']
@@ -41,13 +40,13 @@ class RunnerModule(nn.Module):
 
 
 def _score(
-        model: nn.Module, images: Dataset, eval_config: dict[str, Any], num_classes: int, device: torch.device,
-        progress: Progress) -> tuple[dict[str, Any], torch.Tensor]:
-    """The figures of an evaluation, and the predicted class of each image."""
-    loader = build_eval_loader(images, eval_config, BATCH, 0, device=device)
+        model: nn.Module, data: EvalData, eval_config: Preparation, num_classes: int, device: torch.device,
+        progress: Progress) -> tuple[Scores, torch.Tensor]:
+    """The scores of a model, and the predicted class of each image."""
+    loader = build_eval_loader(data.images, eval_config, BATCH, 0, device=device)
     before = progress.count
     result, details = evaluate_in_detail(
-        model, loader, device, num_classes=num_classes,
+        model, loader, device, num_classes=num_classes, classes=data.classes,
         report=lambda seen: progress.update(before + seen - progress.count))
     return result, details.predictions[:, 0]
 
@@ -61,7 +60,7 @@ def measure_accuracy(
     Args:
         data: Folder with val/CLASS/*; by default the data set that the checkpoint was trained on.
         img_size: Side of square images; by default that of the checkpoint.
-        stream: Where progress is shown; stdout by default.
+        stream: Output of the progress; stdout by default.
         failures: Gets a line for each setup that fails, and the others are still measured; without it the first failure
             is raised.
     Returns:
@@ -72,32 +71,31 @@ def measure_accuracy(
     """
     device = setups[0].device
     model, loaded, eval_config = load_for_evaluation(checkpoint, model_name, img_size=img_size)
-    images, name = open_data(loaded, data, '', '', model.num_classes)
-    size = tuple(eval_config['input_size'][1:])
-    preprocessing = {key: value for key, value in eval_config.items() if key != 'input_size'}
-    network = Network(model, torch.zeros(BATCH, *eval_config['input_size']),
-                      calibration=load_sample_images(model, size, CALIBRATION, **preprocessing))
+    opened = open_data(loaded, data, '', '', model.num_classes)
+    network = Network(model, torch.zeros(BATCH, *eval_config.input_size),
+                      calibration=load_sample_images(model, eval_config.size, CALIBRATION, preparation=eval_config))
     records: list[Record] = []
-    with Progress((len(setups) + 1) * len(images), 'images', stream=stream) as progress:
+    with Progress((len(setups) + 1) * len(opened.images), 'images', stream=stream) as progress:
         progress.describe('original')
-        base, predictions = _score(model, images, eval_config, model.num_classes, torch.device('cpu'), progress)
+        base, predictions = _score(model, opened, eval_config, model.num_classes, torch.device('cpu'), progress)
         for setup in setups:
             progress.describe(str(setup))
             try:
                 with redirect_stdout(sys.stderr):  # messages of the runtimes
                     runner = prepare(network, setup)
                 result, found = _score(
-                    RunnerModule(runner), images, eval_config, model.num_classes, device, progress)
+                    RunnerModule(runner), opened, eval_config, model.num_classes, device, progress)
             except Exception as error:  # whatever a backend raises
                 if failures is None:
                     raise
                 failures.append(f'accuracy of {setup}: {shorten(error)}')
                 continue
             records.append(Record(
-                model=model.pretrained_cfg['architecture'], bench='accuracy', checkpoint=checkpoint, data=name,
-                device=describe_device(device), height=size[0], width=size[1], versions=list_versions(),
+                model=model.pretrained_cfg['architecture'], bench='accuracy', checkpoint=checkpoint, data=opened.name,
+                device=describe_device(device), versions=list_versions(),
+                height=eval_config.size[0], width=eval_config.size[1],
                 backend=setup.backend, dtype=setup.dtype, layout=setup.layout, kernels=runner.kernels,
-                images=result['images'], top1=result['top1'], top5=result['top5'], loss=result['loss'],
-                top1_change=result['top1'] - base['top1'],
+                images=result.images, top1=result.top1, top5=result.top5, loss=result.loss,
+                top1_change=result.top1 - base.top1,
                 agreement=100 * (found.cpu() == predictions).double().mean().item()))
     return records

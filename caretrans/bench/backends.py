@@ -65,10 +65,10 @@ class Runner:
     Attributes:
         run: Runs it once; on a GPU without waiting for the end.
         read: Turns the output of `run` into logits (B, num_classes), float64 on the CPU.
-        images: Input of `run`; whatever is copied into this tensor is run next.
+        images: Input of `run`; copy other images into this tensor to run them.
         held: Bytes of weights and images; None where the memory of the backend cannot be measured.
         peak: Peak bytes, where `held` and PyTorch's count during a run do not show it.
-        notes: What a reader of its figures must know.
+        notes: Remarks on its figures.
         module: The network that `run` calls, if its parts can have hooks.
         kernels: The kernels that run, 'torch' or 'triton'.
     """
@@ -83,10 +83,10 @@ class Runner:
 
 
 class Network:
-    """A network with images to run it on, and what is derived from both once: fused form, reference, ONNX program.
+    """A network with images to run it on; derives the fused form, the reference and the ONNX program once.
 
     Args:
-        model: In evaluation mode, float32, on the CPU.
+        model: Network in evaluation mode, float32, on the CPU.
         images: (B, C, H, W) float32, preprocessed for the model.
         fused: The result of `to_form(model)`, if it exists already.
         calibration: (N, C, H, W), images that calibrate int8.

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,62 @@ import yaml
 from ..errors import ConfigError
 from ..measure.tables import format_table, format_value
 from ..models.backbone import find_family
-from .record import ModelCounts, Record
+from ..text import escape, read_text, write_text
+from .compare_plan import TITLE, Plan
+from .record import ModelCounts, Record, write_csv
 
-__all__ = ['TITLE', 'Comparison', 'ModelFigures', 'RunFigures', 'describe_comparison', 'draw_comparison',
-           'write_comparison']
+__all__ = ['Budget', 'Comparison', 'Machine', 'ModelFigures', 'RunFacts', 'RunFigures', 'describe_comparison',
+           'draw_comparison', 'write_comparison']
 
-TITLE = '# Results of models trained on equal terms'  # first line of a page that is written whole
-MACHINE = ('git_commit', 'python', 'torch', 'torchvision', 'timm', 'numpy', 'device', 'gpu', 'machine', 'threads')
-MODES = ('compile', 'kernels', 'grad_checkpointing')  # settings that change how a run computes, not what
 MARKERS = dict(fused=('o', 'full'), eager=('o', 'none'))  # backend: shape and filling of its points
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Sizes of a run that must be equal for all models."""
+    train_images: int
+    val_images: int
+    num_classes: int
+    batch_size: int
+    epochs: int
+    steps_per_epoch: int
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """Facts that the trainer derived from the settings of a model: the content of environment.json."""
+    described: dict[str, Any]
+
+    @cached_property
+    def budget(self) -> Budget:
+        return Budget(**{item.name: self.described[item.name] for item in dataclasses.fields(Budget)})
+
+    @property
+    def eval_config(self) -> dict[str, Any]:
+        """Preparation of the evaluated images."""
+        return self.described['eval_config']
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Versions and machine of a run, and the settings that change how it computes, not what; None if unknown."""
+    git_commit: str | None
+    python: str | None
+    torch: str | None
+    torchvision: str | None
+    timm: str | None
+    numpy: str | None
+    device: str | None
+    gpu: str | None
+    machine: str | None
+    threads: int | None
+    compile: bool | None
+    kernels: bool | None
+    grad_checkpointing: bool | None
 
 
 @dataclass(frozen=True)
@@ -37,20 +85,22 @@ class RunFigures:
     best_epoch: int
     seconds: float
     folder: str
-    machine: dict[str, Any]
+    machine: Machine
 
     @classmethod
     def read(cls, model: str, seed: int, folder: Path) -> 'RunFigures':
-        result = json.loads((folder / 'result.json').read_text())
-        environment = json.loads((folder / 'environment.json').read_text())
-        config = yaml.safe_load((folder / 'config.yaml').read_text())
-        with open(folder / 'summary.csv', newline='') as file:
-            seconds = sum(float(row['seconds']) for row in csv.DictReader(file))
+        result = json.loads(read_text(folder / 'result.json', ConfigError))
+        environment = json.loads(read_text(folder / 'environment.json', ConfigError))
+        config = yaml.safe_load(read_text(folder / 'config.yaml', ConfigError))
+        rows = csv.DictReader(read_text(folder / 'summary.csv', ConfigError).splitlines())
+        seconds = sum(float(row['seconds']) for row in rows)
         last, best = result['last'], result['best']
+        modes = {name: config.get(name) for name in ('compile', 'kernels', 'grad_checkpointing')}
+        known = {**environment, **modes}
         return cls(
             model, seed, last['val_top1'], last['val_top5'], last['val_loss'], last['train_loss'], best['val_top1'],
             best['epoch'], seconds, str(folder),
-            {**{key: environment.get(key) for key in MACHINE}, **{key: config.get(key) for key in MODES}})
+            Machine(**{item.name: known.get(item.name) for item in dataclasses.fields(Machine)}))
 
 
 @dataclass(frozen=True)
@@ -99,18 +149,12 @@ class Comparison:
 
     Attributes:
         models: Figures of each model.
-        facts: What the trainer derived from the settings, {model: content of environment.json}.
-        settings: Settings that all runs share.
-        skipped_args: {model: arguments of the recipe that apply only to its own family}.
-        model_args: {model: arguments it was built with}.
-        failures: What failed, a line each.
+        facts: Facts of the runs of each model in the plan.
+        failures: Failures, a line each.
     """
+    plan: Plan
     models: list[ModelFigures]
-    facts: dict[str, dict[str, Any]]
-    settings: dict[str, Any]
-    recipe: str
-    skipped_args: dict[str, dict[str, Any]]
-    model_args: dict[str, dict[str, Any]]
+    facts: dict[str, RunFacts]
     device: str
     versions: dict[str, str]
     commit: str | None
@@ -125,16 +169,19 @@ class Comparison:
         return [record for figures in self.models for record in figures.latencies.values()]
 
     @property
-    def data(self) -> str:
-        """The name of the data set."""
-        return Path(self.settings['data'] or self.settings['dataset']).name
+    def budget(self) -> Budget:
+        """The same for all models."""
+        return next(iter(self.facts.values())).budget
 
     def to_dict(self) -> dict[str, Any]:
+        plan = self.plan
         return dict(
             models=[figures.to_dict() for figures in self.models], runs=[dataclasses.asdict(run) for run in self.runs],
-            latencies=[record.to_dict() for record in self.latencies], facts=self.facts, settings=self.settings,
-            recipe=self.recipe, left_out=self.skipped_args, model_args=self.model_args, device=self.device,
-            versions=self.versions, commit=self.commit, failures=self.failures)
+            latencies=[record.to_dict() for record in self.latencies],
+            facts={model: facts.described for model, facts in self.facts.items()}, settings=plan.list_settings(),
+            recipe=plan.recipe, left_out=plan.skipped_args,
+            model_args={m.model: plan.configs[m.model, plan.seeds[0]].model_args for m in self.models},
+            device=self.device, versions=self.versions, commit=self.commit, failures=self.failures)
 
 
 # Text -----------------------------------------------------------------------------------------------------------------
@@ -143,19 +190,19 @@ def _list_differences(comparison: Comparison) -> list[str]:
     """Lines about settings that differ between models."""
     lines = []
     without: dict[str, list[str]] = {}
-    for model, args in comparison.skipped_args.items():
+    for model, args in comparison.plan.skipped_args.items():
         without.setdefault(', '.join(f'{name}={value}' for name, value in args.items()), []).append(model)
     for named, models in without.items():
         lines.append(f'differs: {named}, which the recipe sets for its own model family, does not apply to '
                      f'{", ".join(models)}')
-    for key in comparison.runs[0].machine:
+    for key in vars(comparison.runs[0].machine):
         values: dict[str, list[str]] = {}
         for run in comparison.runs:
-            values.setdefault(str(run.machine[key]), []).append(f'{run.model} (seed {run.seed})')
+            values.setdefault(str(getattr(run.machine, key)), []).append(f'{run.model} (seed {run.seed})')
         if len(values) > 1:
             named = '; '.join(f'{value} of {", ".join(runs)}' for value, runs in values.items())
             lines.append(f'differs: {key} of the runs, {named}')
-    configs = {model: facts['eval_config'] for model, facts in comparison.facts.items()}
+    configs = {model: facts.eval_config for model, facts in comparison.facts.items()}
     for key in next(iter(configs.values())):
         values = {model: config[key] for model, config in configs.items()}
         if len({json.dumps(value) for value in values.values()}) > 1:
@@ -166,8 +213,8 @@ def _list_differences(comparison: Comparison) -> list[str]:
 
 def describe_comparison(comparison: Comparison, markdown: bool = False) -> list[str]:
     """Lines of the table and of the remarks."""
-    models, settings = comparison.models, comparison.settings
-    facts, side = next(iter(comparison.facts.values())), models[0].counts.height
+    plan, models, budget = comparison.plan, comparison.models, comparison.budget
+    side = models[0].counts.height
     rows = []
     for m in models:
         spread = '' if m.top1_std is None else f' ± {m.top1_std:.1f}'
@@ -177,23 +224,21 @@ def describe_comparison(comparison: Comparison, markdown: bool = False) -> list[
             f'{m.mean("top1"):.1f}{spread}', f'{m.mean("best_top1"):.1f}', f'{m.mean("val_loss"):.3f}',
             *(record and format_value(record.median_ms) + (' (noisy)' if record.noisy else '') for record in latencies),
             f'{m.mean("seconds") / 60:.1f}'])
-    header = ['model', f'parameters, M, {facts["num_classes"]} classes', f'GMACs at {side} px', 'top-1, %', 'best, %',
+    header = ['model', f'parameters, M, {budget.num_classes} classes', f'GMACs at {side} px', 'top-1, %', 'best, %',
               'loss', 'eager, ms', 'fused, ms', 'training, minutes']
-    steps = facts['epochs'] * facts['steps_per_epoch']
-    tested = ' or '.join(dict.fromkeys(str(f['eval_config']['input_size'][-1]) for f in comparison.facts.values()))
+    tested = ' or '.join(dict.fromkeys(str(f.eval_config['input_size'][-1]) for f in comparison.facts.values()))
     share = max((m.mean('top1') for m in models), key=lambda top1: -abs(top1 - 50)) / 100
-    error = 100 * math.sqrt(share * (1 - share) / facts['val_images'])
+    error = 100 * math.sqrt(share * (1 - share) / budget.val_images)
     seeds = max(len(m.runs) for m in models)
     spread = f'±: standard deviation over {seeds} seeds' if seeds > 1 else \
         'one seed: the spread between seeds is not known here (--seeds 0 1 2)'
     remarks = [
-        f'a comparison at this small budget, not of the published accuracies: {facts["epochs"]} epochs = {steps:,} '
-        f'steps of {facts["batch_size"]} images = {steps * facts["batch_size"]:,} images of {settings["img_size"]} px '
-        f'from random weights, the same for every model',
-        f'data {comparison.data}: {facts["train_images"]:,} training and '
-        f'{facts["val_images"]:,} validation images, {facts["num_classes"]} classes (chance: '
-        f'{100 / facts["num_classes"]:.1f} %), evaluated at {tested} px; recipe '
-        f'{comparison.recipe or "defaults of train.py"}; every setting in comparison.json',
+        f'a comparison at this small budget, not of the published accuracies: {budget.epochs} epochs = '
+        f'{budget.steps:,} steps of {budget.batch_size} images = {budget.steps * budget.batch_size:,} images of '
+        f'{plan.config.img_size} px from random weights, the same for every model',
+        f'data {plan.data_name}: {budget.train_images:,} training and {budget.val_images:,} validation images, '
+        f'{budget.num_classes} classes (chance: {100 / budget.num_classes:.1f} %), evaluated at {tested} px; recipe '
+        f'{plan.recipe or "defaults of train.py"}; every setting in comparison.json',
         'top-1: of the last epoch, so that no epoch is chosen by the validation images; best: of the epoch that '
         'happened to be best among those evaluated',
         *_list_differences(comparison),
@@ -229,12 +274,12 @@ def draw_comparison(comparison: Comparison, path: Path) -> Path:
         *(Line2D([], [], color=f'C{number}', label=family) for number, family in enumerate(families)),
         *(Line2D([], [], color='grey', marker=shape, fillstyle=filling, linestyle='', label=backend)
           for backend, (shape, filling) in MARKERS.items())])
-    facts, side = next(iter(comparison.facts.values())), comparison.models[0].counts.height
+    plan, budget, side = comparison.plan, comparison.budget, comparison.models[0].counts.height
     axes.set(xlabel='latency of one image, median, ms', ylabel='top-1 after the last epoch, %')
+    data = escape(plan.data_name).replace('$', r'\$')  # between two of them matplotlib reads a formula
     axes.set_title(
-        f'Trained on equal terms: {facts["epochs"]} epochs of {facts["train_images"]:,} images, '
-        f'{comparison.data}, {comparison.settings["img_size"]} px\n{comparison.device}, '
-        f'{side} px, float32', fontsize=10)
+        f'Trained on equal terms: {budget.epochs} epochs of {budget.train_images:,} images, {data}, '
+        f'{plan.config.img_size} px\n{comparison.device}, {side} px, float32', fontsize=10)
     axes.margins(x=0.15, y=0.15)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
@@ -244,27 +289,27 @@ def draw_comparison(comparison: Comparison, path: Path) -> Path:
     return path
 
 
-def write_comparison(comparison: Comparison, folder: Path, page: str = '') -> None:
-    """Write comparison.csv (a row for each model), .json (everything), .md and .png into a folder.
+def write_comparison(comparison: Comparison) -> None:
+    """Write comparison.csv (a row for each model), .json (everything), .md and .png into the folder of the plan.
 
-    Args:
-        page: A Markdown page to write as well.
+    The page of --update, if it is given, gets the table as well.
+
     Raises:
         ConfigError: They cannot be written.
     """
+    folder, page = comparison.plan.folder, comparison.plan.update
     text = '\n'.join(describe_comparison(comparison, markdown=True)) + '\n'
     try:
-        (folder / 'comparison.json').write_text(json.dumps(comparison.to_dict(), indent=2) + '\n')
-        rows = [figures.to_dict() for figures in comparison.models]
-        with open(folder / 'comparison.csv', 'w', newline='') as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-            writer.writeheader()
-            writer.writerows({**row, 'seeds': ' '.join(map(str, row['seeds']))} for row in rows)
-        (folder / 'comparison.md').write_text(text)
+        write_text(folder / 'comparison.json', json.dumps(comparison.to_dict(), indent=2) + '\n')
+        write_csv(folder / 'comparison.csv', [
+            {**row, 'seeds': ' '.join(map(str, row['seeds']))} for row in map(ModelFigures.to_dict, comparison.models)])
+        write_text(folder / 'comparison.md', text)
         draw_comparison(comparison, folder / 'comparison.png')
         if page:
-            Path(page).write_text(
-                f'{TITLE}\n\n`bash cmd/compare.sh --update` writes this page as a whole; see '
+            Path(page).parent.mkdir(parents=True, exist_ok=True)
+            write_text(
+                page,
+                f'{TITLE}\n\n`bash cmd/compare.sh --update` replaces this whole page; see '
                 f'[comparison.md](comparison.md).\n\n{text}')
     except OSError as error:
         raise ConfigError(f'{folder} or {page} cannot be written to ({error}): the runs are complete.') from None

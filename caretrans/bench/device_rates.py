@@ -56,7 +56,7 @@ def measure_rates(
     Args:
         dtype: One of `DTYPES`.
         copy_mib: Size of the large copy, MiB; by default 1024 on a GPU, else 128.
-        sides: Of the matrices to multiply; by default up to 8192 on a GPU, else up to 1024.
+        sides: Sides of the matrices to multiply; by default up to 8192 on a GPU, else up to 1024.
     """
     def best(run: Callable[[], Any]) -> float:
         run()  # to warm up

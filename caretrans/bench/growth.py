@@ -1,4 +1,4 @@
-"""Growth of latency with resolution: linear attention, and softmax attention in its place."""
+"""Latency by resolution: linear attention, and softmax attention in its place."""
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ..devices import describe_device, list_versions
 from ..errors import ConfigError
-from ..measure.timing import compare_rounds, judge_noise, summarise, time_block, time_interleaved
+from ..measure.timing import time_block, time_interleaved
 from ..models.care import LinearAttention
 from .record import Record
 
@@ -23,7 +23,7 @@ RUNS = 2  # of each network in a round
 class SoftmaxAttention(nn.Module):
     """Softmax attention of the queries, keys and values of a linear attention: (B, C, H, W) to the same shape.
 
-    It is for comparing their cost alone: no network was trained with it.
+    It serves to compare the cost only: no network was trained with it.
     """
 
     def __init__(self, linear: LinearAttention) -> None:
@@ -79,13 +79,10 @@ def measure_growth(
             time_block(call, 1, device)
         times = time_interleaved(calls, device, dict.fromkeys(calls, RUNS), rounds, report=report)
         for attention in pair:
-            figures = summarise(times[attention])
-            notes = judge_noise(figures)
-            records.append(Record(
+            record = Record(
                 model=model_name, bench='growth', attention=attention, device=describe_device(device),
                 dtype=str(dtype).removeprefix('torch.'), batch=batch, height=size, width=size,
-                threads=torch.get_num_threads(), warmup=1, runs=rounds * RUNS, **figures,
-                **compare_rounds(times['softmax'], times[attention]),
-                images_per_s=1e3 * batch / figures['median_ms'], noisy=bool(notes), versions=list_versions(),
-                notes=notes))
+                threads=torch.get_num_threads(), warmup=1, versions=list_versions())
+            record.add_times(times[attention], times['softmax'])
+            records.append(record)
     return records

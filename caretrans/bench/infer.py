@@ -4,7 +4,6 @@ All candidates of one batch and size are prepared, checked against float64 and t
 be compared with one another. A batch that does not fit into memory is halved; a candidate that fails is reported, and
 the others are still measured.
 """
-import gc
 import math
 import sys
 from collections.abc import Sequence
@@ -22,17 +21,15 @@ from ..measure.counts import count_operations, count_parameters
 from ..measure.published import find_published
 from ..measure.sample_network import load_sample_images, randomize
 from ..measure.timing import (
-    CandidateError, Rounds, compare_rounds, is_out_of_memory, judge_noise, measure_peak, summarise, time_block,
-    time_interleaved)
+    CandidateError, Rounds, compare_rounds, free_memory, is_out_of_memory, measure_peak, time_block, time_interleaved)
 from ..progress import Progress
 from .backends import Network, Runner, check_output, prepare
 from .config import BenchConfig, list_setups
-from .record import BenchResult, ModelCounts, Record
+from .record import BenchResult, ModelCounts, Record, shorten
 from .setups import Setup, fit_setups
 
 __all__ = [
-    'BUILDING', 'ROUNDS', 'Candidate', 'build_network', 'count_network', 'measure_group', 'run_inference', 'shorten',
-    'take_batch']
+    'BUILDING', 'ROUNDS', 'Candidate', 'build_network', 'count_network', 'measure_group', 'run_inference', 'take_batch']
 
 ROUNDS = 10
 BUILDING = 10  # steps of progress for preparing a candidate; a timed block is one step
@@ -66,15 +63,13 @@ class Candidate:
     def release(self) -> None:
         """Free its memory."""
         self.runner = None
-        gc.collect()
-        if self.setup.device.type == 'cuda':
-            torch.cuda.empty_cache()
+        free_memory()
 
     def halve(self, beside: str = '') -> bool:
         """Halve a batch that does not fit; False if it is already one image.
 
         Args:
-            beside: What else holds memory, for the note.
+            beside: Note on what else holds memory, e.g. `BESIDE`.
         """
         self.release()
         if self.batch == 1:
@@ -106,7 +101,7 @@ def take_batch(network: Network, batch: int) -> Network:
 
 
 def count_network(name: str, network: Network, size: tuple[int, int]) -> ModelCounts:
-    """Parameters, multiply-adds and activations, original and fused, beside published figures."""
+    """Parameters, multiply-adds and activations, original and fused, and published figures."""
     original, fused = (count_operations(model, size) for model in (network.model, network.fused))
     by_part: dict[str, dict[str, float]] = {}
     for (part, kind), number in original.macs.items():
@@ -119,11 +114,6 @@ def count_network(name: str, network: Network, size: tuple[int, int]) -> ModelCo
 
 
 # One batch and size ---------------------------------------------------------------------------------------------------
-
-def shorten(error: BaseException) -> str:
-    """An error as one line of at most 300 characters after its type."""
-    return f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
-
 
 def _count_rounds(config: BenchConfig) -> int:
     return min(ROUNDS, config.runs or ROUNDS)
@@ -147,7 +137,7 @@ def _warm_up(candidate: Candidate, config: BenchConfig) -> None:
 
 
 def _make_ready(candidate: Candidate, config: BenchConfig, others: Sequence[Candidate]) -> str:
-    """Make a candidate ready, with as much of its batch as fits beside the others; return the reason for a failure."""
+    """Prepare a candidate with as much of its batch as fits beside the others; return the reason for a failure."""
     beside = BESIDE if others else ''
     while True:
         try:
@@ -164,7 +154,7 @@ def _make_ready(candidate: Candidate, config: BenchConfig, others: Sequence[Cand
 def _time(
         ready: list[Candidate], config: BenchConfig, device: torch.device, progress: Progress, failures: list[str],
 ) -> dict[str, Rounds]:
-    """Time the candidates, the first one twice; one that fails meanwhile is halved or removed from `ready`."""
+    """Time the candidates, the first one twice; one that fails gets half of its batch, or is removed from `ready`."""
     while ready:
         first = ready[0].name
         runs = {candidate.name: candidate.runner.run for candidate in ready}
@@ -186,24 +176,20 @@ def _time(
 
 def _record(candidate: Candidate, reference: Candidate, times: dict[str, Rounds], config: BenchConfig,
             self_ratio: float) -> Record:
-    rounds, setup, images = times[candidate.name], candidate.setup, candidate.network.images
-    summary = summarise(rounds)
-    noise = judge_noise(summary, self_ratio)
-    return Record(
+    setup, (batch, _, height, width) = candidate.setup, candidate.network.images.shape
+    record = Record(
         model=candidate.model, bench='infer', backend=setup.backend, device=describe_device(setup.device),
-        dtype=setup.dtype, layout=setup.layout, kernels=candidate.runner.kernels, threads=setup.threads,
-        batch=len(images), height=images.shape[2], width=images.shape[3], warmup=config.warmup,
-        runs=sum(map(len, rounds)), **summary, images_per_s=1e3 * len(images) / summary['median_ms'],
-        peak_mib=candidate.peak_mib,
-        **compare_rounds(times[reference.name], rounds, (reference.batch, candidate.batch)), reference=reference.name,
-        noisy=bool(noise), error=candidate.error, versions=list_versions(),
-        notes=candidate.notes + candidate.runner.notes + noise)
+        dtype=setup.dtype, layout=setup.layout, kernels=candidate.runner.kernels, threads=setup.threads, batch=batch,
+        height=height, width=width, warmup=config.warmup, peak_mib=candidate.peak_mib, reference=reference.name,
+        error=candidate.error, versions=list_versions(), notes=candidate.notes + candidate.runner.notes)
+    record.add_times(times[candidate.name], times[reference.name], reference.batch, self_ratio)
+    return record
 
 
 def measure_group(
         candidates: list[Candidate], config: BenchConfig, device: torch.device, progress: Progress,
 ) -> tuple[list[Record], list[str]]:
-    """Make candidates ready and time them interleaved.
+    """Prepare candidates and time them interleaved.
 
     Ratios of a model refer to the first of its candidates that could be timed.
 
@@ -238,7 +224,7 @@ def run_inference(config: BenchConfig, stream: TextIO | None = None) -> BenchRes
     """Measure all models, backends, number formats, batches and sizes of a config.
 
     Args:
-        stream: Where progress is shown; stdout by default.
+        stream: Output of the progress; stdout by default.
     Raises:
         ConfigError: The config asks for something that cannot be measured; nothing has been measured then.
         CheckpointError: The checkpoint does not fit the model.

@@ -3,26 +3,29 @@
 Both return the same augmentation of the same files as uint8 batches; what then happens on the device is not measured.
 They take turns in one process, with persistent workers, so that other load on the machine affects both.
 """
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import PIL
 import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_loader
+from timm.data import create_loader
 from torch.utils.data import Dataset
 
+from ..checkpoint.preparation import Preparation
 from ..config import TrainConfig
 from ..data.datasets import open_dataset
+from ..data.folders import list_images
 from ..data.loaders import build_train_loader
 from ..devices import count_cores, describe_cpu
 from ..errors import DataError
 from ..measure.sample_network import SAMPLE_IMAGES
+from ..measure.tables import format_table
 
 __all__ = ['LoaderBench', 'Policy', 'Rate', 'bench_loader', 'describe_bench']
 
@@ -53,9 +56,19 @@ class Policy:
 
 
 @dataclass(frozen=True)
+class Machine:
+    """CPU and versions."""
+    processor: str
+    cores: int
+    torch: str
+    timm: str
+    pillow: str
+
+
+@dataclass(frozen=True)
 class LoaderBench:
     """The machine, the settings, the number and mean size of the files, and the rates of each augmentation."""
-    machine: dict[str, Any]
+    machine: Machine
     rounds: int
     images: int
     workers: int
@@ -80,8 +93,7 @@ def _open_loaders(
         data: str, config: TrainConfig, images: int) -> Iterator[dict[str, Callable[[int], Iterable[Any]]]]:
     """For each loader, a function that returns the uint8 batches of an epoch as they leave the workers."""
     size = (3, config.img_size, config.img_size)
-    eval_config = dict(input_size=size, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
-    ours = build_train_loader(_open_images(data, images), config, eval_config, config.split_steps(1))
+    ours = build_train_loader(_open_images(data, images), config, Preparation(size), config.split_steps(1))
     theirs = create_loader(
         _open_images(data, images), size, config.batch_size, is_training=True, scale=tuple(config.scale),
         ratio=tuple(config.ratio), hflip=config.hflip, color_jitter=config.color_jitter,
@@ -134,9 +146,8 @@ def bench_loader(
                     speeds[name] += [speed] * (turn > 0)
         ratios = [ours / theirs for ours, theirs in zip(speeds['ours'], speeds['timm'], strict=True)]
         policies.append(Policy(policy, Rate.of(speeds['ours']), Rate.of(speeds['timm']), Rate.of(ratios)))
-    sizes = [path.stat().st_size for path in Path(data).rglob('*.jp*g')]
-    machine = dict(processor=describe_cpu(), cores=count_cores(), torch=torch.__version__, timm=timm.__version__,
-                   pillow=PIL.__version__)
+    sizes = [os.path.getsize(path) for path in list_images(data).images]
+    machine = Machine(describe_cpu(), count_cores(), torch.__version__, timm.__version__, PIL.__version__)
     return LoaderBench(
         machine, rounds, images, **options, files=len(sizes), mean_bytes=round(sum(sizes) / max(len(sizes), 1)),
         policies=policies)
@@ -146,11 +157,11 @@ def describe_bench(bench: LoaderBench) -> str:
     """The machine and the settings, then a Markdown table."""
     machine = bench.machine
     return '\n'.join([
-        f'{machine["processor"]}, {machine["cores"]} cores; PyTorch {machine["torch"]}, timm {machine["timm"]}, '
-        f'Pillow {machine["pillow"]}',
-        f'{bench.files} JPEGs of {bench.mean_bytes / 1000:.0f} kB on average, to {bench.img_size} pixels, '
+        f'{machine.processor}, {machine.cores} cores; PyTorch {machine.torch}, timm {machine.timm}, '
+        f'Pillow {machine.pillow}',
+        f'{bench.files} images of {bench.mean_bytes / 1000:.0f} kB on average, to {bench.img_size} pixels, '
         f'{bench.workers} workers, batches of {bench.batch_size}',
         f'Images/s per worker as uint8 batches, median of {bench.rounds} alternating rounds (minimum to maximum):', '',
-        '| augmentation | timm | ours | ratio |', '|---|---|---|---|',
-        *(f'| crop, flip{", " * bool(row.auto_augment)}{row.auto_augment} | {row.timm.show(0)} | {row.ours.show(0)} '
-          f'| {row.ratio.show(2)} |' for row in bench.policies)])
+        *format_table(['augmentation', 'timm', 'ours', 'ratio'], [
+            [f'crop, flip{", " * bool(row.auto_augment)}{row.auto_augment}', row.timm.show(0), row.ours.show(0),
+             row.ratio.show(2)] for row in bench.policies], markdown=True)])

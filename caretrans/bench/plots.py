@@ -54,10 +54,10 @@ def _split_name(model: str) -> tuple[str, str]:
 
 
 def _plot_families(axes: Any, points: Sequence[tuple[str, float]], styles: dict[str, dict[str, Any]]) -> None:
-    """A line for each family through its points (model, x), each point labelled with the size of the model.
+    """Plot a line for each family through its points (model, x), each labelled with the size of the model.
 
     Args:
-        styles: Of each family, filled as families appear, so that several panels agree.
+        styles: Style of each family; families are added as they appear, so that all panels agree.
     """
     points = sorted(points, key=lambda point: point[1])
     tops = [find_published(model).top1 for model, _ in points]
@@ -79,7 +79,7 @@ def _plot_families(axes: Any, points: Sequence[tuple[str, float]], styles: dict[
 
 
 def _draw_accuracies(panels: Mapping[str, Sequence[tuple[str, float]]], title: str, xlabel: str, path: Path) -> Path:
-    """Published accuracy against x: a panel for each name, with points (model, x), a colour for each family."""
+    """Plot published accuracy against x: a panel for each name, with points (model, x), a colour for each family."""
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     columns = math.ceil(math.sqrt(len(panels)))
@@ -110,10 +110,10 @@ def _draw_accuracies(panels: Mapping[str, Sequence[tuple[str, float]]], title: s
 
 
 def draw_accuracy_by_latency(records: Sequence[Record], path: Path) -> Path:
-    """Published accuracy against the measured median latency, a panel for each backend, number format and layout.
+    """Plot published accuracy against the measured median latency, a panel for each backend, number format and layout.
 
     Args:
-        records: Of inference, of one batch and size; models without a published accuracy are skipped.
+        records: Records of inference with one batch and image size; models without a published accuracy are skipped.
     Raises:
         PlotError: No accuracy is published for any model, or the batches or sizes differ.
     """
@@ -134,7 +134,7 @@ def draw_accuracy_by_latency(records: Sequence[Record], path: Path) -> Path:
 
 
 def draw_accuracy_by_gmacs(gmacs: Mapping[str, float], path: Path) -> Path:
-    """Published accuracy against counted multiply-adds.
+    """Plot published accuracy against counted multiply-adds.
 
     Args:
         gmacs: Billions of multiply-adds by model; models without a published accuracy are skipped.
@@ -151,10 +151,10 @@ def draw_accuracy_by_gmacs(gmacs: Mapping[str, float], path: Path) -> Path:
 # Growth and parts -----------------------------------------------------------------------------------------------------
 
 def draw_growth(records: Sequence[Record], path: Path) -> Path:
-    """Latency against resolution, linear beside softmax attention, with 10th to 90th percentiles.
+    """Plot latency against resolution for linear and softmax attention, with 10th to 90th percentiles.
 
     Args:
-        records: From `growth.measure_growth`.
+        records: Result of `growth.measure_growth`.
     Raises:
         PlotError: There are no such records.
     """
@@ -176,15 +176,15 @@ def draw_growth(records: Sequence[Record], path: Path) -> Path:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    return _save(figure, path, 'Softmax attention of the same queries, keys and values, for its cost alone: no network '
+    return _save(figure, path, 'Softmax attention of the same queries, keys and values shows only its cost: no network '
                                'was trained with it.')
 
 
 def draw_parts(profiles: Mapping[str, Sequence[Record]], path: Path) -> Path:
-    """Time of a forward pass as stacked bars, by kind of operation and by part of the network, a bar for each profile.
+    """Plot the time of a forward pass as stacked bars, by kind of operation and by part, a bar for each profile.
 
     Args:
-        profiles: {name of a bar, e.g. 'eager' or 'fused': records from `profile.list_profile`}.
+        profiles: {name of a bar, e.g. 'eager' or 'fused': result of `profile.list_profile`}.
     Raises:
         PlotError: There are no profiles.
     """

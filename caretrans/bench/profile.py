@@ -20,15 +20,14 @@ import torch
 import torch.nn as nn
 
 from ..kernels.modules import KernelModule
-from ..measure.counts import OUTSIDE, list_parts
+from ..measure.counts import ATTENTION, DEPTHWISE, LINEAR, OTHER_CONV, OUTSIDE, POINTWISE, list_parts
 from ..measure.tables import format_table
 from ..measure.timing import synchronise, time_block
 from .record import Record
 
 __all__ = ['KINDS', 'Profile', 'describe_profile', 'find_attention', 'list_profile', 'profile_call']
 
-POINTWISE, DEPTHWISE, OTHER_CONV = 'conv 1x1', 'conv depth-wise', 'conv other'
-ATTENTION, LINEAR, MIXER, REST = 'attention', 'linear', 'mixer', 'rest'
+MIXER, REST = 'mixer', 'rest'
 KINDS = (  # a mixer that runs as one kernel is a kind of its own
     POINTWISE, DEPTHWISE, OTHER_CONV, ATTENTION, LINEAR, MIXER, 'activation', 'normalisation', REST)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
@@ -44,7 +43,7 @@ class Profile:
     Attributes:
         cells: {(part of the network, kind of `KINDS`): milliseconds}.
         modules: {(part, kind, name of a module): milliseconds of its own}.
-        total_ms: Of a whole call, without hooks.
+        total_ms: Time of a whole call, without hooks.
         profiled_ms: The same with hooks; the difference is what the hooks cost.
         runs: Calls that were profiled.
     """

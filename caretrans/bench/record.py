@@ -1,17 +1,23 @@
 """The record of one measurement, and the result that collects all records of a benchmark.
 
     record = Record(model='care_s1', bench='infer', backend='fused', batch=1, height=224, width=224, median_ms=12.3)
-    record.to_dict()   # for JSON: the columns of its bench, in order
-    record.to_row()    # for CSV: the same as plain text and numbers
+    record.to_dict()   # the columns of its bench, in order, for JSON
+    write_csv(path, [record.to_dict()])
 """
+import csv
 import dataclasses
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..measure.published import PublishedRow
+from ..measure.timing import Rounds, compare_rounds, judge_noise, summarise
+from ..text import open_text
 
-__all__ = ['COLUMNS', 'BenchResult', 'ModelCounts', 'Record', 'flatten']
+__all__ = ['COLUMNS', 'BenchResult', 'ModelCounts', 'Record', 'shorten', 'write_csv']
 
 _SETUP = ('device', 'dtype', 'layout', 'batch', 'height', 'width', 'threads')
 _TIMES = ('median_ms', 'p10_ms', 'p90_ms', 'mean_ms')
@@ -35,10 +41,21 @@ COLUMNS: dict[str, tuple[str, ...]] = {  # bench: fields of its records, in the 
 }
 
 
-def flatten(values: dict[str, Any]) -> dict[str, Any]:
-    """Values for a CSV file: lists as text, dictionaries as JSON."""
-    return {key: '; '.join(value) if isinstance(value, list) else json.dumps(value) if isinstance(value, dict)
-            else value for key, value in values.items()}
+def shorten(error: BaseException) -> str:
+    """An error as one line of at most 300 characters after its type, for notes and failures."""
+    return f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write a CSV file: lists as text, dictionaries as JSON; no file without rows."""
+    if not rows:
+        return
+    with open_text(path, 'w') as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: '; '.join(value) if isinstance(value, list) else json.dumps(value) if isinstance(
+                value, dict) else value for key, value in row.items()})
 
 
 @dataclass
@@ -48,7 +65,7 @@ class Record:
     Attributes:
         model: Name of the model in timm.
         bench: One of `COLUMNS`.
-        backend, device, dtype, layout, kernels, threads: How the model was run.
+        backend, device, dtype, layout, kernels, threads: Setup of the model.
         batch, height, width: Shape of the images, (batch, channels, height, width).
         warmup, runs: Number of runs before timing, and of timed or profiled runs.
         median_ms, p10_ms, p90_ms, mean_ms: Milliseconds of one run.
@@ -56,12 +73,12 @@ class Record:
         peak_mib: Peak memory in MiB; None where it cannot be measured.
         ratio, ratio_p10, ratio_p90: Speed-up over the reference: median and percentiles over the rounds.
         reference: Name of the candidate that the ratios refer to.
-        noisy: Whether the runs varied too much to be relied on.
+        noisy: True if the runs varied too much to be reliable.
         error: Relative error of the output (of the first training step) against the float64 reference.
         versions: Versions of the libraries.
-        notes: What a reader of the figures must know.
+        notes: Remarks on the figures, a line each.
         way, teacher: Training mode ('published', 'bf16+compile', ...) and teacher model or 'none'.
-        attention: 'linear' or 'softmax', in records of growth with resolution.
+        attention: 'linear' or 'softmax', in measurements of latency by resolution.
         part, kind: Part of the network and kind of operation, in profiles.
         ms, share: Milliseconds of this part and kind, and their share of the total.
         total_ms, profiled_ms: Milliseconds of a whole call, without and with the profiler.
@@ -114,26 +131,41 @@ class Record:
     top1_change: float | None = None
     agreement: float | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """The columns of its bench, in order, for JSON."""
-        return {name: getattr(self, name) for name in COLUMNS[self.bench]}
+    def add_times(
+            self, times: Rounds, reference: Rounds, reference_batch: int | None = None, self_ratio: float = 1.) -> None:
+        """Fill in the milliseconds, images/s, the speed-up, the number of runs, and whether they are noisy, with notes.
 
-    def to_row(self) -> dict[str, Any]:
-        """The columns of its bench, in order, for CSV."""
-        return flatten(self.to_dict())
+        Args:
+            times, reference: Seconds of each run, from `time_interleaved`.
+            reference_batch: Images of a run of the reference; as many as here if None.
+            self_ratio: Ratio between both timings of the candidate that was timed twice.
+        """
+        figures = summarise(times)
+        noise = judge_noise(figures, self_ratio)
+        figures.update(compare_rounds(reference, times, (reference_batch or self.batch, self.batch)))
+        for name, value in figures.items():
+            setattr(self, name, value)
+        self.images_per_s = 1e3 * self.batch / self.median_ms
+        self.runs, self.noisy, self.notes = sum(map(len, times)), bool(noise), self.notes + noise
+
+    def to_dict(self) -> dict[str, Any]:
+        """The columns of its bench, in order, for JSON and CSV; None for numbers that are not finite."""
+        values = {name: getattr(self, name) for name in COLUMNS[self.bench]}
+        return {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in values.items()}
 
 
 @dataclass
 class ModelCounts:
-    """Machine-independent counts of a model at one image size, beside what its authors published.
+    """Machine-independent counts of a model at one image size, and the figures that its authors published.
 
     Attributes:
         parameters, parameters_one_head, parameters_fused: With both heads, without the distillation head, fused.
         gmacs, gmacs_fused: Billions of multiply-adds of one image, original and fused.
-        gmacs_by_kind: Of the original model, {kind of operation: GMACs}.
-        gmacs_by_part: Of the original model, {part: {kind: GMACs}}.
+        gmacs_by_kind: GMACs of the original model, {kind of operation: GMACs}.
+        gmacs_by_part: GMACs of the original model, {part: {kind: GMACs}}.
         activations_m, activations_fused_m: Millions of elements of the outputs of these operations.
-        published: What the authors report, None if nothing is known.
+        published: Figures of the authors, None if unknown.
     """
     model: str
     height: int
@@ -150,12 +182,8 @@ class ModelCounts:
     published: PublishedRow | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields in order, for JSON."""
+        """All fields in order, for JSON and CSV."""
         return dataclasses.asdict(self)
-
-    def to_row(self) -> dict[str, Any]:
-        """All fields in order, for CSV."""
-        return flatten(self.to_dict())
 
 
 @dataclass
@@ -169,8 +197,8 @@ class BenchResult:
         profiles: {title: records of the bench 'profile'}.
         texts: Tables of profiles, training and accuracy, ready to print.
         plots: Files that were drawn.
-        remarks: What was skipped and other conditions, a line each.
-        failures: What failed, a line each.
+        remarks: Skipped setups and other conditions, a line each.
+        failures: Failures, a line each.
     """
     device: str
     counts: list[ModelCounts] = field(default_factory=list)

@@ -1,5 +1,4 @@
 """Tables, JSON and CSV files of the results of `benchmark.py`."""
-import csv
 import dataclasses
 import json
 import os
@@ -12,11 +11,12 @@ from ..errors import ConfigError
 from ..measure.counts import KINDS
 from ..measure.published import list_footnotes, mark_accuracy
 from ..measure.tables import format_table, format_value
+from ..text import read_text, write_text
 from .backends import UNSEEN
 from .config import BenchConfig
-from .record import BenchResult, ModelCounts, Record
+from .record import BenchResult, ModelCounts, Record, write_csv
 
-__all__ = ['check_folder', 'describe_accuracy', 'describe_counts', 'describe_result', 'write_result']
+__all__ = ['check_folder', 'check_page', 'describe_accuracy', 'describe_counts', 'describe_result', 'write_result']
 
 PUBLISHED_COLUMNS = {
     'gmacs': '{} GMACs', 'params_m': '{} M parameters', 'top1': 'top-1 {} %',
@@ -161,13 +161,19 @@ def check_folder(folder: str, flag: str) -> None:
         raise ConfigError(f'{flag} {folder}: {nearest} is not a folder that can be written to; choose another.')
 
 
-def _write_csv(path: Path, rows: Sequence[Record | ModelCounts]) -> None:
-    if not rows:
-        return
-    with open(path, 'w', newline='') as file:
-        writer = csv.DictWriter(file, list(rows[0].to_row()))
-        writer.writeheader()
-        writer.writerows(row.to_row() for row in rows)
+def check_page(page: str | Path, line: str, flag: str) -> None:
+    """Refuse a page that cannot be written, or was not written by this command before: it lacks the heading `line`.
+
+    Raises:
+        ConfigError: It is such a page.
+    """
+    page = Path(page)
+    check_folder(str(page.parent), flag)
+    if page.exists() and not (
+            page.is_file() and os.access(page, os.W_OK) and line in read_text(page, ConfigError, flag).splitlines()):
+        raise ConfigError(
+            f'{flag} {page}: it is not a writable page with the heading "{line}", below which everything is replaced; '
+            f'choose another.')
 
 
 def write_result(result: BenchResult, config: BenchConfig) -> Path:
@@ -180,12 +186,12 @@ def write_result(result: BenchResult, config: BenchConfig) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         contents = dict(result.to_dict(), config=dataclasses.asdict(config))
-        (folder / 'results.json').write_text(json.dumps(contents, indent=2) + '\n')
-        _write_csv(folder / 'results.csv', result.records)
-        _write_csv(folder / 'counts.csv', result.counts)
-        _write_csv(folder / 'training.csv', result.training)
-        _write_csv(folder / 'accuracy.csv', result.accuracy)
-        _write_csv(folder / 'profiles.csv', [row for rows in result.profiles.values() for row in rows])
+        write_text(folder / 'results.json', json.dumps(contents, indent=2) + '\n')
+        profiles = [row for rows in contents['profiles'].values() for row in rows]
+        for name, rows in dict(
+                results=contents['records'], counts=contents['counts'], training=contents['training'],
+                accuracy=contents['accuracy'], profiles=profiles).items():
+            write_csv(folder / f'{name}.csv', rows)
     except OSError as error:
         raise ConfigError(f'{folder} cannot be written ({error}): choose another --output.') from None
     return folder

@@ -19,18 +19,15 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from torch.utils.module_tracker import ModuleTracker
 
-from ..measure.counts import OUTSIDE, list_parts
+from ..measure.counts import ATTENTION, DEPTHWISE, KINDS, OperationTracer
 from ..measure.tables import format_table
 from .device_rates import DeviceRates
-from .profile import ATTENTION, DEPTHWISE, LINEAR, OTHER_CONV, POINTWISE, Profile, find_attention
+from .profile import Profile, find_attention
 
 __all__ = ['Bound', 'Layer', 'Trace', 'bound_layer', 'bound_time', 'describe_roofline', 'list_bounds', 'trace_layers']
 
-LAYERS = (POINTWISE, DEPTHWISE, OTHER_CONV, LINEAR, ATTENTION)
 Span = tuple[int, int, int]  # of a storage: its identity, the first element, the number of elements
 
 
@@ -40,8 +37,8 @@ class Layer:
 
     Attributes:
         part: Part of the network.
-        kind: One of `LAYERS`.
-        bytes: Of its inputs, weights and outputs.
+        kind: One of `measure.KINDS`.
+        bytes: Size of its inputs, weights and outputs.
         flops, vector_flops: Operations of matmuls, and of the vector units.
     """
     part: str
@@ -84,42 +81,23 @@ def _spans(values: Any) -> dict[Span, int]:
             for t in _tensors(values) if t.numel()}
 
 
-def _classify(name: str, args: Sequence[Any]) -> str | None:
-    """The kind of an operation of ATen with multiply-adds."""
-    if name == 'convolution':
-        (_, chs, *_), (_, chs_of_group, *kernel) = args[0].shape, args[1].shape
-        if chs_of_group == 1 and chs > 1:
-            return DEPTHWISE
-        return POINTWISE if tuple(kernel) == (1, 1) and chs_of_group == chs else OTHER_CONV
-    return LINEAR if name in ('mm', 'addmm') else ATTENTION
-
-
-class _Tracer(TorchDispatchMode):
+class _Tracer(OperationTracer):
     """Collects every operation but views, which move nothing."""
 
     def __init__(self, model: nn.Module, tracker: ModuleTracker) -> None:
-        super().__init__()
-        self.tracker, root = tracker, type(model).__name__
-        self.parts = {f'{root}.{part}': part for part in list_parts(model)}
-        self.attention = [f'{root}.{name}' for name in find_attention(model)]
+        super().__init__(model, tracker)
+        self.attention = [f'{type(model).__name__}.{name}' for name in find_attention(model)]
         self.operations: list[_Operation] = []
         self.alive: list[Any] = []  # so that no storage takes the identity of another
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        self.alive.append((args, out))
-        reads, writes = _spans([*args, *kwargs.values()]), _spans(out)
+    def trace(self, func: Any, inputs: list[Any], out: Any, part: str, kind: str | None, flops: int) -> None:
+        self.alive.append((inputs, out))
+        reads, writes = _spans(inputs), _spans(out)
         is_view = not func._schema.is_mutable and {span[0] for span in writes} <= {span[0] for span in reads}
         if writes and not is_view:
-            formula = flop_registry.get(func._overloadpacket)
-            kind = _classify(func._overloadpacket.__name__, args) if formula else None
-            part = next((self.parts[name] for name in self.tracker.parents if name in self.parts), OUTSIDE)
             group = next((name for name in self.attention if name in self.tracker.parents), None)
             self.operations.append(_Operation(
-                part, kind, group if kind in (None, ATTENTION) else None, reads, writes,
-                formula(*args, **kwargs, out_val=out) if formula else 0))
-        return out
+                part, kind, group if kind in (None, ATTENTION) else None, reads, writes, flops))
 
 
 def trace_layers(
@@ -130,7 +108,7 @@ def trace_layers(
         model: Any module of images (B, C, H, W); a copy without values is traced.
         size: Height and width of the images.
         batch: Number of images.
-        dtype: Of weights and maps.
+        dtype: Number format of weights and maps.
     """
     model = copy.deepcopy(model).to('meta', dtype).eval()
     images = torch.empty(batch, getattr(model, 'in_chans', 3), *size, device='meta', dtype=dtype)
@@ -185,9 +163,9 @@ class Bound:
 
     Attributes:
         layers: Their number.
-        bytes, flops: What they move and do.
+        bytes, flops: Sums over the layers.
         ms: The least milliseconds.
-        limit: What most of this time is needed for, 'bytes' or 'operations'.
+        limit: Cause of most of this time, 'bytes' or 'operations'.
     """
     part: str
     kind: str
@@ -220,8 +198,8 @@ def describe_roofline(
     """The rates, a table of parts and kinds, their sum, and the limits of the roofline.
 
     Args:
-        trace: In the dtype of `rates`.
-        profile: Of the same network, for the time of each row.
+        trace: Layers in the dtype of `rates`.
+        profile: Profile of the same network, for the time of each row.
         measured_ms: The fastest forward pass measured, to compare with the sum; by default that of the profile.
     """
     if measured_ms is None and profile is not None:
@@ -246,7 +224,7 @@ def describe_roofline(
             f'; measured {measured_ms:.3f} ms = {measured_ms / bound:.2f} times the roofline')), '',
         f'Not included: {trace.launches} operations in eager mode take {1e3 * trace.launches * rates.launch:.3f} ms to '
         f'launch, where that is not hidden; {small} of {len(layers)} layers need less time than a launch.']
-    free = {kind: ms for kind, ms in profile.sum_by(1).items() if kind not in LAYERS} if profile else {}
+    free = {kind: ms for kind, ms in profile.sum_by(1).items() if kind not in KINDS} if profile else {}
     if free:
         lines.append('Assumed to be free, but measured: ' + ', '.join(
             f'{kind} {ms:.3f} ms' for kind, ms in free.items()) + '.')

@@ -21,14 +21,14 @@ from .backends import TORCH_DTYPES, Network, prepare
 from .config import BenchConfig, list_setups
 from .device_rates import measure_rates
 from .growth import SIZES, measure_growth
-from .infer import build_network, run_inference, shorten, take_batch
+from .infer import build_network, run_inference, take_batch
 from .plots import draw_accuracy_by_gmacs, draw_accuracy_by_latency, draw_growth, draw_parts
 from .profile import describe_profile, list_profile, profile_call
-from .record import BenchResult, Record
+from .record import BenchResult, Record, shorten
 from .report import describe_accuracy
 from .roofline import describe_roofline, trace_layers
 from .setups import FUSED_IN_TORCH, IN_TORCH, Setup, fit_setups
-from .train import TrainingBench, bench_training, describe_training, list_modes, parse_mode
+from .train import TrainingBench, bench_training, describe_training, has_second_head, list_modes, parse_mode
 
 __all__ = ['run_benches']
 
@@ -48,8 +48,7 @@ def _check_training(config: BenchConfig, names: list[str], device: torch.device)
             raise ConfigError(f'--img-size {text} with --bench {config.bench}: training needs square images.')
     teachers = expand_models([teacher for teacher in config.teacher if teacher != 'none'], '--teacher')
     for name in names if teachers else []:
-        model = make_empty(name)
-        if not (hasattr(model, 'set_distilled_training') and getattr(model, 'distilled', True)):
+        if not has_second_head(make_empty(name)):
             raise ConfigError(
                 f'--teacher {teachers[0]} with --model {name}: the model has no second head for a teacher; remove it.')
     for way in config.ways:
@@ -71,7 +70,7 @@ def run_benches(config: BenchConfig, stream: TextIO | None = None) -> BenchResul
     """Measure everything in a config, and draw its plots.
 
     Args:
-        stream: Where progress is shown; stdout by default.
+        stream: Output of the progress; stdout by default.
     Raises:
         ConfigError: The config contains something that cannot be measured; raised before any measurement.
         CheckpointError: The checkpoint does not fit the model.
@@ -165,7 +164,7 @@ def _train_all(
 
 def _draw_growth(model: str, device: torch.device, path: Path, stream: TextIO | None) -> Path:
     with Progress(2 * GROWTH_ROUNDS * len(SIZES), 'blocks', stream=stream) as progress:
-        progress.describe(f'{model}, growth with resolution')
+        progress.describe(f'{model}, latency by resolution')
         return draw_growth(measure_growth(
             model, device=device, rounds=GROWTH_ROUNDS, report=lambda: progress.update(1)), path)
 

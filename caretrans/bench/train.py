@@ -5,12 +5,11 @@ gradient, AdamW. Its images are random and lie on the device, so that no loader 
 depth, so that the first step of every mode can be compared with float64.
 """
 import copy
-import gc
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -27,17 +26,17 @@ from ..kernels import why_unavailable
 from ..measure.sample_network import randomize
 from ..measure.tables import format_table
 from ..measure.timing import (
-    compare_rounds, is_out_of_memory, judge_noise, measure_peak, summarise, time_block, time_interleaved)
+    compare_rounds, free_memory, is_out_of_memory, measure_peak, time_block, time_interleaved)
 from ..seeds import seed_everything
 from ..training.losses import build_task
 from ..training.steps import Step, Stepper, train_steps
 from ..training.trainer import build_mixup, build_model, put_kernels
 from .device_rates import allow_tf32
-from .record import Record
+from .record import Record, shorten
 
 __all__ = [
-    'PUBLISHED', 'TOLERANCES', 'Mode', 'TrainingBench', 'bench_training', 'describe_training', 'list_modes',
-    'parse_mode', 'training_precision']
+    'PUBLISHED', 'TOLERANCES', 'Mode', 'TrainingBench', 'bench_training', 'describe_training', 'has_second_head',
+    'list_modes', 'parse_mode', 'training_precision']
 
 CHANGES = ('tf32', 'channels_last', 'bf16', 'fp16', 'compile', 'kernels')
 PUBLISHED = 'published'
@@ -116,6 +115,11 @@ def list_modes(device: torch.device) -> tuple[str, ...]:
     return (PUBLISHED, 'tf32', *alone, *kernels, *together, *(f'{mode}+kernels' for mode in together if kernels))
 
 
+def has_second_head(model: nn.Module) -> bool:
+    """True if a model can learn from a teacher."""
+    return hasattr(model, 'set_distilled_training') and getattr(model, 'distilled', True)
+
+
 @contextmanager
 def training_precision(mode: Mode) -> Iterator[None]:
     """TF32 as set by the mode, and cuDNN's search for the fastest convolutions, which training uses in every mode."""
@@ -159,6 +163,16 @@ class TrainingBench:
             'batch_size': self.batch, 'device_batch': None, 'img_size': self.img_size, 'drop_path': 0., 'lr': 1e-6,
             'min_lr': 1e-6, 'workers': 0, **mode.settings})
 
+    def make_record(self, mode: Mode) -> Record:
+        """The record of a mode before it is measured."""
+        changes = mode.changes
+        return Record(
+            model=self.model, bench='train', way=mode.name, teacher=self.teacher,
+            backend='compile' if 'compile' in changes else 'eager', device=describe_device(self.device),
+            dtype=mode.dtype, layout='channels_last' if 'channels_last' in changes else 'nchw',
+            kernels='triton' if 'kernels' in changes else 'torch', threads=torch.get_num_threads(), batch=self.batch,
+            height=self.img_size, width=self.img_size, warmup=self.warmup, runs=0, versions=list_versions())
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -194,7 +208,7 @@ class Candidate:
     """A mode of training, ready: each call makes one step.
 
     Args:
-        dtype: Of weights and images.
+        dtype: Number format of weights and images.
     """
 
     def __init__(
@@ -247,12 +261,6 @@ class Candidate:
 
 # Correctness ----------------------------------------------------------------------------------------------------------
 
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == 'cuda':
-        torch.cuda.empty_cache()
-
-
 def _measure_error(first: First, reference: First) -> float:
     """The larger error, of the loss or of the gradient.
 
@@ -275,18 +283,9 @@ def _measure_error(first: First, reference: First) -> float:
 
 @dataclass
 class Measured:
-    """Results of a mode.
-
-    Attributes:
-        candidate: None if the mode is not timed.
-        error, peak_mib: Of the first step, and memory.
-        steps: Steps in a round.
-    """
-    mode: Mode
-    notes: list[str] = field(default_factory=list)
+    """The record of a mode, and if it is to be timed, its candidate and the steps in a round."""
+    record: Record
     candidate: Candidate | None = None
-    error: float | None = None
-    peak_mib: float | None = None
     steps: int = 0
 
 
@@ -294,32 +293,32 @@ def _prepare(bench: TrainingBench, subject: Subject, mode: Mode, reference: Firs
     """Build a mode, compare its first step with the reference, and warm it up; without a candidate if this fails.
 
     Args:
-        usual: Error of the published mode, from rounding alone: very small batches have large ones. An error beyond
+        usual: Error of the published mode, caused by rounding: very small batches have large ones. An error beyond
             its own tolerance does not excuse other modes.
     """
-    measured = Measured(mode)
+    record = bench.make_record(mode)
     try:
         candidate = Candidate(bench, subject, mode)
-        measured.error = _measure_error(candidate.make_first(), reference)
+        record.error = _measure_error(candidate.make_first(), reference)
         limit = max(TOLERANCES[mode.dtype], 10 * min(usual, TOLERANCES['float32']))
-        if measured.error > limit:
-            off = f'first step is off by {measured.error:.2g}, more than {limit:g}'
+        if record.error > limit:
+            off = f'first step is off by {record.error:.2g}, more than {limit:g}'
             if mode.changes:
-                measured.notes.append(f'not timed: its {off}')
-                return measured
-            measured.notes.append(
+                record.notes.append(f'not timed: its {off}')
+                return Measured(record)
+            record.notes.append(
                 f'the published mode itself is not exact: its {off}; the others are compared with float64')
         for _ in range(bench.warmup - 1):
             candidate()
-        measured.peak_mib = measure_peak(candidate, bench.device, candidate.held)
-        measured.steps = max(round(bench.block_seconds / sum(time_block(candidate, 1, bench.device))), 1)
-        measured.candidate = candidate
+        record.peak_mib = measure_peak(candidate, bench.device, candidate.held)
+        steps = max(round(bench.block_seconds / sum(time_block(candidate, 1, bench.device))), 1)
+        return Measured(record, candidate, steps)
     except Exception as error:  # compilers and kernels fail in many ways; the other modes are still measured
         if is_out_of_memory(error) or not mode.changes:
             raise
         _logger.warning(f'{bench.model}, {mode.name} failed: {error}')
-        measured.notes.append(f'not timed: {type(error).__name__}: {" ".join(str(error).split())[:200]}')
-    return measured
+        record.notes.append(f'not timed: {shorten(error)}')
+        return Measured(record)
 
 
 def _measure(bench: TrainingBench, modes: Sequence[Mode], report: Callable[[], None]) -> list[Record]:
@@ -336,13 +335,13 @@ def _measure(bench: TrainingBench, modes: Sequence[Mode], report: Callable[[], N
         if not is_out_of_memory(error):
             raise
         reference, precision = None, 'float32'
-    _release(bench.device)
+    free_memory()
     if reference is None:
         reference = Candidate(bench, subject, Mode()).make_first()
-        _release(bench.device)
+        free_memory()
     published = _prepare(bench, subject, modes[0], reference)
-    measured = [published, *(_prepare(bench, subject, mode, reference, published.error) for mode in modes[1:])]
-    timed = {m.mode.name: m for m in measured if m.candidate is not None} | {AGAIN: published}
+    measured = [published, *(_prepare(bench, subject, mode, reference, published.record.error) for mode in modes[1:])]
+    timed = {m.record.way: m for m in measured if m.candidate is not None} | {AGAIN: published}
     times = time_interleaved(
         {name: m.candidate for name, m in timed.items()}, bench.device, {name: m.steps for name, m in timed.items()},
         bench.rounds, report=report)
@@ -350,25 +349,11 @@ def _measure(bench: TrainingBench, modes: Sequence[Mode], report: Callable[[], N
     conditions = [f'teacher {bench.teacher} with random weights'] if bench.teacher != 'none' else []
     conditions.append(f'random images on the device, mixup or CutMix, no stochastic depth; error of loss and gradient '
                       f'of the first step against {precision}')
-    records = []
     for m in measured:
-        changes = m.mode.changes
-        record = Record(
-            model=bench.model, bench='train', way=m.mode.name, teacher=bench.teacher,
-            backend='compile' if 'compile' in changes else 'eager', device=describe_device(bench.device),
-            dtype=m.mode.dtype, layout='channels_last' if 'channels_last' in changes else 'nchw', batch=bench.batch,
-            height=bench.img_size, width=bench.img_size, threads=torch.get_num_threads(), warmup=bench.warmup,
-            runs=m.steps * bench.rounds, peak_mib=m.peak_mib, error=m.error,
-            kernels='triton' if 'kernels' in changes else 'torch', versions=list_versions(), notes=m.notes)
         if m.candidate is not None:
-            figures = summarise(times[m.mode.name])
-            noise = judge_noise(figures, self_ratio)
-            record = replace(
-                record, **figures, **compare_rounds(times[PUBLISHED], times[m.mode.name]), noisy=bool(noise),
-                images_per_s=1e3 * bench.batch / figures['median_ms'], notes=m.notes + noise)
-        record.notes += conditions
-        records.append(record)
-    return records
+            m.record.add_times(times[m.record.way], times[PUBLISHED], self_ratio=self_ratio)
+        m.record.notes += conditions
+    return [m.record for m in measured]
 
 
 def bench_training(
@@ -399,7 +384,7 @@ def bench_training(
                 for record in records:
                     record.notes.append(f'a batch of {bench.batch} did not fit: {batch}')
             return records
-        _release(bench.device)
+        free_memory()
         batch = batch // 4 * 2  # an even number, for mixup pairs images
     raise ConfigError(f'{bench.model} does not fit into the memory of {bench.device}, not even with 2 images.')
 

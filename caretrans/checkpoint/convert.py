@@ -1,4 +1,5 @@
 """Conversion of checkpoints to other layouts and formats."""
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from ..models.published_keys import rename_keys
 from .file import Checkpoint, PathLike, is_plain, read_checkpoint, write_safetensors, write_torch
 from .layout import Layout, list_models, sort_as_published
 from .load import FORMAT_VERSION, LAYOUTS, TORCH_ENDINGS, build_model, choose_model, match_strictly
-from .preparation import read_settings, resolve_settings
+from .preparation import Preparation, read_settings, resolve_settings
 
 __all__ = ['convert_checkpoint']
 
@@ -55,8 +56,8 @@ def convert_checkpoint(
     if layout == 'caretrans':
         meta = {key: value for key, value in checkpoint.meta.items() if is_plain(value)}
         meta.update(arch=name, num_classes=model.num_classes, version=FORMAT_VERSION)
-        if settings or tagged or 'channel_order' in eval_config:
-            meta['eval_config'] = _turn_to_rgb(checkpoint, model, tensors, eval_config)
+        if settings or tagged or eval_config.channel_order != 'rgb':
+            meta['eval_config'] = _turn_to_rgb(checkpoint, model, tensors, eval_config).to_dict()
     else:
         _check_settings(checkpoint, model, layout, settings)
         tensors = _publish(model, tensors, checkpoint, eval_config, keep_tables='img_size' not in settings)
@@ -93,26 +94,24 @@ def _check_settings(checkpoint: Checkpoint, model: nn.Module, layout: str, setti
 
 def _turn_to_rgb(
         checkpoint: Checkpoint, model: nn.Module, tensors: dict[str, torch.Tensor],
-        eval_config: dict[str, Any]) -> dict[str, Any]:
+        eval_config: Preparation) -> Preparation:
     """`eval_config` for RGB images; for a BGR network, reverses the first weights in `tensors`."""
-    if eval_config.get('channel_order', 'rgb') == 'rgb':
+    if eval_config.channel_order == 'rgb':
         return eval_config
     if model.in_chans != 3:
         raise CheckpointError(
             f'{checkpoint.path}: channel_order bgr is of 3 channels, it has {model.in_chans}: omit it.')
     key = f'{model.pretrained_cfg["first_conv"]}.weight'
     tensors[key] = tensors[key].flip(1)
-    turned = dict(eval_config, mean=eval_config['mean'][::-1], std=eval_config['std'][::-1])
-    del turned['channel_order']
-    return turned
+    return replace(eval_config, mean=eval_config.mean[::-1], std=eval_config.std[::-1], channel_order='rgb')
 
 
 def _publish(
-        model: nn.Module, tensors: dict[str, torch.Tensor], checkpoint: Checkpoint, eval_config: dict[str, Any],
+        model: nn.Module, tensors: dict[str, torch.Tensor], checkpoint: Checkpoint, eval_config: Preparation,
         keep_tables: bool) -> dict[str, torch.Tensor]:
     """The weights under published keys in the published order, with the computed entries of a published checkpoint."""
     try:
-        computed = model.compute_entries(*eval_config['input_size'][1:])
+        computed = model.compute_entries(*eval_config.size)
     except ValueError as error:
         raise CheckpointError(f'{checkpoint.path}: {error}: name a size (img_size, --img-size).') from None
     if keep_tables:
@@ -135,15 +134,14 @@ def _rename_for_mmpretrain(
     return rename_keys(tensors, model.mmpretrain_keys)
 
 
-def _describe_settings(model: nn.Module, settings: dict[str, Any]) -> str:
+def _describe_settings(model: nn.Module, settings: Preparation) -> str:
     """The flags for the settings that the layout cannot store."""
     flags = (f'; it has no place for class names and settings, so evaluate it with --img-size '
-             f'{settings["input_size"][-1]} --crop-pct {settings["crop_pct"]} '
-             f'--interpolation {settings["interpolation"]}')
-    for name, usual in (('crop_mode', 'center'), ('channel_order', 'rgb')):
-        if settings.get(name, usual) != usual:
-            flags += f' --{name.replace("_", "-")} {settings[name]}'
+             f'{settings.size[-1]} --crop-pct {settings.crop_pct} --interpolation {settings.interpolation}')
+    for name, usual in (('crop_mode', 'center'), ('channel_order', 'rgb'), ('orientation', 'ignore')):
+        if getattr(settings, name) != usual:
+            flags += f' --{name.replace("_", "-")} {getattr(settings, name)}'
     for name in ('mean', 'std'):
-        if settings[name] != list(model.pretrained_cfg[name]):
-            flags += f', and {name} {settings[name]}, for which there is no flag'
+        if getattr(settings, name) != tuple(model.pretrained_cfg[name]):
+            flags += f', and {name} {list(getattr(settings, name))}, for which there is no flag'
     return flags

@@ -1,77 +1,40 @@
 """Read checkpoint files without running code in them, and write them atomically."""
-import argparse
 import io
 import json
+import logging
 import os
 import pickle
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 
-from ..errors import CheckpointError, list_names
+from ..errors import CheckpointError, ResultsError, list_names
+from ..strict_json import to_json
+from ..text import utf8_path
+from .stand_ins import StandIns, simplify
 
 __all__ = [
     'Checkpoint', 'is_plain', 'read_checkpoint', 'write_safetensors', 'write_torch']
 
 WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')  # entries of weights, in the order timm prefers
-WRAPPER_PREFIXES = re.compile(r'^(module\.|_orig_mod\.)+')  # of DistributedDataParallel and torch.compile
+WRAPPER_MODULES = re.compile(  # in keys: DistributedDataParallel at the start, torch.compile and others anywhere
+    r'^(module\.)+|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
+OWNERS = ('module', 'model', 'net', 'network', 'backbone', 'encoder')  # attributes that hold a whole network
+MMPRETRAIN_STEM = 'backbone.downsample_layers.0.'  # of a layout of its own, whose prefix stays
+COUNTERS = ('n_averaged', 'total_ops', 'total_params')  # of torch's AveragedModel and of thop, in no network of timm
 
 PathLike = str | os.PathLike
 
-
-# Objects in pickles ---------------------------------------------------------------------------------------------------
-
-class _NumpyType:
-    """Replaces numpy.dtype: the type of a scalar, as a pickle describes it."""
-
-    def __init__(self, code: str, *flags: Any) -> None:
-        self.code, self.order = code, '='
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.order = state[1]
-
-
-def _read_scalar(dtype: _NumpyType, data: bytes) -> bool | int | float:
-    """A NumPy scalar as a plain number."""
-    if not re.fullmatch(r'[biuf]\d', dtype.code):
-        raise pickle.UnpicklingError(f'GLOBAL numpy.dtype({dtype.code})')  # the wording of torch for refused types
-    return np.frombuffer(data, dtype.order + dtype.code).item()
-
-
-def _stand_in(path: str, function: Callable[..., Any]) -> type:
-    """A class that replaces `path` ('module.name') in pickles and calls `function` instead of creating an instance."""
-    module, _, name = path.rpartition('.')
-    return type(name, (), dict(__module__=module, __new__=lambda cls, *args: function(*args)))
-
-
-# Types in checkpoints of other projects, besides tensors and plain types. Nothing of yacs or NumPy is imported or
-# called: a yacs node becomes an ordered dict with its flags as attributes, a NumPy scalar a number.
-HARMLESS = [
-    argparse.Namespace, _NumpyType,
-    _stand_in('yacs.config.CfgNode', OrderedDict),
-    _stand_in('numpy.dtype', _NumpyType),
-    *(_stand_in(f'numpy.{core}.multiarray.scalar', _read_scalar) for core in ('core', '_core'))]
-
-
-def _simplify(value: Any) -> Any:
-    """Convert namespaces and yacs nodes to plain dicts, recursively; anything else is returned unchanged."""
-    if isinstance(value, argparse.Namespace):
-        value = vars(value)
-    elif type(value) in (list, tuple):
-        return type(value)(_simplify(item) for item in value)
-    elif not (type(value) is OrderedDict and '__immutable__' in vars(value)):
-        return value
-    return {key: _simplify(item) for key, item in value.items()}
+_logger = logging.getLogger(__name__)
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -81,14 +44,14 @@ class Checkpoint:
     """The content of a checkpoint file.
 
     Attributes:
-        path: The file.
+        path: The file, or in words where published weights are from.
         entry: The entry of the file with the weights, '' if they are not wrapped.
         entries: The other entries with weights.
-        state_dict: The weights, on the CPU, under the keys of the file without `module.` and `_orig_mod.`.
-        meta: Everything else (`arch`, `class_names`, `epoch`, `optimizer` ...), with namespaces and yacs nodes
-            converted to dicts, and NumPy scalars to numbers.
+        state_dict: The weights, on the CPU, under the keys of the file without the names of wrappers.
+        meta: Everything else (`arch`, `class_names`, `epoch`, `optimizer` ...), with objects of other projects
+            converted to plain values: namespaces to dicts, paths to texts, NumPy scalars to numbers.
     """
-    path: Path
+    path: Path | str
     entry: str
     entries: tuple[str, ...]
     state_dict: dict[str, torch.Tensor] = field(repr=False)
@@ -106,7 +69,7 @@ def read_checkpoint(path: PathLike, entry: str | None = None) -> Checkpoint:
         CheckpointError: The file cannot be read, or holds no weights (in `entry`).
     """
     path = Path(path)
-    contents, meta = _read_contents(path)
+    contents, meta, types = _read_contents(path)
     if not isinstance(contents, Mapping):
         raise CheckpointError(f'{path}: holds a {type(contents).__name__}, not weights by name: take another file.')
     weights = {key: _take_tensors(value) for key, value in contents.items() if _take_tensors(value)}
@@ -124,11 +87,41 @@ def read_checkpoint(path: PathLike, entry: str | None = None) -> Checkpoint:
     bare = weights.get('', {})
     for key, value in contents.items():
         if key not in weights and key not in bare:
-            meta[key] = _simplify(value)
-    state_dict = {WRAPPER_PREFIXES.sub('', key): value for key, value in weights[entry].items()}
-    if len(state_dict) < len(weights[entry]):
-        raise CheckpointError(f'{path}: has keys both with and without module. or _orig_mod.: save each weight once.')
+            meta[key] = simplify(value)
+    state_dict, remarks = _clean_keys(path, weights[entry])
+    if types:
+        remarks.append(f'objects of {list_names(types)} were read as plain values, without their code')
+    if remarks:
+        _logger.info('%s: %s', path, '; '.join(remarks))
     return Checkpoint(path, entry, tuple(name for name in weights if name != entry), state_dict, meta)
+
+
+def _clean_keys(path: Path, weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Weights under keys without wrappers, and remarks on what else was removed: counters, and common prefixes."""
+    kept, remarks = {}, []
+    counters = [key for key in weights if key.rpartition('.')[2] in COUNTERS]
+    for key, value in weights.items():
+        if key not in counters:
+            kept[WRAPPER_MODULES.sub('', key)] = value
+    if len(kept) < len(weights) - len(counters):
+        raise CheckpointError(f'{path}: has keys both with and without module. or _orig_mod.: save each weight once.')
+    if counters:
+        remarks.append(f'{list_names(counters, 3)} are no weights and were skipped')
+    prefix = ''.join(_find_owners(list(kept)))
+    if prefix:
+        remarks.append(f'the prefix {prefix} was removed from all keys')
+    return {key[len(prefix):]: value for key, value in kept.items()}, remarks
+
+
+def _find_owners(keys: list[str]) -> Iterator[str]:
+    """The parts of the prefix of all keys, if each is a usual name of an attribute that holds a network."""
+    while keys:
+        owner = keys[0].partition('.')[0]
+        if owner not in OWNERS or not all(key.startswith(f'{owner}.') for key in keys) \
+                or any(key.startswith(MMPRETRAIN_STEM) for key in keys):
+            return
+        keys = [key.partition('.')[2] for key in keys]
+        yield f'{owner}.'
 
 
 def _take_tensors(value: Any) -> dict[str, torch.Tensor]:
@@ -139,11 +132,10 @@ def _take_tensors(value: Any) -> dict[str, torch.Tensor]:
     return tensors if any(tensor.is_floating_point() for tensor in tensors.values()) else {}
 
 
-def _read_contents(path: Path) -> tuple[Any, dict[str, Any]]:
-    """The content of `path`, on the CPU, and the metadata of a safetensors file.
+def _read_contents(path: Path) -> tuple[Any, dict[str, Any], list[str]]:
+    """The content of `path`, on the CPU, the metadata of a safetensors file, and the types replaced by stand-ins.
 
-    The format is detected by the first bytes, not by the name. Pickles may contain tensors, plain types and those of
-    `HARMLESS`.
+    The format is detected by the first bytes, not by the name.
 
     Raises:
         CheckpointError: It does not exist, is not a checkpoint, is damaged, or would run code.
@@ -153,20 +145,38 @@ def _read_contents(path: Path) -> tuple[Any, dict[str, Any]]:
         _check_zip(path)
     try:
         if head.startswith((b'PK', b'\x80')):
-            # given a name instead of a file, torch.load decides by its ending
-            with open(path, 'rb') as file, torch.serialization.safe_globals(HARMLESS):
-                return torch.load(file, map_location='cpu', weights_only=True), {}
-        with safetensors.safe_open(path, framework='pt') as file:
+            return _unpickle(path)
+        with utf8_path(path) as name, safetensors.safe_open(name, framework='pt') as file:
             metadata = {key: _parse_text(value) for key, value in (file.metadata() or {}).items()}
-            return {key: file.get_tensor(key) for key in file.keys()}, metadata
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata, []
     except Exception as error:  # damaged bytes make torch.load raise nearly anything
-        refused = re.search(r'GLOBAL (\S+)', str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        refused = _find_refused(error)
         if refused:
             raise CheckpointError(
-                f'{path}: wants to run code when opened ({refused[1]}), so it was not opened: get its weights alone, '
+                f'{path}: wants to run code when opened ({refused}), so it was not opened: get its weights alone, '
                 f'as a state dict or safetensors.') from error
         raise CheckpointError(
             f'{path}: is truncated or damaged ({_shorten(error)}): download or copy it again.') from error
+
+
+def _unpickle(path: Path) -> tuple[Any, dict[str, Any], list[str]]:
+    """The content of a file of torch.save, with stand-ins for objects that are not weights."""
+    stand_ins = StandIns()
+    while True:  # once for each type that is not known before
+        try:
+            # given a name instead of a file, torch.load decides by its ending
+            with open(path, 'rb') as file, stand_ins.allow():
+                return torch.load(file, map_location='cpu', weights_only=True), {}, stand_ins.used
+        except pickle.UnpicklingError as error:
+            refused = _find_refused(error)
+            if not refused or not stand_ins.add(refused):
+                raise
+
+
+def _find_refused(error: Exception) -> str:
+    """The function or type that torch refused to load; '' for other errors."""
+    found = re.search(r'GLOBAL (\S+)', str(error)) if isinstance(error, pickle.UnpicklingError) else None
+    return found[1] if found else ''
 
 
 def _read_head(path: Path) -> bytes:
@@ -238,7 +248,12 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: di
     Raises:
         CheckpointError: The file cannot be written.
     """
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+    texts = {}
+    for key, value in metadata.items():
+        try:
+            texts[key] = value if isinstance(value, str) else to_json(value)
+        except ResultsError as error:  # a best loss of infinity, for instance
+            _logger.info('%s: without the entry %s: %s', path, key, error)
     tensors = {key: value.contiguous() for key, value in tensors.items()}
     _write(path, safetensors.torch.save(tensors, {**texts, 'format': 'pt'}))
 

@@ -27,7 +27,7 @@ from .file import Checkpoint, read_checkpoint, write_torch
 from .layout import Layout, Shapes, find_models, get_shapes, match_layout
 
 __all__ = [
-    'Checkpoint', 'CheckpointError', 'create_from_checkpoint', 'load_checkpoint',
+    'Checkpoint', 'CheckpointError', 'create_from_checkpoint', 'create_pretrained', 'is_dense', 'load_checkpoint',
     'read_checkpoint', 'save_checkpoint']
 
 TORCH_ENDINGS = ('.pth', '.pth.tar', '.pt')
@@ -35,6 +35,7 @@ FORMAT_VERSION = 1  # timm's convention: `epoch`, if present, is the number of f
 NOT_ARCHITECTURE = ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir')
 LAYOUTS = ('published', 'caretrans', 'mmpretrain')
 COUNTS = ('no head', 'one head', 'two heads')
+DENSE_HEADS = ('bbox_head.', 'decode_head.', 'roi_head.')  # keys of detectors and segmenters of mmdet and mmseg
 MIN_FIT = 0.9  # minimum share of equal keys and shapes to infer the model of the weights
 
 PathLike = str | os.PathLike
@@ -44,9 +45,17 @@ _logger = logging.getLogger(__name__)
 
 # Model inference ------------------------------------------------------------------------------------------------------
 
+def is_dense(checkpoint: Checkpoint) -> bool:
+    """Whether a file holds a detector or segmenter, of `caretrans.dense` or published."""
+    return 'dense' in checkpoint.meta or any(key.startswith(DENSE_HEADS) for key in checkpoint.state_dict)
+
+
 def choose_model(checkpoint: Checkpoint, model_name: str | None = None) -> str:
     """The requested model name, or that of the file, or the one inferred from the shapes; aliases are resolved."""
     path, args = checkpoint.path, checkpoint.meta.get('args')
+    if is_dense(checkpoint):
+        raise CheckpointError(
+            f'{path}: is a detector or segmenter, not a classifier: use caretrans.dense.create_from_checkpoint.')
     stated = checkpoint.meta.get('arch') or (args.get('model') if isinstance(args, dict) else None)
     stated = resolve_alias(stated).partition('.')[0] if isinstance(stated, str) and timm.is_model(stated) else None
     if model_name:
@@ -131,6 +140,44 @@ def create_from_checkpoint(
     model = build_model(checkpoint, choose_model(checkpoint, model_name), **model_args)
     _load(model, checkpoint, new_heads)
     return model, checkpoint
+
+
+def create_pretrained(
+        model_name: str, remedy: str = 'use a downloaded file with --checkpoint instead of --pretrained',
+        **model_args: Any) -> tuple[nn.Module, Checkpoint]:
+    """Create a model with its published weights, which timm takes from their hub, or from its cache when offline.
+
+    Args:
+        model_name: Of a model of this package or of timm, with or without a tag.
+        remedy: What to do without a network.
+        model_args: For `timm.create_model`; with another `num_classes` the heads are fresh.
+    Returns:
+        The model, and a `Checkpoint` whose `path` says in words where the weights are from.
+    Raises:
+        CheckpointError: There is no such model, or its weights cannot be fetched.
+        TypeError: An argument that the model does not accept.
+    """
+    if ':' not in model_name and not timm.is_model(model_name):  # with a colon, timm takes it from a hub or a folder
+        raise CheckpointError(f'No model {model_name!r} with published weights: correct the name.')
+    try:
+        model = timm.create_model(model_name, pretrained=True, **model_args)
+    except (CheckpointError, TypeError):
+        raise
+    except Exception as error:  # without a network the clients of the hubs raise nearly anything
+        reason = ' '.join(str(error).split())[:800].rstrip('.')
+        raise CheckpointError(
+            f'The weights of {model_name} could not be downloaded ({type(error).__name__}: {reason}): {remedy}.'
+        ) from error
+    cfg = model.pretrained_cfg
+    name = '.'.join(filter(None, (cfg['architecture'], cfg.get('tag'))))
+    origin = cfg.get('file') or '/'.join(filter(None, (cfg.get('hf_hub_id'), cfg.get('hf_hub_filename')))) \
+        or cfg.get('url') or model_name
+    path = f'published weights {name} ({origin})'
+    _logger.info('Loaded %s with %s', cfg['architecture'], path)
+    if model.num_classes != cfg.get('num_classes'):
+        _logger.info('The heads of %s are fresh: train them', cfg['architecture'])
+    names = cfg.get('label_names')
+    return model, Checkpoint(path, '', (), model.state_dict(), {'class_names': list(names)} if names else {})
 
 
 def _load(model: nn.Module, checkpoint: Checkpoint, new_heads: bool) -> None:

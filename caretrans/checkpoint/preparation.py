@@ -1,29 +1,80 @@
-"""Image settings for evaluation: from flags, else from the checkpoint file, else from the model."""
+"""Preparation of images for evaluation: from flags, else from the checkpoint file, else from the model."""
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import timm
 import torch.nn as nn
-from timm.data import resolve_data_config
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 from timm.models import get_pretrained_cfg
 
+from ..errors import DataError
+from ..flags import CHANNEL_ORDERS, ORIENTATIONS
 from ..models.backbone import resolve_alias
 from .file import Checkpoint
 
-__all__ = ['FLAGS', 'list_sources', 'read_settings', 'resolve_eval_config', 'resolve_settings']
-
-NAMES = ('input_size', 'interpolation', 'crop_pct', 'crop_mode', 'channel_order', 'mean', 'std')  # in an eval_config
-FLAGS = {'img_size': 'input_size', **{name: name for name in NAMES[1:5]}}  # flag: the setting that it overrides
+__all__ = ['FLAGS', 'Preparation', 'list_sources', 'read_settings', 'resolve_eval_config', 'resolve_settings']
 
 _logger = logging.getLogger(__name__)
 
 
-def resolve_eval_config(model: nn.Module, **overrides: Any) -> dict[str, Any]:
-    """The image settings for evaluation: input_size, interpolation, crop_pct, crop_mode, mean, std.
+@dataclass(frozen=True)
+class Preparation:
+    """Preparation of an image for a network.
+
+    Attributes:
+        input_size: Channels, height and width of what the network takes.
+        interpolation, crop_pct, crop_mode: Resizing and centre crop for evaluation, as in `timm.data.create_transform`.
+        mean, std: One for each channel, of values from 0 to 1, in the channel order of the network.
+        channel_order: 'rgb' or 'bgr'.
+        orientation: 'exif' rotates images upright as their EXIF data say; 'ignore' takes the pixels as they are stored,
+            as the authors of published ImageNet weights did.
+    """
+    input_size: Sequence[int]
+    interpolation: str = 'bicubic'
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN
+    std: Sequence[float] = IMAGENET_DEFAULT_STD
+    crop_pct: float = 0.875
+    crop_mode: str = 'center'
+    channel_order: str = 'rgb'
+    orientation: str = 'ignore'
+
+    def __post_init__(self) -> None:
+        for name in ('input_size', 'mean', 'std'):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, choices in (('channel_order', CHANNEL_ORDERS), ('orientation', ORIENTATIONS)):
+            if getattr(self, name) not in choices:
+                raise DataError(f'{name} is {getattr(self, name)!r}, choose from {", ".join(choices)}.')
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.input_size[1], self.input_size[2]
+
+    def at_size(self, size: tuple[int, int]) -> 'Preparation':
+        """The same for images of another height and width."""
+        return replace(self, input_size=(self.input_size[0], *size))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `eval_config` of checkpoints and reports; channel_order only where it is not 'rgb'."""
+        settings = {item.name: getattr(self, item.name) for item in fields(self)}
+        if self.channel_order == 'rgb':
+            del settings['channel_order']
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+
+
+NAMES = tuple(item.name for item in fields(Preparation))
+# Flag: the setting that it overrides
+FLAGS = {'img_size': 'input_size',
+         **{name: name for name in ('interpolation', 'crop_pct', 'crop_mode', 'channel_order', 'orientation')}}
+
+
+def resolve_eval_config(model: nn.Module, **overrides: Any) -> Preparation:
+    """The preparation of images for the evaluation of a model.
 
     `overrides` (img_size, crop_pct, interpolation, ...; None is no override) take precedence over the model's
-    `pretrained_cfg`. crop_mode 'squash' sets crop_pct to 1, the whole image, unless it is given. channel_order is
-    included only if it is 'bgr'; without it images are RGB.
+    `pretrained_cfg`. crop_mode 'squash' sets crop_pct to 1, the whole image, unless it is given.
     """
     given = {key: value for key, value in overrides.items() if value is not None}
     given.setdefault('in_chans', getattr(model, 'in_chans', 3))
@@ -31,20 +82,18 @@ def resolve_eval_config(model: nn.Module, **overrides: Any) -> dict[str, Any]:
         given['img_size'] = model.pretrained_cfg['input_size'][-1]
     if given.get('crop_mode') == 'squash':
         given.setdefault('crop_pct', 1.)
-    config = resolve_data_config(given, pretrained_cfg=model.pretrained_cfg)
-    if given.get('channel_order', 'rgb') != 'rgb':
-        config['channel_order'] = given['channel_order']
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+    others = {name: given.pop(name) for name in ('channel_order', 'orientation') if name in given}
+    return Preparation(**resolve_data_config(given, pretrained_cfg=model.pretrained_cfg), **others)
 
 
 def read_settings(
         model: nn.Module, checkpoint: Checkpoint, model_name: str | None = None,
         img_size: int | None = None) -> dict[str, Any]:
-    """The settings stored in a file, under the names of `resolve_eval_config`.
+    """The settings stored in a file, under the names of `Preparation`.
 
-    They are its `eval_config`; or for a model with `squash_from` what the authors' training arguments say: an image
-    size (`args.input_size`), from which the images are squashed if it is large enough. A tag in `model_name` takes
-    precedence over those arguments.
+    They are its `eval_config`, where an older file lacks the orientation, which its training ignored. For a model with
+    `squash_from` they may be what the authors' training arguments say: an image size (`args.input_size`), from which
+    the images are squashed if it is large enough. A tag in `model_name` takes precedence over those arguments.
 
     Args:
         model: The model of the file.
@@ -53,7 +102,7 @@ def read_settings(
     """
     stored = checkpoint.meta.get('eval_config')
     if stored:
-        return {name: stored[name] for name in NAMES if stored.get(name) is not None}
+        return {'orientation': 'ignore', **{name: stored[name] for name in NAMES if stored.get(name) is not None}}
     args, squash_from = checkpoint.meta.get('args'), getattr(model, 'squash_from', None)
     if not squash_from or not isinstance(args, dict) or '.' in (model_name or ''):
         return {}
@@ -73,7 +122,7 @@ def _drop_crop(stored: dict[str, Any], flags: dict[str, Any]) -> bool:
 
 
 def resolve_settings(
-        model: nn.Module, checkpoint: Checkpoint, model_name: str | None = None, **overrides: Any) -> dict[str, Any]:
+        model: nn.Module, checkpoint: Checkpoint, model_name: str | None = None, **overrides: Any) -> Preparation:
     """`resolve_eval_config` of `overrides` (None is none), then `read_settings`, then the model's `pretrained_cfg`."""
     flags = {name: value for name, value in overrides.items() if value is not None}
     stored = read_settings(model, checkpoint, model_name, flags.get('img_size'))
@@ -81,8 +130,11 @@ def resolve_settings(
     if _drop_crop(stored, flags):
         kept.pop('crop_pct', None)
     config = resolve_eval_config(model, **{**kept, **flags})
+    if 'orientation' not in {**(checkpoint.meta.get('eval_config') or {'orientation': None}), **flags}:
+        _logger.info(f'{checkpoint.path}: was trained by an older version, which did not rotate images as their EXIF '
+                     f'data say, and is used so: --orientation exif rotates them.')
     squash_from = getattr(model, 'squash_from', None)
-    stated = {'crop_mode', 'crop_pct'} & {*flags, *stored} or config['crop_mode'] == 'squash'
+    stated = {'crop_mode', 'crop_pct'} & {*flags, *stored} or config.crop_mode == 'squash'
     if squash_from and flags.get('img_size', 0) >= squash_from[0] and not stated:
         name = model.pretrained_cfg['architecture']
         _logger.info('From %d pixels on %s is published with squashed, not cropped images: --model %s.%s, or '

@@ -1,32 +1,33 @@
-"""Data sets, through timm's readers: what cannot be trained on or evaluated stops here."""
+"""Data sets: folders, tars and shards of ours, and those of timm's factory; refuses what cannot be used."""
 import json
-from collections.abc import Callable
+import logging
+import tarfile
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
-from PIL import Image
-from timm.data import ImageNetInfo, IterableImageDataset, create_dataset, create_transform
+from timm.data import ImageDataset, ImageNetInfo, IterableImageDataset, create_dataset
 from torch.utils.data import Dataset
-from torchvision.transforms import Compose
 
 from ..errors import DataError, list_names
-from ..flags import CHANNEL_ORDERS
+from ..text import read_text
+from .folders import FolderReader, TarReader
 
-__all__ = [
-    'CHANNEL_ORDERS', 'build_eval_transform', 'check_labels', 'describe_classes', 'find_labels',
-    'list_classes', 'name_image', 'open_dataset']
+__all__ = ['check_labels', 'describe_classes', 'find_labels', 'list_classes', 'name_image', 'open_dataset']
 
+_logger = logging.getLogger(__name__)
+
+VALIDATION = ('validation', 'valid', 'val')  # names of one split
 INFO = '_info.json'  # beside WebDataset shards, as timm reads it
 
 
 def _list_synonyms(split: str) -> list[str]:
-    return [split, 'validation', 'valid', 'val'] if split in ('val', 'validation') else [split]
+    return [split, *VALIDATION] if split in ('val', 'validation') else [split]
 
 
 def _split_folder(root: Path, split: str) -> Path:
-    """The folder of a split: `root`/`split`, or `root` itself where it is the split of that name already."""
+    """The folder or tar of a split: `root`/`split`, or `root` itself if it has the name of the split."""
     synonyms = _list_synonyms(split)
     for name in synonyms:
         for path in (root / name, root / f'{name}.tar'):
@@ -39,12 +40,14 @@ def _split_folder(root: Path, split: str) -> Path:
 
 
 def _open_shards(root: str, split: str, **options: Any) -> IterableImageDataset:
-    """A split of WebDataset shards that an `_info.json` describes; for shards elsewhere, what timm's reader finds."""
+    """A split of WebDataset shards: described by an `_info.json`, else found by timm's reader."""
     from .shard_reader import ShardReader  # webdataset is needed for shards only
+    root = str(Path(root).absolute()) if Path(root).is_dir() else root  # webdataset takes 'a:b' for a protocol
     path = Path(root) / INFO
     if path.is_file():
+        text = read_text(path, DataError)
         try:
-            splits = json.loads(path.read_text())['splits']
+            splits = json.loads(text)['splits']
             found = next((name for name in _list_synonyms(split) if name in splits), None)
             files = splits[found]['filenames'] if found else []
             missing = [file for file in files if not (path.parent / file).is_file()]
@@ -60,6 +63,17 @@ def _open_shards(root: str, split: str, **options: Any) -> IterableImageDataset:
     return IterableImageDataset(root, reader=ShardReader(root=root, split=split, **options))
 
 
+def _open_images(path: Path, is_training: bool) -> ImageDataset:
+    """The images of a folder or a tar with class folders."""
+    try:
+        reader = FolderReader(path, is_training) if path.is_dir() else TarReader(path, is_training)
+    except tarfile.TarError as error:
+        raise DataError(f'{path} is neither a folder nor a whole tar of images: {error}.') from None
+    for note in reader.notes:
+        _logger.warning(note)
+    return ImageDataset(str(path), reader=reader)
+
+
 def _open(root: str, split: str, name: str, options: dict[str, Any]) -> Dataset:
     path = Path(root)
     if name.lower().startswith('hfids/'):
@@ -71,33 +85,31 @@ def _open(root: str, split: str, name: str, options: dict[str, Any]) -> Dataset:
             raise DataError(f'{problem}: give a folder with {split}/CLASS/*.jpg; the bundled one is data/fruit14.')
         if path.is_file() and options['is_training']:
             raise DataError(f'{root} is one file: training needs a folder with train.tar and val.tar.')
-        root = str(_split_folder(path, split)) if path.is_dir() and not sharded else root
-        options.update(search_split=False)
     try:
         if sharded:
             return _open_shards(root, split, is_training=options['is_training'], seed=options['seed'])
+        if not name:
+            return _open_images(_split_folder(path, split) if path.is_dir() else path, options['is_training'])
         return create_dataset(name, root=root, split=split, **options)
     except DataError:
         raise
     except (RuntimeError, OSError, ImportError, AssertionError, ValueError, HTTPException) as error:
         if name.lower().startswith('torch/'):
             _explain_download(error, root, name)
-        if 'Found 0 images' in str(error):
-            raise DataError(f'{root} has no images. Expected: {root}/CLASS/IMAGE.jpg.') from None
         if isinstance(error, ImportError) and getattr(error, 'name', '') == 'datasets':
             raise DataError(f'{name} needs the package of Hugging Face data sets: pip install datasets') from None
         raise DataError(f'{name or root}, split {split!r}, cannot be read: {" ".join(str(error).split())}') from error
 
 
 def _explain_download(error: Exception, root: str, name: str) -> None:
-    """A line on what torchvision could not fetch or find; nothing for its other errors."""
+    """Raise a DataError about what torchvision could not download or find; return on its other errors."""
     text = ' '.join(str(error).split())
     if isinstance(error, (URLError, HTTPException, ConnectionError, TimeoutError)) or text.startswith('File not found'):
         raise DataError(
             f'{name} could not be fetched into {root} ({type(error).__name__}: {text}): try again, or put the archive '
-            f'there that its authors offer.') from error
+            f'of its authors there.') from error
     if 'download=True' in text:
-        raise DataError(f'{root} holds no whole copy of {name}: --dataset-download fetches it.') from error
+        raise DataError(f'{root} holds no complete copy of {name}: --dataset-download fetches it.') from error
 
 
 def open_dataset(
@@ -115,12 +127,13 @@ def open_dataset(
     Args:
         root: Folder of the data.
         split: 'train', 'val', or a name that the data set knows.
-        name: '' for folders and tars of images in ImageNet layout and for shards of ours, else a name of timm's factory
-            (torch/cifar10); whatever follows wds/ in it is not looked at, the shards are in `root`.
-        classes: The classes in the order of their labels, when a checkpoint or another split fixes it.
-        is_training, download, batch_size, seed: As in `timm.data.create_dataset`.
+        name: '' for folders and tars of images and for shards of ours, else a name of timm's factory (torch/cifar10).
+            The shards of any wds/NAME are those in `root`.
+        classes: The expected classes in the order of their labels, from a checkpoint or another split.
+        is_training, download, batch_size, seed: As in `timm.data.create_dataset`; every class of a folder or tar to be
+            trained on must have an image.
     Raises:
-        DataError: The folder, the split, images or a package are missing, or the classes are not `classes`.
+        DataError: The folder, the split, images or a package are missing, or the classes differ from `classes`.
     """
     root = str(root or '')
     dataset = _open(root, split, name, dict(
@@ -137,17 +150,16 @@ def open_dataset(
 
 
 def list_classes(dataset: Dataset) -> list[str] | None:
-    """The names of the classes in the order of their labels, or None where the data set does not say."""
+    """The names of the classes in the order of their labels; None if the data set does not name them."""
     for owner in (getattr(dataset, 'reader', None), dataset):
-        for attribute in ('class_to_idx', 'class_name_to_idx'):  # timm's reader of tars has the second
-            index = getattr(owner, attribute, None)
-            if index:
-                return sorted(index, key=index.get)
+        index = getattr(owner, 'class_to_idx', None)
+        if index:
+            return sorted(index, key=index.get)
     return None
 
 
 def describe_classes(classes: list[str] | None, num_classes: int) -> list[str]:
-    """Names to show people: descriptions for ImageNet's ids and for 1,000 unnamed classes, else the names."""
+    """Readable names: descriptions for ImageNet's ids and for 1,000 unnamed classes, else the names."""
     if classes is None and num_classes != 1000:
         return [str(i) for i in range(num_classes)]
     imagenet = ImageNetInfo()
@@ -157,39 +169,16 @@ def describe_classes(classes: list[str] | None, num_classes: int) -> list[str]:
     return [imagenet.label_name_to_description(name) if name in known else name for name in classes]
 
 
-def build_eval_transform(eval_config: dict[str, Any], as_uint8: bool = False) -> Callable[[Image.Image], Any]:
-    """timm's evaluation transform of RGB images as `resolve_eval_config` says.
-
-    Args:
-        as_uint8: Give pixels, to be normalised on the device, instead of normalised float32.
-    Returns:
-        A function of an image that gives (C, H, W); in channel order 'bgr' blue comes first and meets the first of the
-        means and standard deviations, which stay as they are.
-    Raises:
-        DataError: No such channel order.
-    """
-    settings = dict(eval_config, input_size=tuple(eval_config['input_size']))
-    order = settings.pop('channel_order', 'rgb')
-    if order not in CHANNEL_ORDERS:
-        raise DataError(f'channel_order is {order!r}, choose from {", ".join(CHANNEL_ORDERS)}.')
-    transform = create_transform(**settings, is_training=False, use_prefetcher=as_uint8)
-    return Compose([_reverse_channels, transform]) if order == 'bgr' else transform
-
-
-def _reverse_channels(image: Image.Image) -> Image.Image:
-    return Image.merge('RGB', image.split()[::-1])
-
-
 def find_labels(dataset: Dataset) -> set[int] | None:
-    """The labels that occur, where they can be known without reading the images."""
+    """The labels that occur; None if they cannot be known without reading the images."""
     reader = getattr(dataset, 'reader', None)
-    if isinstance(getattr(reader, 'samples', None), list):  # folders: (path, label)
+    if isinstance(getattr(reader, 'samples', None), list):  # folders and tars: (path, label)
         return {int(label) for _, label in reader.samples}
     if hasattr(reader, 'iter_targets'):  # Hugging Face data sets by index
         plain = reader.label_key in reader.dataset.column_names and not (reader.remap_class or reader.target_keys)
         labels = reader.dataset.unique(reader.label_key) if plain else reader.iter_targets()
         return {-1 if label is None else int(label) for label in labels}
-    for owner in (reader, dataset):  # tars, and most data sets of torchvision
+    for owner in (reader, dataset):  # most data sets of torchvision
         for attribute in ('targets', 'labels', '_labels'):
             labels = getattr(owner, attribute, None)
             if labels is not None:
@@ -198,10 +187,10 @@ def find_labels(dataset: Dataset) -> set[int] | None:
 
 
 def check_labels(dataset: Dataset, num_classes: int) -> None:
-    """Refuse labels that a model of `num_classes` cannot learn; those of streams are checked by the loaders.
+    """Refuse labels below 0 or above `num_classes` - 1; labels of streams are checked by the loaders.
 
     Raises:
-        DataError: There are labels below 0 or from `num_classes` on; the message lists them.
+        DataError: There are such labels; the message lists them.
     """
     wrong = sorted(label for label in find_labels(dataset) or () if not 0 <= label < num_classes)
     if wrong:
@@ -211,15 +200,12 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
 
 
 def name_image(dataset: Dataset, index: int) -> str:
-    """Where image `index` is: its path, a tar's path and the name in it, or its number where no path is known."""
-    reader = getattr(dataset, 'reader', None)
+    """The path of image `index`, the path of a tar and the name in it, or its number where no path is known."""
     samples = getattr(dataset, 'samples', None)
-    if reader is None and samples is not None:  # torchvision's folders: (path, label)
+    if getattr(dataset, 'reader', None) is None and samples is not None:  # torchvision's folders: (path, label)
         return str(samples[index][0])
     try:
         name = dataset.filename(index, absolute=True)
     except (AttributeError, AssertionError, NotImplementedError, KeyError, TypeError):
         name = None
-    if name and hasattr(reader, 'tar_state'):
-        return ':'.join([str(reader.root), *filter(None, [reader.samples[index][1]]), name])
     return str(name) if name else f'image {index}'

@@ -64,10 +64,10 @@ ILSVRC2012 = Edition(  # MD5: torchvision.datasets.imagenet; sizes: the server's
 # Target folder --------------------------------------------------------------------------------------------------------
 
 class Record:
-    """State of a target folder, kept in it as one JSON pair per line; its lock keeps out a second run.
+    """What is verified in a target folder: a file in it with one JSON pair per line, locked against a second run.
 
-    A name of an archive goes with its size, time of change and verified MD5, a class folder with images and bytes. A
-    line that was cut short by a kill counts as not written: its folder is then compared with the archive.
+    The name of an archive is paired with its size, modification time and verified MD5, that of a class folder with its
+    images and bytes. A line cut short by a kill is ignored: that folder is compared with the archive again.
     """
 
     def __init__(self, target: Path) -> None:
@@ -106,10 +106,10 @@ class Record:
 
 
 def measure_split(folder: Path) -> dict[str, Counts]:
-    """Images and bytes of each class folder; what a killed run left half done is removed.
+    """Images and bytes of each class folder; removes temporary folders of a killed run.
 
     Raises:
-        DataError: There are files beside the class folders, as in a flat validation folder.
+        DataError: There are files outside of class folders, as in a flat validation folder.
     """
     found, files = {}, []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
@@ -121,7 +121,7 @@ def measure_split(folder: Path) -> dict[str, Counts]:
         else:
             files.append(path.name)
     if files:
-        raise DataError(f'{folder}: has files beside the class folders ({list_names(files, 3)}): move them away.')
+        raise DataError(f'{folder}: has files outside of class folders ({list_names(files, 3)}): move them away.')
     return found
 
 
@@ -134,7 +134,7 @@ def _measure_files(folder: Path) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Job:
-    """A class to extract: from the tar of `size` bytes at `offset` of `archive`, or `members` where they are known."""
+    """A class to extract: the tar of `size` bytes at `offset` of `archive`, or the given `members` of `archive`."""
     archive: Path
     folder: Path
     size: int
@@ -143,21 +143,21 @@ class Job:
 
 
 class Stopped(Exception):
-    """A class is left because another one failed."""
+    """A class is abandoned because another one failed."""
 
 
 def _extract_class(job: Job, stop: threading.Event) -> Counts:
-    """Extract a class into a temporary folder and rename it; a folder that exists must hold the same files already.
+    """Extract a class into a temporary folder and rename it; an existing folder must hold the same files.
 
     Raises:
-        DataError: Its tar is damaged, the folder holds something else, or it cannot be written; `stop` is set.
-        Stopped: `stop` was set.
+        DataError: Its tar is damaged, the folder has other files, or it cannot be written; sets `stop`.
+        Stopped: `stop` was set by another class.
     """
     partial = job.folder.with_name(f'.{job.folder.name}.partial')
     try:
         members = job.members or list_members(job.archive, IMAGE, job.offset, job.size)
         if not members:
-            raise DataError(f'{job.archive}: has no images of it: {SOURCE} again, {AGAIN}.')
+            raise DataError(f'{job.archive}: has no images of this class: {SOURCE} again, {AGAIN}.')
         sizes = {member.name: member.size for member in members}
         if not job.folder.exists():
             partial.mkdir(parents=True)
@@ -192,7 +192,7 @@ def _copy(archive: io.BufferedReader, member: Member, path: Path) -> None:
 
 
 def extract_classes(jobs: list[Job], record: Record, workers: int) -> None:
-    """Run the jobs in threads, which mostly wait for the disk; the first failure, or Ctrl-C, ends all."""
+    """Run the jobs in threads, which mostly wait for the disk; the first failure or Ctrl-C stops all."""
     stop, done = threading.Event(), 0
     total = sum(job.size for job in jobs) >> 20
     with Progress(total, unit='MiB') as progress, ThreadPoolExecutor(workers) as pool:
@@ -200,7 +200,7 @@ def extract_classes(jobs: list[Job], record: Record, workers: int) -> None:
         futures = {pool.submit(_extract_class, job, stop): job for job in jobs}
         try:
             for count, future in enumerate(as_completed(futures), 1):
-                if isinstance(future.exception(), Stopped):  # what stopped it is reported instead
+                if isinstance(future.exception(), Stopped):  # the failure that stopped it is reported
                     continue
                 job = futures[future]
                 record.add(f'{job.folder.parent.name}/{job.folder.name}', future.result())
@@ -219,13 +219,13 @@ class Plan:
     """What to extract, and how.
 
     Attributes:
-        archives: The folder of the archives; nothing in it is changed.
-        target: Where to extract to; made if it is not there.
-        edition: What the archives and the result should be.
+        archives: Folder of the archives, only read.
+        target: Folder of the result; created if missing.
+        edition: Expected archives and result.
         splits: 'train', 'val' or both.
         val_labels: Labels of the validation images (see `label_images`), by default those of the devkit archive.
         workers: Classes extracted at a time.
-        checksums: Compare the MD5 of the archives. Otherwise a damaged image is not noticed.
+        checksums: Compare the MD5 of the archives; without it, a damaged image is not noticed.
     """
     archives: Path
     target: Path
@@ -237,12 +237,12 @@ class Plan:
 
 
 def prepare_imagenet(plan: Plan) -> dict[str, list[int]]:
-    """Make train/CLASS and val/CLASS in the target folder from the archives, or what is missing of them.
+    """Extract train/CLASS and val/CLASS into the target folder, or what is missing of them.
 
     Returns:
-        Classes and images of each split.
+        The numbers of classes and images of each split.
     Raises:
-        DataError: Archives, labels, target folder or the result are not as they should be; what is complete stays.
+        DataError: The archives, the labels, the target folder or the result are wrong; complete classes stay.
     """
     try:
         with Record(plan.target) as record:
@@ -261,7 +261,7 @@ def _count_images(folders: dict[str, Counts]) -> int:
 
 
 def _is_done(plan: Plan, record: Record, split: str, folders: dict[str, Counts]) -> bool:
-    """Whether all of a split is there, and the record vouches for it, though not for labels that are given anew."""
+    """Whether a split is complete and verified according to the record; never with labels from a file."""
     archive = getattr(plan.edition, split)
     if split == 'val' and plan.val_labels is not None:
         return False
@@ -271,7 +271,7 @@ def _is_done(plan: Plan, record: Record, split: str, folders: dict[str, Counts])
 
 
 def _complete(plan: Plan, record: Record, found: dict[str, dict[str, Counts]]) -> dict[str, dict[str, Counts]]:
-    """Extract what is missing and check the result; returns what is there then."""
+    """Extract what is missing and check the result; returns the measured splits."""
     edition = plan.edition
     paths = {split: find_archive(plan.archives, getattr(edition, split)) for split in plan.splits}
     devkit = _find_devkit(plan, record)
@@ -313,7 +313,7 @@ def _find_devkit(plan: Plan, record: Record) -> Devkit | None:
 
 
 def _verify_checksum(path: Path, archive: Archive, record: Record) -> None:
-    """Compare the MD5 of an archive, once: the record keeps it with size and time of change."""
+    """Compare the MD5 of an archive, unless the record says that this was done and the file has not changed."""
     stat = path.stat()
     state = [stat.st_size, stat.st_mtime_ns, archive.md5]
     if record.get(archive.name) == state:
@@ -330,7 +330,7 @@ def _verify_checksum(path: Path, archive: Archive, record: Record) -> None:
 def _plan_val(
         plan: Plan, archive: Path, members: list[Member], labels: dict[str, str], found: dict[str, Counts],
 ) -> list[Job]:
-    """A job for every class: those that are there are compared with the labels."""
+    """A job for every class; existing folders are compared with the labels."""
     classes: dict[str, list[Member]] = {}
     for member in members:
         classes.setdefault(labels[member.name], []).append(member)
@@ -340,7 +340,7 @@ def _plan_val(
 
 
 def _plan_train(plan: Plan, record: Record, archive: Path, known: set[str], found: dict[str, Counts]) -> list[Job]:
-    """A job for every class whose folder is not as the record says."""
+    """A job for every class whose folder is missing or differs from the record."""
     tars = {member.name[:-len('.tar')]: member for member in list_members(archive, INNER_TAR)}
     _require_classes(archive, set(tars), plan.edition, known)
     _require_no_others(plan.target / 'train', set(found) - set(tars))
@@ -362,12 +362,12 @@ def _require_no_others(folder: Path, others: set[str]) -> None:
 
 
 def _require_space(target: Path, jobs: list[Job]) -> None:
-    """Room for what is missing, 2 % for the last blocks of the files, and 64 MB."""
+    """Require room for the missing classes, 2 % for partly filled blocks, and 64 MB."""
     missing = sum(job.size for job in jobs if not job.folder.exists())
     needed, free = 1.02 * missing + 64e6, shutil.disk_usage(target).free
     if missing and free < needed:
         raise DataError(
-            f'{target}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB free: make room or take another folder.')
+            f'{target}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB free: make room or use another folder.')
 
 
 def _require_counts(
@@ -400,7 +400,7 @@ def _parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None, edition: Edition = ILSVRC2012) -> int:
-    """Run the command and return its exit code; `edition` says what the archives should be."""
+    """Run the command and return its exit code."""
     flags = _parse_flags(argv)
     target = flags.target or flags.folder
     if flags.skip_checksums:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ..errors import DataError, list_names, require
 from ..progress import Progress
+from ..text import read_text
 
 __all__ = [
     'AGAIN', 'CHUNK', 'IMAGE', 'INNER_TAR', 'SOURCE', 'Archive', 'Devkit', 'Member', 'compute_md5', 'find_archive',
@@ -40,11 +41,11 @@ class Member(NamedTuple):
 
 
 def list_members(path: Path, pattern: re.Pattern, start: int = 0, size: int | None = None) -> list[Member]:
-    """The files of the tar that lies at bytes `start` to `start + size` of `path`; reads headers only.
+    """The files of the tar at bytes `start` to `start + size` of `path`; reads headers only.
 
     Raises:
-        DataError: It is damaged or incomplete; or a member is no plain file, leads out of its folder, occurs twice, or
-            its name does not match `pattern`.
+        DataError: It is damaged or incomplete; or a member is not a plain file, leads out of its folder, occurs twice,
+            or has a name that does not match `pattern`.
     """
     end = start + (path.stat().st_size if size is None else size)
     members: dict[str, Member] = {}
@@ -62,10 +63,10 @@ def list_members(path: Path, pattern: re.Pattern, start: int = 0, size: int | No
                         raise tarfile.ReadError(f'{info.name} ' + ('occurs twice' if name in members else 'is cut off'))
                     if name:
                         members[name] = Member(name, info.offset_data, info.size)
-        except (tarfile.TarError, ValueError, OverflowError) as error:  # the last two come of damaged numbers
+        except (tarfile.TarError, ValueError, OverflowError) as error:  # the last two from damaged numbers
             raise DataError(f'{path}: is damaged or incomplete ({error}): {SOURCE} again, {AGAIN}.') from None
         file.seek(position)
-        if position < end and any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
+        if position < end and any(file.read(tarfile.BLOCKSIZE)):  # tarfile treats a damaged header as the end
             raise DataError(
                 f'{path}: is damaged or incomplete (no member at byte {position}): {SOURCE} again, {AGAIN}.')
     return list(members.values())
@@ -113,8 +114,8 @@ class Devkit(NamedTuple):
     """Contents of the development kit.
 
     Attributes:
-        wnids: WordNet id of each ILSVRC id, the number in the ground truth; their order is not that of the WordNet ids.
-        train_images: Training images of each WordNet id, {} where it does not say.
+        wnids: WordNet id of each ILSVRC id, the number in the ground truth; they are ordered differently.
+        train_images: Number of training images of each WordNet id; {} if not stated.
         val_ids: ILSVRC id of each validation image, in the order of their names.
     """
     wnids: dict[int, str]
@@ -129,7 +130,7 @@ def read_devkit(path: Path) -> Devkit:
     only, unpacks the archive by the paths in it and writes beside it.
 
     Raises:
-        DataError: It is no devkit.
+        DataError: It is not a devkit.
     """
     require('scipy')
     import scipy.io
@@ -145,7 +146,7 @@ def read_devkit(path: Path) -> Devkit:
             wnids={int(leaf['ILSVRC2012_ID']): str(leaf['WNID']) for leaf in leaves},
             train_images={str(leaf['WNID']): int(leaf['num_train_images']) for leaf in leaves if counted},
             val_ids=truth.decode().split())
-    except Exception as error:  # damaged bytes make gzip, tarfile and scipy raise nearly anything
+    except Exception as error:  # damaged bytes can raise anything in gzip, tarfile and scipy
         reason = f'{type(error).__name__}: {error}'
         raise DataError(f'{path}: cannot be read as devkit ({reason}): {SOURCE} again.') from error
 
@@ -187,7 +188,4 @@ def label_images(names: Iterable[str], labels: Path | None, devkit: Devkit | Non
 
 
 def _read_lines(path: Path) -> list[list[str]]:
-    try:
-        return [line.split() for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f'{path}: cannot be read as labels ({error}): give a text with a line per image.') from None
+    return [line.split() for line in read_text(path, DataError).splitlines() if line.strip()]

@@ -1,7 +1,7 @@
-"""Loaders: images of a data set, decoded and augmented in workers as uint8, made floating point on the device.
+"""Loaders: images are decoded and augmented in workers as uint8, and normalised on the device.
 
-What a training loader gives is a function of (seed, epoch, step) alone: each image is augmented with a seed of its own,
-so that a run can resume in the middle of an epoch, and workers and processes may change without changing the images.
+The batches of a training loader depend on (seed, epoch, step) alone, because each image is augmented with a seed of its
+own. So a run can resume in the middle of an epoch, with other numbers of workers and processes.
 """
 import atexit
 import os
@@ -18,13 +18,14 @@ from timm.data.loader import PrefetchLoader
 from timm.data.scheduled_sampler import ScheduledBatchSampler
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, SequentialSampler
 
+from ..checkpoint.preparation import Preparation
 from ..config import TrainConfig
 from ..distributed import Processes
 from ..errors import DataError, list_names, require
 from ..seeds import derive_seed, seed_everything
-from .datasets import build_eval_transform, name_image
-from .decode import CropTransform
-from .samples import Batch, EvalTransform, Sample, Samples, ShardSamples, StreamedSamples, collate, start_worker
+from .datasets import name_image
+from .decode import CropTransform, EvalTransform
+from .samples import Batch, Sample, Samples, ShardSamples, StreamedSamples, collate, start_worker
 
 __all__ = ['EvalLoader', 'Pass', 'TrainLoader', 'build_eval_loader', 'build_train_loader']
 
@@ -33,18 +34,18 @@ _workers: weakref.WeakSet = weakref.WeakSet()  # processes that the loaders of t
 # Training -------------------------------------------------------------------------------------------------------------
 
 class PassSampler(Sampler):
-    """For each forward pass of this process, the samples it takes of its optimizer step.
+    """The samples of each forward pass of this process.
 
-    Step s of an epoch takes the images at positions s*B ... s*B+B-1 of the epoch's order, B the global batch, whatever
-    the number of processes; they go to pass 0 of process 0, pass 0 of process 1, ..., pass 1 of process 0, ...
+    Step s of an epoch takes the images at positions s*B ... s*B+B-1 of the epoch's order, where B is the global batch,
+    for any number of processes. They go to pass 0 of process 0, pass 0 of process 1, ..., pass 1 of process 0, ...
     timm's scheduled sampler draws a size for each step.
 
     Args:
-        images: Of the data set.
-        batch_size: Global.
+        images: Number of images in the data set.
+        batch_size: Images per step, over all processes.
         splits: For each size, (images per pass and process, passes per step).
-        schedule: 'constant', every size as likely in every epoch, or 'progressive', from the first to the last.
-        epochs: Over which a progressive schedule goes.
+        schedule: 'constant', all sizes equally likely in every epoch, or 'progressive', from the first to the last.
+        epochs: Length of a progressive schedule.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class PassSampler(Sampler):
             choice_schedule=schedule if len(splits) > 1 else 'constant', schedule_epochs=epochs)
 
     def choose_sizes(self, epoch: int) -> list[int]:
-        """Which of the sizes each step of an epoch has."""
+        """The index of the size of each step of an epoch."""
         self.plan.set_epoch(epoch)
         return [size for (_, size), in self.plan]
 
@@ -83,35 +84,34 @@ class PassSampler(Sampler):
 
 
 class _DeviceLoader:
-    """Moves batches to the device and normalises them there, by timm's prefetcher; keeps account of the rest.
+    """Moves batches to the device and normalises them there, by timm's prefetcher; records what was unreadable.
 
     Attributes:
-        unreadable: (name, reason) of the images that could not be read, in the order they came; the reader empties it.
+        unreadable: (name, reason) of the images that could not be read so far; the caller empties it.
         waited: Seconds spent waiting for the workers so far.
     """
 
-    def __init__(self, eval_config: dict[str, Any], device: torch.device, **erasing: Any) -> None:
-        channels = eval_config['input_size'][0]
+    def __init__(self, preparation: Preparation, device: torch.device, **erasing: Any) -> None:
+        channels = preparation.input_size[0]
         if channels != 3:
             raise DataError(f'The model takes images of {channels} channels, the loaders give 3 (RGB): in_chans=3.')
         self.unreadable: list[tuple[str, str]] = []
         self.waited = 0.
         self.num_classes: int | None = None  # labels are checked against it
         self.prefetcher = PrefetchLoader(
-            self, mean=tuple(eval_config['mean']), std=tuple(eval_config['std']), device=device,
-            channels=channels, **erasing)
+            self, mean=preparation.mean, std=preparation.std, device=device, channels=channels, **erasing)
 
     def _batches(self) -> Iterable[Batch]:
         raise NotImplementedError
 
     def _check_labels(self, targets: torch.Tensor) -> None:
-        """Stop at labels that `data.check_labels` could not see, those of streams."""
+        """Refuse labels of streams, which `data.check_labels` cannot see."""
         if self.num_classes is not None and not 0 <= int(targets.min()) <= int(targets.max()) < self.num_classes:
             wrong = sorted({label for label in targets.tolist() if not 0 <= label < self.num_classes})
             raise DataError(f'Labels {list_names(wrong)} are not below {self.num_classes}, the classes.')
 
     def _start(self) -> Iterator[Batch]:
-        """An iterator over the data loader, with its workers noted so that they can be ended at exit."""
+        """An iterator over the data loader; its workers are recorded, to be ended at exit."""
         batches = iter(self.loader)
         _workers.update(getattr(batches, '_workers', ()))
         return batches
@@ -123,7 +123,11 @@ class _DeviceLoader:
         batches = iter(self._batches())
         while True:
             start = time.perf_counter()
-            batch = next(batches, None)
+            try:
+                batch = next(batches, None)
+            except DataError as error:  # that of a worker has its traceback before the message
+                *_, line = str(error).strip().splitlines()
+                raise DataError(line.removeprefix(f'{DataError.__module__}.{DataError.__name__}: ')) from error
             self.waited += time.perf_counter() - start
             if batch is None:
                 return
@@ -135,9 +139,9 @@ class _DeviceLoader:
 
 
 class Pass(NamedTuple):
-    """What one forward pass takes: images (B, 3, H, W) normalised, targets (B,).
+    """The input of a forward pass: normalised images (B, 3, H, W) and targets (B,).
 
-    It is number `index` of the `passes` of this process in optimizer step `step` of the epoch.
+    It is pass `index` of the `passes` of this process in optimizer step `step` of the epoch.
     """
     images: torch.Tensor
     targets: torch.Tensor
@@ -154,10 +158,10 @@ class TrainLoader(_DeviceLoader):
     """
 
     def __init__(
-            self, samples: Dataset, config: TrainConfig, eval_config: dict[str, Any], splits: Sequence[tuple[int, int]],
+            self, samples: Dataset, config: TrainConfig, preparation: Preparation, splits: Sequence[tuple[int, int]],
             processes: Processes, device: torch.device,
     ) -> None:
-        super().__init__(eval_config, device, re_prob=config.random_erasing, re_mode='pixel')
+        super().__init__(preparation, device, re_prob=config.random_erasing, re_mode='pixel')
         self.samples, self.seed, self.processes, self.splits = samples, config.seed, processes, list(splits)
         options: dict[str, Any] = dict(
             num_workers=config.workers, collate_fn=collate, pin_memory=device.type == 'cuda',
@@ -193,7 +197,7 @@ class TrainLoader(_DeviceLoader):
             yield Pass(images, targets, step, i, self.splits[sizes[step]][1])
 
     def name_images(self, step: int) -> list[str]:
-        """The images that this process takes in a step of the epoch it is in; none are known of a stream."""
+        """The images of this process in a step of the current epoch; empty for a stream."""
         if self.sampler is None:
             return []
         self.sampler.set_epoch(self.epoch, step)
@@ -202,11 +206,11 @@ class TrainLoader(_DeviceLoader):
         return [name_image(dataset, sample.index) for samples in islice(self.sampler, passes) for sample in samples]
 
     def close(self) -> None:
-        """Let the workers go; done at the end of the program where it was not before."""
+        """End the workers; otherwise they end with the program."""
         self.loader._iterator = None
 
     def _seed_pass(self, step: int, i: int, purpose: int) -> None:
-        place = i * self.processes.world_size + self.processes.rank  # as many, and the same ones, for any world size
+        place = i * self.processes.world_size + self.processes.rank  # the same places for any world size
         seed_everything(derive_seed(self.seed, self.epoch, step, place, purpose))
 
     def _prepare(self) -> None:
@@ -227,7 +231,7 @@ class TrainLoader(_DeviceLoader):
 
 @atexit.register
 def _end_workers() -> None:
-    """End the workers of our loaders before the interpreter sends them SIGTERM, which they outlive for a while."""
+    """End the workers of our loaders before the interpreter sends them SIGTERM, which they survive for a while."""
     running = [worker for worker in _workers if worker.is_alive()]
     if running and os.name == 'posix':
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -236,7 +240,7 @@ def _end_workers() -> None:
 
 
 def build_train_loader(
-        dataset: Dataset, config: TrainConfig, eval_config: dict[str, Any], splits: Sequence[tuple[int, int]],
+        dataset: Dataset, config: TrainConfig, preparation: Preparation, splits: Sequence[tuple[int, int]],
         processes: Processes = Processes(), device: torch.device = torch.device('cpu'),  # noqa: B008 (immutable)
         num_classes: int | None = None,
 ) -> TrainLoader:
@@ -244,25 +248,25 @@ def build_train_loader(
 
     Args:
         splits: For each of the training sizes (`config.list_sizes()`), images per pass and process, and passes.
-        num_classes: Labels not below it raise a `DataError` as they come; None: any label.
+        num_classes: A label that is not below it raises a `DataError` when it is read; None for no check.
     Raises:
-        DataError: The data set is smaller than a batch, or streams and is to be seen at several sizes.
+        DataError: The data set is smaller than a batch, or it is a stream and several sizes are wanted.
     """
     require('simplejpeg')
     transforms = [
         CropTransform(create_transform(
-            (eval_config['input_size'][0], size, size), is_training=True, use_prefetcher=True,
-            interpolation=config.interpolation, mean=tuple(eval_config['mean']), std=tuple(eval_config['std']),
-            scale=tuple(config.scale), ratio=tuple(config.ratio), hflip=config.hflip,
-            color_jitter=config.color_jitter, auto_augment=config.auto_augment or None))
+            (preparation.input_size[0], size, size), is_training=True, use_prefetcher=True,
+            interpolation=config.interpolation, mean=preparation.mean, std=preparation.std, scale=tuple(config.scale),
+            ratio=tuple(config.ratio), hflip=config.hflip, color_jitter=config.color_jitter,
+            auto_augment=config.auto_augment or None), preparation.orientation)
         for size in config.list_sizes()]
     if len(dataset) < config.batch_size:
         raise DataError(
-            f'The {len(dataset)} training images do not fill a batch of {config.batch_size}: take a smaller one.')
+            f'The {len(dataset)} training images do not fill a batch of {config.batch_size}: use a smaller one.')
     if isinstance(dataset, IterableDataset) and len(transforms) > 1:
         raise DataError('train_img_sizes needs images by index: shards are read in order, so give one img_size.')
     samples = _make_samples(dataset, transforms, config, splits, processes)
-    loader = TrainLoader(samples, config, eval_config, splits, processes, device)
+    loader = TrainLoader(samples, config, preparation, splits, processes, device)
     loader.num_classes = num_classes
     return loader
 
@@ -290,18 +294,18 @@ def _make_samples(
 class EvalLoader(_DeviceLoader):
     """(images, targets) of this process's share of a data set, each image once, in order.
 
-    Whole batches are shared out, the same ones whatever the number of processes: the last bits of an image's logits
-    depend on its place in the batch and on the size of that.
+    Processes share whole batches, which are the same for any number of processes, because the last bits of an image's
+    logits depend on its place in the batch and on the batch size.
 
     Attributes:
-        share: The numbers of this process's images in the order they come, None for a stream.
+        share: The indices of this process's images in order; None for a stream.
     """
 
     def __init__(
-            self, samples: Dataset, eval_config: dict[str, Any], batch_size: int, workers: int, processes: Processes,
+            self, samples: Dataset, preparation: Preparation, batch_size: int, workers: int, processes: Processes,
             device: torch.device,
     ) -> None:
-        super().__init__(eval_config, device)
+        super().__init__(preparation, device)
         self.share: list[int] | None = None
         options: dict[str, Any] = dict(
             num_workers=workers, collate_fn=collate, pin_memory=device.type == 'cuda', worker_init_fn=start_worker)
@@ -326,12 +330,12 @@ class EvalLoader(_DeviceLoader):
 
 
 def build_eval_loader(
-        dataset: Dataset, eval_config: dict[str, Any], batch_size: int, workers: int,
+        dataset: Dataset, preparation: Preparation, batch_size: int, workers: int,
         processes: Processes = Processes(), device: torch.device = torch.device('cpu'),  # noqa: B008 (immutable)
         num_classes: int | None = None,
 ) -> EvalLoader:
-    """Images resized and cropped as `eval_config` says, this process's share of them."""
-    transform = EvalTransform(build_eval_transform(eval_config, as_uint8=True))
+    """This process's share of the images, prepared for evaluation."""
+    transform = EvalTransform(preparation, as_uint8=True)
     if hasattr(getattr(dataset, 'reader', None), 'read_mixed'):
         samples: Dataset = ShardSamples(dataset.reader, transform, 0, processes.rank, processes.world_size)
     elif isinstance(dataset, IterableDataset):
@@ -342,6 +346,6 @@ def build_eval_loader(
         samples = StreamedSamples(dataset, transform, 0, 0)
     else:
         samples = Samples(dataset, [transform], replace=False)
-    loader = EvalLoader(samples, eval_config, batch_size, workers, processes, device)
+    loader = EvalLoader(samples, preparation, batch_size, workers, processes, device)
     loader.num_classes = num_classes
     return loader

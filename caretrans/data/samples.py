@@ -1,32 +1,32 @@
-"""What runs in the workers of a loader: images read, decoded, augmented, and those that cannot be."""
+"""Work of the loader processes: read, decode and augment images, and report unreadable ones."""
 import os
-import re
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from timm.data.dataset import ImageDataset
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
+from torchvision.datasets import DatasetFolder
 
 from ..errors import DataError
 from ..seeds import derive_seed, seed_sample
 from .datasets import name_image
-from .decode import UNREADABLE, open_image
+from .decode import UNREADABLE, describe_error
 
 __all__ = [
-    'Batch', 'EvalTransform', 'Item', 'Sample', 'Samples', 'ShardSamples', 'StreamedSamples', 'collate',
-    'forget_open_tars', 'start_worker']
+    'Batch', 'Item', 'Sample', 'Samples', 'ShardSamples', 'StreamedSamples', 'collate', 'load_images', 'start_worker']
 
 MAX_TRIES = 50  # images in a row that cannot be read
 GRACE = 20.  # seconds that a worker stays after SIGTERM, for the last step and its checkpoint
 
 
 class Sample(NamedTuple):
-    """What a worker is asked for: an image, the seed of its augmentation, and which of the sizes it gets."""
+    """A request to a worker: the index of an image, the seed of its augmentation, and the index of its size."""
     index: int
     seed: int = 0
     size: int = 0
@@ -43,7 +43,7 @@ Item = tuple[torch.Tensor | None, int, list[tuple[str, str]]]
 
 
 def collate(items: Sequence[Item]) -> Batch:
-    """Put items together; those without an image only report why."""
+    """Make a batch of items; an item without an image only has reasons."""
     unreadable = [entry for item in items for entry in item[2]]
     items = [item for item in items if item[0] is not None]
     if not items:
@@ -52,28 +52,16 @@ def collate(items: Sequence[Item]) -> Batch:
         default_collate([item[0] for item in items]), torch.tensor([item[1] for item in items]), unreadable)
 
 
-def describe_error(error: Exception) -> str:
-    """Its type and text, without the addresses of objects."""
-    return f'{type(error).__name__}: {re.sub(" ?<_io[.][^>]*>", "", str(error))}'
-
-
-class EvalTransform:
-    """timm's evaluation transform for what `read_image` gives: every image through Pillow, as published."""
-
-    def __init__(self, transform: Callable[[Image.Image], torch.Tensor]) -> None:
-        self.transform = transform
-
-    def __call__(self, source: bytes | Image.Image) -> torch.Tensor:
-        return self.transform(open_image(source))
-
-
 def read_image(dataset: Dataset, index: int) -> tuple[bytes | Image.Image, int]:
     """Image `index` of a data set of timm's factory, as the bytes of its file where there is one, and its label.
 
     Raises:
         OSError, SyntaxError, EOFError, Image.DecompressionBombError: It cannot be read.
     """
-    if not isinstance(dataset, ImageDataset):  # torchvision's open the image themselves
+    if isinstance(dataset, DatasetFolder):  # torchvision's would decode it
+        path, target = dataset.samples[index]
+        return Path(path).read_bytes(), target
+    if not isinstance(dataset, ImageDataset):  # torchvision's others have images in memory, or open them themselves
         return dataset[index][:2]
     try:
         file, target = dataset.reader[index][:2]
@@ -83,13 +71,45 @@ def read_image(dataset: Dataset, index: int) -> tuple[bytes | Image.Image, int]:
         return file.read(), target
 
 
+def load_image(dataset: Dataset, index: int, transform: Callable) -> tuple[torch.Tensor, int]:
+    """Image `index`, transformed, and its label.
+
+    Raises:
+        OSError, SyntaxError, EOFError, Image.DecompressionBombError: It cannot be read.
+        DataError: Anything else went wrong; names the image.
+    """
+    try:
+        source, target = read_image(dataset, index)
+        return transform(source), int(target)
+    except (DataError, *UNREADABLE):
+        raise
+    except Exception as error:
+        raise DataError(f'{name_image(dataset, index)}: {describe_error(error)}.') from error
+
+
+def load_images(dataset: Dataset, indices: Iterable[int], transform: Callable) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some images of a data set, transformed, and their labels.
+
+    Raises:
+        DataError: One of them cannot be read; names it.
+    """
+    indices, loaded = list(indices), {}
+    for index in set(indices):
+        try:
+            loaded[index] = load_image(dataset, index, transform)
+        except UNREADABLE as error:
+            name = name_image(dataset, index)
+            raise DataError(f'{name} cannot be read as an image ({describe_error(error)}): remove it.') from None
+    return torch.stack([loaded[i][0] for i in indices]), torch.tensor([loaded[i][1] for i in indices])
+
+
 class Samples(Dataset):
-    """Images by index, transformed; asked with a `Sample`.
+    """Transformed images by `Sample`.
 
     Args:
         dataset: Of timm's factory; its own transform is not used.
-        transforms: One for each size, of what `read_image` gives.
-        replace: Take the next readable image for one that is not readable, else leave a gap.
+        transforms: For each size, a function of what `read_image` returns.
+        replace: Replace an unreadable image by the next readable one; otherwise skip it.
     """
 
     def __init__(self, dataset: Dataset, transforms: Sequence[Callable], replace: bool) -> None:
@@ -104,9 +124,8 @@ class Samples(Dataset):
         index = sample.index
         for _ in range(MAX_TRIES):
             try:
-                source, target = read_image(self.dataset, index)
                 seed_sample(sample.seed)
-                return self.transforms[sample.size](source), int(target), unreadable
+                return *load_image(self.dataset, index, self.transforms[sample.size]), unreadable
             except UNREADABLE as error:
                 unreadable.append((name_image(self.dataset, index), describe_error(error)))
             if not self.replace:
@@ -139,16 +158,16 @@ class StreamedSamples(IterableDataset):
 
 
 class ShardSamples(IterableDataset):
-    """Transformed images of shards, this process's part of them.
+    """This process's share of the images of shards, transformed.
 
-    In evaluation each once. In training as many as `passes` take, whole batches by turns of the workers, so that an
-    epoch can begin in its middle; with other workers or processes it has another order. A reader that has given all its
-    images begins again, so that some come twice in an epoch and as many of other readers not at all.
+    In evaluation, each image once. In training, the images of `passes` forward passes: the workers take turns with
+    whole batches, so that an epoch can start in the middle. The order depends on the number of workers and processes. A
+    reader that runs out of images starts over, so some images may come twice in an epoch and others not at all.
 
     Args:
         reader: A `ShardReader`.
-        images: Per pass, 0 in evaluation.
-        passes: Of an epoch.
+        images: Images per pass, 0 in evaluation.
+        passes: Passes per epoch.
     """
 
     def __init__(
@@ -157,7 +176,7 @@ class ShardSamples(IterableDataset):
     ) -> None:
         self.reader, self.transform, self.seed = reader, transform, seed
         self.rank, self.world_size, self.images, self.passes = rank, world_size, images, passes
-        self.place = torch.zeros(2, dtype=torch.int64).share_memory_()  # epoch and first pass, for workers that stay
+        self.place = torch.zeros(2, dtype=torch.int64).share_memory_()  # epoch and first pass, for persistent workers
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -176,8 +195,8 @@ class ShardSamples(IterableDataset):
 
     def _train(self, worker: int, workers: int) -> Iterator[Item]:
         epoch, first = self.place.tolist()
-        first += worker  # of this worker; in the whole epoch it would be the turn of
-        turn = first % workers
+        first += worker  # the first pass of this worker
+        turn = first % workers  # the worker that would have this pass if the epoch started at 0
         records = self.reader.read_mixed(
             self.rank * workers + turn, self.world_size * workers, derive_seed(self.seed, 1), epoch)
         records = islice(records, first // workers * self.images, None)
@@ -187,7 +206,7 @@ class ShardSamples(IterableDataset):
                 yield self._next(records, ahead, derive_seed(self.seed, epoch, self.rank, number, i))
 
     def _next(self, records: Iterator[Any], ahead: deque[Any], seed: int) -> Item:
-        """The next record, or the first readable one after it, which comes in its own place too."""
+        """The next record, or if it is unreadable the first readable one after it, which is then used twice."""
         unreadable: list[tuple[str, str]] = []
         for i in range(MAX_TRIES):
             if i == len(ahead):
@@ -207,23 +226,15 @@ class ShardSamples(IterableDataset):
             return self.transform(record.data), record.label, []
         except UNREADABLE as error:
             return None, -1, [(record.name, describe_error(error))]
+        except Exception as error:
+            raise DataError(f'{record.name}: {describe_error(error)}.') from error
 
 
 def start_worker(worker_id: int) -> None:
-    """Outlive a SIGTERM to all processes of the run by some seconds: the main process has a step to finish."""
+    """Survive a SIGTERM to all processes of the run by some seconds, until the main process has finished its step."""
     def stay(*_: Any) -> None:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, GRACE)
     if os.name == 'posix':
         signal.signal(signal.SIGTERM, stay)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    forget_open_tars(getattr(get_worker_info().dataset, 'dataset', None))
-
-
-def forget_open_tars(dataset: Any) -> None:
-    """Open the tars anew: workers that got them open from the main process would move each other's place in them."""
-    state = getattr(getattr(dataset, 'reader', None), 'tar_state', {})
-    for tar in state.values() if isinstance(state, dict) else [state]:
-        tar.reset()
-        for child in tar.children.values():
-            child.reset()

@@ -1,7 +1,7 @@
-"""Folders of images into WebDataset shards: tars read from end to end, fast on disks that dislike small files.
+"""Writer of WebDataset shards from folders of images: tars are read sequentially, which is fast on any disk.
 
-The images of a split are shuffled with a fixed seed before they are cut into shards, so that every shard holds images
-of many classes. Their bytes go over untouched. The same source and settings give the same shards to the last bit.
+The images of a split are shuffled with a fixed seed, so that every shard holds many classes. The bytes of the files are
+kept. The same source and settings give bit-identical shards.
 """
 import hashlib
 import json
@@ -18,17 +18,19 @@ from typing import Any
 
 from ..errors import DataError, list_names
 from ..progress import Progress
-from .datasets import INFO, list_classes, open_dataset
+from ..text import open_text, read_text
+from .datasets import INFO, VALIDATION, list_classes, open_dataset
+from .folders import FolderReader
 
 __all__ = ['write_shards']
 
-RECORD = '_shards.json'  # what each split in a folder of shards was made of
+RECORD = '_shards.json'  # fingerprint of each split in a folder of shards
 TAR_BLOCK = 512
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An image and where it goes: `key`.`kind` and `key`.cls of a shard."""
+    """An image, and its names in a shard: `key`.`kind`, and `key`.cls for its label."""
     path: str
     label: int
     size: int
@@ -39,8 +41,8 @@ class Entry:
 def make_keys(paths: Sequence[str]) -> list[tuple[str, str]]:
     """(key, kind) of each path relative to its split: the path without its extension, and 'jpg' for any JPEG.
 
-    A key ends at the first dot of the file's name, so the others become _; of paths that would have the same key, all
-    but the first get a number.
+    WebDataset ends a key at the first dot, so other dots become _. Of paths with the same key, all but the first get a
+    number.
     """
     taken: set[str] = set()
     keys = []
@@ -62,13 +64,13 @@ def plan_shards(
         source: str, split: str, images_per_shard: int | None, shard_size: float, seed: int,
 ) -> tuple[list[list[Entry]], list[str]]:
     """The images of each shard, and the classes; shards differ by at most one image."""
-    dataset = open_dataset(source, split, is_training=True)
-    samples = getattr(dataset.reader, 'samples', None)
-    if not isinstance(samples, list):
-        raise DataError(f'{source}, split {split!r}, is no folder of images: it takes {split}/CLASS/IMAGE.jpg.')
-    keys = make_keys([os.path.relpath(path, dataset.reader.root) for path, _ in samples])
+    dataset = open_dataset(source, split, is_training=split not in VALIDATION)
+    if not isinstance(dataset.reader, FolderReader):
+        raise DataError(f'{source}, split {split!r}, is not a folder of images: expected {split}/CLASS/IMAGE.jpg.')
+    keys = make_keys([os.path.relpath(path, dataset.reader.root) for path, _ in dataset.reader.samples])
     entries = [
-        Entry(path, int(label), os.path.getsize(path), *key) for (path, label), key in zip(samples, keys, strict=True)]
+        Entry(path, int(label), os.path.getsize(path), *key) for (path, label), key in zip(
+            dataset.reader.samples, keys, strict=True)]
     random.Random(seed).shuffle(entries)
     total = sum(entry.size for entry in entries)
     number = -(-len(entries) // images_per_shard) if images_per_shard else int(total / (shard_size * 1e6)) + 1
@@ -78,7 +80,7 @@ def plan_shards(
 
 
 def fingerprint(shards: Sequence[Sequence[Entry]]) -> str:
-    """Of what goes into which shard, by name and size."""
+    """A hash of the names, labels and sizes in each shard."""
     digest = hashlib.sha256()
     for shard in shards:
         digest.update(json.dumps([[e.key, e.kind, e.label, e.size] for e in shard]).encode())
@@ -87,8 +89,8 @@ def fingerprint(shards: Sequence[Sequence[Entry]]) -> str:
 
 def _write_json(path: Path, content: Any) -> None:
     partial = path.with_name(path.name + '.partial')
-    with open(partial, 'w') as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
+    with open_text(partial, 'w') as file:
+        json.dump(content, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)
@@ -96,13 +98,13 @@ def _write_json(path: Path, content: Any) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise DataError(f'{path} is not JSON: {error}. Remove the folder and begin anew.') from None
+        return json.loads(read_text(path, DataError)) if path.exists() else {}
+    except json.JSONDecodeError as error:
+        raise DataError(f'{path} is not JSON: {error}. Remove the folder and start again.') from None
 
 
 def _write_shard(path: Path, entries: Sequence[Entry]) -> None:
-    """Write a temporary file and rename it, so that a shard of that name is whole."""
+    """Write a temporary file and rename it, so that a shard with its final name is complete."""
     from webdataset import TarWriter
     partial = path.with_name(path.name + '.partial')
     with open(partial, 'wb') as file:
@@ -119,7 +121,7 @@ def _write_shard(path: Path, entries: Sequence[Entry]) -> None:
 
 
 def _is_whole(path: Path, entries: Sequence[Entry]) -> bool:
-    """Whether a shard is there with the names and sizes that it should have, told from the headers of the tar."""
+    """Whether a shard exists with the right names and sizes in its headers."""
     if not path.exists():
         return False
     try:
@@ -133,15 +135,15 @@ def _is_whole(path: Path, entries: Sequence[Entry]) -> bool:
 
 
 def _check_target(target: Path, split: str, mark: str) -> None:
-    """Refuse to mix with shards of other images or settings."""
+    """Refuse a folder with shards of other images or settings."""
     record = _read_json(target / RECORD).get(split)
     there = [path.name for path in sorted(target.glob('*.tar')) if re.fullmatch(rf'{re.escape(split)}-\d+', path.stem)]
     if record is None and there:
-        raise DataError(f'{target} has shards of unknown origin, {list_names(there, 3)}: give another folder.')
+        raise DataError(f'{target} has shards of unknown origin, {list_names(there, 3)}: use another folder.')
     if record is not None and record != mark:
         raise DataError(
             f'{target} has shards of split {split!r} made of other images or with other settings: '
-            'give the same ones, or another folder.')
+            'use the same ones, or another folder.')
 
 
 def _check_space(target: Path, shards: Sequence[Sequence[Entry]]) -> None:
@@ -152,7 +154,7 @@ def _check_space(target: Path, shards: Sequence[Sequence[Entry]]) -> None:
 
 
 def _write_split(target: Path, split: str, shards: Sequence[Sequence[Entry]], workers: int) -> dict[str, Any]:
-    """The missing shards of a split, and what timm's reader wants to know of all."""
+    """Write the missing shards of a split; returns the description of all for timm's reader."""
     paths = [target / f'{split}-{i:05d}.tar' for i in range(len(shards))]
     with ThreadPoolExecutor(workers) as pool:
         whole = list(pool.map(_is_whole, paths, shards))
@@ -170,7 +172,7 @@ def _write_split(target: Path, split: str, shards: Sequence[Sequence[Entry]], wo
                     job.cancel()
         broken = [path.name for path, done in zip(paths, pool.map(_is_whole, paths, shards), strict=True) if not done]
     if broken:
-        raise DataError(f'{target}: {list_names(broken)} do not hold what was written to them: is the disk sound?')
+        raise DataError(f'{target}: {list_names(broken)} differ from what was written: check the disk.')
     lengths = [len(shard) for shard in shards]
     return dict(
         name=split, num_samples=sum(lengths), filenames=[path.name for path in paths], shard_lengths=lengths)
@@ -180,22 +182,22 @@ def write_shards(
         source: str, target: str, splits: Sequence[str] = ('train', 'val'), images_per_shard: int | None = None,
         shard_size: float = 100., workers: int = 4, seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """Splits of an ImageFolder as WebDataset shards, with the `_info.json` of timm's reader and the class names in it.
+    """Write splits of a folder of images as WebDataset shards, with an `_info.json` for timm's reader.
 
-    Run again after an interruption it writes what is missing.
+    Run it again after an interruption: it writes what is missing.
 
     Args:
-        images_per_shard: At most so many; if None, as many as make `shard_size` megabytes on average.
-        workers: Shards written at a time.
+        images_per_shard: Maximum; None for shards of `shard_size` megabytes on average.
+        workers: Shards written in parallel.
     Returns:
         The `splits` of `_info.json`: num_samples, filenames and shard_lengths of each.
     Raises:
-        DataError: The source is no folder of images, classes of the splits differ, the target holds other shards, the
-            disk is too small, or a file cannot be read.
+        DataError: The source is not a folder of images, the classes of the splits differ, the target holds other
+            shards, the disk is too small, or a file cannot be read.
     """
     folder = Path(target)
     if folder.resolve() == Path(source).resolve():
-        raise DataError(f'{target} holds the images: give another folder for the shards.')
+        raise DataError(f'{target} holds the images: use another folder for the shards.')
     plans = {split: plan_shards(source, split, images_per_shard, shard_size, seed) for split in splits}
     marks = {split: fingerprint(shards) for split, (shards, _) in plans.items()}
     info = _read_json(folder / INFO)
@@ -204,7 +206,7 @@ def write_shards(
         _check_target(folder, split, marks[split])
         if plans[split][1] != classes:
             other = sorted(set(plans[split][1]) ^ set(classes))
-            raise DataError(f'{source}, split {split!r}, has not the classes of the other splits: {list_names(other)}.')
+            raise DataError(f'{source}, split {split!r}, has other classes than the other splits: {list_names(other)}.')
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(folder / RECORD, {**_read_json(folder / RECORD), **marks})

@@ -19,8 +19,7 @@ from .rcnn import Rcnn
 from .retinanet import RetinaNet
 from .semantic_fpn import SemanticFpn
 
-__all__ = ['TASKS', 'convert_checkpoint', 'create_dense_model', 'create_from_checkpoint', 'is_dense_file',
-           'save_checkpoint']
+__all__ = ['TASKS', 'convert_checkpoint', 'create_dense_model', 'create_from_checkpoint', 'save_checkpoint']
 
 
 class Task(NamedTuple):
@@ -80,11 +79,6 @@ def create_dense_model(
         task=task, backbone=backbone, num_classes=num_classes, **head_options,
         **dict(body_options, frozen_bn=body.frozen_bn))
     return model
-
-
-def is_dense_file(checkpoint: Checkpoint) -> bool:
-    """Whether a file holds a detector or segmenter, ours or published."""
-    return 'dense' in checkpoint.meta or _find_task(checkpoint.state_dict) is not None
 
 
 def create_from_checkpoint(path: str | PathLike, entry: str | None = None) -> tuple[nn.Module, Checkpoint]:
@@ -169,7 +163,9 @@ def save_checkpoint(path: str | PathLike, model: nn.Module, class_names: Sequenc
         dense=config, version=FORMAT_VERSION, state_dict=model.state_dict(), **named, **rest))
 
 
-def convert_checkpoint(source: str | PathLike, target: str | PathLike, layout: str, overwrite: bool = False) -> str:
+def convert_checkpoint(
+        source: str | PathLike, target: str | PathLike, layout: str, overwrite: bool = False, entry: str | None = None,
+) -> str:
     """Write a detector or segmenter in the layout of mmdet and mmseg ('published'), or in ours ('caretrans').
 
     Returns:
@@ -182,7 +178,7 @@ def convert_checkpoint(source: str | PathLike, target: str | PathLike, layout: s
         raise CheckpointError(f'{target}: already exists: choose another name, or overwrite=True (--overwrite).')
     if layout not in ('published', 'caretrans'):
         raise CheckpointError(f'{source}: detectors and segmenters have no {layout} layout: take --to published.')
-    model, checkpoint = create_from_checkpoint(source)
+    model, checkpoint = create_from_checkpoint(source, entry)
     names = checkpoint.meta.get('class_names') or ()
     if layout == 'caretrans':
         save_checkpoint(target, model, names)

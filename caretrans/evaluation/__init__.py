@@ -1,7 +1,7 @@
 """Evaluation and prediction."""
-from .evaluate import EvalConfig, describe_result, evaluate_checkpoint, load_for_evaluation, open_data
+from .evaluate import EvalConfig, EvalResult, describe_result, evaluate_checkpoint, load_for_evaluation, open_data
 from .predict import find_images, predict_images
 
 __all__ = [
-    'EvalConfig', 'describe_result', 'evaluate_checkpoint', 'find_images', 'load_for_evaluation', 'open_data',
-    'predict_images']
+    'EvalConfig', 'EvalResult', 'describe_result', 'evaluate_checkpoint', 'find_images', 'load_for_evaluation',
+    'open_data', 'predict_images']

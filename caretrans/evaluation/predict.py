@@ -1,37 +1,43 @@
 """Prediction: the likeliest classes of single images."""
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
-from timm.data.readers.img_extensions import get_img_extensions
 
-from ..data.datasets import build_eval_transform, describe_classes
+from ..data.datasets import describe_classes
+from ..data.decode import EvalTransform, describe_error
+from ..data.folders import list_images
 from ..devices import autocast
-from ..errors import DataError
+from ..errors import DataError, EvaluationError
 from .evaluate import CPU, load_for_evaluation
+from .metrics import explain_non_finite, list_non_finite
 
 __all__ = ['find_images', 'predict_images']
 
+_logger = logging.getLogger(__name__)
 
-def find_images(paths: Iterable[str]) -> Iterator[Path]:
-    """List the given files, and the images in the given folders at any depth, sorted.
+
+def find_images(paths: Iterable[str]) -> Iterator[str]:
+    """List the given files, and the images in the given folders at any depth, in order.
 
     Raises:
         DataError: A path does not exist, or a folder has no images.
     """
-    endings = get_img_extensions(as_set=True)
-    for path in map(Path, paths):
-        if path.is_file():
-            yield path
-        elif path.is_dir():
-            found = sorted(p for p in path.rglob('*') if p.suffix.lower() in endings)
-            if not found:
-                raise DataError(f'No images in {path}: {", ".join(sorted(endings))} are looked for.')
-            yield from found
+    for name in paths:
+        path = Path(name)
+        if name and path.is_dir():
+            found = list_images(path)
+            if not found.images:
+                raise DataError(f'No images in {path}. {found.describe_skipped()}'.strip())
+            if found.skipped:
+                _logger.warning(found.describe_skipped())
+            yield from found.images
+        elif name and path.exists():
+            yield str(path)
         else:
-            raise DataError(f'No image or folder {path}: check the path.')
+            raise DataError(f'No image or folder {str(name)!r}: check the path.')
 
 
 def predict_images(
@@ -42,34 +48,42 @@ def predict_images(
         entry: str | None = None,
         device: torch.device = CPU,
         amp: str = 'off',
+        pretrained: bool = False,
         **overrides: Any,
 ) -> Iterator[dict[str, Any]]:
     """The likeliest classes of each image.
 
     Args:
-        images: Files and folders. Images are rotated upright according to their EXIF data.
+        images: Files and folders.
         topk: The number of classes, capped at those of the model.
-        overrides: See `load_for_evaluation`.
+        pretrained, overrides: See `load_for_evaluation`.
     Yields:
         {'image': path, 'classes': names, 'labels': their numbers, 'probabilities': 0 to 1}, or for a file that
-        cannot be read {'image': path, 'error': reason}.
+        cannot be read, or whose logits are not finite, {'image': path, 'error': reason}.
     Raises:
-        CheckpointError, DataError: Before the first image.
+        CheckpointError, ConfigError, DataError: Before the first image.
+        EvaluationError: The weights are not finite, so that no image has a prediction.
     """
     paths = list(find_images(images))
-    model, loaded, eval_config = load_for_evaluation(checkpoint, model_name, entry, device, **overrides)
+    model, loaded, preparation = load_for_evaluation(
+        checkpoint, model_name, entry, device, pretrained, **overrides)
     names = describe_classes(loaded.meta.get('class_names'), model.num_classes)
-    transform = build_eval_transform(eval_config)
+    transform = EvalTransform(preparation)
     for path in paths:
         try:
-            with Image.open(path) as file:
-                image = transform(ImageOps.exif_transpose(file).convert('RGB'))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            yield dict(image=str(path), error=f'cannot be read as an image ({type(error).__name__})')
+            image = transform(Path(path).read_bytes())
+        except Exception as error:  # one damaged file must not cost the answers for the others
+            yield dict(image=path, error=f'cannot be read as an image ({describe_error(error)})')
             continue
         with torch.inference_mode(), autocast(device, amp):
-            probabilities = model(image[None].to(device)).float().softmax(dim=-1)[0].cpu()
+            logits = model(image[None].to(device)).float()[0].cpu()
+        if not logits.isfinite().all():
+            if list_non_finite(model):
+                raise EvaluationError(f'The logits of {path} are not finite: {explain_non_finite(model)}.')
+            yield dict(image=str(path), error=f'the logits are not finite: {explain_non_finite(model, amp)}')
+            continue
+        probabilities = logits.softmax(dim=-1)
         best: list[int] = probabilities.topk(min(topk, len(names))).indices.tolist()
         yield dict(
-            image=str(path), classes=[names[i] for i in best], labels=best,
+            image=path, classes=[names[i] for i in best], labels=best,
             probabilities=[probabilities[i].item() for i in best])

@@ -5,8 +5,6 @@ Source: Beyer et al. 2020, Are we done with ImageNet?, arXiv:2006.07159.
 import json
 import os
 from collections.abc import Sequence
-from typing import Any
-
 import torch
 from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch.utils.data import Dataset
@@ -14,6 +12,7 @@ from torch.utils.data import Dataset
 from ..data.datasets import list_classes, name_image
 from ..distributed import Processes
 from ..errors import DataError
+from .metrics import Accuracy
 
 __all__ = ['RealLabels']
 
@@ -60,7 +59,7 @@ class RealLabels:
 
     def score(
             self, predictions: torch.Tensor, share: Sequence[int], unreadable: Sequence[str], processes: Processes,
-    ) -> dict[str, Any]:
+    ) -> Accuracy:
         """Top-1 and top-5 by the real labels: an image counts if any of its labels is among the likeliest classes.
 
         Args:
@@ -68,7 +67,7 @@ class RealLabels:
             share: The indices of this process's images in that order, including unreadable ones.
             unreadable: Names of the images without predictions.
         Returns:
-            top1 and top5 in percent, images (those that have a real label), over all processes.
+            The accuracy over the images of all processes that have a real label.
         Raises:
             DataError: No image has a real label.
         """
@@ -85,4 +84,4 @@ class RealLabels:
         images, top1, top5 = processes.total([len(correct[1]), sum(correct[1]), sum(correct[top_k])])
         if not images:
             raise DataError('No image of the data set has a real label.')
-        return dict(top1=100 * top1 / images, top5=100 * top5 / images, images=int(images))
+        return Accuracy(100 * top1 / images, 100 * top5 / images, int(images))

@@ -1,14 +1,13 @@
 """Settings of `coreml/export.py`: network, formats and tolerances."""
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..flags import check_settings, parse_flags, setting
+from ..flags import check_settings, setting
 from ..errors import ConfigError
 from ..measure.names import expand_models, parse_size
 from .formats.table import FORMATS, Format, find_obstacle
 
-__all__ = ['AIMED', 'COREML', 'TARGET', 'TOLERANCES', 'ExportConfig', 'Job', 'parse_export_config']
+__all__ = ['AIMED', 'COREML', 'TARGET', 'TOLERANCES', 'ExportConfig', 'Job']
 
 TARGET = 'iOS16'
 TARGETS = ('iOS15', 'iOS16', 'iOS17', 'iOS18', 'iOS26')
@@ -157,8 +156,3 @@ class ExportConfig:
 
     def get_folder(self) -> Path:
         return Path(self.output_dir or 'runs/export')
-
-
-def parse_export_config(argv: Sequence[str] | None = None, description: str = '') -> ExportConfig:
-    """The config of a command line; see `parse_flags`."""
-    return parse_flags(ExportConfig, argv, description)

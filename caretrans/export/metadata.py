@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__
+from ..text import escape
 from .config import AIMED, Job
 from .formats.table import list_versions
 from .source import Source
@@ -21,9 +22,11 @@ def describe_input(source: Source, job: Job) -> str:
     """Preparation of images for a program, for people."""
     config = source.eval_config
     height, width = job.size
-    text = (f'Resize ({config["interpolation"]}) until the centre crop of {height} x {width} pixels is '
-            f'{100 * config["crop_pct"]:g} % of {SIDES[config["crop_mode"]]}, and crop. ')
-    mean, std = (', '.join(f'{value:g}' for value in config[name]) for name in ('mean', 'std'))
+    text = (f'Resize ({config.interpolation}) until the centre crop of {height} x {width} pixels is '
+            f'{100 * config.crop_pct:g} % of {SIDES[config.crop_mode]}, and crop. ')
+    if config.orientation == 'exif':
+        text = f'Rotate the image upright as its EXIF data say. {text}'
+    mean, std = (', '.join(f'{value:g}' for value in values) for values in (config.mean, config.std))
     figures = f'mean {mean}, standard deviation {std} of values from 0 to 1'
     if job.input == 'image':
         return text + f'The input is RGB pixels from 0 to 255; the program normalises them: {figures}.'
@@ -39,7 +42,7 @@ def describe(source: Source, job: Job) -> dict[str, str]:
     facts = dict(
         model=source.name, form=job.get_form(), format=job.format, precision=job.precision, compress=job.compress,
         input=job.input, output=job.output, size=f'{height}x{width}', batch=str(job.batch),
-        channels=str(source.eval_config['input_size'][0]), target=job.target if job.format in AIMED else '',
+        channels=str(source.eval_config.input_size[0]), target=job.target if job.format in AIMED else '',
         checkpoint=Path(source.checkpoint).name or 'random weights', preprocessing=describe_input(source, job),
         class_names=json.dumps(source.class_names, ensure_ascii=False), caretrans=__version__,
         **list_versions(job.kind, job.precision))
@@ -50,7 +53,7 @@ def describe(source: Source, job: Job) -> dict[str, str]:
         facts['accuracy'] = source.accuracy
     if source.meta.get('metrics'):
         facts['training_metrics'] = json.dumps(source.meta['metrics'])
-    return facts
+    return {name: escape(value) for name, value in facts.items()}
 
 
 def read_class_names(facts: Mapping[str, str]) -> list[str]:

@@ -31,6 +31,7 @@ class Program:
         run_flushed: The same as `run` with subnormal numbers flushed to 0, as some hardware does; likewise.
         get_logits: Input (batch, classes) of the softmax in the last run, for programs that end in one; likewise.
         find: Lines on values of the runs so far that float16 cannot hold (not finite, subnormal), the worst first.
+        least: Axes of the images that the file leaves free, 'batch', 'height' and 'width', and the least size of each.
         timed: Whether `run` is the runtime that users have, so that its time means something.
         notes: Remarks for readers of the figures.
     """
@@ -43,6 +44,7 @@ class Program:
     run_flushed: Run | None = None
     get_logits: Callable[[], torch.Tensor] | None = None
     find: Callable[[], list[str]] = list
+    least: dict[str, int] = field(default_factory=dict)
     timed: bool = True
     notes: list[str] = field(default_factory=list)
 

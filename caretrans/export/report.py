@@ -2,7 +2,6 @@
 from collections.abc import Iterator, Sequence
 
 from ..measure.tables import format_table
-from ..models.attention import EPS
 from .run import Export, Facts
 
 __all__ = ['describe_exports']
@@ -54,12 +53,6 @@ def describe_exports(facts: Facts, exports: Sequence[Export]) -> Iterator[str]:
     largest = max(item.verification.largest for item in done)
     yield (f'compared with the original network in float64 on {facts.data}; largest output {largest:.3g}; times: '
            f'{facts.device}; speed-up over eager float32 in the same run')
-    if facts.least_attention_mass is not None and any(item.job.get_form() == 'phone' for item in done):
-        share = EPS / facts.least_attention_mass
-        warning = 'WARNING: that may matter. ' if share > 1e-3 else ''
-        yield (f'{warning}The phone form omits the eps of {EPS:g} in the denominator of attention, which is at '
-               f'least {facts.least_attention_mass:.2g} on these images: up to {100 * share:.2g} % of an output of the '
-               f'attention')
     yield ''
     yield from format_table(HEADER, [_make_row(item) for item in done])
     yield ''

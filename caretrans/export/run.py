@@ -17,10 +17,12 @@ from ..devices import describe_device, list_versions, use_threads
 from ..errors import ConfigError, ExportError
 from ..measure.timing import compare_rounds, judge_noise, summarise, time_interleaved
 from ..progress import Progress
+from ..text import utf8_path, write_text
 from .config import COREML, TARGET, ExportConfig, Job
 from .coreml.apple import Examination, examine, is_available
 from .formats.table import list_versions as list_format_versions
 from .program import FormatModule, Program
+from .shapes import describe_shapes
 from .source import Cases, Source, load_cases, load_source
 from .verify import Verification, VerificationError, verify
 
@@ -39,7 +41,6 @@ class Facts:
         weights: The checkpoint, or 'random'.
         sha256: Of the checkpoint; '' for random weights.
         data: The images that programs are compared on.
-        least_attention_mass: The least denominator of linear attention on them; None without such attention.
     """
     model: str
     weights: str
@@ -47,7 +48,6 @@ class Facts:
     data: str
     device: str
     versions: dict[str, str]
-    least_attention_mass: float | None
 
 
 @dataclass
@@ -189,6 +189,7 @@ def _make(source: Source, job: Job, cases: Cases, config: ExportConfig, progress
         result.program = module.read(job, new)
     result.notes += result.program.notes
     result.verification = verify(source, job, result.program, cases, new.name, progress.update)
+    result.notes.append(describe_shapes(source, job, result.program, cases))
     if job.format in COREML and is_available():
         try:
             result.core_ml = examine(source, job, new, cases)
@@ -207,7 +208,7 @@ def _export_job(source: Source, job: Job, cases: Cases, config: ExportConfig, pr
     target = folder / name_program(source, job)
     before = progress.count
     progress.describe(str(job))
-    with tempfile.TemporaryDirectory(prefix='.unfinished-', dir=folder) as unfinished:
+    with utf8_path(folder) as place, tempfile.TemporaryDirectory(prefix='.unfinished-', dir=place) as unfinished:
         try:
             result = _make(source, job, cases, config, progress, Path(unfinished) / target.name)
             _replace(result.path, target)
@@ -233,7 +234,7 @@ def export(config: ExportConfig, stream: TextIO | None = None) -> tuple[Facts, l
     """
     source = load_source(config)
     jobs = config.list_jobs(source.size)
-    channels = source.eval_config['input_size'][0]
+    channels = source.eval_config.input_size[0]
     if channels != 3 and any(job.input == 'image' for job in jobs):
         raise ConfigError(
             f'--input image: {source.name} has {channels} input channels, but an RGB image has 3. Use --input tensor.')
@@ -247,7 +248,7 @@ def export(config: ExportConfig, stream: TextIO | None = None) -> tuple[Facts, l
         source.accuracy = cases.describe_accuracy()
         facts = Facts(
             source.name, source.checkpoint or 'random', source.sha256, cases.name,
-            describe_device(torch.device('cpu')), versions, cases.least_mass)
+            describe_device(torch.device('cpu')), versions)
         exports = []
         with Progress(len(cases) * len(jobs), 'images', stream=stream) as progress:
             for job in jobs:
@@ -255,5 +256,5 @@ def export(config: ExportConfig, stream: TextIO | None = None) -> tuple[Facts, l
                 exports.append(result)
                 if not result.failure:
                     report = json.dumps({**vars(facts), **result.to_dict()}, indent=2, allow_nan=False)
-                    Path(f'{result.path}.json').write_text(report + '\n')
+                    write_text(f'{result.path}.json', report + '\n')
     return facts, exports

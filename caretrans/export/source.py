@@ -3,27 +3,30 @@ import copy
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.nn as nn
-from timm.data import create_transform
 
-from ..checkpoint.preparation import resolve_eval_config
-from ..data.datasets import describe_classes, list_classes, open_dataset
+from ..checkpoint.preparation import Preparation, resolve_eval_config
+from ..data.datasets import describe_classes, list_classes, name_image, open_dataset
+from ..data.decode import EvalTransform
+from ..data.samples import load_images
 from ..errors import CheckpointError, ConfigError, DataError
 from ..evaluation.evaluate import load_for_evaluation
 from ..fuse import to_form
 from ..measure.sample_network import SAMPLE_IMAGES, load_sample_images, randomize
 from ..models.folding import fold_pixels
-from ..models.inference.phone import watch_least_mass
 from ..runtimes.tracing import trace_network
+from ..text import escape, read_text
 from .config import ExportConfig, Job
 
 __all__ = ['Cases', 'ExportedNetwork', 'Source', 'build_network', 'load_cases', 'load_source', 'trace']
+
+SCALED = 4  # images for the scales of the phone form
 
 
 @dataclass
@@ -33,7 +36,7 @@ class Source:
     Attributes:
         name: Of the model.
         model: The original network, in evaluation mode, float32, on the CPU.
-        eval_config: Preparation of images: input_size, interpolation, crop_pct, mean, std.
+        eval_config: Preparation of images.
         class_names: For people, one for each output.
         checkpoint: The file; '' for random weights.
         sha256: Of the file.
@@ -42,7 +45,7 @@ class Source:
     """
     name: str
     model: nn.Module
-    eval_config: dict[str, Any]
+    eval_config: Preparation
     class_names: list[str]
     checkpoint: str = ''
     sha256: str = ''
@@ -51,12 +54,12 @@ class Source:
 
     @property
     def size(self) -> tuple[int, int]:
-        return tuple(self.eval_config['input_size'][1:])
+        return self.eval_config.size
 
     def normalise(self, pixels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """uint8 pixels (B, C, H, W) as the network takes them in evaluation."""
-        mean, std = (torch.tensor(self.eval_config[name], dtype=torch.float64)[:, None, None]
-                     for name in ('mean', 'std'))
+        mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None]
+                     for values in (self.eval_config.mean, self.eval_config.std))
         return ((pixels.double() / 255 - mean) / std).to(dtype)
 
     def make_ready(self, pixels: torch.Tensor, job: Job) -> torch.Tensor:
@@ -69,14 +72,14 @@ class Source:
 
     def make_calibration(self, job: Job, count: int = 256) -> torch.Tensor:
         """Training images, (count, C, H, W) as the program takes them, for the ranges of int8."""
-        prepared = dict(self.eval_config, input_size=(self.eval_config['input_size'][0], *job.size))
+        prepared = self.eval_config.at_size(job.size)
         if SAMPLE_IMAGES.is_dir():
             dataset = open_dataset(str(SAMPLE_IMAGES), 'train')
-            dataset.transform = create_transform(**prepared, is_training=False, use_prefetcher=True)
-            pixels = torch.stack([torch.as_tensor(dataset[i * len(dataset) // count][0]) for i in range(count)])
+            chosen = [i * len(dataset) // count for i in range(count)]
+            pixels, _ = load_images(dataset, chosen, EvalTransform(prepared, as_uint8=True))
         else:
             generator = torch.Generator().manual_seed(0)
-            pixels = torch.randint(256, (count, *prepared['input_size']), dtype=torch.uint8, generator=generator)
+            pixels = torch.randint(256, (count, *prepared.input_size), dtype=torch.uint8, generator=generator)
         return self.make_ready(pixels, job)
 
 
@@ -88,14 +91,12 @@ def name_classes(config: ExportConfig, count: int, own: list[str] | None = None)
     """
     names = describe_classes(own, count)
     if config.labels:
-        try:
-            names = Path(config.labels).read_text(encoding='utf-8').splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f'--labels {config.labels} cannot be read: {error}.') from None
+        names = read_text(config.labels, ConfigError, '--labels').splitlines()
     if len(names) != count:
         raise ConfigError(
             f'{config.labels or config.checkpoint} names {len(names)} classes, the network has {count}: '
             f'use --labels FILE with one class on each of {count} lines.')
+    names = [escape(name) for name in names]
     counts = Counter(names)
     return [f'{name} (class {number})' if counts[name] > 1 else name for number, name in enumerate(names)]
 
@@ -108,9 +109,9 @@ def load_source(config: ExportConfig) -> Source:
     """
     if config.checkpoint:
         model, loaded, eval_config = load_for_evaluation(config.checkpoint, config.model or None, config.entry or None)
-        if 'channel_order' in eval_config:
+        if eval_config.channel_order != 'rgb':
             raise CheckpointError(
-                f'{config.checkpoint}: expects images in channel order {eval_config["channel_order"]}, exports need '
+                f'{config.checkpoint}: expects images in channel order {eval_config.channel_order}, exports need '
                 f'RGB: `python -m caretrans convert {config.checkpoint} rgb.pth.tar --to caretrans` converts it.')
         return Source(
             model.pretrained_cfg['architecture'], model, eval_config,
@@ -118,7 +119,7 @@ def load_source(config: ExportConfig) -> Source:
             hashlib.sha256(Path(config.checkpoint).read_bytes()).hexdigest(), meta=loaded.meta)
     model = timm.create_model(config.model).eval()
     eval_config = resolve_eval_config(model)
-    size = tuple(eval_config['input_size'][1:])
+    size = eval_config.size
     images = load_sample_images(model, size, 8)
     noise = torch.randn(8, model.in_chans, *size, generator=torch.Generator().manual_seed(0))
     randomize(model, noise if images is None else images)
@@ -167,10 +168,11 @@ def build_network(source: Source, job: Job) -> ExportedNetwork:
     The normalisation is folded into the first convolution where that does not pad; else it precedes it. In float16
     folded weights would be too small for pixels up to 255, so the pixels are scaled down first.
     """
-    network = to_form(source.model, job.get_form())
+    images = source.make_calibration(replace(job, input='tensor'), SCALED) if job.get_form() == 'phone' else None
+    network = to_form(source.model, job.get_form(), images)
     prepare: nn.Module = nn.Identity()
     if job.input == 'image':
-        mean, std = source.eval_config['mean'], source.eval_config['std']
+        mean, std = source.eval_config.mean, source.eval_config.std
         name = source.model.pretrained_cfg.get('first_conv') or ''
         conv = dict(network.named_modules()).get(name)  # another form may have other names
         if isinstance(conv, nn.Conv2d) and not any(conv.padding):
@@ -197,14 +199,14 @@ class Cases:
         name: Of the data.
         pixels: (n, C, H, W) uint8, resized and cropped as in evaluation.
         logits: (n, classes) float64.
+        images: Name of each, for messages.
         labels: (n,) where the data has the classes of the network, else None.
-        least_mass: The least denominator of its linear attention on them; None without such attention.
     """
     name: str
     pixels: torch.Tensor
     logits: torch.Tensor
+    images: list[str]
     labels: torch.Tensor | None = None
-    least_mass: float | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -216,11 +218,11 @@ class Cases:
         top1 = 100 * (self.logits.argmax(dim=-1) == self.labels).double().mean().item()
         return f'top-1 {top1:.2f} % on {self.name}'
 
-    def select(self, count: int) -> 'Cases':
-        """`count` of them at most, evenly spaced."""
-        chosen = sorted({i * len(self) // count for i in range(count)})
+    def select(self, count: int, first: int | None = None) -> 'Cases':
+        """`count` of them at most, evenly spaced, and of these the first."""
+        chosen = sorted({i * len(self) // count for i in range(count)})[:first]
         labels = None if self.labels is None else self.labels[chosen]
-        return Cases(self.name, self.pixels[chosen], self.logits[chosen], labels, self.least_mass)
+        return Cases(self.name, self.pixels[chosen], self.logits[chosen], [self.images[i] for i in chosen], labels)
 
     def batches(self, size: int) -> Iterator[torch.Tensor]:
         """The pixels in batches of one size, the last filled up with the first images."""
@@ -242,20 +244,17 @@ def load_cases(source: Source, size: tuple[int, int], data: str = '', count: int
     if not Path(folder).is_dir():
         raise DataError(f'No images at {folder}: name a folder with val/CLASS/*.jpg with --data.')
     dataset = open_dataset(folder, 'val')
-    prepared = dict(source.eval_config, input_size=(source.eval_config['input_size'][0], *size))
-    dataset.transform = create_transform(**prepared, is_training=False, use_prefetcher=True)
     total = min(count or len(dataset), len(dataset))
-    samples = [dataset[i * len(dataset) // total] for i in range(total)]
-    pixels = torch.stack([torch.as_tensor(image) for image, _ in samples])
+    chosen = [i * len(dataset) // total for i in range(total)]
+    pixels, labels = load_images(dataset, chosen, EvalTransform(source.eval_config.at_size(size), as_uint8=True))
     model = copy.deepcopy(source.model).double()
     try:
-        with watch_least_mass(model) as masses:
-            logits = torch.cat([model(source.normalise(part, torch.float64)) for part in pixels.split(8)])
+        logits = torch.cat([model(source.normalise(part, torch.float64)) for part in pixels.split(8)])
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ConfigError(
             f'--img-size {size[0]}x{size[1]}: {source.name} does not support this size: '
             f'{" ".join(str(error).split())}') from error
     own = source.meta.get('class_names')
-    labels = torch.tensor([label for _, label in samples]) if own and own == list_classes(dataset) else None
+    labels = labels if own and own == list_classes(dataset) else None
     name = f'{folder}, {total} of {len(dataset)} validation images'
-    return Cases(name, pixels, logits, labels, min(masses, default=None))
+    return Cases(name, pixels, logits, [name_image(dataset, i) for i in chosen], labels)

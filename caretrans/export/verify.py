@@ -1,6 +1,7 @@
 """Verification that a program computes what PyTorch computes, on real images, before it is kept."""
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -16,6 +17,7 @@ __all__ = ['Verification', 'VerificationError', 'compare', 'verify']
 
 TOP = 5
 EXAMINED = 16  # images, for a program without its rounding
+FLUSHED = 0.05  # largest effect of flushing subnormal numbers, as a share of the largest logit
 
 
 class VerificationError(ExportError):
@@ -71,24 +73,22 @@ def _check_labels(source: Source, job: Job, program: Program, path: Any) -> None
             f'{path}: the program has {len(program.labels)} labels for {len(source.class_names)} classes.')
 
 
-def _compute(
+def _run_batches(
         run: Run, source: Source, job: Job, program: Program, cases: Cases,
-        report: Callable[[int], Any] = lambda count: None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Outputs for all images, and the logits where they can be seen: (n, classes) float64.
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Outputs of each batch, and its logits where they can be seen: (batch, classes) float64.
 
     Args:
         run: Of the program: `run`, `run_exact` or `run_flushed`.
-        report: Called with the number of images done since the last call.
     """
-    outputs, logits = [], []
+    left = len(cases)
     for pixels in cases.batches(job.batch):
-        outputs.append(run(source.make_ready(pixels, job)).double())
-        if job.output == 'logits':
-            logits.append(outputs[-1])
-        elif program.get_logits is not None:
-            logits.append(program.get_logits().double())
-        report(job.batch)
-    return torch.cat(outputs)[:len(cases)], torch.cat(logits)[:len(cases)] if logits else None
+        outputs = run(source.make_ready(pixels, job)).double()[:left]
+        logits = outputs if job.output == 'logits' else None
+        if logits is None and program.get_logits is not None:
+            logits = program.get_logits().double()[:left]
+        left -= len(outputs)
+        yield outputs, logits
 
 
 def compare(outputs: torch.Tensor, cases: Cases, job: Job, logits: torch.Tensor | None = None) -> Verification:
@@ -124,70 +124,116 @@ def _compute_rounded(source: Source, job: Job, cases: Cases) -> torch.Tensor | N
             return None
         for tensor in [*network.parameters(), *network.buffers()]:
             tensor.copy_(tensor.half())
+        for norm in [module for module in network.modules() if hasattr(module, 'eps') and job.format != 'mlmodel']:
+            norm.eps = torch.tensor(norm.eps).half().item()  # an mlmodel has it in float32
     return torch.cat([network(source.make_ready(part, job).double()) for part in cases.pixels.split(8)])
 
 
 def _check_structure(
         source: Source, job: Job, program: Program, cases: Cases, path: Any, result: Verification) -> None:
-    """Hold a program to the rounding of float32 where it can run without its own, and measure the effect of flushing.
+    """Hold a program to the rounding of float32 where it can run without its own, and limit the effect of flushing.
 
     Rounding to float16 hides smaller mistakes, such as a lost bias. The same program without rounding, against the
     network with the weights in the file, hides nothing.
 
     Raises:
-        VerificationError: It is not the same function.
+        VerificationError: It is not the same function, or is another one where subnormal numbers become 0.
     """
     if job.compress != 'none' or program.run_exact is None:
         return
 
     def compute(run: Run) -> torch.Tensor:
-        outputs, logits = _compute(run, source, job, program, some)
-        return outputs if logits is None else logits
+        return torch.cat([outputs if logits is None else logits
+                          for outputs, logits in _run_batches(run, source, job, program, some)])
 
     some = cases.select(EXAMINED)
     expected = _compute_rounded(source, job, some)
     if expected is not None:
-        errors = (compute(program.run_exact) - expected).abs()
-        result.exact_error = (errors.max() / expected.abs().max()).item()
+        errors = (compute(program.run_exact) - expected).abs().amax(dim=1) / expected.abs().max()
+        result.exact_error = errors.max().item()
         if not result.exact_error <= TOLERANCES['fp32']:
+            first = int((~(errors <= TOLERANCES['fp32'])).nonzero()[0])
             raise VerificationError(
-                f'{path}: without rounding, its logits differ from the network by {result.exact_error:.2g} of '
-                f'the largest, {TOLERANCES["fp32"]:g} is allowed: the program computes something else; no file was '
-                f'written.', result)
+                f'{path}: {some.images[first]}: without rounding, its logits differ from the network by '
+                f'{errors[first]:.2g} of the largest, {TOLERANCES["fp32"]:g} is allowed: the program computes '
+                f'something else; no file was written.', result)
     if program.run_flushed is not None:
-        result.flushed_error = (compute(program.run_flushed) - some.logits).abs().max().item()
+        errors = (compute(program.run_flushed) - some.logits).abs().amax(dim=1)
+        result.flushed_error = errors.max().item()
+        largest = some.logits.abs().max().item()
+        if not result.flushed_error <= FLUSHED * largest:
+            raise VerificationError(
+                f'{path}: {some.images[int(errors.argmax())]}: with subnormal float16 numbers flushed to 0, as some '
+                f'hardware does, logits differ from PyTorch by {result.flushed_error:.2g}, more than {FLUSHED:g} of '
+                f'the largest, {largest:.2g}; no file was written. Use --precision fp32.', result)
+
+
+def _find_fault(outputs: torch.Tensor, errors: torch.Tensor, limit: float, names: Sequence[str]) -> tuple[str, float]:
+    """The first image of a batch whose outputs are not finite or whose largest error exceeds a limit, and that error.
+
+    Returns:
+        ('', 0) if there is none; infinity for outputs that are not finite.
+    """
+    for name, row, error in zip(names, outputs, errors.amax(dim=1).tolist(), strict=True):
+        if not bool(row.isfinite().all()):
+            return name, math.inf
+        if not error <= limit:
+            return name, error
+    return '', 0.
 
 
 def verify(
         source: Source, job: Job, program: Program, cases: Cases, path: Any = '',
         report: Callable[[int], Any] = lambda count: None,
 ) -> Verification:
-    """Run a program on images and compare with the original network in float64.
+    """Run a program on images and compare with the original network in float64, up to the first image that fails.
 
+    Args:
+        report: Called with the number of images done since the last call.
     Raises:
         VerificationError: Labels differ, an output is not finite or its error exceeds `job.tolerance`, or top-1
             agreement is below `job.floor`.
     """
     _check_labels(source, job, program, path)
-    outputs, logits = _compute(program.run, source, job, program, cases, report)
-    if outputs.shape != cases.logits.shape:
-        raise VerificationError(
-            f'{path}: the program returns {outputs.shape[1]} numbers per image, the network has '
-            f'{cases.logits.shape[1]} classes.')
-    result = compare(outputs, cases, job, logits)
-    result.findings = program.find()
-    if not bool(outputs.isfinite().all()):
-        first = next((line for line in result.findings if 'not finite' in line), 'the operation is unknown')
-        raise VerificationError(f'{path}: outputs are not finite; {first}.', result)
-    if not result.top1_agreement >= job.floor:
-        raise VerificationError(
-            f'{path}: {result.top1_agreement:.2f} % of {result.images} images have the top-1 class of PyTorch, at '
-            f'least {job.floor:g} % must (largest error {result.max_error:.2g} of {result.largest:.2g}); no file was '
-            f'written. A lower --floor allows it.', result)
-    if not result.max_error <= job.tolerance * result.largest:
-        raise VerificationError(
-            f'{path}: outputs differ from PyTorch by up to {result.max_error:.2g}, more than '
-            f'{job.tolerance:g} of the largest, {result.largest:.2g}: rounding does not explain it; no file was '
-            f'written.', result)
+    seen = job.output == 'logits' or program.get_logits is not None
+    expected = cases.logits if seen else cases.logits.softmax(dim=-1)
+    largest, others = expected.abs().max().item(), []
+    parts: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+
+    def compare_so_far() -> Verification:
+        outputs = torch.cat([part[0] for part in parts])
+        logits = torch.cat([part[1] for part in parts]) if seen else None
+        result = compare(outputs, cases.select(len(cases), len(outputs)), job, logits)
+        result.findings = program.find()
+        return result
+
+    done = 0
+    for outputs, logits in _run_batches(program.run, source, job, program, cases):
+        if outputs.shape[1:] != expected.shape[1:]:
+            raise VerificationError(
+                f'{path}: the program returns {outputs.shape[1]} numbers per image, the network has '
+                f'{expected.shape[1]} classes.')
+        parts.append((outputs, logits))
+        batch = slice(done, done + len(outputs))
+        done += len(outputs)
+        report(job.batch)
+        errors = ((logits if seen else outputs) - expected[batch]).abs()
+        name, error = _find_fault(outputs, errors, job.tolerance * largest, cases.images[batch])
+        if error == math.inf:
+            first = next((line for line in program.find() if 'not finite' in line), 'the operation is unknown')
+            raise VerificationError(f'{path}: {name}: outputs are not finite; {first}.', compare_so_far())
+        if name:
+            raise VerificationError(
+                f'{path}: {name}: outputs differ from PyTorch by {error:.2g}, more than {job.tolerance:g} of the '
+                f'largest, {largest:.2g}: rounding does not explain it; no file was written.', compare_so_far())
+        different = outputs.argmax(dim=-1) != expected[batch].argmax(dim=-1)
+        others += [name for name, differs in zip(cases.images[batch], different, strict=True) if differs]
+        if 100 * (1 - len(others) / len(cases)) < job.floor:
+            result = compare_so_far()
+            raise VerificationError(
+                f'{path}: {result.top1_agreement:.2f} % of {done} images have the top-1 class of PyTorch, at least '
+                f'{job.floor:g} % of {len(cases)} must; the first that has not is {others[0]} (largest error '
+                f'{result.max_error:.2g} of {largest:.2g}); no file was written. A lower --floor allows it.', result)
+    result = compare_so_far()
     _check_structure(source, job, program, cases, path, result)
     return result

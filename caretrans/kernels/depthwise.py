@@ -116,7 +116,7 @@ def convolve_into(
     Args:
         weights: (chs, 1, KH, KW) of the kernels 11x1, 1x11, 3x3 and 7x7 for C = [long | local | local] channels, the
             two strips being summed; or of 3x3 and 7x7 for C = [local | local].
-        biases: (chs,) for each, or None. Sums are float32 whatever the dtypes, float64 for float64.
+        biases: (chs,) for each, or None. Sums are float32 for all dtypes, float64 for float64.
         transposed: Whether to transpose the convolutions, to compute the gradient of the input.
     Cost: reads x once from memory (each value up to 49 times from the first cache) and writes out once, 2*B*C*H*W
     numbers; 22, 9 and 49 multiply-adds for each output of the three slices.

@@ -12,6 +12,7 @@ split depends on the shapes alone, and so does the order of all sums: repeated r
 The kernels get a rotary position code as its table and the strides of that, or as five times None, for which Triton
 compiles a kernel without rotation.
 """
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -252,7 +253,7 @@ def _backward(
 # Launches -------------------------------------------------------------------------------------------------------------
 
 def split_positions(num_heads: int, num_positions: int) -> tuple[int, int]:
-    """(programs per head, positions of each), from the shapes alone: see the module."""
+    """(programs per head, positions of each), which depend only on the shapes: see the module."""
     wanted = triton.cdiv(PROGRAMS, num_heads)
     splits = max(1, min(wanted, num_positions // POSITIONS_OF_A_PROGRAM))
     return splits, triton.cdiv(num_positions, splits)
@@ -316,23 +317,22 @@ def attend_into(
 
 @on_its_device
 def attend_backward_into(
-        grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-        dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, eps: float,
-        rotate: torch.Tensor | None = None) -> None:
-    """Write the gradients of q, k and v, given that of the output, to dq, dk and dv; any strides, no copies.
+        grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gradients: Sequence[torch.Tensor],
+        eps: float, rotate: torch.Tensor | None = None) -> None:
+    """Write the gradients of q, k and v, given that of the output, to the three `gradients`; any strides, no copies.
 
     The sums are computed again: they would take more memory to keep than k and v take to read.
     Cost: reads q, grad once, k, v twice (the second time mostly from cache) and writes dq, dk, dv once, 9*B*h*N*d
     numbers for d = e; B*h*N*d*(6e + 5) multiply-adds. A rotation adds 10*B*h*N*d and reads its table five times.
     """
     splits, arguments = _arguments(k, v, eps)
-    sums, gradients = _empty_sums(splits, k, v), _empty_sums(splits, k, v)
+    sums, dsums = _empty_sums(splits, k, v), _empty_sums(splits, k, v)
     grid, table = (k.shape[0] * k.shape[1], splits), _table(rotate)
     if splits > 1:  # `grad` stands in for the output, which this step does not write
         tile = _tile(arguments, backward=False)
         _forward[grid](*_strided(q, k, v, grad), *table, *sums, STEP=SUMS.value, **arguments, **tile)
     tile = _tile(arguments, backward=True)
-    tensors = *_strided(q, k, v, grad, dq, dk, dv), *table, *sums, *gradients
+    tensors = *_strided(q, k, v, grad, *gradients), *table, *sums, *dsums
     for step in (WHOLE,) if splits == 1 else (QUERIES, KEYS):
         _backward[grid](*tensors, STEP=step.value, **arguments, **tile)
 
@@ -344,8 +344,8 @@ def attend(
     """`linear_attention` of the models as one kernel, with its gradients: same arguments, shapes, dtypes and errors.
 
     Widths d and e up to 128. Works under torch.compile, in CUDA graphs and under autocast: it computes in float32
-    whatever the dtypes, float64 for float64. Gradients of gradients there are none, nor any of `rotate`: a `rotate`
-    that asks for one is refused.
+    for all dtypes, float64 for float64. There are no second derivatives, and no gradient of `rotate`: a `rotate` that
+    requires one is refused.
     """
     out = torch.empty_like(v)
     attend_into(q, k, v, out, eps, rotate)
@@ -363,7 +363,7 @@ def attend_backward(
         grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float,
         rotate: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     gradients = tuple(torch.empty_like(x) for x in (q, k, v))
-    attend_backward_into(grad, q, k, v, *gradients, eps, rotate)
+    attend_backward_into(grad, q, k, v, gradients, eps, rotate)
     return gradients
 
 

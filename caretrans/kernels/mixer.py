@@ -1,8 +1,8 @@
 """The decoupled mixer, [attention or strips | 3x3 | 7x7], without copies: its kernels read the slices of the channels
 where they lie and write them where they belong, forward and backward.
 
-Both operators work under torch.compile, in CUDA graphs and under autocast, sum in float32 whatever the dtypes (float64
-for float64), and return the dtype and the layout of their input. `DecoupledMixer.forward` is the slow and obvious
+Both operators work under torch.compile, in CUDA graphs and under autocast, sum in float32 for all dtypes (float64 for
+float64), and return the dtype and the layout of their input. `DecoupledMixer.forward` is the slow and obvious
 version.
 """
 
@@ -86,7 +86,7 @@ def mix_with_attention(
     Args:
         x: The values, then the two slices to convolve.
         qk: (B, 2*A, H, W) queries, then keys, for the A channels of the attention slice.
-        weights, biases: Of the 3x3 and the 7x7 convolution.
+        weights, biases: Parameters of the 3x3 and the 7x7 convolution.
     """
     chs = qk.shape[1] // 2
     out = empty_map(x, x.shape[1])
@@ -112,7 +112,7 @@ def mix_with_attention_backward(
     dq, dk = (_head_views(part, num_heads) for part in dqk.split(chs, dim=1))
     attend_backward_into(
         _heads(grad[:, :chs], num_heads), q, k, _heads(x[:, :chs], num_heads),
-        dq, dk, _head_views(dx[:, :chs], num_heads), eps)
+        (dq, dk, _head_views(dx[:, :chs], num_heads)), eps)
     convolve_into(grad[:, chs:], dx[:, chs:], weights, None, transposed=True)
     return [dx, dqk, *sum_weight_gradients(x[:, chs:], grad[:, chs:], weights)]
 

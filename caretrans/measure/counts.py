@@ -21,7 +21,8 @@ from .. import models  # noqa: F401 (registers the models)
 
 __all__ = ['KINDS', 'Operations', 'count_operations', 'count_parameters', 'list_parts', 'make_empty']
 
-KINDS = ('conv 1x1', 'conv depth-wise', 'conv other', 'linear', 'attention')
+KINDS = POINTWISE, DEPTHWISE, OTHER_CONV, LINEAR, ATTENTION = (
+    'conv 1x1', 'conv depth-wise', 'conv other', 'linear', 'attention')
 OUTSIDE = 'outside of the parts'  # operations in the forward function of the network itself
 
 
@@ -100,40 +101,59 @@ def _name_kind(name: str, args: Sequence[Any], weights: set) -> str:
     if name == 'convolution':
         weight, groups = args[1], args[8]
         if groups > 1 and groups == args[0].shape[1]:
-            return 'conv depth-wise'
-        return 'conv 1x1' if all(side == 1 for side in weight.shape[2:]) else 'conv other'
+            return DEPTHWISE
+        return POINTWISE if all(side == 1 for side in weight.shape[2:]) else OTHER_CONV
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-    return 'linear' if any(t.untyped_storage()._cdata in weights for t in tensors) else 'attention'
+    return LINEAR if any(t.untyped_storage()._cdata in weights for t in tensors) else ATTENTION
 
 
-class _KindCounter(TorchDispatchMode):
-    """Multiply-adds by part of the network and kind of operation, by PyTorch's formulas."""
+class OperationTracer(TorchDispatchMode):
+    """Base of what looks at every operation of a forward pass: its part of the network, its kind, its operations.
+
+    Args:
+        tracker: Entered around the tracer.
+    """
 
     def __init__(self, model: nn.Module, tracker: ModuleTracker) -> None:
         super().__init__()
-        self.tracker = tracker
-        root = type(model).__name__
+        self.tracker, root = tracker, type(model).__name__
         self.parts = {f'{root}.{part}': part for part in list_parts(model)}
         self.weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        part = next((self.parts[name] for name in self.tracker.parents if name in self.parts), OUTSIDE)
+        formula = flop_registry.get(func._overloadpacket)
+        kind = _name_kind(func._overloadpacket.__name__, args, self.weights) if formula else None
+        flops = formula(*args, **kwargs, out_val=out) if formula else 0
+        self.trace(func, [*args, *kwargs.values()], out, part, kind, flops)
+        return out
+
+    def trace(self, func: Any, inputs: list[Any], out: Any, part: str, kind: str | None, flops: int) -> None:
+        """Called after each operation; `kind` is None for one without multiply-adds."""
+        raise NotImplementedError
+
+
+class _KindCounter(OperationTracer):
+    """Multiply-adds by part of the network and kind of operation, by PyTorch's formulas."""
+
+    def __init__(self, model: nn.Module, tracker: ModuleTracker) -> None:
+        super().__init__(model, tracker)
         self.macs: Counter = Counter()
         self.activations = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            part = next((self.parts[name] for name in self.tracker.parents if name in self.parts), OUTSIDE)
-            kind = _name_kind(func._overloadpacket.__name__, args, self.weights)
-            self.macs[part, kind] += formula(*args, **(kwargs or {}), out_val=out) // 2
+    def trace(self, func: Any, inputs: list[Any], out: Any, part: str, kind: str | None, flops: int) -> None:
+        if kind is not None:
+            self.macs[part, kind] += flops // 2
             self.activations += (out[0] if isinstance(out, tuple) else out).numel()
-        return out
 
 
 def count_operations(model: nn.Module, size: tuple[int, int], batch: int = 1) -> Operations:
     """Count the multiply-adds of a forward pass.
 
     Args:
-        model: In evaluation mode, on any device.
+        model: Network in evaluation mode, on any device.
         size: Height and width of the images.
         batch: Number of images.
     Raises:

@@ -39,8 +39,8 @@ class PublishedRow:
     Attributes:
         timm_name: Its name in timm or here, None if it is in neither.
         source: Publication of its figures.
-        accuracy_note: How training differed from plain training, or which of several results it is; 'short: long'.
-        note: What else a reader of its figures must know.
+        accuracy_note: Difference from plain training, or which of several results it is; 'short: long'.
+        note: Another remark on its figures.
     """
     name: str
     gmacs: float | None

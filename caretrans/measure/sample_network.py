@@ -6,13 +6,14 @@ statistics of the images; position codes, and mixers that multiply features by f
 added to. Time and memory do not depend on the weights.
 """
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn as nn
 
-from ..checkpoint.preparation import resolve_eval_config
-from ..data.datasets import build_eval_transform, open_dataset
+from ..checkpoint.preparation import Preparation, resolve_eval_config
+from ..data.datasets import open_dataset
+from ..data.decode import EvalTransform
+from ..data.samples import load_images
 from ..models.casvit import AdditiveMixer
 from ..models.folding import ResidualConv
 
@@ -73,22 +74,21 @@ def randomize(model: nn.Module, images: torch.Tensor, seed: int = 0) -> nn.Modul
 
 
 def load_sample_images(
-        model: nn.Module, size: tuple[int, int], count: int, folder: Path = SAMPLE_IMAGES, **settings: Any,
+        model: nn.Module, size: tuple[int, int], count: int, folder: Path = SAMPLE_IMAGES,
+        preparation: Preparation | None = None,
 ) -> torch.Tensor | None:
     """Bundled images, preprocessed for a model as in evaluation; None where they are not installed.
 
     Args:
         size: Height and width.
         count: Number of images, evenly spaced over the classes; repeated if there are fewer.
-        settings: Arguments of `resolve_eval_config`, over those of the model.
+        preparation: By default that of the model.
     Returns:
         (count, C, height, width) float32.
     """
     if not folder.is_dir():
         return None
-    config = resolve_eval_config(model, input_size=(getattr(model, 'in_chans', 3), *size), **settings)
+    preparation = (preparation or resolve_eval_config(model)).at_size(size)
     dataset = open_dataset(str(folder), 'train')
-    dataset.transform = build_eval_transform(config)
-    chosen = [i * len(dataset) // count for i in range(count)]
-    images = {index: dataset[index][0] for index in set(chosen)}
-    return torch.stack([images[index] for index in chosen])
+    return load_images(
+        dataset, [i * len(dataset) // count for i in range(count)], EvalTransform(preparation))[0]

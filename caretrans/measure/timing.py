@@ -1,8 +1,8 @@
-"""Time several candidates in one process, interleaved, so that their ratios hold on a machine with other load.
+"""Time several candidates in one process, interleaved, so that other load on the machine does not change their ratios.
 
-A measurement is made of rounds. In each round every candidate runs a short block, in random order, so that other load
-meets them all. A ratio is the median over the rounds of the ratios of blocks of the same round. One candidate, the
-reference, is timed twice: the difference between the two shows what the other ratios are worth.
+A measurement consists of rounds. In each round every candidate runs a short block, in random order, so that other load
+affects them all. A ratio is the median over the rounds of the ratios of blocks of the same round. One candidate, the
+reference, is timed twice: the difference between the two shows how far the other ratios can be trusted.
 """
 import gc
 import json
@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 __all__ = [
-    'MAX_SELF_RATIO', 'MAX_SPREAD', 'CandidateError', 'compare_rounds', 'is_out_of_memory', 'judge_noise',
-    'measure_peak', 'summarise', 'synchronise', 'time_block', 'time_interleaved']
+    'MAX_SELF_RATIO', 'MAX_SPREAD', 'CandidateError', 'Rounds', 'compare_rounds', 'free_memory', 'is_out_of_memory',
+    'judge_noise', 'measure_peak', 'summarise', 'synchronise', 'time_block', 'time_interleaved']
 
 Run = Callable[[], Any]
 Rounds = list[list[float]]  # seconds of each run, a row for each round
@@ -95,7 +95,7 @@ def time_interleaved(
     Args:
         runs: {name: function that runs the candidate once}.
         counts: Runs of each candidate in a round.
-        seed: Of the order in the rounds.
+        seed: Seed of the order in the rounds.
         report: Called after each block.
     Returns:
         Seconds of each candidate, by round.
@@ -149,8 +149,8 @@ def judge_noise(summary: Mapping[str, float], self_ratio: float = 1.) -> list[st
     """Reasons why a measurement is unreliable; none if it is reliable.
 
     Args:
-        summary: From `summarise`.
-        self_ratio: Of the reference to itself.
+        summary: Result of `summarise`.
+        self_ratio: Ratio between both timings of the reference.
     """
     spread = summary['p90_ms'] / summary['p10_ms']
     apart = max(self_ratio, 1 / self_ratio)
@@ -163,6 +163,12 @@ def judge_noise(summary: Mapping[str, float], self_ratio: float = 1.) -> list[st
 
 # Memory ---------------------------------------------------------------------------------------------------------------
 
+def free_memory() -> None:
+    """Return the memory of deleted networks to the device."""
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without a GPU
+
+
 def _trace_cpu_peak(run: Run) -> int:
     """The peak of the bytes in PyTorch's CPU allocator during a run, beyond those before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -170,7 +176,7 @@ def _trace_cpu_peak(run: Run) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'trace.json'
         profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())['traceEvents']
+        events = json.loads(path.read_text(encoding='utf-8'))['traceEvents']
     changes = sorted((event['ts'], event['args']['Bytes']) for event in events if event.get('name') == '[memory]')
     return int(max(np.cumsum([0] + [size for _, size in changes])))
 

@@ -62,7 +62,8 @@ class Backbone(nn.Module):
     and calls `set_heads`. `published_keys` maps keys of published checkpoints to keys of the class, and `computed_keys`
     lists endings of published keys whose values are computed here; `load_state_dict` accepts both layouts.
     `mmpretrain_keys` maps published keys to the keys of a converter for mmpretrain, if there is one.
-    `inference_forms` maps some of `caretrans.fuse.FORMS` to the function that makes the form from the fused network.
+    `inference_forms` maps some of `caretrans.fuse.FORMS` to the function that makes the form from the fused network
+    and, for 'phone', images; see `caretrans.fuse.to_form`.
     `squash_from` is the image size, in pixels, from which the authors squash images instead of cropping them, and the
     tag of that setup; None if they always crop.
     `dense_norms` are the names of the norms after the stages in published files for detection and segmentation.
@@ -79,7 +80,7 @@ class Backbone(nn.Module):
     published_keys: Table = ()
     computed_keys: Tuple[str, ...] = ()
     mmpretrain_keys: Table = ()
-    inference_forms: Dict[str, Callable[[nn.Module], nn.Module]] = {}
+    inference_forms: Dict[str, Callable[..., nn.Module]] = {}
     squash_from: Optional[Tuple[int, str]] = None
     dense_norms: Tuple[str, ...] = ()
     init_module = staticmethod(init_weights)

@@ -2,7 +2,6 @@
 
     timm.create_model('care_s0', ablation='no_inter1')
 """
-from functools import partial
 from typing import Any, Callable, Tuple, Type
 
 import torch
@@ -27,36 +26,6 @@ class StackedMixer(nn.Module):
         return self.local_7x7(self.local_3x3(self.long_range(x)))
 
 
-def _make_ablated_block(
-        ablation: str,
-        block_class: Type[nn.Module],
-        slice_chs: int,
-        ratios: Tuple[int, int],
-        num_heads: int,
-        drop: float,
-        drop_path: float,
-        ls_init_value: float,
-        last: bool,
-        **dd: Any,
-) -> nn.Module:
-    last = last and ablation != 'no_inter2'
-    block = block_class(slice_chs, ratios, num_heads, drop, drop_path, ls_init_value, last, **dd)
-    if ablation == 'no_inter1':
-        block.inter1 = nn.Identity()
-    elif ablation == 'no_inter2':
-        block.inter2 = nn.Identity()
-    elif ablation == 'no_memory':
-        block.memory_chs, block.in_chs = 0, 3 * slice_chs
-        block.out_chs = ratios[1] * block.in_chs if last else block.in_chs
-        block.inter2 = type(block.inter2)(block.in_chs, ratios[1], drop, **dd)
-        block.layer_scale = nn.Identity() if last else LayerScale2d(block.in_chs, ls_init_value, **dd)
-    elif ablation == 'symmetrical':
-        block.mixer = type(block.mixer)(3 * slice_chs // 2, 3 * slice_chs // 4, num_heads, **dd)
-    elif ablation == 'stacked':
-        block.mixer = StackedMixer(type(block.mixer)(3 * slice_chs, 3 * slice_chs, num_heads, **dd))
-    return block
-
-
 def ablate_block(block_class: Type[nn.Module], ablation: str) -> Callable[..., nn.Module]:
     """Return a constructor of blocks with a part removed, or with another decoupling.
 
@@ -75,4 +44,24 @@ def ablate_block(block_class: Type[nn.Module], ablation: str) -> Callable[..., n
     """
     if ablation not in ABLATIONS:
         raise ValueError(f'Unknown ablation {ablation!r}: choose from {", ".join(ABLATIONS)}.')
-    return partial(_make_ablated_block, ablation, block_class)
+
+    def make_block(
+            slice_chs: int, ratios: Tuple[int, int], num_heads: int, drop: float, drop_path: float,
+            ls_init_value: float, last: bool, **dd: Any) -> nn.Module:
+        last = last and ablation != 'no_inter2'
+        block = block_class(slice_chs, ratios, num_heads, drop, drop_path, ls_init_value, last, **dd)
+        if ablation == 'no_inter1':
+            block.inter1 = nn.Identity()
+        elif ablation == 'no_inter2':
+            block.inter2 = nn.Identity()
+        elif ablation == 'no_memory':
+            block.memory_chs, block.in_chs = 0, 3 * slice_chs
+            block.out_chs = ratios[1] * block.in_chs if last else block.in_chs
+            block.inter2 = type(block.inter2)(block.in_chs, ratios[1], drop, **dd)
+            block.layer_scale = nn.Identity() if last else LayerScale2d(block.in_chs, ls_init_value, **dd)
+        elif ablation == 'symmetrical':
+            block.mixer = type(block.mixer)(3 * slice_chs // 2, 3 * slice_chs // 4, num_heads, **dd)
+        elif ablation == 'stacked':
+            block.mixer = StackedMixer(type(block.mixer)(3 * slice_chs, 3 * slice_chs, num_heads, **dd))
+        return block
+    return make_block

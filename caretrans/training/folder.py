@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,11 @@ import yaml
 from ..checkpoint.load import save_checkpoint
 from ..config import TrainConfig
 from ..errors import ConfigError, list_names, require
+from ..strict_json import to_json
+from ..text import open_text, read_text, utf8_path, write_text
+from .state import EpochRow
 
-__all__ = ['RunFolder', 'describe_environment', 'find_run', 'list_checkpoints']
+__all__ = ['RunFolder', 'choose_orientation', 'describe_environment', 'find_run', 'list_checkpoints']
 
 # Settings that may change when a run resumes: where things are and how they are computed, not what is computed.
 FREE = {
@@ -34,7 +39,8 @@ _logger = logging.getLogger(__name__)
 def describe_environment() -> dict[str, Any]:
     """Versions, git commit and machine, to report beside measured figures."""
     root = Path(__file__).parents[2]
-    git = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=root, capture_output=True, text=True) \
+    git = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=root, capture_output=True, encoding='utf-8',
+                         errors='replace') \
         if (root / '.git').exists() and shutil.which('git') else None
     packages = ('torch', 'torchvision', 'timm', 'numpy')
     return dict(
@@ -52,14 +58,22 @@ def list_checkpoints(path: Path) -> list[Path]:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        return yaml.safe_load((path / 'config.yaml').read_text()) or {}
-    except (OSError, yaml.YAMLError):
+        return yaml.safe_load(read_text(path / 'config.yaml', ConfigError)) or {}
+    except (ConfigError, yaml.YAMLError):
         return {}
 
 
 def _list_changes(saved: dict[str, Any], config: TrainConfig, free: set) -> list[str]:
     return [f'{name} {saved[name]!r} there, {value!r} here' for name, value in config.to_dict().items()
             if name not in free and name in saved and saved[name] != value]
+
+
+def choose_orientation(path: Path, config: TrainConfig) -> str:
+    """The orientation with which a run resumes: older versions ignored it, and their config.yaml lacks it."""
+    if 'orientation' in _read_settings(path):
+        return config.orientation
+    _logger.info(f'{path}: begun by an older version, which did not rotate images as their EXIF data say; resumes so.')
+    return 'ignore'
 
 
 def find_run(config: TrainConfig) -> tuple[Path, list[Path]]:
@@ -72,7 +86,9 @@ def find_run(config: TrainConfig) -> tuple[Path, list[Path]]:
     """
     if not config.output:
         stem = f'{config.model}-{Path(config.data or config.dataset).name}-'
-        for path in sorted(Path('runs').glob(f'{stem}*'), reverse=True) if config.resume else ():
+        runs = Path('runs')
+        candidates = sorted(path for path in runs.iterdir() if path.name.startswith(stem)) if runs.is_dir() else []
+        for path in reversed(candidates) if config.resume else ():
             settings = _read_settings(path)
             if settings and list_checkpoints(path) and not (path / 'result.json').exists() \
                     and not _list_changes(settings, config, FREE - PLACES) and not _is_locked(path):
@@ -83,7 +99,8 @@ def find_run(config: TrainConfig) -> tuple[Path, list[Path]]:
     found, settings = list_checkpoints(path), _read_settings(path)
     if (path / 'result.json').exists():
         raise ConfigError(f'{path} holds a finished run: choose another --output, or remove it.')
-    if not found and (path / 'summary.csv').exists() and len((path / 'summary.csv').read_text().splitlines()) > 1:
+    table = path / 'summary.csv'
+    if not found and table.exists() and len(read_text(table, ConfigError).splitlines()) > 1:
         raise ConfigError(
             f'{path} holds a run without checkpoints to resume from: choose another --output, or remove it.')
     if not found:
@@ -159,67 +176,69 @@ class RunFolder:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
         require('matplotlib')  # draws the curves at the end
 
-        self.rows: list[dict[str, float | None]] = []  # of summary.csv, one per epoch
-        self.best: dict[str, float | None] | None = None
+        self.rows: list[EpochRow] = []
+        self.best: EpochRow | None = None
+        self.open_files = ExitStack()
         try:
             path.mkdir(parents=True, exist_ok=True)
             self.lock = _lock(path, patience=5.)
             for part in path.glob('.*.part'):  # temporary files of a run that was killed while writing
                 part.unlink()
             if is_new:
-                (path / 'config.yaml').write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+                write_text(path / 'config.yaml', yaml.safe_dump(config.to_dict(), sort_keys=False))
             environment, contents = path / 'environment.json', {**describe_environment(), **facts}
             if not is_new and environment.exists():
-                before = json.loads(environment.read_text())
+                before = json.loads(read_text(environment, ConfigError))
                 contents = {**before, 'resumed': [*before.get('resumed', []), contents]}
-            environment.write_text(json.dumps(contents, indent=2) + '\n')
+            write_text(environment, to_json(contents, indent=2) + '\n')
             for file in [path / 'summary.csv', *path.glob('events.out.tfevents.*')]:
                 file.unlink(missing_ok=True)
-            self.events = SummaryWriter(str(path))
+            self.events = SummaryWriter(self.open_files.enter_context(utf8_path(path)))
         except OSError as error:
             raise ConfigError(f'{path} cannot be written ({error}): choose another --output.') from None
 
-    def restore(self, rows: list[dict[str, float | None]], best: dict[str, float | None] | None) -> None:
+    def restore(self, rows: list[dict[str, Any]], best: dict[str, Any] | None) -> None:
         """Load the rows of a checkpoint; summary.csv and TensorBoard then contain exactly these."""
         for row in rows:
-            self.rows.append(row)
-            self._publish(row)
-        self.best = best
+            self.rows.append(EpochRow(**row))
+            self._publish(self.rows[-1])
+        self.best = EpochRow(**best) if best else None
 
-    def _publish(self, row: dict[str, float | None]) -> None:
-        with open(self.path / 'summary.csv', 'a', newline='') as file:
-            writer = csv.DictWriter(file, row.keys())
+    def _publish(self, row: EpochRow) -> None:
+        values = asdict(row)
+        with open_text(self.path / 'summary.csv', 'a') as file:
+            writer = csv.DictWriter(file, values)
             if row is self.rows[0]:
                 writer.writeheader()
-            writer.writerow(row)
-        for name, value in row.items():
+            writer.writerow(values)
+        for name, value in values.items():
             if name != 'epoch' and value is not None:
-                self.events.add_scalar(name, value, row['epoch'])
+                self.events.add_scalar(name, value, row.epoch)
         self.events.flush()
 
-    def log_epoch(
-            self, row: dict[str, float | None], model: torch.nn.Module, resume: dict[str, Any], **meta: Any) -> None:
+    def log_epoch(self, row: EpochRow, model: torch.nn.Module, resume: dict[str, Any], **meta: Any) -> None:
         """Finish an epoch: write best.pth.tar if its top-1 is the best so far, last.pth.tar, then table and events.
 
         Args:
-            row: Figures of the epoch, always with the same names; None for what was not measured.
             model, meta: See `save_checkpoint`.
             resume: Entries needed to resume, in last.pth.tar only.
         """
         self.rows.append(row)
-        if row['val_top1'] is not None and (self.best is None or row['val_top1'] > self.best['val_top1']):
+        if row.val_top1 is not None and (self.best is None or row.val_top1 > self.best.val_top1):
             self.best = row
             save_checkpoint(self.path / 'best.pth.tar', model, **meta, metrics=self._metrics())
         self.save_step(model, resume, **meta)
         self._publish(row)  # last, so that every row of the table is in a checkpoint too
 
     def _metrics(self) -> dict[str, float]:
-        return {name: value for name, value in self.rows[-1].items() if value is not None} if self.rows else {}
+        return {name: value for name, value in asdict(self.rows[-1]).items() if value is not None} if self.rows else {}
 
     def save_step(self, model: torch.nn.Module, resume: dict[str, Any], **meta: Any) -> None:
         """Write last.pth.tar; the previous one becomes previous.pth.tar once the new one is complete."""
         new, last, previous = (self.path / name for name in CHECKPOINTS)
-        save_checkpoint(new, model, **meta, metrics=self._metrics(), **resume, best=self.best, rows=self.rows)
+        save_checkpoint(
+            new, model, **meta, metrics=self._metrics(), **resume, best=asdict(self.best) if self.best else None,
+            rows=[asdict(row) for row in self.rows])
         if last.exists():
             os.replace(last, previous)
         os.replace(new, last)
@@ -227,12 +246,13 @@ class RunFolder:
     def list_images(self, images: list[tuple[str, str]], name: str) -> Path:
         """Write the names of images, and the reasons, to a text file."""
         path = self.path / name
-        path.write_text(''.join(f'{image}\t{reason}\n' for image, reason in images))
+        write_text(path, ''.join(f'{image}\t{reason}\n' for image, reason in images))
         return path
 
     def finish(self) -> None:
         """Mark the run as finished with result.json."""
-        (self.path / 'result.json').write_text(json.dumps(dict(last=self.rows[-1], best=self.best), indent=2) + '\n')
+        result = dict(last=asdict(self.rows[-1]), best=asdict(self.best) if self.best else None)
+        write_text(self.path / 'result.json', to_json(result, indent=2) + '\n')
 
     def draw_curves(self) -> Path:
         """Draw loss, top-1 and learning rate over the epochs into curves.png."""
@@ -244,7 +264,7 @@ class RunFolder:
                 panels, ('loss', 'top-1, %', 'learning rate'), (('train_loss', 'val_loss'), ('val_top1',), ('lr',)),
                 strict=True):
             for name in names:
-                points = [(row['epoch'], row[name]) for row in self.rows if row[name] is not None]
+                points = [(row.epoch, getattr(row, name)) for row in self.rows if getattr(row, name) is not None]
                 if points:
                     panel.plot(*zip(*points, strict=True), marker='.', label=name)
             panel.set(xlabel='epoch', title=title)
@@ -263,6 +283,7 @@ class RunFolder:
             self.events.close()
         except OSError as error:
             _logger.warning(f'{self.path}: curves and events are incomplete ({error.strerror or error}).')
+        self.open_files.close()
         if self.lock is not None:
             os.close(self.lock)
             self.lock = None

@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.task import ClassificationTask, TokenDistillationTask, TrainingTask
 
-from ..checkpoint.load import create_from_checkpoint
+from ..checkpoint.load import create_from_checkpoint, create_pretrained
 from ..config import TrainConfig
 from ..errors import CheckpointError, ConfigError
 
@@ -39,14 +39,9 @@ def build_teacher(config: TrainConfig, num_classes: int) -> nn.Module:
         teacher = create_from_checkpoint(config.teacher_checkpoint, name)[0]
     else:
         try:
-            teacher = timm.create_model(name, pretrained=True)
-        except CheckpointError:
-            raise
-        except Exception as error:  # without a network the hub's clients raise nearly anything
-            raise ConfigError(
-                f'The weights of the teacher {name} could not be downloaded ({type(error).__name__}: '
-                f'{" ".join(str(error).split())[:200]}): use a file with --teacher-checkpoint, or --teacher none.'
-            ) from error
+            teacher = create_pretrained(name, 'use a file with --teacher-checkpoint, or --teacher none')[0]
+        except CheckpointError as error:
+            raise ConfigError(f'No teacher: {error}') from error
     if teacher.num_classes != num_classes:
         raise ConfigError(
             f'The teacher {name} has {teacher.num_classes} classes, the data {num_classes}: use a teacher trained on '

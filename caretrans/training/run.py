@@ -14,14 +14,15 @@ from ..config import TrainConfig
 from ..data.datasets import open_dataset
 from ..devices import resolve_device
 from ..distributed import Processes, find_processes, join_processes, leave_processes
-from ..errors import CheckpointError, ConfigError, Preempted, TrainingError, list_names
-from ..evaluation.metrics import evaluate
+from ..errors import CheckpointError, ConfigError, EvaluationError, Preempted, TrainingError, list_names
+from ..evaluation.metrics import Scores, evaluate, list_non_finite
 from ..progress import Progress
 from .failures import explain_failures
-from .folder import RunFolder, find_run, list_checkpoints
-from .state import Division, TrainState, describe_world_change, gather_train_state, restore_train_state
+from .folder import RunFolder, choose_orientation, find_run, list_checkpoints
+from .state import (
+    Division, EpochRow, TrainScores, TrainState, describe_world_change, gather_train_state, restore_train_state)
 from .steps import Step, train_steps
-from .trainer import Trainer, check_kernels
+from .trainer import Trainer, check_batch, check_kernels
 
 __all__ = ['TrainResult', 'train']
 
@@ -31,11 +32,11 @@ SETTLED, SETTLED_EARLY = 10, 50  # steps after which that share is meaningful, a
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Folder of a finished run, with its last and its best row of summary.csv."""
+    """Folder of a finished run, with its last and its best row of summary.csv, on the primary process only."""
 
     folder: Path
-    last: dict[str, float | None]
-    best: dict[str, float | None]
+    last: EpochRow | None = None
+    best: EpochRow | None = None
 
 
 class StopRequest:
@@ -58,12 +59,12 @@ class StopRequest:
         return self.came
 
 
-def summarise(row: dict[str, float | None], epochs: int) -> str:
+def summarise(row: EpochRow, epochs: int) -> str:
     """One readable line about an epoch."""
-    tested = '' if row['val_top1'] is None else \
-        f'  val loss {row["val_loss"]:.3f}  top-1 {row["val_top1"]:.1f} %  top-5 {row["val_top5"]:.1f} %'
-    return (f'epoch {row["epoch"]}/{epochs}  loss {row["train_loss"]:.3f}{tested}  lr {row["lr"]:.2e}'
-            f'  {row["images_per_s"]:.0f} images/s  {row["seconds"]:.0f} s')
+    tested = '' if row.val_top1 is None else \
+        f'  val loss {row.val_loss:.3f}  top-1 {row.val_top1:.1f} %  top-5 {row.val_top5:.1f} %'
+    return (f'epoch {row.epoch}/{epochs}  loss {row.train_loss:.3f}{tested}  lr {row.lr:.2e}'
+            f'  {row.images_per_s:.0f} images/s  {row.seconds:.0f} s')
 
 
 class Run:
@@ -156,7 +157,7 @@ class Run:
         images, counted, loss = self.processes.total([state.images, state.counted, state.loss_total])
         seconds, waited = self.processes.largest([state.seconds, state.waited])
         found = _join(self.processes.gather(state.unreadable))
-        state.trained = dict(
+        state.trained = TrainScores(
             loss=loss / max(counted, 1), lr=state.lr, seconds=seconds, images_per_s=images / seconds,
             data_wait=waited / seconds)
         if found and self.folder is not None:
@@ -165,7 +166,7 @@ class Run:
                      f'replaced by others: {list_names((name for name, _ in found), 5)}; listed in {file}')
         self._check_unreadable(found, shared=True)
         if self.steps >= SETTLED:
-            self._check_waiting(state.trained['data_wait'])
+            self._check_waiting(state.trained.data_wait)
         if not self.processes.is_alone:
             for module in self.trainer.modules.values():
                 distribute_bn(module, self.processes.world_size, reduce=True)
@@ -189,10 +190,11 @@ class Run:
 
     # Evaluation
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self) -> Scores | None:
+        """The validation scores, None in an epoch without validation."""
         epoch, trainer = self.state.epoch + 1, self.trainer
         if epoch % self.config.val_interval and epoch != trainer.epochs:
-            return {}
+            return None
 
         alone = self.processes.is_alone
         if not alone:  # saved now, together: during an evaluation each process may have to leave by itself
@@ -202,37 +204,47 @@ class Run:
             if self.stop():
                 self._leave(save=alone)
 
-        result = evaluate(
-            trainer.eval_model, trainer.val_loader, trainer.device, self.config.amp, check, self.processes,
-            trainer.num_classes)
+        try:
+            scores = evaluate(
+                trainer.eval_model, trainer.val_loader, trainer.device, self.config.amp, check, self.processes,
+                trainer.num_classes)
+        except EvaluationError as error:
+            raise TrainingError(
+                f'{error} These are {"the averaged weights" if trainer.ema is not None else "the weights"} after epoch '
+                f'{epoch}; start a run with other settings, such as a lower rate.', is_shared=True) from error
         trainer.val_loader.unreadable.clear()
-        if result['unreadable']:
-            self.say(f'{len(result["unreadable"])} of {len(trainer.val_set)} validation images could not be read and '
-                     f'are skipped: {list_names((name for name, _ in result["unreadable"]), 5)}')
-        return result
+        if scores.unreadable:
+            self.say(f'{len(scores.unreadable)} of {len(trainer.val_set)} validation images could not be read and '
+                     f'are skipped: {list_names((name for name, _ in scores.unreadable), 5)}')
+        return scores
 
-    def _end_epoch(self, tested: dict[str, float]) -> None:
-        state, trained = self.state, self.state.trained
-        row = dict(
-            epoch=state.epoch + 1, train_loss=trained['loss'], val_loss=tested.get('loss'),
-            val_top1=tested.get('top1'), val_top5=tested.get('top5'), lr=trained['lr'],
-            images_per_s=trained['images_per_s'], seconds=trained['seconds'] + tested.get('seconds', 0.),
-            data_wait=trained['data_wait'])
-        self.state = TrainState(epoch=row['epoch'])
+    def _end_epoch(self, scores: Scores | None) -> None:
+        trained = self.state.trained
+        loss, top1, top5, seconds = (scores.loss, scores.top1, scores.top5, scores.seconds) if scores else (
+            None, None, None, 0.)
+        row = EpochRow(
+            epoch=self.state.epoch + 1, train_loss=trained.loss, val_loss=loss, val_top1=top1, val_top5=top5,
+            lr=trained.lr, images_per_s=trained.images_per_s, seconds=trained.seconds + seconds,
+            data_wait=trained.data_wait)
+        self.state = TrainState(epoch=row.epoch)
         saved = self._gather_state()
         if self.folder is not None:
             self.folder.log_epoch(
-                row, self.trainer.model, saved, epoch=row['epoch'], **self.trainer.checkpoint_meta())
+                row, self.trainer.model, saved, epoch=row.epoch, **self.trainer.checkpoint_meta())
         self.say(summarise(row, self.trainer.epochs))
-        if any(self.processes.largest([self.stop()])) and row['epoch'] < self.trainer.epochs:
+        if any(self.processes.largest([self.stop()])) and row.epoch < self.trainer.epochs:
             self._leave(save=False)
 
     # Checkpoints
 
     def _gather_state(self) -> dict[str, Any]:
-        for name, value in self.trainer.model.named_parameters():
-            if not torch.isfinite(value).all():
-                raise TrainingError(f'The weight {name} is not finite; no checkpoint was written.')
+        broken = [f'{part}: {key}' if part != 'model' else key for part, module in self.trainer.modules.items()
+                  for key in list_non_finite(module)]
+        found = sorted({name for names in self.processes.gather(broken) for name in names})
+        if found:
+            raise TrainingError(
+                f'{len(found)} tensors of the weights are not finite ({list_names(found, 3)}); no checkpoint was '
+                f'written.', is_shared=True)
         saved = gather_train_state(self.state, self.trainer.modules, self.processes)
         return dict(self.trainer.resume_state(), standing=saved, division=asdict(self.trainer.division))
 
@@ -331,9 +343,12 @@ def _train(config: TrainConfig, processes: Processes, device: torch.device, stop
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     torch.backends.cudnn.benchmark = not config.train_img_sizes
     check_kernels(config, device)
+    check_batch(config, processes.world_size)
     if config.dataset_download:  # once per machine
         processes.together(lambda: _download(config) if processes.local_rank == 0 else None)
     path, candidates = processes.first(lambda: find_run(config))
+    if candidates:
+        config.orientation = processes.first(lambda: choose_orientation(path, config))
     trainer = processes.together(lambda: Trainer(config, processes, device))
     folder = processes.first(lambda: RunFolder(path, config, trainer.describe(), is_new=not candidates), keep=True)
     trainer.distribute()  # before statistics are restored, because it copies those of the primary to all processes
@@ -348,7 +363,7 @@ def _train(config: TrainConfig, processes: Processes, device: torch.device, stop
             run.say(line)
         run.finish_epochs()
         if folder is None:
-            return TrainResult(path, {}, {})
+            return TrainResult(path)
         folder.finish()
         return TrainResult(path, folder.rows[-1], folder.best)
     except TrainingError as error:

@@ -10,9 +10,35 @@ import torch.nn as nn
 
 from ..distributed import Processes
 
-__all__ = ['Division', 'TrainState', 'describe_world_change', 'gather_train_state', 'restore_train_state']
+__all__ = [
+    'Division', 'EpochRow', 'TrainScores', 'TrainState', 'describe_world_change', 'gather_train_state',
+    'restore_train_state']
 
 OF_ONE_PROCESS = ('images', 'counted', 'loss_total', 'unreadable')
+
+
+@dataclass(frozen=True)
+class EpochRow:
+    """A row of summary.csv, and of a checkpoint; None for what was not measured. top-1 and top-5 are in percent."""
+    epoch: int
+    train_loss: float
+    val_loss: float | None
+    val_top1: float | None
+    val_top5: float | None
+    lr: float
+    images_per_s: float
+    seconds: float
+    data_wait: float
+
+
+@dataclass(frozen=True)
+class TrainScores:
+    """Scores of the training part of an epoch over all processes; `data_wait` is a share of its seconds."""
+    loss: float
+    lr: float
+    seconds: float
+    images_per_s: float
+    data_wait: float
 
 
 @dataclass
@@ -26,7 +52,7 @@ class TrainState:
             skipped, sum of their losses.
         seconds, waited: Over these steps: elapsed time, and the part of it spent waiting for data.
         lr: Learning rate of the last step.
-        trained: Training figures of the current epoch, once only its evaluation remains.
+        trained: Scores of the current epoch, once only its evaluation remains.
         unreadable: (name, reason) of the training images found unreadable in the current epoch.
     """
 
@@ -38,7 +64,7 @@ class TrainState:
     seconds: float = 0.
     waited: float = 0.
     lr: float = 0.
-    trained: dict[str, float] | None = None
+    trained: TrainScores | None = None
     unreadable: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -92,8 +118,10 @@ def restore_train_state(saved: dict[str, Any], modules: dict[str, nn.Module], pr
         buffers = dict(modules[name].named_buffers())
         for key, value in values.items():
             buffers[key].copy_(value)
-    unreadable = [tuple(entry) for entry in mine['unreadable']]
-    return TrainState(**{**common, **{name: mine[name] for name in OF_ONE_PROCESS}, 'unreadable': unreadable})
+    state = TrainState(**common, **{name: mine[name] for name in OF_ONE_PROCESS})
+    state.unreadable = [tuple(entry) for entry in state.unreadable]
+    state.trained = TrainScores(**state.trained) if state.trained else None
+    return state
 
 
 def describe_world_change(before: Division, after: Division) -> str:

@@ -13,37 +13,53 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checkpoint.load import load_checkpoint
+from ..checkpoint.load import NOT_ARCHITECTURE, create_pretrained, load_checkpoint
 from ..checkpoint.preparation import resolve_eval_config
 from ..config import TrainConfig
 from ..data.datasets import check_labels, list_classes, open_dataset
 from ..data.loaders import build_eval_loader, build_train_loader
 from ..distributed import Processes
-from ..errors import CheckpointError, ConfigError, DataError
+from ..errors import CheckpointError, ConfigError, DataError, list_names
 from ..kernels import describe_placements, use_kernels, why_unavailable
 from ..seeds import seed_everything
 from .losses import SelfDistillationTask, build_task
 from .state import Division
 from .steps import Stepper
 
-__all__ = ['Trainer', 'build_mixup', 'build_model', 'build_schedule', 'check_kernels', 'put_kernels']
+__all__ = ['Trainer', 'build_mixup', 'build_model', 'build_schedule', 'check_batch', 'check_kernels', 'put_kernels']
+
+SINGLE_VALUE = 'Expected more than 1 value per channel'  # how PyTorch's BatchNorm refuses a batch of one value
 
 
 def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
-    """The model of a run, with the weights of `config.checkpoint` if there is one.
+    """The model of a run, with the weights of `config.checkpoint`, or the published ones, if it asks for them.
 
     Raises:
         ConfigError: No such model, or it does not fit the settings.
-        CheckpointError: The checkpoint cannot be loaded.
+        CheckpointError: The weights cannot be loaded.
     """
     if not timm.is_model(config.model):
         near = ', '.join(timm.list_models(f'*{config.model.split("_")[0]}*')[:8]) or 'none'
         raise ConfigError(f'No model {config.model!r}; near: {near}.')
     rates = {key: value for key, value in (('drop_rate', config.drop), ('drop_path_rate', config.drop_path)) if value}
+    wrong = [name for name in config.model_args if name in NOT_ARCHITECTURE]
+    if wrong:
+        raise ConfigError(f'The model_args name {list_names(wrong)}: use --pretrained or --checkpoint.')
+    arguments = dict(num_classes=num_classes, **{**rates, **config.model_args})
     try:
-        model = timm.create_model(config.model, num_classes=num_classes, **{**rates, **config.model_args})
+        model = create_pretrained(config.model, **arguments)[0] if config.pretrained else \
+            timm.create_model(config.model, **arguments)
+    except CheckpointError:
+        raise
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f'{config.model}: {error}') from None
+    except Exception as error:  # whatever a model raises for arguments that make no sense
+        if not config.model_args:
+            raise
+        shown = ' '.join(f'{name}={value}' for name, value in config.model_args.items())
+        raise ConfigError(
+            f'{config.model} cannot be made with --model-args {shown} ({type(error).__name__}: '
+            f'{" ".join(str(error).split())[:200]}): correct or omit them.') from error
     if config.checkpoint:
         load_checkpoint(model, config.checkpoint, new_heads=config.new_heads)
     if getattr(model, 'in_chans', 3) != 3:
@@ -68,6 +84,30 @@ def check_kernels(config: TrainConfig, device: torch.device) -> None:
         raise ConfigError(f'kernels with device={device}: {reason}: omit --kernels.')
     if not use_kernels(build_model(replace(config, checkpoint=''), num_classes=1), parts=()):
         raise ConfigError(f'kernels: no part of {config.model} uses them: omit --kernels.')
+
+
+def check_batch(config: TrainConfig, world_size: int) -> None:
+    """Refuse passes of one image in which BatchNorm sees a single value per channel, before any data is read.
+
+    Raises:
+        ConfigError: The last map of the model has 1 x 1 pixels, or it normalises pooled features.
+    """
+    sizes = [size for size, (images, _) in zip(config.list_sizes(), config.split_steps(world_size), strict=True)
+             if images == 1]
+    if not sizes or config.sync_bn and world_size > 1:
+        return
+    model = build_model(replace(config, checkpoint='', pretrained=False), num_classes=2).train()
+    for size in sizes:
+        try:
+            with torch.no_grad():
+                model(torch.zeros(1, 3, size, size))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            if SINGLE_VALUE not in str(error):
+                raise ConfigError(f'img_size={size}: {config.model}: {" ".join(str(error).split())}') from None
+            raise ConfigError(
+                f'A forward pass of 1 image of {size} px leaves BatchNorm of {config.model} one value per channel '
+                f'(batch_size={config.batch_size}, device_batch={config.device_batch}, {world_size} process(es)): '
+                f'use 2 or more per pass and process with --batch-size or --device-batch, or --img-size 64.') from None
 
 
 def put_kernels(model: nn.Module, config: TrainConfig) -> str:
@@ -163,7 +203,7 @@ class Trainer:
 
         self.eval_config = resolve_eval_config(
             self.model, img_size=config.val_img_size or config.img_size, crop_pct=config.crop_pct,
-            crop_mode=config.crop_mode)
+            crop_mode=config.crop_mode, orientation=config.orientation)
         self.train_loader = build_train_loader(
             self.train_set, config, self.eval_config, self.splits, processes, device, self.num_classes)
         if not self.train_loader.steps:
@@ -227,15 +267,16 @@ class Trainer:
             asdict(self.division), model=config.model, parameters=sum(p.numel() for p in self.model.parameters()),
             train_images=len(self.train_set), val_images=len(self.val_set), num_classes=self.num_classes,
             device=str(self.device), kernels=self.kernels, batch_size=config.batch_size, size_batches=sizes,
-            epochs=self.epochs, steps_per_epoch=self.train_loader.steps, lr=config.lr, eval_config=self.eval_config)
+            epochs=self.epochs, steps_per_epoch=self.train_loader.steps, lr=config.lr,
+            eval_config=self.eval_config.to_dict())
 
     def checkpoint_meta(self) -> dict[str, Any]:
         """Everything `save_checkpoint` stores besides the weights and the resume state."""
         config = self.config
         settings = dict(config.to_dict(), data=os.path.abspath(config.data) if config.data else '')
         return dict(
-            arch=config.model, model_args=config.model_args, class_names=self.classes, eval_config=self.eval_config,
-            config=settings, ema=self.ema)
+            arch=config.model, model_args=config.model_args, class_names=self.classes,
+            eval_config=self.eval_config.to_dict(), config=settings, ema=self.ema)
 
     def resume_state(self) -> dict[str, Any]:
         """State of optimizer and scaler, which a resumed run needs besides the weights."""

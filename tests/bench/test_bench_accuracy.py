@@ -44,15 +44,15 @@ def few_images(monkeypatch):
 def test_every_setup_predicts_as_an_evaluation_of_the_checkpoint(checkpoint, expected):
     setups = [Setup('eager'), Setup('fused', 'float32', 'channels_last'), Setup('openvino'), Setup('onnxruntime')]
     for record in measure_accuracy(checkpoint, setups):
-        assert record.images == expected['images'] and record.images % accuracy.BATCH, 'the last batch is smaller'
-        assert (record.top1, record.agreement, record.top1_change) == (expected['top1'], 100, 0)
-        assert record.loss == pytest.approx(expected['loss'], rel=1e-4)
+        assert record.images == expected.images and record.images % accuracy.BATCH, 'the last batch is smaller'
+        assert (record.top1, record.agreement, record.top1_change) == (expected.top1, 100, 0)
+        assert record.loss == pytest.approx(expected.loss, rel=1e-4)
 
 
 def test_int8_is_calibrated_and_its_loss_differs(checkpoint, expected):
     record, = measure_accuracy(checkpoint, [Setup('openvino', 'int8')])
     assert 0 < record.agreement <= 100 and record.dtype == 'int8'
-    assert record.loss != pytest.approx(expected['loss'], rel=1e-6)
+    assert record.loss != pytest.approx(expected.loss, rel=1e-6)
 
 
 def test_wrong_predictions_and_failures_are_seen(checkpoint, monkeypatch, capsys):
@@ -81,7 +81,7 @@ def test_the_script_prints_and_writes_it(checkpoint, data, tmp_path, call):
         '--bench', 'accuracy', '--device', 'cpu', '--model', 'care_s0', '--checkpoint', checkpoint, '--data', data,
         '--backend', 'fused', '--dtype', 'bfloat16', '--output', tmp_path)
     assert code == 0, err
-    record, = json.loads((tmp_path / 'results.json').read_text())['accuracy']
+    record, = json.loads((tmp_path / 'results.json').read_text(encoding='utf-8'))['accuracy']
     assert list(record) == [
         'model', 'bench', 'checkpoint', 'data', 'device', 'height', 'width', 'versions', 'backend', 'dtype', 'layout',
         'kernels', 'images', 'top1', 'top5', 'loss', 'top1_change', 'agreement']

@@ -110,12 +110,12 @@ def test_table_and_records_name_the_kernels(call, tmp_path, pretend):
     code, out, err = call('--model', 'mobilenetv2_035', 'care_s0', '--backend', 'eager', 'fused', '--output', tmp_path,
                           *QUICK)
     assert code == 0, err
-    records = json.loads((tmp_path / 'results.json').read_text())['records']
+    records = json.loads((tmp_path / 'results.json').read_text(encoding='utf-8'))['records']
     assert [(r['model'], r['backend'], r['kernels']) for r in records] == [
         ('mobilenetv2_035', 'eager', 'torch'), ('mobilenetv2_035', 'fused', 'torch'), ('care_s0', 'eager', 'torch'),
         *(('care_s0', 'fused', kernels) for kernels in KERNELS)]
     assert all(r['error'] < 5e-5 for r in records)
-    with open(tmp_path / 'results.csv', newline='') as file:
+    with open(tmp_path / 'results.csv', newline='', encoding='utf-8') as file:
         assert [row['kernels'] for row in csv.DictReader(file)] == [r['kernels'] for r in records]
     assert re.search(r'care_s0 +fused +float32 +channels_last +triton +64 x 64 ', out)
     assert "mobilenetv2_035: no part has Triton kernels, so PyTorch's kernels run" in out
@@ -127,7 +127,7 @@ def test_profiles_are_of_each_choice_and_say_so(call, tmp_path, pretend, monkeyp
     code, _, err = call('--bench', 'profile', '--model', 'care_s0', '--backend', 'fused', '--img-size', 64, '--kernels',
                         'torch', 'triton', '--device', 'cpu', '--output', tmp_path)
     assert code == 0, err
-    profiles = json.loads((tmp_path / 'results.json').read_text())['profiles']
+    profiles = json.loads((tmp_path / 'results.json').read_text(encoding='utf-8'))['profiles']
     assert {title.split(',')[0]: rows[0]['kernels'] for title, rows in profiles.items()} == {
         'care_s0 fused float32 channels_last': 'torch', 'care_s0 fused float32 channels_last triton': 'triton'}
 
@@ -144,8 +144,10 @@ def test_on_a_cpu_a_remark_says_which_kernels_run(call, tmp_path, monkeypatch, b
 
 def test_the_commands_for_a_gpu_are_those_of_the_page_and_are_accepted(pretend):
     """docs/gpu.md has a table of the steps of cmd/benchmark_gpu.sh."""
-    table = dict(re.findall(r'^\| `(\w+)` \| `python (.*?)` \|', (ROOT / 'docs' / 'gpu.md').read_text(), re.MULTILINE))
-    script = (ROOT / 'cmd' / 'benchmark_gpu.sh').read_text().replace('"${models[@]}"', 'care_s0 care_s1 care_s2')
+    page, script = (
+        (ROOT / path).read_text(encoding='utf-8') for path in ('docs/gpu.md', 'cmd/benchmark_gpu.sh'))
+    table = dict(re.findall(r'^\| `(\w+)` \| `python (.*?)` \|', page, re.MULTILINE))
+    script = script.replace('"${models[@]}"', 'care_s0 care_s1 care_s2')
     steps = {name: f'benchmark.py --device cuda {flags}'
              for name, flags in re.findall(r'^bench (\w+) (.*)$', script, re.MULTILINE)}
     steps['tests'] = re.search(r'^step tests "\$python" (.*)$', script, re.MULTILINE)[1]

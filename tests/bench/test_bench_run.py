@@ -39,11 +39,11 @@ def test_everything_is_measured_printed_written_and_drawn(call, tmp_path):
     assert code == 0, err
     for text in ('stages.2', 'A call takes', 'roofline:', 'Training steps of care_s0', 'channels_last'):
         assert text in out
-    result = json.loads((tmp_path / 'results.json').read_text())
+    result = json.loads((tmp_path / 'results.json').read_text(encoding='utf-8'))
     assert [r['backend'] for r in result['records']] == ['eager', 'fused']
     assert [r['way'] for r in result['training']] == ['published', 'channels_last']
     assert [rows[0]['backend'] for rows in result['profiles'].values()] == ['eager', 'fused']
-    with open(tmp_path / 'training.csv', newline='') as file:
+    with open(tmp_path / 'training.csv', newline='', encoding='utf-8') as file:
         assert [row['bench'] for row in csv.DictReader(file)] == ['train', 'train']
     drawn = sorted(path.name for path in (tmp_path / 'plots').glob('*.png'))
     assert drawn == ['accuracy_latency_batch2_64x64.png', 'growth.png', 'parts_care_s0.png']
@@ -68,7 +68,7 @@ def test_a_backend_that_fails_under_the_profiler_is_reported_and_the_others_are_
     monkeypatch.setattr(run, 'prepare', prepare_or_fail)
     code, _, err = call('--bench', 'profile', '--output', tmp_path, *QUICK)
     assert code == 1 and 'failed: profile of care_s0 eager float32 nchw, 2 x 64 x 64: ValueError: a kernel' in err
-    assert len(json.loads((tmp_path / 'results.json').read_text())['profiles']) == 1
+    assert len(json.loads((tmp_path / 'results.json').read_text(encoding='utf-8'))['profiles']) == 1
 
 
 def test_the_roofline_is_printed_beside_the_time_of_every_backend_of_the_fused_network(call, tmp_path, monkeypatch):
@@ -114,7 +114,8 @@ def test_late_failures_keep_earlier_measurements(call, tmp_path, monkeypatch):
     for failure in ('training of care_s0, teacher none', 'profiles of care_s0 at 64 x 64', 'a plot'):
         assert code == 1 and f'failed: {failure}: AssertionError: not as it should be' in err
     assert err.count('failed: a plot') == 2
-    assert len(json.loads((tmp_path / 'results.json').read_text())['records']) == 2 and 'median ms' in out
+    records = json.loads((tmp_path / 'results.json').read_text(encoding='utf-8'))['records']
+    assert len(records) == 2 and 'median ms' in out
 
 
 def test_each_model_has_a_plot_of_its_parts(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ def records(request):
 def test_each_mode_has_a_complete_record(records):
     assert [record.way for record in records] == [PUBLISHED, 'channels_last', 'bf16']
     for record in records:
-        assert all(value is not None for value in record.to_dict().values()) and set(record.to_row()) == set(
+        assert all(value is not None for value in record.to_dict().values()) and set(record.to_dict()) == set(
             COLUMNS['train'])
         assert record.bench == 'train' and record.runs == 2 and record.batch == 8
         assert record.median_ms > 0 and record.peak_mib > 0

@@ -16,7 +16,7 @@ from caretrans.bench import config as bench_config, infer
 from caretrans.bench.backends import WrongOutputError, prepare
 from caretrans.bench.config import BenchConfig, list_setups, parse_bench_config
 from caretrans.bench.readme import PAGE, README, check_readme
-from caretrans.bench.record import ModelCounts, Record
+from caretrans.bench.record import ModelCounts, Record, write_csv
 from caretrans.bench.report import describe_counts
 from caretrans.bench.setups import BACKENDS
 from caretrans.errors import ConfigError
@@ -38,8 +38,8 @@ def small(monkeypatch):
 
 
 def read(folder):
-    with open(folder / 'results.csv', newline='') as file:
-        return json.loads((folder / 'results.json').read_text()), list(csv.DictReader(file))
+    with open(folder / 'results.csv', newline='', encoding='utf-8') as file:
+        return json.loads((folder / 'results.json').read_text(encoding='utf-8')), list(csv.DictReader(file))
 
 
 # Refused --------------------------------------------------------------------------------------------------------------
@@ -106,11 +106,11 @@ def test_a_missing_gpu_is_refused(call):
 @pytest.mark.parametrize('flags, message', [
     (['--output', 'FILE'], '--output .*page.md: .* is not a folder'), (['--plots', 'FILE/here'], '--plots .*here: '),
     (['--plots', 'FILE/here.png'], '--plots .*page.md: '),
-    (['--update', '--readme', 'no/such/folder/page.md'], 'page.md cannot be written'),
-    (['--update', '--readme', 'FILE'], 'was not written by this command and would be replaced')])
+    (['--update', '--readme', 'FILE/page.md'], '--readme .*page.md: .* is not a folder'),
+    (['--update', '--readme', 'FILE'], '--readme .*page.md: it is not a writable page with the heading "## Results"')])
 def test_unwritable_outputs_are_refused_before_any_measurement(call, tmp_path, monkeypatch, flags, message):
     file = tmp_path / 'page.md'
-    file.write_text('text\n')
+    file.write_text('text\n', encoding='utf-8')
     monkeypatch.setattr(benchmark, 'run_benches', None)
     code, out, err = call(*[flag.replace('FILE', str(file)) for flag in flags])
     assert code == 2 and out == '' and re.search(message, err) and err.count('\n') == 1
@@ -234,11 +234,15 @@ def test_the_script_prints_a_table_and_writes_json_and_csv(tmp_path):
     assert result['config']['batch_size'] == [1, 2]
 
 
-def test_records_of_each_bench_have_their_columns():
+def test_records_of_each_bench_have_their_columns(tmp_path):
     record = Record(model='care_s0', bench='growth', attention='linear', versions=dict(torch='2'), notes=['a', 'b'])
     assert list(record.to_dict())[:4] == ['model', 'bench', 'attention', 'backend'] and 'error' not in record.to_dict()
     assert record.to_dict()['median_ms'] is None and record.to_dict()['notes'] == ['a', 'b']
-    assert record.to_row()['versions'] == '{"torch": "2"}' and record.to_row()['notes'] == 'a; b'
+    assert Record(bench='train', error=float('inf')).to_dict()['error'] is None, 'JSON has no infinity'
+    write_csv(tmp_path / 'results.csv', [record.to_dict()])
+    with open(tmp_path / 'results.csv', newline='', encoding='utf-8') as file:
+        row, = csv.DictReader(file)
+    assert list(row) == list(record.to_dict()) and row['versions'] == '{"torch": "2"}' and row['notes'] == 'a; b'
 
 
 def test_only_one_json_object_is_printed(call, tmp_path, small):
@@ -261,7 +265,7 @@ def measure(call, tmp_path, small, monkeypatch):
     def run_with(change, *flags):
         monkeypatch.setattr(infer, 'prepare', change)
         code, out, err = call(*CARE, *flags, '--output', tmp_path)
-        return code, out, err, json.loads((tmp_path / 'results.json').read_text())['records']
+        return code, out, err, json.loads((tmp_path / 'results.json').read_text(encoding='utf-8'))['records']
     return run_with
 
 
@@ -397,26 +401,26 @@ TABLE = """\
     ('`care_s0`', '`care_s9`', 'care_s9: no such model')])
 def test_a_wrong_figure_of_a_page_is_named(call, tmp_path, old, new, message):
     page = tmp_path / 'README.md'
-    page.write_text(TABLE.replace(old, new) if old else TABLE)
+    page.write_text(TABLE.replace(old, new) if old else TABLE, encoding='utf-8')
     code, _, err = call('--check', '--readme', page)
     assert code == (1 if message else 0) and (message or '') in err
 
 
 def test_a_page_without_tables_of_models_is_refused(call, tmp_path):
-    (tmp_path / 'README.md').write_text('| a | b |\n|---|---|\n| 1 | 2 |\n')
+    (tmp_path / 'README.md').write_text('| a | b |\n|---|---|\n| 1 | 2 |\n', encoding='utf-8')
     assert call('--check', '--readme', tmp_path / 'README.md')[0] == 2
 
 
 def test_several_models_are_compared_in_one_table_and_written_to_a_page_that_can_be_checked(call, tmp_path):
     page = tmp_path / 'benchmarks.md'
-    page.write_text('# Benchmarks\n\nold\n')
+    page.write_text('# Benchmarks\n\nhow to measure\n\n## Results\n\nold\n', encoding='utf-8')
     code, out, _ = call('--model', 'mobileone_s0', 'care_s0', '--backend', 'fused', '--markdown', '--update',
                         '--readme', page, '--output', tmp_path, *QUICK)
     assert code == 0 and '| top-1 %, published |' in out and '| `mobileone_s0` | 64 x 64 | 5.29 | 2.08 |' in out
     assert {r['reference'] for r in read(tmp_path)[0]['records']} == {
         'mobileone_s0 fused float32 channels_last', 'care_s0 fused float32 channels_last'}
-    text = page.read_text()
-    assert text.startswith('# Benchmarks\n') and '\n## Results\n\n| model |' in text and 'old\n' not in text
+    text = page.read_text(encoding='utf-8')
+    assert text.startswith('# Benchmarks\n\nhow to measure\n\n## Results\n\n| model |') and 'old\n' not in text
     assert check_readme(page) == (10, [])
-    page.write_text(text.replace('| 2.08 |', '| 2.09 |'))
+    page.write_text(text.replace('| 2.08 |', '| 2.09 |'), encoding='utf-8')
     assert check_readme(page)[1] == ['mobileone_s0, fused, M: the page has 2.09, counted 2.08']

@@ -14,8 +14,9 @@ from photos import copy_images
 
 from caretrans.__main__ import main
 from caretrans.bench import compare as command
-from caretrans.bench.compare import compare, parse_plan
-from caretrans.bench.compare_report import TITLE, describe_comparison, draw_comparison
+from caretrans.bench.compare import compare
+from caretrans.bench.compare_plan import TITLE, parse_plan
+from caretrans.bench.compare_report import RunFacts, describe_comparison, draw_comparison
 from caretrans.errors import ConfigError, TrainingError
 from caretrans.measure.sample_network import SAMPLE_IMAGES
 from caretrans.models.backbone import find_family
@@ -90,7 +91,7 @@ def test_wildcards_families_and_aliases_are_accepted():
     (['--model', 'care_s0', 'casvit_xs', '--teacher', 'resnet18'], 'casvit_xs has no second head'),
     (['--model', 'care_s0', 'casvit_xs', '--model-args', 'ablation=no_inter1'], 'casvit_xs: .*ablation'),
     (['--kernels'], 'kernels'), (['--batch-size', '64'], 'do not fill a batch'),
-    (['--update', 'README.md'], 'README.md: the file was not written by this command'),
+    (['--update', 'README.md'], 'README.md: it is not a writable page with the heading'),
     (['--update', 'LICENSE/a.md'], '--update LICENSE')])
 def test_bad_input_is_one_line_before_any_training(data, tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.setattr(command, 'train', None)
@@ -117,7 +118,7 @@ def test_a_folder_of_another_comparison_is_refused(data, compared, change, messa
 
 
 def test_a_folder_of_something_else_is_refused(compared, tmp_path):
-    (tmp_path / 'file').write_text('mine')
+    (tmp_path / 'file').write_text('mine', encoding='utf-8')
     with pytest.raises(ConfigError, match='other files than a comparison'):
         compare(replace(compared[0], folder=tmp_path))
 
@@ -128,10 +129,10 @@ def test_every_run_is_one_of_train_py_with_the_same_steps(compared):
     plan, result = compared
     runs = [(model, seed) for model in ('care_s0', 'casvit_xs') for seed in (0, 1)]
     folders = [plan.folder / f'{model}-seed{seed}' for model, seed in runs]
-    facts = [json.loads((folder / 'environment.json').read_text()) for folder in folders]
+    facts = [json.loads((folder / 'environment.json').read_text(encoding='utf-8')) for folder in folders]
     assert {(f['train_images'], f['batch_size'], f['epochs'], f['steps_per_epoch']) for f in facts} == {(8, 4, 2, 2)}
     assert [f['model'] for f in facts] == ['care_s0'] * 2 + ['casvit_xs'] * 2
-    assert yaml.safe_load((folders[3] / 'config.yaml').read_text())['seed'] == 1
+    assert yaml.safe_load((folders[3] / 'config.yaml').read_text(encoding='utf-8'))['seed'] == 1
     assert [(r.model, r.seed) for r in result.runs] == runs
 
 
@@ -146,16 +147,16 @@ def test_means_and_spreads_are_those_of_the_runs(compared):
 
 def test_tables_and_plot_are_written(compared):
     plan, result = compared
-    contents = json.loads((plan.folder / 'comparison.json').read_text())
+    contents = json.loads((plan.folder / 'comparison.json').read_text(encoding='utf-8'))
     assert contents['models'] == [figures.to_dict() for figures in result.models] and contents['settings']['lr'] == 4e-3
     assert set(contents) == {'models', 'runs', 'latencies', 'facts', 'settings', 'recipe', 'left_out', 'model_args',
                              'device', 'versions', 'commit', 'failures'}
-    with open(plan.folder / 'comparison.csv', newline='') as file:
+    with open(plan.folder / 'comparison.csv', newline='', encoding='utf-8') as file:
         rows = list(csv.DictReader(file))
     assert [(row['model'], row['family'], row['seeds']) for row in rows] == [
         ('care_s0', 'care', '0 1'), ('casvit_xs', 'casvit', '0 1')]
     assert (plan.folder / 'comparison.png').read_bytes().startswith(b'\x89PNG')
-    text = (plan.folder / 'comparison.md').read_text()
+    text = (plan.folder / 'comparison.md').read_text(encoding='utf-8')
     assert '| `care_s0` | ' in text and ' ± ' in text
     for said in ('not of the published accuracies', '2 epochs = 4 steps of 4 images = 16 images of 32 px',
                  '8 training and 8 validation images, 2 classes (chance: 50.0 %)',
@@ -167,12 +168,13 @@ def test_tables_and_plot_are_written(compared):
 def test_differences_between_models_and_machines_are_named(compared):
     _, result = compared
     assert not any('evaluated images,' in line or 'of the runs' in line for line in describe_comparison(result))
-    other = dict(result.facts['care_s0']['eval_config'], crop_pct=0.9)
-    changed = replace(result, facts=dict(result.facts, casvit_xs=dict(result.facts['casvit_xs'], eval_config=other)))
+    other = dict(result.facts['casvit_xs'].described, eval_config=dict(
+        result.facts['care_s0'].eval_config, crop_pct=0.9))
+    changed = replace(result, facts=dict(result.facts, casvit_xs=RunFacts(other)))
     assert any(line.startswith('differs: crop_pct of evaluated images, 1.0 of care_s0, 0.9 of casvit_xs')
                for line in describe_comparison(changed))
     care, casvit = result.models
-    moved = replace(care.runs[0], machine=dict(care.runs[0].machine, torch='2.6.0', compile=True))
+    moved = replace(care.runs[0], machine=replace(care.runs[0].machine, torch='2.6.0', compile=True))
     lines = describe_comparison(replace(result, models=[replace(care, runs=[moved, care.runs[1]]), casvit]))
     assert any(line.startswith('differs: torch of the runs, 2.6.0 of care_s0 (seed 0); ') for line in lines)
     assert any(line.startswith('differs: compile of the runs, True of care_s0 (seed 0); False of ') for line in lines)
@@ -200,12 +202,12 @@ def test_a_finished_comparison_trains_nothing_again_and_can_grow(data, compared,
     trained, train = [], command.train
     monkeypatch.setattr(command, 'train', lambda config: (trained.append(Path(config.output).name), train(config)))
     page = plan.folder / 'page.md'
-    page.write_text(f'{TITLE}\nold\n')
+    page.write_text(f'{TITLE}\nold\n', encoding='utf-8')
     flags = [str(data), *TINY, '--output', str(plan.folder), '--update', str(page), '--model', 'care_s0', 'casvit_xs']
     result = compare(parse_plan([*flags, '--seeds', '0', '1']))
     assert trained == [] and len(result.runs) == 4
-    assert page.read_text().startswith(f'{TITLE}\n\n') and '| model |' in page.read_text()
-    assert 'old' not in page.read_text()
+    text = page.read_text(encoding='utf-8')
+    assert text.startswith(f'{TITLE}\n\n') and '| model |' in text and 'old' not in text
     result = compare(parse_plan([*flags, '--seeds', '0', '1', '2']))
     assert trained == ['care_s0-seed2', 'casvit_xs-seed2'] and len(result.runs) == 6
 
@@ -222,7 +224,8 @@ def test_a_run_that_fails_is_reported_and_the_others_are_compared(data, tmp_path
     assert main(['compare', str(data), *TINY, '--model', 'care_s0', 'casvit_xs', '--output', str(tmp_path / 'o')]) == 1
     out, err = capsys.readouterr()
     assert 'failed: care_s0, seed 42: the loss is not finite' in err
-    assert [r['model'] for r in json.loads((tmp_path / 'o' / 'comparison.json').read_text())['models']] == ['casvit_xs']
+    contents = json.loads((tmp_path / 'o' / 'comparison.json').read_text(encoding='utf-8'))
+    assert [r['model'] for r in contents['models']] == ['casvit_xs']
 
 
 def test_killed_and_started_again_it_ends_with_the_same_weights(data, compared, tmp_path):

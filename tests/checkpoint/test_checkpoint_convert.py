@@ -105,8 +105,8 @@ def test_image_settings_are_stored(tmp_path):
     flags = ['--img-size', '96', '--crop-mode', 'squash', '--interpolation', 'bilinear']
     assert main(['convert', str(source), str(target), '--to', 'caretrans', *flags]) == 0
     model, loaded, config = load_for_evaluation(target)
-    assert (config['input_size'], config['crop_mode'], config['crop_pct']) == ([3, 96, 96], 'squash', 1.)
-    assert config['interpolation'] == 'bilinear' and loaded.meta['eval_config'] == config
+    assert (config.input_size, config.crop_mode, config.crop_pct) == ((3, 96, 96), 'squash', 1.)
+    assert config.interpolation == 'bilinear' and loaded.meta['eval_config'] == config.to_dict()
     assert set(list_sources(model, loaded).values()) == {'checkpoint', 'model'}
     assert convert_checkpoint(target, back, 'published').endswith(
         'evaluate it with --img-size 96 --crop-pct 1.0 --interpolation bilinear --crop-mode squash')
@@ -117,8 +117,8 @@ def test_image_settings_of_a_tag_are_stored(tmp_path):
     torch.save(published_state_dict('rcvit_xs'), source)
     assert main(['convert', str(source), str(target), '--to', 'caretrans', '--model', 'casvit_xs.r384_in1k']) == 0
     _, loaded, config = load_for_evaluation(target)
-    assert loaded.meta['arch'] == 'casvit_xs' and loaded.meta['eval_config'] == config
-    assert (config['input_size'], config['crop_mode'], config['crop_pct']) == ([3, 384, 384], 'squash', 1.)
+    assert loaded.meta['arch'] == 'casvit_xs' and loaded.meta['eval_config'] == config.to_dict()
+    assert (config.input_size, config.crop_mode, config.crop_pct) == ((3, 384, 384), 'squash', 1.)
 
 
 @pytest.mark.parametrize('layout, name, setting', [

@@ -1,6 +1,7 @@
 """Image settings for evaluation: crop modes and channel orders."""
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import timm
@@ -15,7 +16,7 @@ from caretrans.__main__ import main as caretrans
 from caretrans.checkpoint import convert_checkpoint, save_checkpoint
 from caretrans.checkpoint.preparation import list_sources, resolve_eval_config
 from caretrans.config import TrainConfig
-from caretrans.data import build_eval_transform
+from caretrans.data import EvalTransform
 from caretrans.errors import CheckpointError, ConfigError, DataError
 from caretrans.evaluation import EvalConfig, describe_result, evaluate_checkpoint, load_for_evaluation, predict_images
 from caretrans.export.config import ExportConfig
@@ -65,7 +66,7 @@ def make_wide() -> Image.Image:
 
 def prepare(image: Image.Image, **settings) -> torch.Tensor:
     config = resolve_eval_config(timm.create_model('care_s0'), **{**dict(img_size=40, crop_pct=1.), **settings})
-    return torch.as_tensor(build_eval_transform(config, as_uint8=True)(image))
+    return EvalTransform(config, as_uint8=True)(image)
 
 
 # Crop modes -----------------------------------------------------------------------------------------------------------
@@ -79,7 +80,7 @@ def test_squash_sees_the_whole_image():
 @pytest.mark.parametrize('name', ['care_s0', 'casvit_xs.r384_in1k'])
 def test_squash_sees_the_whole_image_without_a_crop_pct(name):
     config = resolve_eval_config(timm.create_model(name), img_size=40, crop_mode='squash')
-    pixels = torch.as_tensor(build_eval_transform(config, as_uint8=True)(make_wide()))
+    pixels = EvalTransform(config, as_uint8=True)(make_wide())
     assert torch.equal(pixels, prepare(make_wide(), crop_mode='squash'))
 
 
@@ -93,7 +94,7 @@ def test_squash_sees_the_whole_image_without_a_crop_pct(name):
 def test_squash_flag_drops_the_crop_pct_of_the_file(tmp_path, stored, flags, crop_pct, source):
     file = save(tmp_path / 'x.pth.tar', make_model(), **stored)
     model, loaded, config = load_for_evaluation(file, **flags)
-    assert (config['crop_pct'], list_sources(model, loaded, **flags)['crop_pct']) == (crop_pct, source)
+    assert (config.crop_pct, list_sources(model, loaded, **flags)['crop_pct']) == (crop_pct, source)
 
 
 def test_default_crop_mode_is_center():
@@ -137,7 +138,7 @@ def test_bgr_reverses_only_the_channels_of_the_pixels():
         assert torch.equal(bgr, rgb.flip(0)) and not torch.equal(bgr, rgb)
     config = resolve_eval_config(timm.create_model('care_s0'), img_size=40, mean=MEAN, std=STD, channel_order='bgr')
     bgr, (mean, std) = prepare(image, crop_pct=0.875).flip(0), (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
-    torch.testing.assert_close(build_eval_transform(config)(image), (bgr / 255 - mean) / std)
+    torch.testing.assert_close(EvalTransform(config)(image), (bgr / 255 - mean) / std)
 
 
 def swap_inputs(model: nn.Module) -> nn.Module:
@@ -156,8 +157,8 @@ def test_network_with_swapped_inputs_has_the_same_predictions_in_bgr(checkpoint,
     expected = evaluate_checkpoint(EvalConfig(checkpoint, **options))
     bgr = evaluate_checkpoint(EvalConfig(swapped, channel_order='bgr', **options))
     rgb = evaluate_checkpoint(EvalConfig(swapped, **options))
-    assert bgr['top1'] == expected['top1'] != rgb['top1'] and bgr['images'] == 12 * len(CLASSES)
-    assert bgr['loss'] == pytest.approx(expected['loss'], rel=1e-5) != rgb['loss']
+    assert bgr.top1 == expected.top1 != rgb.top1 and bgr.images == 12 * len(CLASSES)
+    assert bgr.loss == pytest.approx(expected.loss, rel=1e-5) != rgb.loss
     assert 'crop_pct 1.0 (checkpoint), channel_order bgr (flag)' in '\n'.join(describe_result(bgr))
     assert 'channel_order' not in '\n'.join(describe_result(rgb))
 
@@ -202,12 +203,12 @@ def test_bgr_network_converts_to_rgb_with_the_same_predictions(tmp_path, stored)
     convert_checkpoint(source, target, 'caretrans', **({} if stored else order))
     (bgr, _, bgr_config), (rgb, _, rgb_config) = (
         load_for_evaluation(source, **order), load_for_evaluation(target))
-    assert (rgb_config['mean'], rgb_config['std']) == (MEAN[::-1], STD[::-1]) and 'channel_order' not in rgb_config
+    assert (rgb_config.mean, rgb_config.std, rgb_config.channel_order) == (tuple(MEAN[::-1]), tuple(STD[::-1]), 'rgb')
     image = Image.open(IMAGE).convert('RGB').crop((0, 0, 200, 100))
     with torch.inference_mode():
-        expected, found = (model.double()(build_eval_transform(config)(image)[None].double())
+        expected, found = (model.double()(EvalTransform(config)(image)[None].double())
                            for model, config in ((bgr, bgr_config), (rgb, rgb_config)))
-        wrong = rgb(build_eval_transform(dict(bgr_config, channel_order='rgb'))(image)[None].double())
+        wrong = rgb(EvalTransform(replace(bgr_config, channel_order='rgb'))(image)[None].double())
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert not torch.allclose(wrong, expected, rtol=1e-3)
     assert load_source(ExportConfig(checkpoint=target)).eval_config == rgb_config

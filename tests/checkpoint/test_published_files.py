@@ -190,9 +190,9 @@ def test_file_with_an_alias_converts(tmp_path, alias, name):
 def test_tag_sets_the_image_settings(tmp_path, asked):
     path = save_casvit(tmp_path / 'x.pth', timm.create_model('casvit_xs'))
     _, _, config = load_for_evaluation(path, asked)
-    assert (config['input_size'], config['crop_mode'], config['crop_pct']) == ([3, 384, 384], 'squash', 1.0)
+    assert (config.input_size, config.crop_mode, config.crop_pct) == ((3, 384, 384), 'squash', 1.0)
     _, _, config = load_for_evaluation(path)
-    assert (config['input_size'], config['crop_mode'], config['crop_pct']) == ([3, 224, 224], 'center', 0.875)
+    assert (config.input_size, config.crop_mode, config.crop_pct) == ((3, 224, 224), 'center', 0.875)
 
 
 @pytest.mark.parametrize('side, asked, flags, expected, source', [
@@ -211,7 +211,7 @@ def test_image_size_in_a_cas_vit_file_is_used(tmp_path, side, asked, flags, expe
                        side=side)
     for file in (path, tmp_path / 'y.safetensors'):
         model, loaded, config = load_for_evaluation(file, asked, **flags)
-        assert (config['input_size'][1], config['crop_mode'], config['crop_pct']) == expected
+        assert (config.size[0], config.crop_mode, config.crop_pct) == expected
         assert list_sources(model, loaded, asked, **flags)['img_size'] == source
         convert_checkpoint(path, tmp_path / 'y.safetensors', 'caretrans', overwrite=True)
 
@@ -221,7 +221,7 @@ def test_stored_eval_config_takes_precedence_over_training_arguments(tmp_path):
     save_checkpoint(tmp_path / 'x.pth', timm.create_model('casvit_xs'), arch='casvit_xs', args=args,
                     eval_config=dict(input_size=[3, 64, 64], crop_pct=.9))
     _, _, config = load_for_evaluation(tmp_path / 'x.pth')
-    assert (config['input_size'], config['crop_mode'], config['crop_pct']) == ([3, 64, 64], 'center', .9)
+    assert (config.input_size, config.crop_mode, config.crop_pct) == ((3, 64, 64), 'center', .9)
 
 
 @pytest.mark.parametrize('flags, hinted', [

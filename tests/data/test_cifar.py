@@ -79,7 +79,7 @@ def test_cifar10_is_fetched_and_every_family_trains_on_it(monkeypatch, server, t
     assert checkpoint['class_names'] == CLASSES and checkpoint['steps'] == 60 // 4
     assert (tmp_path / 'data' / CIFAR10.base_folder / 'data_batch_1').exists()
     scored = evaluate_checkpoint(EvalConfig(str(result.folder / 'last.pth.tar'), workers=0))
-    assert scored['images'] == 12 and scored['top1'] == result.last['val_top1']
+    assert scored.images == 12 and scored.top1 == result.last.val_top1
     assert 'crop_pct 1.0 (checkpoint), crop_mode squash (checkpoint)' in '\n'.join(describe_result(scored))
 
 
@@ -111,7 +111,7 @@ def test_data_that_are_not_there_are_one_line_with_the_remedy(monkeypatch, serve
         line, = capsys.readouterr().err.splitlines()
         return line
     assert fail() == \
-        f'train.py: {tmp_path / "data"} holds no whole copy of torch/cifar10: --dataset-download fetches it.'
+        f'train.py: {tmp_path / "data"} holds no complete copy of torch/cifar10: --dataset-download fetches it.'
     archive.unlink()
     start = f'train.py: torch/cifar10 could not be fetched into {tmp_path / "data"} '
     assert fail('--dataset-download').startswith(f'{start}(HTTPError: HTTP Error 404')

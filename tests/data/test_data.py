@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
-from caretrans.checkpoint.preparation import resolve_eval_config
+from caretrans.checkpoint.preparation import Preparation, resolve_eval_config
 from caretrans.data import check_labels, describe_classes, find_labels, list_classes, name_image, open_dataset
 from caretrans.data.loaders import build_eval_loader
 from caretrans.errors import DataError
@@ -65,7 +65,7 @@ def break_other_class(root): (root / 'val' / 'kaiser').rename(root / 'val' / 'co
 @pytest.mark.parametrize('damage, message', [
     (break_missing, 'No data at '),
     (break_no_split, "has no folder 'val', it has train"),
-    (break_flat, 'has images of one class only'),
+    (break_flat, 'has no images in class folders.*images outside of class folders: 6'),
     (break_no_images, 'has no images'),
     (break_other_class, r'missing kaiser; unknown conference'),
 ])
@@ -77,7 +77,7 @@ def test_data_that_cannot_be_evaluated_is_refused(small_data, damage, message):
 
 
 @pytest.mark.parametrize('name, message', [
-    ('torch/cifar10', "holds no whole copy of torch/cifar10: --dataset-download fetches it"),
+    ('torch/cifar10', "holds no complete copy of torch/cifar10: --dataset-download fetches it"),
     ('torch/nonsense', "cannot be read: Unknown torchvision dataset nonsense"),
 ])
 def test_a_data_set_of_the_factory_that_is_not_there_is_refused(tmp_path, name, message):
@@ -87,9 +87,9 @@ def test_a_data_set_of_the_factory_that_is_not_there_is_refused(tmp_path, name, 
 
 def test_evaluation_prepares_images_as_published():
     config = resolve_eval_config(timm.create_model('care_s0'))
-    assert config['input_size'] == [3, 224, 224] and config['crop_pct'] == 0.875
-    assert config['interpolation'] == 'bicubic' and config['crop_mode'] == 'center'
-    assert (config['mean'], config['std']) == (list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD))
+    assert config == Preparation(
+        input_size=(3, 224, 224), interpolation='bicubic', crop_pct=0.875, crop_mode='center',
+        mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, channel_order='rgb', orientation='ignore')
 
     dataset = open_dataset(FRUIT, 'val')
     path, label = dataset.reader.samples[5]

@@ -380,7 +380,7 @@ def test_too_little_space_is_noticed_before_anything_is_done(whole, target, monk
 def test_other_things_in_the_target_are_refused_and_kept(whole, target, capsys):
     (target / 'val').mkdir(parents=True)
     (target / 'val' / 'ILSVRC2012_val_00000001.JPEG').write_bytes(b'flat')
-    assert 'files beside the class folders (ILSVRC2012_val_00000001.JPEG)' in refusal(capsys, *flags(whole, target))
+    assert 'files outside of class folders (ILSVRC2012_val_00000001.JPEG)' in refusal(capsys, *flags(whole, target))
     (target / 'val' / 'ILSVRC2012_val_00000001.JPEG').unlink()
     (target / 'train' / 'apple').mkdir(parents=True)
     assert 'folders of other data (apple)' in refusal(capsys, *flags(whole, target))

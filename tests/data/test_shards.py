@@ -157,7 +157,7 @@ def test_shards_of_other_images_or_settings_are_not_mixed(small_data, shards, tm
         write_shards(str(small_data), str(tmp_path / 'strange'))
     with pytest.raises(DataError, match='holds the images'):
         write_shards(str(small_data), str(small_data))
-    with pytest.raises(DataError, match='is no folder of images'):
+    with pytest.raises(DataError, match='is not a folder of images'):
         write_shards(str(shards), str(tmp_path / 'again'))
 
 

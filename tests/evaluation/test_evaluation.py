@@ -23,6 +23,7 @@ from caretrans.data.loaders import build_eval_loader
 from caretrans.distributed import Processes
 from caretrans.errors import DataError
 from caretrans.evaluation import EvalConfig, describe_result, evaluate_checkpoint
+from caretrans.evaluation.metrics import Accuracy
 from caretrans.evaluation.real_labels import RealLabels
 
 ROOT = Path(caretrans.__file__).parent.parent
@@ -54,7 +55,9 @@ def predict_one_by_one(checkpoint: str, paths):
     """The logits (n, C) for image files by a plain loop."""
     model = create_from_checkpoint(checkpoint)[0].eval()
     config = resolve_eval_config(model, img_size=SIZE)
-    transform = create_transform(**{**config, 'input_size': tuple(config['input_size'])})
+    transform = create_transform(
+        config.input_size, interpolation=config.interpolation, mean=config.mean, std=config.std,
+        crop_pct=config.crop_pct, crop_mode=config.crop_mode)
     with torch.inference_mode():
         return torch.cat([model(transform(Image.open(path).convert('RGB'))[None]) for path in paths])
 
@@ -76,13 +79,14 @@ def test_one_process_and_two_return_the_same_figures(fruit, tmp_path):
     done = validate(fruit, FRUIT, '--json', '--expect', 661, '--confusion', 3, '--workers', 1,
                     '--per-class', tmp_path / 'two.csv', processes=2)
     two = json.loads(done.stdout)
-    assert {key: two[key] for key in FIGURES} == {key: one[key] for key in FIGURES} and one['images'] == 661
-    assert two['loss'] == pytest.approx(one['loss'], rel=1e-12) and two.keys() == one.keys()
-    assert two['per_class'] == one['per_class'] and two['worst'] == one['worst'] and two['processes'] == 2
+    whole = one.to_dict()
+    assert {key: two[key] for key in FIGURES} == {key: whole[key] for key in FIGURES} and one.images == 661
+    assert two['loss'] == pytest.approx(one.loss, rel=1e-12) and two.keys() == whole.keys()
+    assert two['per_class'] == whole['per_class'] and two['worst'] == whole['worst'] and two['processes'] == 2
     assert (tmp_path / 'one.csv').read_text() == (tmp_path / 'two.csv').read_text()
-    assert sum(row['images'] for row in one['per_class']) == 661
-    assert one['top1'] == pytest.approx(sum(row['images'] * row['top1'] for row in one['per_class']) / 661)
-    assert one['top5'] == pytest.approx(sum(row['images'] * row['top5'] for row in one['per_class']) / 661)
+    assert sum(row.images for row in one.per_class) == 661
+    assert one.top1 == pytest.approx(sum(row.images * row.top1 for row in one.per_class) / 661)
+    assert one.top5 == pytest.approx(sum(row.images * row.top5 for row in one.per_class) / 661)
     assert done.stderr.count('Loaded ') == 1, 'only the primary process prints'
 
 
@@ -103,10 +107,10 @@ def test_each_image_counts_once_and_unreadable_images_are_skipped(two_kinds):
     for batch_size, workers in ((4, 1), (5, 0)):  # with 4 it is the first of a batch, with 5 the last
         result = evaluate_checkpoint(
             EvalConfig(checkpoint, str(folder), img_size=SIZE, batch_size=batch_size, workers=workers))
-        assert result['images'] == 21
-        assert result['top1'] == 100 * (logits.argmax(1) == labels).sum().item() / 21
-        assert result['loss'] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
-        assert [name for name, _ in result['unreadable']] == [str(files[4])]
+        assert result.images == 21
+        assert result.top1 == 100 * (logits.argmax(1) == labels).sum().item() / 21
+        assert result.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+        assert [name for name, _ in result.unreadable] == [str(files[4])]
     printed = '\n'.join(describe_result(result))
     assert '1 more image(s) could not be read' in printed and 'of 21 images only' in printed
     assert f'{files[4]}: UnidentifiedImageError' in printed
@@ -151,12 +155,12 @@ def test_settings_are_printed_with_their_sources(two_kinds, tmp_path):
 
 def test_worst_classes_are_printed_with_what_they_are_mistaken_for(fruit):
     result = evaluate_checkpoint(EvalConfig(fruit, str(FRUIT / 'val'), img_size=32, workers=0, worst=2))
-    worst = result['worst'][0]
-    assert len(result['worst']) == 2 and worst['top1'] <= result['worst'][1]['top1']
-    other = worst['taken_for'][0]
-    assert f'  {worst["name"]}  {worst["top1"]:.1f} % of {worst["images"]}: {other["name"]} {other["images"]}' \
+    worst = result.worst[0]
+    assert len(result.worst) == 2 and worst.top1 <= result.worst[1].top1
+    other = worst.taken_for[0]
+    assert f'  {worst.name}  {worst.top1:.1f} % of {worst.images}: {other.name} {other.images}' \
         in '\n'.join(describe_result(result))
-    assert 'per_class' not in result
+    assert result.per_class is None
 
 
 def test_an_error_is_one_line_of_the_primary_process(two_kinds):
@@ -210,8 +214,8 @@ def test_real_labels_count_images_that_have_a_label(small_imagenet):
     assert 0 < top1 < top5 < 100
     result = evaluate_checkpoint(EvalConfig(
         checkpoint, str(folder), img_size=SIZE, workers=0, batch_size=2, real_labels=str(folder / 'real.json')))
-    assert result['images'] == 8 and [name for name, _ in result['unreadable']] == [str(files[2])]
-    assert result['real'] == dict(top1=top1, top5=top5, images=6)
+    assert result.images == 8 and [name for name, _ in result.unreadable] == [str(files[2])]
+    assert result.real == Accuracy(top1, top5, images=6)
     assert f'top-1 {top1:.3f} %   top-5 {top5:.3f} %   by the ImageNet-ReaL labels of 6 images' \
         in '\n'.join(describe_result(result))
 
@@ -222,8 +226,8 @@ def test_process_without_images_takes_part(small_imagenet):
     flags = ['--batch-size', 5, '--workers', 0, '--real-labels', folder / 'real.json']
     result = json.loads(validate(checkpoint, folder, '--json', *flags, processes=3).stdout)
     alone = evaluate_checkpoint(EvalConfig(checkpoint, str(folder), img_size=SIZE, workers=0, batch_size=5))
-    assert {key: result[key] for key in FIGURES} == {key: alone[key] for key in FIGURES}
-    assert result['loss'] == pytest.approx(alone['loss'], rel=1e-12) and result['processes'] == 3
+    assert [result[key] for key in FIGURES] == [alone.images, alone.top1, alone.top5]
+    assert result['loss'] == pytest.approx(alone.loss, rel=1e-12) and result['processes'] == 3
     assert [name for name, _ in result['unreadable']] == [str(files[2])]
     assert result['real'] == dict(top1=top1, top5=top5, images=6)
 
@@ -267,4 +271,4 @@ def test_csv_names_each_class(two_kinds, tmp_path):
     result = evaluate_checkpoint(EvalConfig(checkpoint, str(folder), img_size=SIZE, workers=0, per_class=str(path)))
     rows = list(csv.DictReader(path.read_text().splitlines()))
     assert [row['class'] + row['name'] + ' ' + row['images'] for row in rows] == ['0kaiser 10', '1orange 11']
-    assert [float(row['top1']) for row in rows] == [round(row['top1'], 3) for row in result['per_class']]
+    assert [float(row['top1']) for row in rows] == [round(row.top1, 3) for row in result.per_class]

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import (
 
 from caretrans.errors import DataError
 from caretrans.evaluation.metrics import (
-    Predictions, evaluate, evaluate_in_detail, list_worst, tabulate_classes, write_classes)
+    ClassScore, Mistake, Predictions, evaluate, evaluate_in_detail, list_worst, tabulate_classes, write_classes)
 
 CPU = torch.device('cpu')
 
@@ -66,8 +66,8 @@ def test_figures_equal_those_computed_by_hand():
     logits, labels = make_batch()
     result, details = evaluate_in_detail(Given(6), Batches([(logits[:4], labels[:4]), (logits[4:], labels[4:])]), CPU)
     losses = [math.log(sum(math.exp(value) for value in row)) - row[label] for row, label in LOGITS]
-    assert result['images'] == 7 and result['top1'] == 100 * 3 / 7 and result['top5'] == 100 * 5 / 7
-    assert result['loss'] == pytest.approx(sum(losses) / 7, rel=1e-6) and result['unreadable'] == []
+    assert result.images == 7 and result.top1 == 100 * 3 / 7 and result.top5 == 100 * 5 / 7
+    assert result.loss == pytest.approx(sum(losses) / 7, rel=1e-6) and result.unreadable == []
     assert details.confusion.tolist() == CONFUSION and details.top5_correct.tolist() == [1, 2, 0, 0, 0, 2]
     assert details.predictions[:, 0].tolist() == [0, 0, 0, 5, 4, 1, 1]
     assert details.predictions[6].tolist() == [1, 5, 3, 2, 4]
@@ -77,10 +77,10 @@ def test_figures_of_many_images_equal_their_ranks():
     logits, labels = make_images(501, 10)
     result = evaluate(Given(10), Batches(list(zip(logits.split(64), labels.split(64), strict=True))), CPU)
     ranks = (logits > logits.gather(1, labels[:, None])).sum(dim=1)
-    assert result['images'] == 501
-    assert result['top1'] == 100 * (ranks < 1).sum().item() / 501
-    assert result['top5'] == 100 * (ranks < 5).sum().item() / 501
-    assert result['loss'] == pytest.approx(F.cross_entropy(logits.double(), labels).item(), rel=1e-6)
+    assert result.images == 501
+    assert result.top1 == 100 * (ranks < 1).sum().item() / 501
+    assert result.top5 == 100 * (ranks < 5).sum().item() / 501
+    assert result.loss == pytest.approx(F.cross_entropy(logits.double(), labels).item(), rel=1e-6)
 
 
 def test_figures_do_not_depend_on_the_batches():
@@ -88,16 +88,15 @@ def test_figures_do_not_depend_on_the_batches():
     results = [evaluate(Given(10), Batches(list(zip(logits.split(size), labels.split(size), strict=True))), CPU)
                for size in (1, 7, 101)]
     for result in results:
-        assert {key: result[key] for key in ('images', 'top1', 'top5')} \
-            == {key: results[0][key] for key in ('images', 'top1', 'top5')}
-        assert result['loss'] == pytest.approx(results[0]['loss'], rel=1e-6)
+        assert (result.images, result.top1, result.top5) == (results[0].images, results[0].top1, results[0].top5)
+        assert result.loss == pytest.approx(results[0].loss, rel=1e-6)
 
 
 @pytest.mark.parametrize('classes', [2, 3, 4, 5])
 def test_top5_of_at_most_five_classes_is_always_right(classes):
     logits, labels = make_images(20, classes)
     result = evaluate(Given(classes), Batches([(logits, labels)]), CPU)
-    assert result['top5'] == 100 and result['top1'] == 100 * (logits.argmax(1) == labels).sum().item() / 20
+    assert result.top5 == 100 and result.top1 == 100 * (logits.argmax(1) == labels).sum().item() / 20
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
@@ -105,7 +104,7 @@ def test_equal_logits_count_as_one_prediction(dtype):
     """Ties score one class in ten for top-1 and five in ten for top-5, not all of them."""
     labels = torch.arange(10).repeat(3)
     result, details = evaluate_in_detail(Given(10), Batches([(torch.ones(30, 10, dtype=dtype), labels)]), CPU)
-    assert result['top1'] == 10 and result['top5'] == 50 and result['loss'] == pytest.approx(math.log(10), rel=1e-6)
+    assert result.top1 == 10 and result.top5 == 50 and result.loss == pytest.approx(math.log(10), rel=1e-6)
     assert details.confusion.diag().sum() == 3 and details.top5_correct.sum() == 15
 
 
@@ -132,7 +131,7 @@ def test_logits_of_other_classes_are_refused():
 def test_unreadable_images_are_reported():
     loader = Batches([(torch.randn(2, 3), torch.tensor([0, 1]))], [('b.jpg', 'OSError: why'), ('a.jpg', 'EOFError: x')])
     result = evaluate(Given(3), loader, CPU)
-    assert result['images'] == 2 and result['unreadable'] == [('a.jpg', 'EOFError: x'), ('b.jpg', 'OSError: why')]
+    assert result.images == 2 and result.unreadable == [('a.jpg', 'EOFError: x'), ('b.jpg', 'OSError: why')]
 
 
 @pytest.mark.parametrize('amp', ['off', 'bf16', 'fp16'])
@@ -141,7 +140,7 @@ def test_evaluation_runs_in_every_precision_and_changes_nothing(amp):
     before, images = copy.deepcopy(model.state_dict()), make_batch()
     expected = F.cross_entropy(copy.deepcopy(model).eval()(images[0]), images[1]).item()
     result = evaluate(model, Batches([images]), CPU, amp, num_classes=6)
-    assert result['loss'] == pytest.approx(expected, rel=1e-6 if amp == 'off' else 0.02)
+    assert result.loss == pytest.approx(expected, rel=1e-6 if amp == 'off' else 0.02)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
 
@@ -177,17 +176,16 @@ def rows():
 
 
 def test_classes_are_tabulated_with_what_they_are_mistaken_for(rows):
-    assert [row['images'] for row in rows] == [2, 2, 0, 0, 0, 3]
-    assert rows[0] == dict(label=0, name='a', images=2, top1=50., top5=50.,
-                           taken_for=[dict(label=1, name='b', images=1)])
-    assert rows[2] == dict(label=2, name='c', images=0, top1=None, top5=None, taken_for=[])
-    assert rows[5]['top1'] == 100 / 3 and rows[5]['top5'] == 200 / 3
-    assert [(other['name'], other['images']) for other in rows[5]['taken_for']] == [('a', 1), ('e', 1)]
+    assert [row.images for row in rows] == [2, 2, 0, 0, 0, 3]
+    assert rows[0] == ClassScore(0, 'a', images=2, top1=50., top5=50., taken_for=[Mistake(1, 'b', images=1)])
+    assert rows[2] == ClassScore(2, 'c', images=0, top1=None, top5=None, taken_for=[])
+    assert rows[5].top1 == 100 / 3 and rows[5].top5 == 200 / 3
+    assert [(other.name, other.images) for other in rows[5].taken_for] == [('a', 1), ('e', 1)]
 
 
 def test_worst_classes_come_first_and_classes_without_images_never(rows):
-    assert [row['label'] for row in list_worst(rows, 2)] == [5, 0]
-    assert [row['label'] for row in list_worst(rows, 9)] == [5, 0, 1]
+    assert [row.label for row in list_worst(rows, 2)] == [5, 0]
+    assert [row.label for row in list_worst(rows, 9)] == [5, 0, 1]
 
 
 def test_csv_contains_each_class(rows, tmp_path):

@@ -1,4 +1,5 @@
 """ONNX programs: the file computes what the network computes, for any batch and size; a wrong one is noticed."""
+import dataclasses
 import json
 from importlib.metadata import version
 
@@ -9,6 +10,7 @@ from exports import (
     assert_break_is_caught,
     assert_truncation_is_named,
     check,
+    make_cases,
     make_job,
     make_source,
     run_reference,
@@ -18,6 +20,7 @@ from exports import (
 from caretrans import __version__
 from caretrans.errors import ExportError
 from caretrans.export.formats import onnx as onnx_format
+from caretrans.export.shapes import describe_shapes
 from caretrans.export.verify import VerificationError
 
 JOB = make_job('onnx')
@@ -33,6 +36,43 @@ def test_program_is_right_for_any_batch_and_size(programs):
     for shape in SHAPES:
         images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         assert torch.allclose(program.run(images), run_reference(images), atol=2e-5), shape
+
+
+@pytest.mark.parametrize('size, name', [((32, 32), 'care'), ((32, 40), 'mlla'), ((40, 96), 'casvit')])
+def test_program_for_small_images_takes_any_size(size, name, programs):
+    """Maps of one position, when it is traced, must not become part of the program."""
+    job = make_job('onnx', size=size, input='image')
+    program, cases = programs.read(job, name), make_cases(name, size)
+    assert check(job, program, name).max_error < 2e-5
+    said = describe_shapes(make_source(name), job, program, cases)
+    assert said == (f'any number of images of any height and width from 32 pixels on (run: 3 x 32 x 40, '
+                    f'2 x {size[0] + 37} x {size[1] + 6})')
+    pixels = torch.randint(256, (1, 3, 224, 160), dtype=torch.uint8)
+    expected = run_reference(make_source(name).normalise(pixels), name)
+    assert torch.allclose(program.run(pixels.float()), expected, atol=5e-5)
+
+
+def run_at_own_size(program):
+    """A stand-in for a program with free axes that fails, or is wrong, at sizes other than its own."""
+    def fail(images):
+        if images.shape[2:] != JOB.size:
+            raise RuntimeError('cannot be\nreshaped')
+        return program.run(images)
+    return fail
+
+
+def test_claim_is_what_was_run(programs):
+    program, source, cases = programs.read(JOB), make_source(), make_cases()
+    other = dataclasses.replace(program, run=run_at_own_size(program))
+    assert describe_shapes(source, JOB, other, cases) == (
+        'only images of 64 x 64 pixels, 1 at a time: RuntimeError: cannot be reshaped')
+    fixed = dataclasses.replace(program, least={})
+    assert describe_shapes(source, JOB, fixed, cases) == 'only images of 64 x 64 pixels, 1 at a time'
+    batches = dataclasses.replace(other, least={'batch': 1})
+    assert describe_shapes(source, JOB, batches, cases) == 'any number of images of 64 x 64 pixels (run: 3 x 64 x 64)'
+    wrong = dataclasses.replace(program, run=lambda images: program.run(images) + (images.shape[2] == 101))
+    with pytest.raises(VerificationError, match='takes 2 images of 101 x 70 pixels, but its outputs differ'):
+        describe_shapes(source, JOB, wrong, cases)
 
 
 def test_pixels_and_probabilities_of_three_heads(programs):

@@ -2,9 +2,17 @@
 import pytest
 import torch
 import torch.nn as nn
-from exports import assert_break_is_caught, assert_truncation_is_named, check, make_job, make_source, run_reference
+from exports import (
+    assert_break_is_caught,
+    assert_truncation_is_named,
+    check,
+    make_cases,
+    make_job,
+    make_source,
+    run_reference,
+)
 
-from caretrans.export.formats.torch_export import ANY_SIZE
+from caretrans.export.shapes import describe_shapes
 from caretrans.runtimes.tracing import trace_any_size
 
 JOB = make_job('torch')
@@ -19,11 +27,22 @@ def test_program_is_right_for_any_batch_and_size(programs):
         assert torch.allclose(program.run(images), run_reference(images), atol=2e-5), shape
 
 
-def test_images_below_the_size_of_the_remark_are_refused(programs):
-    assert programs.write(JOB)[1] == [ANY_SIZE]
-    assert 'from 64 pixels on' in ANY_SIZE
+def test_images_below_the_size_of_the_claim_are_refused(programs):
+    program = programs.read(JOB)
+    said = describe_shapes(make_source(), JOB, program, make_cases())
+    assert said == ('any number of images of any height and width from 64 pixels on (run: 3 x 64 x 72, '
+                    '2 x 101 x 70)')
     with pytest.raises(AssertionError, match='Guard failed'):
-        programs.read(JOB).run(torch.zeros(1, 3, 63, 64))
+        program.run(torch.zeros(1, 3, 63, 64))
+
+
+@pytest.mark.parametrize('size', [(32, 32), (40, 64)])
+def test_program_for_images_too_small_for_any_size_takes_any_number_of_them(size, programs):
+    job = make_job('torch', size=size)
+    program = programs.read(job)
+    assert check(job, program).max_error < 2e-5
+    said = describe_shapes(make_source(), job, program, make_cases(size=size))
+    assert said == f'any number of images of {size[0]} x {size[1]} pixels (run: 3 x {size[0]} x {size[1]})'
 
 
 def test_operations_are_those_on_tensors(programs):
@@ -38,10 +57,11 @@ def test_network_of_one_size_is_traced_for_that_size():
         def forward(self, x):
             return x.reshape(1, 3, 8, 8).mean((2, 3))
 
-    program, remark = trace_any_size(Fixed(), torch.randn(1, 3, 8, 8))
-    assert 'only images of shape (1, 3, 8, 8)' in remark and '\n' not in remark
+    program = trace_any_size(Fixed(), torch.randn(1, 3, 8, 8))
     images = torch.randn(1, 3, 8, 8)
     assert torch.equal(program.module()(images), Fixed()(images))
+    with pytest.raises(AssertionError, match='Guard failed'):
+        program.module()(torch.randn(2, 3, 8, 8))
 
 
 def test_program_of_another_network_is_noticed_and_a_truncated_one_named(programs, tmp_path):

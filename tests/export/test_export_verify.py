@@ -32,7 +32,7 @@ def test_right_program_passes(kwargs):
 def test_wrong_normalisation_is_noticed():
     job = make_job(input='image')
     wrong = make_program(make_job(), lambda logits: logits)  # does not normalise
-    with pytest.raises(VerificationError, match='have the top-1 class of PyTorch, at least 99.5 % must'):
+    with pytest.raises(VerificationError, match='rounding does not explain it'):
         check(job, wrong)
 
 
@@ -49,17 +49,40 @@ def test_errors_that_rounding_does_not_explain_are_noticed(precision, shift, not
         assert check(job, program).top1_agreement == 100
 
 
-def test_swapped_classes_are_noticed():
-    job = make_job()
-    with pytest.raises(VerificationError, match='at least 99.5 %'):
+@pytest.mark.parametrize('precision, said', [
+    ('fp32', 'rounding does not explain it'), ('int8', '0.00 % of 3 images .* at least 85 % of 14 must')])
+def test_swapped_classes_are_noticed(precision, said):
+    job = make_job('onnx', precision)
+    with pytest.raises(VerificationError, match=said):
         check(job, make_program(job, lambda logits: logits.flip(1)))
+
+
+@pytest.mark.parametrize('batch', [1, 4])
+@pytest.mark.parametrize('spoil, said', [
+    (lambda logits: logits + 1, 'outputs differ from PyTorch by 1, more than 0.0001 of the largest'),
+    (lambda logits: logits * float('nan'), 'outputs are not finite')])
+def test_verification_stops_at_the_first_image_that_fails_and_names_it(batch, spoil, said):
+    job, seen = make_job(batch=batch), []
+    network = build_network(make_source(), job)
+
+    def run(images):
+        first = len(seen)
+        seen.extend(images)
+        logits = network(images).detach()
+        if first <= 9 < len(seen):
+            logits[9 - first] = spoil(logits[9 - first])
+        return logits
+    with pytest.raises(VerificationError, match=said) as caught:
+        check(job, Program(run, 'a stand-in'))
+    assert make_cases().images[9] in str(caught.value) and make_cases().images[9].endswith('.jpg')
+    assert len(seen) == (10 if batch == 1 else 12) == caught.value.verification.images
 
 
 def test_outputs_that_are_not_finite_are_noticed_with_their_operation():
     job = make_job(floor=0.)
     program = make_program(
         job, lambda logits: logits * float('inf'), find=lambda: ['op_7 (conv): 3 values are not finite'])
-    with pytest.raises(VerificationError, match=r'outputs are not finite; op_7 \(conv\)'):
+    with pytest.raises(VerificationError, match=r'jpg: outputs are not finite; op_7 \(conv\)'):
         check(job, program)
 
 
@@ -137,6 +160,14 @@ def test_flushing_is_measured():
     program = Program(**{**vars(program), 'get_logits': None})
     result = check(job, program)
     assert result.flushed_error == pytest.approx(0.125, abs=0.02)
+
+
+def test_effect_of_flushing_is_limited():
+    job = make_job(format='mlpackage', precision='fp16', input='image')
+    program = make_half_program(job)
+    flushed = lambda images: program.run(images) + 0.1 * make_cases().logits.abs().max()  # noqa: E731
+    with pytest.raises(VerificationError, match='flushed to 0, .* more than 0.05 of the largest.* --precision fp32'):
+        check(job, Program(**{**vars(program), 'run_flushed': flushed, 'get_logits': None}))
 
 
 def test_classifier_without_labels_is_noticed():

@@ -105,7 +105,7 @@ def test_linear_attention_compiles_for_a_gpu(stand_in, monkeypatch, num_position
     q, k, v = (part.reshape(2, 2, 16, num_positions) for part in x.chunk(3, dim=1))
     rotate = rotation_of((2, 2, 16, 16, num_positions), v.dtype, channels_last=True) if rotated else None
     module.attend_into(q, k, v, torch.empty_like(v), 1e-6, rotate)
-    module.attend_backward_into(v, q, k, v, *map(torch.empty_like, (q, k, v)), 1e-6, rotate)
+    module.attend_backward_into(v, q, k, v, [torch.empty_like(x) for x in (q, k, v)], 1e-6, rotate)
     assert (len(forward.assembly), len(backward.assembly)) == launches
     assert loads_16_bytes(forward.assembly[0])
 

@@ -46,7 +46,7 @@ def timm_tests(pytestconfig) -> ModuleType:
     """timm's module of tests, imported from its path after our models are registered."""
     if not SOURCE.exists():
         pytest.skip(f'timm\'s tests are not at {SOURCE}: `bash cmd/test.sh` fetches them (our own tests stand in)')
-    for marker in sorted(set(re.findall(r'@pytest\.mark\.(\w+)', SOURCE.read_text()))):
+    for marker in sorted(set(re.findall(r'@pytest\.mark\.(\w+)', SOURCE.read_text(encoding='utf-8')))):
         pytestconfig.addinivalue_line('markers', f'{marker}: of timm')
     spec = importlib.util.spec_from_file_location('timm_test_models', SOURCE)
     module = importlib.util.module_from_spec(spec)

@@ -62,7 +62,7 @@ def test_more_than_the_set_share_of_unreadable_images_stops_the_run(data, tmp_pa
         bad.write_bytes(b'')
     flags = ['--max-unreadable', 0.05]  # 2 of 40
     if not stops:
-        assert run(data, tmp_path / 'run', *flags).last['epoch'] == 1
+        assert run(data, tmp_path / 'run', *flags).last.epoch == 1
         return
     with pytest.raises(TrainingError, match='3 of 40 training images cannot be read, more than max_unreadable=0.05'):
         run(data, tmp_path / 'run', *flags)
@@ -111,7 +111,7 @@ def test_some_steps_may_be_skipped(data, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert 'step 3 was skipped: loss nan' in printed and '(2 of 2)' in printed
     losses = [float(loss) for loss in re.findall(r'loss ([0-9.]+)  val', printed)]
-    assert losses == [pytest.approx(result.last['train_loss'], abs=1e-3)] and result.last['train_loss'] == \
+    assert losses == [pytest.approx(result.last.train_loss, abs=1e-3)] and result.last.train_loss == \
         pytest.approx(sum(step.loss for step in kept) / 8)
     spoil_step(monkeypatch, 3, 5)
     with pytest.raises(TrainingError, match='after 1 skipped steps'):
@@ -125,7 +125,7 @@ def test_weights_that_are_not_finite_are_never_saved(data, tmp_path, monkeypatch
         original(self, *arguments)
         self.stepper.optimizer.step = lambda: self.model.stem.conv.weight.data.fill_(float('nan'))
     monkeypatch.setattr(Trainer, '__init__', spoil)
-    with pytest.raises(TrainingError, match='stem.conv.weight is not finite; no checkpoint|loss is nan'):
+    with pytest.raises(TrainingError, match=r'\(stem.conv.weight\); no checkpoint|loss is nan'):
         run(data, tmp_path / 'run', '--save-steps', 1)
     assert not (tmp_path / 'run' / 'last.pth.tar').exists()
 
@@ -141,7 +141,7 @@ def test_waiting_for_data_is_reported_with_a_remedy(data, tmp_path, monkeypatch,
         return wait
     owner, name = (samples, 'read_image') if slow == 'images' else (Stepper, 'update')
     monkeypatch.setattr(owner, name, slowed(getattr(owner, name)))
-    share = run(data, tmp_path / 'run').last['data_wait']
+    share = run(data, tmp_path / 'run').last.data_wait
     printed = capsys.readouterr().out
     assert (share > 0.5) == warns and 0 <= share < 1
     assert ('The device waited for data' in printed and '--workers than 0' in printed) == warns
@@ -167,7 +167,7 @@ def test_a_full_disk_is_reported_for_any_file(data, tmp_path, monkeypatch, caplo
     def fill(*arguments):
         raise OSError(28, 'No space left on device', 'a file')
     monkeypatch.setattr(caretrans.training.folder.RunFolder, 'draw_curves', fill)
-    assert run(data, tmp_path / 'run').last['epoch'] == 1, 'the weights are saved'
+    assert run(data, tmp_path / 'run').last.epoch == 1, 'the weights are saved'
     assert 'curves and events are incomplete (No space left on device)' in caplog.text
     monkeypatch.setattr(caretrans.training.folder.RunFolder, '_publish', fill)
     with pytest.raises(TrainingError, match='^a file: No space left on device. Last good checkpoint: .*last.pth.tar'):
@@ -185,7 +185,7 @@ def test_out_of_memory_names_a_smaller_batch_that_resumes(data, tmp_path, monkey
     monkeypatch.setattr(Stepper, 'update', update)
     with pytest.raises(TrainingError, match='Out of memory with 4 images .* use --device-batch 2'):
         run(data, tmp_path / 'run', '--save-steps', 1)
-    assert run(data, tmp_path / 'run', '--save-steps', 1, '--device-batch', 2).last['epoch'] == 1
+    assert run(data, tmp_path / 'run', '--save-steps', 1, '--device-batch', 2).last.epoch == 1
 
 
 def test_a_worker_that_dies_ends_the_run_with_the_reason(data, tmp_path):
@@ -255,7 +255,7 @@ def test_the_average_of_the_weights_is_kept_and_evaluated(data, tmp_path):
     checkpoint = read_checkpoint(tmp_path / 'run' / 'last.pth.tar')
     assert checkpoint.entry == 'state_dict_ema'
     out, _ = run_script('validate.py', tmp_path / 'run' / 'last.pth.tar', '--json')
-    assert f'"top1": {result.last["val_top1"]}' in out
+    assert f'"top1": {result.last.val_top1}' in out
 
 
 def test_a_teacher_from_a_file_trains_the_second_head(data, tmp_path, capsys):

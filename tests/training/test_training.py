@@ -162,6 +162,12 @@ def test_plain_labels_train_both_heads():
     ([FRUIT, '--model', 'care_s7'], "No model 'care_s7'; near: care_s0"),
     ([FRUIT, '--model-args', 'width=3'], "unexpected keyword argument 'width'"),
     ([FRUIT, '--model-args', 'ablation=foo'], "Unknown ablation 'foo'"),
+    ([FRUIT, '--model-args', 'depths=5'], 'care_s0: '),
+    ([FRUIT, '--model-args', 'depths=[1,1'], 'is not a value: write it'),
+    ([FRUIT, '--model-args', 'slice_chs=[-4,4,8,8]'], 'care_s0'),
+    ([FRUIT, '--model-args', 'pretrained=true'], 'model_args name pretrained: use --pretrained or --checkpoint'),
+    ([FRUIT, '--lr', 'nan'], 'lr is nan but must be a finite number'),
+    ([FRUIT, '--pretrained', '--checkpoint', 'x.pth'], 'checkpoint=x.pth and --pretrained exclude each other'),
     ([FRUIT, '--model-args', 'in_chans=1'], 'takes 1 channels, but images have 3'),
     ([FRUIT, '--opt', 'nonsense'], 'These settings do not work'),
     ([FRUIT, '--auto-augment', 'nonsense'], 'These settings do not work'),
@@ -185,5 +191,24 @@ def test_a_run_is_not_written_over_another(sample_run):
     assert 'holds a finished run' in refuse('train.py', '--recipe', 'care_s0_fruit14', '--output', sample_run[0])
 
 
-def test_evaluation_refuses_other_classes(sample_run, data):
-    assert 'missing anjou' in refuse('validate.py', sample_run[0] / 'best.pth.tar', data)
+def test_evaluation_refuses_unknown_classes(sample_run, data, tmp_path):
+    other = shutil.copytree(data, tmp_path / 'other')
+    (other / 'val' / 'orange').rename(other / 'val' / 'lemon')
+    line = refuse('validate.py', sample_run[0] / 'best.pth.tar', other)
+    assert f'{other} has 1 of 2 classes that' in line and 'does not know: lemon' in line
+
+
+@pytest.mark.parametrize('flags', [
+    ['--batch-size', 1], ['--batch-size', 4, '--device-batch', 1],
+    ['--train-img-sizes', 32, 64, '--batch-size', 2, '--device-batch', 1], ['--model', 'resnet10t', '--batch-size', 1],
+    ['--model', 'levit_128s', '--img-size', 224, '--batch-size', 1]], ids=lambda flags: ' '.join(map(str, flags)))
+def test_a_pass_of_one_image_with_one_value_per_channel_is_refused_before_any_data(flags):
+    """The folder does not even exist. LeViT normalises pooled features, whatever the size of the image."""
+    line = refuse('train.py', 'nowhere', '--img-size', 32, *flags, '--workers', 0, '--device', 'cpu')
+    assert 'train.py: A forward pass of 1 image of ' in line and 'leaves BatchNorm of ' in line
+    assert 'use 2 or more per pass and process with --batch-size or --device-batch, or --img-size 64.' in line
+
+
+def test_a_pass_of_one_image_of_several_values_trains(data, tmp_path):
+    assert train_tiny(data, tmp_path / 'run', *SHALLOW, '--img-size', 64, '--batch-size', 2, '--device-batch', 1,
+                      '--train-split', 'val').meta['epoch'] == 1

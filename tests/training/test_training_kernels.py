@@ -108,7 +108,7 @@ def test_a_run_resumes_with_kernels_and_without(data, plain, tmp_path, pretend, 
         patch.setattr(caretrans.training.run.StopRequest, '__call__', lambda self: next(checks) == 0)
         with pytest.raises(caretrans.training.run.Preempted):
             train(prepare(data, folder, *before))
-    assert train(prepare(data, folder, *after)).last['epoch'] == 2
+    assert train(prepare(data, folder, *after)).last.epoch == 2
     assert_same(read_weights(folder), read_weights(plain))
 
 

@@ -75,7 +75,7 @@ def check(job: Job) -> None:
 def _convert(source: Source, job: Job) -> Any:
     """An MLModel with full weights; inputs and outputs are float32 for every precision and target, for simple apps."""
     ct = import_coremltools()
-    shape = (job.batch, source.eval_config['input_size'][0], *job.size)
+    shape = (job.batch, source.eval_config.input_size[0], *job.size)
     settings: dict[str, Any] = dict(inputs=[
         ct.ImageType(INPUT, shape=shape, color_layout=ct.colorlayout.RGB) if job.input == 'image'
         else ct.TensorType(INPUT, shape=shape, dtype=np.float32)])
@@ -111,12 +111,8 @@ def _compress_program(model: Any, job: Job) -> Any:
     if job.compress == 'int8':
         config = optimize.OptimizationConfig(optimize.OpLinearQuantizerConfig(mode='linear_symmetric'))
         return optimize.linear_quantize_weights(model, config)
-    config = optimize.OptimizationConfig(optimize.OpPalettizerConfig(mode='kmeans', nbits=_count_bits(job)))
+    config = optimize.OptimizationConfig(optimize.OpPalettizerConfig(mode='kmeans', nbits=int(job.compress[-1])))
     return optimize.palettize_weights(model, config)
-
-
-def _count_bits(job: Job) -> int:
-    return int(job.compress.removeprefix('palette'))
 
 
 def _cluster(bits: int, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -143,7 +139,7 @@ def _compress_network(model: Any, job: Job) -> Any:
         model = quantization_utils.quantize_weights(model, 8, 'linear_symmetric', selector=selector)
     elif job.compress != 'none':
         model = quantization_utils.quantize_weights(
-            model, _count_bits(job), 'custom_lut', lut_function=_cluster, selector=selector)
+            model, int(job.compress[-1]), 'custom_lut', lut_function=_cluster, selector=selector)
     return quantization_utils.quantize_weights(model, 16) if job.precision == 'fp16' else model
 
 

@@ -156,7 +156,8 @@ def unary(params: Any, decode: Decode) -> Layer:
         'SQRT': ('sqrt', {}), 'RSQRT': ('rsqrt', dict(epsilon=epsilon)), 'INVERSE': ('inverse', dict(epsilon=epsilon)),
         'POWER': ('pow', dict(y=params.alpha)), 'EXP': ('exp', {}), 'LOG': ('log', {}), 'ABS': ('abs', {}),
         'THRESHOLD': ('clip', dict(alpha=params.alpha, beta=float('inf')))}[kind]
-    return lambda x: OPERATIONS[operation](x * (params.scale or 1.) + params.shift, **settings), {}
+    return lambda x, scale, shift, **settings: OPERATIONS[operation](x * scale + shift, **settings), dict(
+        settings, scale=params.scale or 1., shift=params.shift)
 
 
 def _make_elementwise(combine: Callable[[torch.Tensor, Any], torch.Tensor]) -> Callable[[Any, Decode], Layer]:
@@ -193,6 +194,7 @@ LAYERS: dict[str, Callable[[Any, Decode], Layer]] = {
     'concatND': lambda params, decode: ('concat', dict(axis=params.axis, interleave=params.interleave)),
     'convolution': convolution,
     'divideBroadcastable': _make_elementwise(torch.div),
+    'erf': lambda params, decode: ('erf', {}),
     'expandDims': lambda params, decode: ('expand_dims', dict(axes=params.axes)),
     'flattenTo2D': lambda params, decode: (lambda x: x.flatten(params.axis).flatten(0, params.axis - 1), {}),
     'gelu': lambda params, decode: ('gelu', dict(mode=params.GeluMode.Name(params.mode))),
@@ -300,6 +302,8 @@ def read_network(path: str | Path, half: bool = True) -> Evaluator:
                 constants[layer.output[0]] = decode(params.data, list(params.shape))
                 continue
             operation, fixed = LAYERS[kind](params, decode)
+            fixed = {key: Weight(torch.tensor(value), half) if isinstance(value, float) else value
+                     for key, value in fixed.items()}
             operation = OPERATIONS[operation] if isinstance(operation, str) else operation
             inputs = _name_inputs(operation, fixed, list(layer.input))
         except ValueError as error:

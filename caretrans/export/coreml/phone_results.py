@@ -1,36 +1,17 @@
 """Latencies measured on phones: coreml/results.csv, the contents of its columns, and its table."""
 import csv
-import datetime
 import io
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date, timedelta
 from pathlib import Path
 
 from ...errors import ResultsError
 from ...measure.tables import format_table
+from ...text import read_text
 from ..config import COMPRESSIONS, COREML
 
 __all__ = ['COLUMNS', 'Column', 'check_row', 'describe_results', 'format_row', 'make_row', 'read_results']
-
-
-# Checks of a cell: whether its text is allowed ------------------------------------------------------------------------
-
-def _match(pattern: str) -> Callable[[str], bool]:
-    return lambda text: re.fullmatch(pattern, text) is not None
-
-
-def _is_number(kind: type, least: float, most: float) -> Callable[[str], bool]:
-    pattern = r'\d+' if kind is int else r'\d+(\.\d+)?'
-    return lambda text: re.fullmatch(pattern, text) is not None and least <= kind(text) <= most
-
-
-def _is_date(text: str) -> bool:
-    try:
-        day = datetime.date.fromisoformat(text)
-    except ValueError:
-        return False
-    return len(text) == 10 and day <= datetime.date.today() + datetime.timedelta(days=1)  # it is tomorrow somewhere
 
 
 @dataclass(frozen=True)
@@ -40,66 +21,75 @@ class Column:
     Attributes:
         meaning: For people, with the unit.
         wanted: Allowed contents, for people.
-        allows: Whether the text of a cell is allowed.
+        pattern: Of an allowed text.
         optional: Whether a cell may be empty.
+        bounds: Least and most, of a number.
     """
     name: str
     meaning: str
-    wanted: str
-    allows: Callable[[str], bool]
+    wanted: str = 'some text'
+    pattern: str = r'\S(.*\S)?'
     optional: bool = False
+    bounds: tuple[float, float] | None = None
 
-
-def _text(
-        name: str, meaning: str, wanted: str = 'some text', pattern: str = r'\S(.*\S)?', optional: bool = False,
-) -> Column:
-    return Column(name, meaning, wanted, _match(pattern), optional)
+    def allows(self, text: str) -> bool:
+        if self.optional and not text:
+            return True
+        return re.fullmatch(self.pattern, text) is not None and (
+            self.bounds is None or self.bounds[0] <= float(text) <= self.bounds[1])
 
 
 def _choice(name: str, meaning: str, *allowed: str) -> Column:
-    return Column(name, meaning, f'one of {", ".join(allowed)}', allowed.__contains__)
+    return Column(name, meaning, f'one of {", ".join(allowed)}', '|'.join(map(re.escape, allowed)))
 
 
 def _number(name: str, meaning: str, kind: type, least: float, most: float, optional: bool = False) -> Column:
     wanted = f'{"a whole number" if kind is int else "a number"} from {least:g} to {most:g}'
-    return Column(name, meaning, wanted, _is_number(kind, least, most), optional)
+    return Column(name, meaning, wanted, r'\d+' if kind is int else r'\d+(\.\d+)?', optional, (least, most))
 
 
 _VERSION = r'\d+(\.\d+){0,2}'
 
 COLUMNS: tuple[Column, ...] = (
-    Column('date', 'day of the measurement, YYYY-MM-DD', 'a day as YYYY-MM-DD, not in the future', _is_date),
-    _text('reporter', 'who measured'),
-    _text('device', 'as Apple calls it, e.g. iPhone 15 Pro', "Apple's name of the device, e.g. iPhone 15 Pro",
+    Column('date', 'day of the measurement, YYYY-MM-DD', 'a day as YYYY-MM-DD, not in the future', r'\d{4}-\d\d-\d\d'),
+    Column('reporter', 'who measured'),
+    Column('device', 'as Apple calls it, e.g. iPhone 15 Pro', "Apple's name of the device, e.g. iPhone 15 Pro",
           r'(iPhone|iPad|Mac[a-zA-Z]*)\b.*\S'),
-    _text('os', 'system and version, e.g. iOS 18.1', 'a system and its version, e.g. iOS 18.1',
+    Column('os', 'system and version, e.g. iOS 18.1', 'a system and its version, e.g. iOS 18.1',
           rf'(iOS|iPadOS|macOS) {_VERSION}'),
-    _text('model', 'what was exported, e.g. care_s0', 'a model, e.g. care_s0', r'[a-z0-9_]+(\.[a-z0-9_]+)?'),
+    Column('model', 'what was exported, e.g. care_s0', 'a model, e.g. care_s0', r'[a-z0-9_]+(\.[a-z0-9_]+)?'),
     _choice('form', 'phone, or trained for programs of --unfused', 'phone', 'trained'),
-    _text('size', 'of the images, HEIGHTxWIDTH, pixels', 'HEIGHTxWIDTH in pixels, e.g. 224x224',
+    Column('size', 'of the images, HEIGHTxWIDTH, pixels', 'HEIGHTxWIDTH in pixels, e.g. 224x224',
           r'[1-9]\d{1,3}x[1-9]\d{1,3}'),
     _number('batch', 'images at a time', int, 1, 1024),
     _choice('format', 'mlpackage or mlmodel', *COREML),
     _choice('precision', 'fp16 or fp32', 'fp16', 'fp32'),
     _choice('compress', 'how the weights are stored', *COMPRESSIONS),
     _choice('input', 'image or tensor', 'image', 'tensor'),
-    _text('target', 'oldest system of the program; empty for mlmodel', 'a value of --target, e.g. iOS16', r'iOS\d{2}',
+    Column('target', 'oldest system of the program; empty for mlmodel', 'a value of --target, e.g. iOS16', r'iOS\d{2}',
           optional=True),
-    _text('version', 'of caretrans that exported it', 'a version, e.g. 0.1.0', _VERSION),
+    Column('version', 'of caretrans that exported it', 'a version, e.g. 0.1.0', _VERSION),
     _choice('tool', 'what measured', 'xcode', 'coremltools', 'app'),
-    _text('tool_version', 'of Xcode or coremltools; of the app, a link to it'),
+    Column('tool_version', 'of Xcode or coremltools; of the app, a link to it'),
     _choice('compute_units', 'what it was allowed to run on', 'all', 'cpu_and_ne', 'cpu_and_gpu', 'cpu_only'),
     _choice('statistic', 'what latency_ms is of the runs', 'median', 'mean'),
     _number('runs', 'timed predictions; empty where the tool does not say', int, 10, 1e6, optional=True),
     _number('warm_up', 'predictions before them; empty where the tool does not say', int, 0, 1e6, optional=True),
     _number('latency_ms', 'milliseconds of one prediction', float, 0.01, 1e5),
     _number('load_ms', 'milliseconds to load the program', float, 0.01, 1e6, optional=True),
-    _text('note', 'anything else: low power mode, case, temperature', optional=True),
+    Column('note', 'anything else: low power mode, case, temperature', optional=True),
 )
 NAMES = [column.name for column in COLUMNS]
 SYSTEMS = {'iPhone': 'iOS', 'iPad': 'iPadOS', 'Mac': 'macOS'}
 SHOWN = ('model', 'size', 'format', 'precision', 'compress', 'form', 'device', 'os', 'compute_units', 'latency_ms',
          'statistic', 'runs', 'tool', 'date', 'reporter')
+
+
+def _is_past(text: str) -> bool:
+    try:
+        return date.fromisoformat(text) <= date.today() + timedelta(days=1)  # it is tomorrow somewhere
+    except ValueError:
+        return False
 
 
 def check_row(row: dict[str, str]) -> None:
@@ -110,7 +100,7 @@ def check_row(row: dict[str, str]) -> None:
     """
     for column in COLUMNS:
         text = row[column.name]
-        if not (column.allows(text) or column.optional and not text):
+        if not column.allows(text) or column.name == 'date' and not _is_past(text):
             raise ResultsError(f'{column.name} ({column.meaning}) is {text!r}, it must be {column.wanted}.')
     wanted = next(system for name, system in SYSTEMS.items() if row['device'].startswith(name))
     if row['os'].split()[0] != wanted:
@@ -127,30 +117,26 @@ def read_results(path: Path) -> list[dict[str, str]]:
         ResultsError: The file cannot be read or holds a mistake; the message names the line.
     """
     rows: list[dict[str, str]] = []
+    reader = csv.reader(io.StringIO(read_text(path, ResultsError)), strict=True)
     try:
-        with open(path, newline='', encoding='utf-8') as file:
-            reader = csv.reader(file, strict=True)
-            try:
-                names = next(reader, [])
-                if names != NAMES:
-                    missing, unknown = sorted({*NAMES} - {*names}), sorted({*names} - {*NAMES})
-                    raise ResultsError(
-                        f'its columns must be {",".join(NAMES)}, in this order'
-                        + (f'; {", ".join(missing)} missing' if missing else '')
-                        + (f'; {", ".join(unknown)} unknown' if unknown else '') + '.')
-                for cells in reader:
-                    if len(cells) != len(names):
-                        raise ResultsError(
-                            f'{len(cells)} cells for {len(names)} columns; text with a comma goes into double quotes.')
-                    row = dict(zip(names, cells, strict=True))
-                    check_row(row)
-                    if row in rows:
-                        raise ResultsError('it repeats an earlier row: remove one of them.')
-                    rows.append(row)
-            except (ResultsError, csv.Error) as error:
-                raise ResultsError(f'{path}, line {max(reader.line_num, 1)}: {error}') from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ResultsError(f'{path} cannot be read: {error}') from error
+        names = next(reader, [])
+        if names != NAMES:
+            missing, unknown = sorted({*NAMES} - {*names}), sorted({*names} - {*NAMES})
+            raise ResultsError(
+                f'its columns must be {",".join(NAMES)}, in this order'
+                + (f'; {", ".join(missing)} missing' if missing else '')
+                + (f'; {", ".join(unknown)} unknown' if unknown else '') + '.')
+        for cells in reader:
+            if len(cells) != len(names):
+                raise ResultsError(
+                    f'{len(cells)} cells for {len(names)} columns; text with a comma goes into double quotes.')
+            row = dict(zip(names, cells, strict=True))
+            check_row(row)
+            if row in rows:
+                raise ResultsError('it repeats an earlier row: remove one of them.')
+            rows.append(row)
+    except (ResultsError, csv.Error) as error:
+        raise ResultsError(f'{path}, line {max(reader.line_num, 1)}: {error}') from None
     return rows
 
 

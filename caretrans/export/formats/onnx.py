@@ -14,7 +14,6 @@ from ..source import Source, build_network
 
 __all__ = ['read', 'write']
 
-ANY_SIZE = 'any number of images, of any height and width that the network takes'  # without the tracer's checks
 AXES = ('batch', None, 'height', 'width')
 SHAPE_CHANGES = ('Reshape', 'Transpose', 'Unsqueeze', 'Squeeze', 'Flatten', 'Expand')
 INT64 = 7  # of onnx.TensorProto
@@ -35,8 +34,7 @@ def _name_axes(model: Any) -> None:
 def write(source: Source, job: Job, path: Path) -> list[str]:
     """Write a program for any number of images of any size, where the network allows it."""
     import onnx
-    program, remark = trace_any_size(build_network(source, job), source.make_example(job))
-    model = convert(program, job.output)
+    model = convert(trace_any_size(build_network(source, job), source.make_example(job), is_checked=False), job.output)
     _name_axes(model)
     if job.precision == 'int8':
         batches = split_batches(source.make_calibration(job), job.batch)
@@ -45,7 +43,7 @@ def write(source: Source, job: Job, path: Path) -> list[str]:
     onnx.helper.set_model_props(model, describe(source, job))
     model.producer_name = 'caretrans'
     onnx.save(model, str(path))
-    return [f'opset {OPSET}', remark or ANY_SIZE]
+    return [f'opset {OPSET}']
 
 
 def _list_shape_changes(model: Any) -> list[str]:
@@ -69,7 +67,9 @@ def read(job: Job, path: Path) -> Program:
         onnx.checker.check_model(model)
         labels = read_class_names({entry.key: entry.value for entry in model.metadata_props})
         session = make_session(content, torch.get_num_threads())
+    dims = model.graph.input[0].type.tensor_type.shape.dim
     operations = Counter(node.op_type for node in model.graph.node if node.op_type != 'Constant')
     return Program(
         lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0]),
-        f'ONNX Runtime {onnxruntime.__version__}', labels, dict(operations), _list_shape_changes(model))
+        f'ONNX Runtime {onnxruntime.__version__}', labels, dict(operations), _list_shape_changes(model),
+        least={dim.dim_param: 1 for dim in dims if dim.dim_param})

@@ -1,7 +1,4 @@
-"""OpenVINO programs, converted from ONNX.
-
-OpenVINO's converter of PyTorch models sends telemetry, its ONNX reader does not. NNCF's telemetry is switched off.
-"""
+"""OpenVINO programs, converted from ONNX, in float32, with weights in float16, and quantized to int8."""
 import json
 from collections import Counter
 from pathlib import Path
@@ -12,6 +9,7 @@ import torch
 from ...runtimes.onnx import convert, split_batches
 from ...runtimes.openvino import compile_model, get_core, make_model, quantize
 from ...runtimes.quiet import quiet
+from ...text import write_text
 from ..config import Job
 from ..metadata import describe, read_class_names
 from ..program import Program, reading
@@ -33,14 +31,14 @@ def write(source: Source, job: Job, path: Path) -> list[str]:
             model = quantize(model, split_batches(source.make_calibration(job), job.batch))
     path.mkdir(parents=True, exist_ok=True)
     openvino.save_model(model, str(path / MODEL), compress_to_fp16=job.precision == 'fp16')
-    (path / FACTS).write_text(json.dumps(describe(source, job), indent=2, ensure_ascii=False) + '\n')
-    return [f'only images of shape {tuple(model.input(0).shape)}']
+    write_text(path / FACTS, json.dumps(describe(source, job), indent=2, ensure_ascii=False) + '\n')
+    return []
 
 
 def read(job: Job, path: Path) -> Program:
     import openvino
     with reading(path):
-        labels = read_class_names(json.loads((path / FACTS).read_text()))
+        labels = read_class_names(json.loads((path / FACTS).read_text(encoding='utf-8')))
         model = get_core().read_model(path / MODEL)
         request = compile_model(model, torch.get_num_threads()).create_infer_request()
     nodes = [node for node in model.get_ops() if node.get_type_name() not in NO_OPERATIONS]

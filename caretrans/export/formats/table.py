@@ -80,7 +80,8 @@ def list_versions(item: Format, precision: str) -> dict[str, str]:
 
 def read_pins() -> dict[str, str]:
     """{package: version} of the other environment; {} outside of the repository."""
-    return dict(re.findall(r'^([\w-]+)==([^\s#]+)', PINS.read_text(), re.MULTILINE)) if PINS.is_file() else {}
+    text = PINS.read_text(encoding='utf-8') if PINS.is_file() else ''
+    return dict(re.findall(r'^([\w-]+)==([^\s#]+)', text, re.MULTILINE))
 
 
 def find_obstacle(item: Format, precision: str = '') -> str:

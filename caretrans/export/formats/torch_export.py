@@ -11,25 +11,33 @@ from ..metadata import describe, read_class_names
 from ..program import Program, reading
 from ..source import Source, build_network
 
-__all__ = ['ANY_SIZE', 'read', 'write']
+__all__ = ['read', 'write']
 
 FACTS = 'caretrans.json'
-ANY_SIZE = 'any number of images, of any height and width from 64 pixels on'
+AXES = ('batch', '', 'height', 'width')
 SHAPE_CHANGES = (
     'view', 'reshape', 'flatten', 'squeeze', 'unsqueeze', 'transpose', 'permute', 't', 'mT', 'numpy_T', 'expand')
 
 
 def write(source: Source, job: Job, path: Path) -> list[str]:
     """Write a program for any number of images of any size, where the network allows it."""
-    program, remark = trace_any_size(build_network(source, job), source.make_example(job))
+    program = trace_any_size(build_network(source, job), source.make_example(job))
     torch.export.save(program, path, extra_files={FACTS: json.dumps(describe(source, job))})
-    return [remark or ANY_SIZE]
+    return []
 
 
 def _computes(node: torch.fx.Node) -> bool:
     """Whether a node computes a tensor, rather than a size or an assertion."""
     return node.op == 'call_function' and str(node.target).startswith('aten.') \
         and isinstance(node.meta.get('val'), (torch.Tensor, list, tuple))
+
+
+def _find_least(program: torch.export.ExportedProgram) -> dict[str, int]:
+    """The free axes of the input, and their least sizes."""
+    node = next(node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
+    ranges = program.range_constraints
+    return {name: int(ranges[size.node.expr].lower) for name, size in zip(AXES, node.meta['val'].shape, strict=True)
+            if isinstance(size, torch.SymInt)}
 
 
 def read(job: Job, path: Path) -> Program:
@@ -47,4 +55,5 @@ def read(job: Job, path: Path) -> Program:
     def run(images: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
             return module(images)
-    return Program(run, f'PyTorch {torch.__version__}', labels, dict(Counter(kinds)), changes)
+    return Program(
+        run, f'PyTorch {torch.__version__}', labels, dict(Counter(kinds)), changes, least=_find_least(program))

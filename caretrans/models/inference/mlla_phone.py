@@ -8,36 +8,40 @@ The linear attention is written for float16 like that of `care_phone.py`: featur
 softmax over channels, keys as fractions of their mean, so that no sum overflows and no denominator is small. Its rotary
 code is two elementwise products with constant tables and one matmul with a small matrix; nothing is split into pairs.
 
-The residual stream has 1/8 of its values in the original network. LayerNorm is invariant to that, ReLU preserves it,
-and squares, which some programs compute separately, are finite in float16 up to values of 2,000 instead of 255.
+The residual stream has its values in the original network times a power of two, 1/8 if no images say otherwise.
+LayerNorm is invariant to that, ReLU preserves it, and squares, which some programs compute separately, are finite in
+float16 up to values of 2,000 instead of 255.
 
-Everything is exact algebra except that the eps of 1e-6 in the denominator is omitted: `phone.watch_least_mass` shows
-the denominators.
+Everything is exact algebra, with the eps in the denominator of attention.
 """
 import copy
 import math
-from typing import List
+from typing import List, Optional
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from ..folding import InferenceModule, fold_norm_into_head, make_pointwise, scale_outputs
 from ..rotary import rotary_code
-from .phone import log_feature, use_mean_pool
+from .phone import choose_scale, log_feature, split_log_eps, use_mean_pool
 
 __all__ = ['ChannelNorm', 'PhoneMllaBlock', 'PhoneRotaryAttention', 'make_rotary_tables', 'to_phone_form']
 
-STREAM = 1 / 8  # factor of the residual stream
+STREAM = 1 / 8  # least factor of the residual stream
+MOST_STREAM = 4.
 
 
 def make_rotary_tables(x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Cosines over sines of the rotary code of a map (B, C, H, W), by head: (1, h, 2d, H * W) in its dtype.
+    """Cosines over sines of the rotary code of a map (B, C, H, W), by head: (1, h, 2d + 2, H * W) in its dtype.
 
-    In a head, the first channels of all pairs come first, then the second ones; both have the angle of their pair.
+    In a head, the first channels of all pairs come first, then the second ones; both have the angle of their pair. The
+    channel of eps comes before them, and has 0.
     """
     chs, height, width = x.shape[1], x.shape[2], x.shape[3]
     cos, sin = rotary_code(x).reshape(2, num_heads, chs // num_heads // 2, height * width).to(x.dtype).unbind(0)
-    return torch.cat([cos, cos, sin, sin], dim=1).unsqueeze(0)
+    none = torch.zeros_like(cos[:, :1])
+    return torch.cat([none, cos, cos, none, sin, sin], dim=1).unsqueeze(0)
 
 
 def _turn_halves(size: int) -> torch.Tensor:
@@ -50,15 +54,14 @@ def _turn_halves(size: int) -> torch.Tensor:
 class PhoneRotaryAttention(InferenceModule):
     """RotaryLinearAttention for float16: a map (B, C, H, W) and its tables to the same shape as the map.
 
-    With u = phi(q) / sum_b phi(q_b), a softmax of log phi(q) over the d channels, and k' = phi(k) / m, where m is
-    sqrt(N) times the mean of phi(k) over channels and positions,
+    With m, sqrt(N) times the mean of phi(k) over channels and positions, k' = phi(k) / m, and one channel more of
+    constants with phi(q) k' = eps, which takes part in the denominator alone,
 
         out_i = R_i u_i . (sum_j R_j k'_j v_j) / (u_i . sum_j k'_j)
 
-    k' is about N^-1/2 and both sums about N^1/2, whatever the keys are. R x = cos x + J (sin x) with a matrix J of 1
-    and -1, so that the matmuls use (cos u, sin u) and (cos k', sin k'), and J is applied to the sums.
-
-    Unlike the original, the denominator has no eps; see above.
+    where u is a softmax over the d + 1 channels of log phi(q) + log m, and of log phi(q) in that channel. k' is about
+    N^-1/2 and the sums about N^1/2, whatever the keys are. R x = cos x + J (sin x) with a matrix J of 1 and -1, so that
+    the matmuls use (cos u, sin u) and (cos k', sin k'), and J is applied to the sums.
     """
 
     def __init__(self, attention: nn.Module) -> None:
@@ -67,13 +70,17 @@ class PhoneRotaryAttention(InferenceModule):
         chs, heads, size = linear.in_features, attention.num_heads, attention.head_chs
         self.num_heads, self.head_chs = heads, size
         order = torch.arange(size).reshape(-1, 2).t().flatten()  # the first of all pairs, then the second
-        weights = [part.reshape(heads, size, chs)[:, order] for part in linear.weight.detach().double().chunk(2)]
-        shifts = [part.reshape(heads, size)[:, order] + 1 for part in linear.bias.detach().double().chunk(2)]
-        identity = torch.eye(chs).to(weights[0]).view(heads, size, chs)
+        q, k = (part.reshape(heads, size, chs)[:, order] for part in linear.weight.detach().double().chunk(2))
+        q_shift, k_shift = (
+            part.reshape(heads, size)[:, order] + 1 for part in linear.bias.detach().double().chunk(2))
+        none, identity = torch.zeros_like(q[:, :1]), torch.eye(chs).to(q).view(heads, size, chs)
+        q_eps, k_eps = (torch.full_like(q_shift[:, :1], value) for value in split_log_eps(-2.75))
         self.qkv = make_pointwise(
-            torch.cat([*weights, identity], dim=1).view(3 * chs, chs),
-            torch.cat([*shifts, torch.zeros_like(shifts[0])], dim=1).flatten(), like=linear.weight)
-        eye, turn = torch.eye(size), _turn_halves(size)
+            torch.cat([none, q, none, k, identity], dim=1).flatten(0, 1),
+            torch.cat([q_eps, q_shift, k_eps, k_shift, torch.zeros_like(q_shift)], dim=1).flatten(), like=linear.weight)
+        signs = torch.cat([torch.zeros(1), torch.ones(size), torch.zeros(1), -torch.ones(size)])
+        self.register_buffer('signs', signs[:, None].to(linear.weight))
+        eye, turn = F.pad(torch.eye(size), (1, 0, 1, 0)), F.pad(_turn_halves(size), (1, 0, 1, 0))
         mix = torch.cat([torch.cat([eye, turn], dim=1), torch.cat([turn.t(), eye], dim=1)])
         self.register_buffer('mix', mix.t().contiguous().to(linear.weight))
         self.lepe = attention.lepe
@@ -82,26 +89,26 @@ class PhoneRotaryAttention(InferenceModule):
     def forward(self, x: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
         B, C, H, W = x.shape
         size = self.head_chs
-        shifted, v = self.qkv(x).reshape(B, self.num_heads, 3 * size, H * W).split([2 * size, size], dim=2)
-        q, k = log_feature(shifted).split(size, dim=2)
-        q = q.softmax(dim=2)
-        mass = k.logsumexp(dim=(2, 3), keepdim=True) - math.log(size * math.sqrt(H * W))
-        k = (k - mass).exp()
+        shifted, v = self.qkv(x).reshape(B, self.num_heads, 3 * size + 2, H * W).split([2 * size + 2, size], dim=2)
+        features = log_feature(shifted)
+        mass = features[:, :, size + 2:].logsumexp(dim=(2, 3), keepdim=True) - math.log(size * math.sqrt(H * W))
+        q, k = (features + mass * self.signs).split(size + 1, dim=2)
+        q, k = q.softmax(dim=2), k.exp()
         weight = k.sum(dim=3).unsqueeze(2) @ q  # (B, h, 1, N)
-        context = v @ (torch.cat([k, k], dim=2) * tables).transpose(-2, -1)  # (B, h, d, 2d)
+        context = v @ (torch.cat([k, k], dim=2) * tables).transpose(-2, -1)  # (B, h, d, 2d + 2)
         out = (context @ self.mix) @ (torch.cat([q, q], dim=2) * tables)
         return (out / weight).reshape(B, C, H, W) + self.lepe(x)
 
 
 class ChannelNorm(InferenceModule):
-    """A LayerNorm along the channels of the stream (B, C, H, W), without scale and shift.
+    """A LayerNorm along the channels of the stream (B, C, H, W) times `scale`, without scale and shift of its own.
 
     Core ML's converter turns it into one operation.
     """
 
-    def __init__(self, norm: nn.LayerNorm) -> None:
+    def __init__(self, norm: nn.LayerNorm, scale: float) -> None:
         super().__init__()
-        self.eps = norm.eps * STREAM ** 2
+        self.eps = norm.eps * scale ** 2
         self.eval()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -112,8 +119,8 @@ class ChannelNorm(InferenceModule):
 class ScaledNorm(ChannelNorm):
     """A `ChannelNorm` with scale and shift."""
 
-    def __init__(self, norm: nn.LayerNorm) -> None:
-        super().__init__(norm)
+    def __init__(self, norm: nn.LayerNorm, scale: float) -> None:
+        super().__init__(norm, scale)
         self.register_buffer('scale', norm.weight.detach()[:, None, None].clone())
         self.register_buffer('shift', norm.bias.detach()[:, None, None].clone())
 
@@ -128,32 +135,32 @@ def _fold(norm: nn.LayerNorm, linears: List[nn.Linear]) -> nn.Conv2d:
     return make_pointwise(weight * norm.weight.double(), bias + weight @ norm.bias.double(), like=linears[0].weight)
 
 
-def _write(linear: nn.Linear) -> nn.Conv2d:
+def _write(linear: nn.Linear, scale: float) -> nn.Conv2d:
     """A linear layer as a 1x1 convolution whose output is added to the scaled stream."""
-    return make_pointwise(linear.weight.double() * STREAM, linear.bias.double() * STREAM, like=linear.weight)
+    return make_pointwise(linear.weight.double() * scale, linear.bias.double() * scale, like=linear.weight)
 
 
-def _keep(conv: nn.Conv2d) -> nn.Conv2d:
+def _keep(conv: nn.Conv2d, scale: float) -> nn.Conv2d:
     """A convolution of the scaled stream, whose output has the same scale."""
     conv = copy.deepcopy(conv).requires_grad_(False)
-    conv.bias.mul_(STREAM)
+    conv.bias.mul_(scale)
     return conv
 
 
 class PhoneMllaBlock(InferenceModule):
     """MllaBlock, channels first: a map (B, C, H, W) and the tables of its rotary code to the same shape as the map."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, scale: float) -> None:
         super().__init__()
-        self.cpe1, self.cpe2 = _keep(block.cpe1), _keep(block.cpe2)
-        self.norm1, self.norm2 = ChannelNorm(block.norm1), ChannelNorm(block.norm2)
+        self.cpe1, self.cpe2 = _keep(block.cpe1, scale), _keep(block.cpe2, scale)
+        self.norm1, self.norm2 = ChannelNorm(block.norm1, scale), ChannelNorm(block.norm2, scale)
         self.in_and_gate = _fold(block.norm1, [block.in_proj, block.act_proj])
         self.dwconv, self.act = block.dwconv, block.act
         self.attn = PhoneRotaryAttention(block.attn)
-        self.project = _write(block.out_proj)
+        self.project = _write(block.out_proj, scale)
         self.expand = _fold(block.norm2, [block.mlp.fc1])
         self.mlp_act = block.mlp.act
-        self.reduce = _write(block.mlp.fc2)
+        self.reduce = _write(block.mlp.fc2, scale)
         self.eval()
 
     def forward(self, x: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
@@ -167,14 +174,14 @@ class PhoneMllaBlock(InferenceModule):
 class PhoneMllaStage(InferenceModule):
     """MllaStage of such blocks, with one pair of tables: maps (B, in_chs, H, W) to (B, C, H', W')."""
 
-    def __init__(self, stage: nn.Module) -> None:
+    def __init__(self, stage: nn.Module, scale: float) -> None:
         super().__init__()
         self.downsample = copy.deepcopy(stage.downsample)
         for name, conv in list(self.downsample.named_children()):
             if isinstance(conv, nn.Conv2d):
-                setattr(self.downsample, name, _keep(conv))
+                setattr(self.downsample, name, _keep(conv, scale))
         self.num_heads = stage.blocks[0].attn.num_heads
-        self.blocks = nn.ModuleList(PhoneMllaBlock(block) for block in stage.blocks)
+        self.blocks = nn.ModuleList(PhoneMllaBlock(block, scale) for block in stage.blocks)
         self.eval()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -185,19 +192,21 @@ class PhoneMllaStage(InferenceModule):
         return x
 
 
-def to_phone_form(model: nn.Module) -> nn.Module:
+def to_phone_form(model: nn.Module, images: Optional[torch.Tensor] = None) -> nn.Module:
     """Return a copy of a fused MLLA with the operations that phones prefer; the network itself is unchanged.
 
     Args:
         model: A network returned by `caretrans.fuse.fuse`.
+        images: (B, C, H, W), normalised, to choose the scale of the residual stream.
     """
     model = copy.deepcopy(model)
+    scale = STREAM if images is None else choose_scale(model, images, STREAM, MOST_STREAM)
     last = model.stem.conv3[1]
-    model.stem.conv3[1] = scale_outputs(last, torch.full_like(last.bias, STREAM))
-    model.stages = nn.Sequential(*[PhoneMllaStage(stage) for stage in model.stages])
+    model.stem.conv3[1] = scale_outputs(last, torch.full_like(last.bias, scale))
+    model.stages = nn.Sequential(*[PhoneMllaStage(stage, scale) for stage in model.stages])
     norm = model.norm
-    model.norm = ScaledNorm(norm)
+    model.norm = ScaledNorm(norm, scale)
     if use_mean_pool(model) and isinstance(model.head, nn.Linear):
         model.head = fold_norm_into_head(norm, model.head)
-        model.norm = ChannelNorm(norm)
+        model.norm = ChannelNorm(norm, scale)
     return model

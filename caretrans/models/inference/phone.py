@@ -4,23 +4,60 @@ Phones compute in float16, whose largest number is 65504 and whose smallest norm
 change of shape costs them time.
 """
 import copy
-from contextlib import contextmanager
-from typing import Iterator, List
+import math
+from typing import Optional, Tuple
 
 import torch
 import torch.nn as nn
 
-from ..attention import positive_feature
+from ..attention import EPS
 from ..folding import InferenceModule, fold_norm_into_head
 
-__all__ = ['MeanPool', 'log_feature', 'to_phone_form', 'use_mean_pool', 'watch_least_mass']
+__all__ = ['MeanPool', 'choose_scale', 'log_feature', 'split_log_eps', 'to_phone_form', 'use_mean_pool']
 
 HALF_MAX = torch.finfo(torch.float16).max
+NORM_INPUT = 64.  # largest input of a norm, of the images for the scale: squares up to 16 times as large are finite
 
 
 def log_feature(shifted: torch.Tensor) -> torch.Tensor:
     """1 + log phi(t) as a function of t + 1, with phi(t) = elu(t) + 1: no exponential, and exact where phi vanishes."""
     return shifted.clamp(-HALF_MAX, 1.) + shifted.clamp(1., HALF_MAX).log()
+
+
+def split_log_eps(key: float = 0.) -> Tuple[float, float]:
+    """Values of `log_feature` of a query and a key with phi(q) phi(k) = EPS.
+
+    Args:
+        key: About the second value. The first is a number of float16; near 0, float16 is fine enough for an error of
+            1e-6 of eps.
+    """
+    total = math.log(EPS) + 2
+    query = round(128 * (total - key)) / 128
+    return query, total - query
+
+
+@torch.no_grad()
+def choose_scale(model: nn.Module, images: torch.Tensor, least: float, most: float) -> float:
+    """The power of two that makes the largest input of a LayerNorm between half of `NORM_INPUT` and `NORM_INPUT`.
+
+    A LayerNorm undoes a scale of its input if its eps has the square of it. With the right one, neither the inputs
+    and their squares nor the eps leave the numbers of float16: networks of one epoch have inputs of 1e-5.
+
+    Args:
+        model: A fused network.
+        images: (B, C, H, W), normalised.
+        least, most: Limits of the scale.
+    """
+    largest = [torch.finfo(torch.float32).tiny]
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args: largest.append(args[0].abs().max().item()))
+        for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    try:
+        model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return min(max(2. ** math.floor(math.log2(NORM_INPUT / max(largest))), least), most)
 
 
 class MeanPool(InferenceModule):
@@ -38,42 +75,17 @@ def use_mean_pool(model: nn.Module) -> bool:
     return averages
 
 
-def to_phone_form(model: nn.Module) -> nn.Module:
+def to_phone_form(model: nn.Module, images: Optional[torch.Tensor] = None) -> nn.Module:
     """Return a copy of a fused network with its last BatchNorm folded, through the global mean, into the head.
 
     The other layers must already be convolutions, gates and sums, channels first.
 
     Args:
         model: A network returned by `caretrans.fuse.fuse`.
+        images: Not needed: there is no LayerNorm.
     """
     model = copy.deepcopy(model)
     if use_mean_pool(model) and isinstance(model.head, nn.Linear) and isinstance(model.norm, nn.BatchNorm2d):
         model.head = fold_norm_into_head(model.norm, model.head)
         model.norm = nn.Identity()
     return model
-
-
-@contextmanager
-def watch_least_mass(model: nn.Module) -> Iterator[List[float]]:
-    """Record the smallest denominator of each call of linear attention in an original or fused network.
-
-        with watch_least_mass(model) as masses:
-            model(images)
-        least = min(masses, default=math.inf)
-    """
-    masses: List[float] = []
-
-    def look(module: nn.Module, args: tuple) -> None:
-        x = args[0]
-        qk = module.qk(x) if isinstance(module.qk, nn.Conv2d) else \
-            module.qk(x.flatten(2).transpose(1, 2)).transpose(1, 2)
-        q, k = positive_feature(qk).reshape(
-            len(x), 2 * module.num_heads, module.head_chs, -1).chunk(2, dim=1)
-        masses.append((k.mean(dim=-1).unsqueeze(-2) @ q).min().item())
-
-    hooks = [module.register_forward_pre_hook(look) for module in model.modules() if hasattr(module, 'qk')]
-    try:
-        yield masses
-    finally:
-        for hook in hooks:
-            hook.remove()

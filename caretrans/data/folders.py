@@ -1,0 +1,265 @@
+"""Images and classes of folders and tars: one list of endings, one walk, one order.
+
+A class is the first folder under a split, and the images at any depth below it belong to it. Links are followed, and
+every file and folder is listed once. What is skipped is counted and named.
+"""
+import io
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from PIL import Image
+from timm.data.readers.reader import Reader
+from timm.utils.misc import natural_key
+
+from ..errors import DataError, list_names
+
+__all__ = ['ClassReader', 'FolderReader', 'Found', 'TarReader', 'list_images', 'is_image', 'list_endings']
+
+# Formats that Pillow opens but does not decode by itself, or that are no images
+UNDECODED = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'WMF'}
+SYSTEM_NAMES = {'@eaDir', '__MACOSX'}  # of network disks and of archives from a Mac
+SHOWN = 3  # names of each kind that was skipped
+
+
+@lru_cache
+def list_endings() -> frozenset[str]:
+    """The endings of the files that Pillow decodes, in lower case: '.jpg' and others."""
+    Image.init()
+    return frozenset(
+        ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN.keys() - UNDECODED)
+
+
+def is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in list_endings()
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith('.') or name in SYSTEM_NAMES
+
+
+def _sort_key(name: str) -> tuple:
+    """Numbers in the order of their values, as in timm; names that differ only in case always in the same order."""
+    try:
+        return natural_key(name), name
+    except ValueError:  # of int() for digits such as ²
+        return [name.lower()], name
+
+
+NO_IMAGE, HIDDEN, OUTSIDE = 'files that are not images', 'hidden or system names', 'images outside of class folders'
+AGAIN, BROKEN = 'links to what is listed already or to a folder above', 'links to nothing'
+
+
+@dataclass
+class Found:
+    """Images and folders below `root`, and what was skipped.
+
+    Attributes:
+        images: Paths of the images, in order.
+        folders: Names of the folders directly below `root`, links to folders included, in order.
+        skipped: For each reason, the paths.
+    """
+    root: str
+    images: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+
+    def shorten(self, path: str) -> str:
+        """A path from `root` on."""
+        return path.removeprefix(self.root).removeprefix(os.sep)
+
+    def skip(self, reason: str, path: str) -> None:
+        self.skipped.setdefault(reason, []).append(self.shorten(path))
+
+    def describe_skipped(self) -> str:
+        """One line about what was skipped; '' for nothing."""
+        parts = []
+        for reason, paths in self.skipped.items():
+            endings = Counter(os.path.splitext(path)[1].lower() or 'no ending' for path in paths)
+            counts = ', '.join(f'{count} {ending}' for ending, count in endings.most_common(5))
+            named = f'{counts}: ' if reason == NO_IMAGE else ''
+            parts.append(f'{reason}: {len(paths)} ({named}{list_names(sorted(paths), SHOWN)})')
+        return f'{self.root}: skipped {"; ".join(parts)}.' if parts else ''
+
+
+def list_images(root: str | Path) -> Found:
+    """The images below a folder, at any depth.
+
+    Real files and folders come first, so that of a file and a link to it the link is skipped.
+
+    Raises:
+        DataError: A folder cannot be read.
+    """
+    found, links = Found(str(Path(root))), []
+    try:
+        seen = {_identify(found.root)}
+        _walk(found.root, found, seen, links)
+        files = {_identify(path) for path in found.images} if links else set()
+        while links:
+            path = links.pop(0)
+            if not os.path.exists(path):
+                found.skip(BROKEN, path)
+            elif os.path.isdir(path):
+                if os.path.dirname(path) == found.root:
+                    found.folders.append(os.path.basename(path))
+                if _identify(path) in seen or _contains(path, found.root):
+                    found.skip(AGAIN, path)
+                    continue
+                before = len(found.images)
+                seen.add(_identify(path))
+                _walk(path, found, seen, links)
+                files.update(map(_identify, found.images[before:]))
+            elif not os.path.isfile(path) or not is_image(path):
+                found.skip(NO_IMAGE, path)
+            elif _identify(path) in files:
+                found.skip(AGAIN, path)
+            else:
+                files.add(_identify(path))
+                found.images.append(path)
+    except OSError as error:
+        raise DataError(f'{error.filename or root} cannot be read: {error.strerror or error}.') from None
+    found.images.sort(key=_sort_key)
+    found.folders.sort(key=_sort_key)
+    return found
+
+
+def _walk(folder: str, found: Found, seen: set[tuple[int, int]], links: list[str]) -> None:
+    """Add what is in a folder and in the real folders below it, and put the links aside."""
+    pending = [folder]
+    while pending:
+        path = pending.pop()
+        with os.scandir(path) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if _is_hidden(entry.name):
+                    found.skip(HIDDEN, entry.path)
+                elif entry.is_symlink():
+                    links.append(entry.path)
+                elif entry.is_dir():
+                    if path == found.root:
+                        found.folders.append(entry.name)
+                    if _identify(entry.path) not in seen:
+                        seen.add(_identify(entry.path))
+                        pending.append(entry.path)
+                elif entry.is_file() and is_image(entry.name):
+                    found.images.append(entry.path)
+                else:
+                    found.skip(NO_IMAGE, entry.path)
+
+
+def _identify(path: str) -> tuple[int, int]:
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino
+
+
+def _contains(folder: str, path: str) -> bool:
+    folder, path = os.path.realpath(folder), os.path.realpath(path)
+    return os.path.commonpath([folder, path]) == folder
+
+
+# Readers --------------------------------------------------------------------------------------------------------------
+
+class ClassReader(Reader):
+    """Images in class folders, for timm's `ImageDataset`.
+
+    Args:
+        found: The images.
+        names: For each image, the parts of its name from its class on.
+        is_training: Refuse a class without images.
+    Attributes:
+        samples: (path, label) of each image.
+        class_to_idx: Label of each class.
+        notes: Lines about what was skipped and about classes without images.
+    Raises:
+        DataError: There are no images in class folders, or a class has none and is to be trained on.
+    """
+
+    def __init__(self, found: Found, names: Iterable[Sequence[str]], is_training: bool) -> None:
+        super().__init__()
+        self.root = found.root
+        classes = {image: parts[0] for image, parts in zip(found.images, names, strict=True) if len(parts) > 1}
+        for image in found.images if len(classes) < len(found.images) else ():
+            if image not in classes:
+                found.skip(OUTSIDE, image)
+        skipped, used = found.describe_skipped(), set(classes.values())
+        if not used:
+            raise DataError(f'{self.root} has no images in class folders. Expected: {self.root}/CLASS/IMAGE.jpg. '
+                            f'{skipped}'.strip())
+        empty = [name for name in found.folders if name not in used]
+        problem = f'{self.root}: class folders without images: {list_names(empty)}.'
+        if empty and is_training:
+            raise DataError(f'{problem} Add images, or remove the folders. {skipped}'.strip())
+        self.notes = [note for note in (skipped, problem if empty else '') if note]
+        self.class_to_idx = {name: label for label, name in enumerate(sorted({*used, *empty}, key=_sort_key))}
+        self.samples = [(image, self.class_to_idx[name]) for image, name in classes.items()]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        path = self.samples[index][0]
+        return os.path.basename(path) if basename else path if absolute else path.removeprefix(self.root)[1:]
+
+
+class FolderReader(ClassReader):
+    """Images of a folder with class folders."""
+
+    def __init__(self, root: str | Path, is_training: bool = False) -> None:
+        found = list_images(root)
+        super().__init__(found, (found.shorten(path).split(os.sep) for path in found.images), is_training)
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        path, label = self.samples[index]
+        return open(path, 'rb'), label
+
+
+class TarReader(ClassReader):
+    """Images of the class folders in a tar, or of the tars in it, one per class; members are read where they lie.
+
+    The path of an image is that of the tar, ':', the name of an inner tar and ':' if there is one, and its own name.
+    """
+
+    def __init__(self, root: str | Path, is_training: bool = False) -> None:
+        found, self.places = Found(str(root)), {}  # path: parts of the name, begin, size
+        with open(root, 'rb') as file:
+            self._list(file, found, f'{root}:', (), os.path.getsize(root))
+        found.images = sorted(self.places, key=_sort_key)
+        names = [self.places[path][0] for path in found.images]
+        while len({name[0] for name in names}) == 1 and any(len(name) > 2 for name in names):
+            names = [name[1:] for name in names]  # one folder around all classes
+        super().__init__(found, names, is_training)
+
+    def _list(self, file: BinaryIO, found: Found, prefix: str, folders: tuple[str, ...], end: int) -> None:
+        """Add the images of the tar that begins at the position of `file`, and those of the tars in it."""
+        inner = []
+        with tarfile.open(fileobj=file, mode='r:') as tar:
+            for member in tar:
+                if member.offset >= end:  # the next member of the outer tar
+                    break
+                path, parts = prefix + member.name, (*folders, *PurePosixPath(member.name).parts)
+                if member.isdir():
+                    continue
+                if any(map(_is_hidden, parts)):
+                    found.skip(HIDDEN, path)
+                elif not member.isreg() or member.issparse():
+                    found.skip('links and special files', path)
+                elif member.name.lower().endswith('.tar') and not folders:
+                    inner.append((member, (*parts[:-1], parts[-1][:-len('.tar')])))
+                elif not is_image(member.name):
+                    found.skip(NO_IMAGE, path)
+                else:
+                    self.places[path] = parts, member.offset_data, member.size
+        for member, parts in inner:
+            file.seek(member.offset_data)
+            self._list(file, found, f'{prefix}{member.name}:', parts, member.offset_data + member.size)
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        path, label = self.samples[index]
+        _, offset, size = self.places[path]
+        with open(self.root, 'rb') as file:
+            file.seek(offset)
+            return io.BytesIO(file.read(size)), label
