@@ -63,7 +63,7 @@ def _build_parser() -> FlagParser:
 
 def _keep(options: dict[str, Any], names: Sequence[str], kind: str) -> dict[str, Any]:
     """The options of these names that are given; others must not be."""
-    given = {name: value for name, value in options.items() if value not in (None, False)}
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
     wrong = [f'--{name.replace("_", "-").replace("model-name", "model")}' for name in given if name not in names]
     if wrong:
         raise ConfigError(f'{", ".join(wrong)} cannot be used with {kind}: omit it.')

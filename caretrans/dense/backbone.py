@@ -5,6 +5,7 @@ padded to multiples of 32 and the maps cropped back, and BatchNorm keeps its sta
 """
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import timm
@@ -24,7 +25,7 @@ from .keys import is_dense, load_strictly, strip_backbone, translate_backbone
 __all__ = ['LAST_MAPS', 'NORMS', 'STRIDES', 'DenseBackbone', 'create_dense_backbone']
 
 STRIDES = (4, 8, 16, 32)
-NORMS = {'layer': LayerNorm2d, 'batch': nn.BatchNorm2d, 'none': lambda chs: nn.Identity()}
+NORMS = {'layer': partial(LayerNorm2d, eps=1e-5), 'batch': nn.BatchNorm2d, 'none': lambda chs: nn.Identity()}
 LAST_MAPS = ('expanded', 'residual')
 
 _logger = logging.getLogger(__name__)
@@ -48,8 +49,8 @@ class DenseBackbone(nn.Module):
             norm: str, frozen_bn: bool, pad_to: int,
     ) -> None:
         super().__init__()
-        self.network = network
-        self.norms = nn.ModuleList(NORMS[norm](chs) for chs in channels)
+        self.network, self.make_norm = network, NORMS[norm]
+        self.norms = nn.ModuleList(map(self.make_norm, channels))
         self.indices, self.levels, self.channels = list(indices), tuple(levels), tuple(channels)
         self.norm, self.frozen_bn, self.pad_to = norm, frozen_bn, pad_to
 

@@ -98,7 +98,7 @@ def publish_backbone(backbone: nn.Module) -> dict[str, torch.Tensor]:
         if level in backbone.levels:
             norm = backbone.norms[backbone.levels.index(level)]
         else:
-            norm = type(backbone.norms[0])(network.feature_info[level]['num_chs'])
+            norm = backbone.make_norm(network.feature_info[level]['num_chs'])
         weights.update({f'{name}.{key}': value for key, value in norm.state_dict().items()})
     return weights
 

@@ -46,16 +46,17 @@ LAST_LAYERS = {
 
 
 def create_dense_model(
-        task: str, backbone: str, num_classes: int, checkpoint: str | PathLike | None = None, **options: Any,
-) -> nn.Module:
+        task: str, backbone: str, num_classes: int, checkpoint: str | PathLike | None = None,
+        model_args: Mapping[str, Any] | None = None, **options: Any) -> nn.Module:
     """Create a detector or segmenter.
 
     Args:
         task: One of `TASKS`: 'retinanet', 'faster_rcnn', 'mask_rcnn' or 'semantic_fpn'.
         backbone, checkpoint: See `create_dense_backbone`.
         num_classes: Classes of objects or pixels, without background.
-        options: Of `create_dense_backbone` (norm, frozen_bn, last_map ...; drop_path_rate) and of the class of the
-            task (channels, min_size ...).
+        model_args: Of the backbone, for `timm.create_model`: drop_path_rate, depths ...
+        options: Of `create_dense_backbone` (norm, frozen_bn, last_map ...) and of the class of the task (channels,
+            min_size ...).
     Returns:
         The model; its attribute `dense_config` holds these arguments, for `save_checkpoint`.
     Raises:
@@ -67,16 +68,18 @@ def create_dense_model(
     if num_classes < 1:
         raise ConfigError(f'num_classes is {num_classes}: at least one class is needed.')
     chosen = TASKS[task]
-    body_options = {name: value for name, value in options.items() if name in (*BACKBONE_ARGS, 'drop_path_rate')}
+    body_options = {name: value for name, value in options.items() if name in BACKBONE_ARGS}
     head_options = {name: value for name, value in options.items() if name not in body_options}
-    body = create_dense_backbone(backbone, checkpoint, **dict(dict(out_indices=chosen.out_indices), **body_options))
+    model_args = dict(model_args or {})
+    body = create_dense_backbone(
+        backbone, checkpoint, **dict(dict(out_indices=chosen.out_indices), **body_options), **model_args)
     try:
         model = chosen.make(body, num_classes, **chosen.fixed, **head_options)
     except TypeError as error:
         raise ConfigError(f'{task}: {error}: see its docstring for the options.') from None
     body_options.pop('pretrained', None)
     model.dense_config = dict(
-        task=task, backbone=backbone, num_classes=num_classes, **head_options,
+        task=task, backbone=backbone, num_classes=num_classes, model_args=model_args, **head_options,
         **dict(body_options, frozen_bn=body.frozen_bn))
     return model
 

@@ -26,7 +26,7 @@ def published(tmp_path_factory):
 @pytest.mark.parametrize('name, reference, size, pad_to, bound', [
     ('casvit_xs', 'rcvit_xs_fork_feat', (2, 3, 160, 224), 32, 1e-12),
     ('casvit_xs', 'rcvit_xs_fork_feat', (1, 3, 100, 132), 1, 1e-12),
-    ('mlla_t', 'mlla_t_fork_feat', (2, 3, 160, 224), 32, 1e-5)])  # the reference has a position code in float32
+    ('mlla_t', 'mlla_t_fork_feat', (2, 3, 160, 224), 32, 1e-6)])  # the reference has a position code in float32
 @torch.no_grad()
 def test_maps_are_those_of_the_published_backbone(name, reference, size, pad_to, bound, published):
     norm = {'casvit_xs': 'batch', 'mlla_t': 'layer'}[name]

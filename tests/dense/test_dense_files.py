@@ -34,7 +34,7 @@ def test_a_published_file_becomes_ours_and_published_again(task, tmp_path):
 
 def test_a_file_of_ours_keeps_what_it_was_made_with(tmp_path):
     model = create_dense_model('mask_rcnn', 'care_s0', 3, last_map='residual', channels=32, hidden=64, mask_convs=2,
-                               min_size=192, drop_path_rate=.1)
+                               min_size=192, model_args=dict(drop_path_rate=.1))
     save_checkpoint(tmp_path / 'x.pth', model, ['a', 'b', 'c'], epoch=2)
     loaded, checkpoint = create_from_checkpoint(tmp_path / 'x.pth')
     assert equal(loaded.state_dict(), model.state_dict()) and loaded.transform.min_size == (192,)

@@ -2,11 +2,14 @@
 import json
 
 import pytest
+import timm
 import torch
-from photos import SAMPLE
+from photos import FRUIT
 from PIL import Image
 
 from caretrans.__main__ import main
+from caretrans.checkpoint import CheckpointError, create_from_checkpoint
+from caretrans.checkpoint import save_checkpoint as save_classifier
 from caretrans.dense import create_dense_model, save_checkpoint
 from caretrans.dense.predict import encode_mask
 
@@ -19,7 +22,7 @@ def files(tmp_path_factory):
     for task in ('mask_rcnn', 'semantic_fpn'):
         sizes = dict(min_size=96, max_size=128, hidden=32, mask_convs=1, proposals=20, score_thresh=0.) \
             if task == 'mask_rcnn' else dict(head_channels=16)
-        model = create_dense_model(task, 'casvit_xs', 2, channels=16, depths=(1, 1, 1, 1), **sizes)
+        model = create_dense_model(task, 'casvit_xs', 2, channels=16, model_args=dict(depths=[1, 1, 1, 1]), **sizes)
         paths[task] = folder / f'{task}.pth'
         save_checkpoint(paths[task], model, ['apple', 'pear'])
     return paths
@@ -27,7 +30,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def images(tmp_path):
-    first, second = sorted(SAMPLE.glob('*/*.jpg'))[:2]
+    first, second = sorted((FRUIT / 'val').glob('*/*.jpg'))[:2]
     folder = tmp_path / 'images'
     folder.mkdir()
     for name, source in (('a.jpg', first), ('a.png', second)):
@@ -82,8 +85,6 @@ def test_what_does_not_apply_is_refused(files, images, tmp_path, capsys, argumen
 
 
 def test_a_classifier_takes_no_flags_of_detectors(images, tmp_path, capsys):
-    import timm
-    from caretrans.checkpoint import save_checkpoint as save_classifier
     model = timm.create_model('casvit_xs', num_classes=2, depths=(1, 1, 1, 1))
     save_classifier(tmp_path / 'x.pth', model, arch='casvit_xs', model_args=dict(depths=[1, 1, 1, 1]))
     assert main(['predict', str(images), '--checkpoint', str(tmp_path / 'x.pth'), '--score', '0.3']) == 2
@@ -91,6 +92,5 @@ def test_a_classifier_takes_no_flags_of_detectors(images, tmp_path, capsys):
 
 
 def test_other_commands_name_what_the_file_is(files, tmp_path):
-    from caretrans.checkpoint import CheckpointError, create_from_checkpoint
     with pytest.raises(CheckpointError, match='is a detector or segmenter, not a classifier'):
         create_from_checkpoint(files['semantic_fpn'])
