@@ -81,14 +81,15 @@ def _predict_dense(as_json: bool, device: str, options: dict[str, Any]) -> int:
         if as_json:
             print(to_json(result))
         elif 'error' not in result:
-            print(f'{result["image"]} -> {result["drawing"]}')
+            print(escape(f'{result["image"]} -> {result["drawing"]}'))
             for found in result.get('objects', ()):
-                print(f'  {100 * found["score"]:5.1f} %  {found["category"]}  at {[round(x) for x in found["bbox"]]}')
+                place = [round(x) for x in found['bbox']]
+                print(f'  {100 * found["score"]:5.1f} %  {escape(found["category"])}  at {place}')
             for name, share in result.get('pixels', {}).items():
-                print(f'  {100 * share:5.1f} % of the pixels  {name}')
+                print(f'  {100 * share:5.1f} % of the pixels  {escape(name)}')
         if 'error' in result:
             failed = True
-            print(f'{result["image"]}: {result["error"]}', file=sys.stderr)
+            print(f'{escape(result["image"])}: {result["error"]}', file=sys.stderr)
     return int(failed)
 
 

@@ -14,7 +14,8 @@ from torchvision.transforms.functional import normalize, pil_to_tensor, to_pil_i
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from ..data.decode import describe_error, open_image
-from ..errors import DataError
+from ..errors import DataError, EvaluationError, list_names
+from ..evaluation.metrics import list_non_finite
 from ..evaluation.predict import find_images
 from .load import create_from_checkpoint
 from .semantic_fpn import SemanticFpn
@@ -46,10 +47,14 @@ def predict_images(
         height], 'score', 'segmentation' with masks}]} in pixels, as in COCO's results, categories from 0; for a
         segmenter {'image', 'drawing', 'pixels': {class: share}}; or {'image': path, 'error': reason}.
     Raises:
-        CheckpointError, DataError: Before the first image.
+        CheckpointError, DataError, EvaluationError: Before the first image; the last if weights are not finite.
     """
     paths = list(find_images(images))
     model, loaded = create_from_checkpoint(checkpoint, entry)
+    broken = list_non_finite(model)
+    if broken:
+        raise EvaluationError(
+            f'{loaded.path}: {len(broken)} tensors are not finite ({list_names(broken, 3)}): use another checkpoint.')
     model.to(device)
     count = model.dense_config['num_classes']
     names = loaded.meta.get('class_names') or [str(i) for i in range(count)]

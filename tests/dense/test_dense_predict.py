@@ -11,6 +11,7 @@ from caretrans.__main__ import main
 from caretrans.checkpoint import CheckpointError, create_from_checkpoint
 from caretrans.checkpoint import save_checkpoint as save_classifier
 from caretrans.dense import create_dense_model, save_checkpoint
+from caretrans.dense import create_from_checkpoint as create_from_dense
 from caretrans.dense.predict import encode_mask
 
 
@@ -89,6 +90,14 @@ def test_a_classifier_takes_no_flags_of_detectors(images, tmp_path, capsys):
     save_classifier(tmp_path / 'x.pth', model, arch='casvit_xs', model_args=dict(depths=[1, 1, 1, 1]))
     assert main(['predict', str(images), '--checkpoint', str(tmp_path / 'x.pth'), '--score', '0.3']) == 2
     assert '--score cannot be used with a classifier' in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_give_no_answer(files, images, tmp_path, capsys):
+    model, _ = create_from_dense(files['semantic_fpn'])
+    model.classifier.bias.data[0] = float('nan')
+    save_checkpoint(tmp_path / 'x.pth', model)
+    assert main(['predict', str(images), '--checkpoint', str(tmp_path / 'x.pth')]) == 2
+    assert 'not finite' in capsys.readouterr().err
 
 
 def test_other_commands_name_what_the_file_is(files, tmp_path):
