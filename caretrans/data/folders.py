@@ -19,6 +19,7 @@ from timm.data.readers.reader import Reader
 from timm.utils.misc import natural_key
 
 from ..errors import DataError, list_names
+from ..text import to_utf8
 
 __all__ = ['ClassReader', 'FolderReader', 'Found', 'TarReader', 'list_images', 'is_image', 'list_endings']
 
@@ -225,7 +226,9 @@ class FolderReader(ClassReader):
 
     def __init__(self, root: str | Path, is_training: bool = False) -> None:
         found = list_images(root)
-        super().__init__(found, (found.shorten(path).split(os.sep) for path in found.images), is_training)
+        found.folders = [to_utf8(name) for name in found.folders]
+        names = (to_utf8(found.shorten(path)).split(os.sep) for path in found.images)
+        super().__init__(found, names, is_training)
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
         path, label = self.samples[index]
@@ -251,7 +254,7 @@ class TarReader(ClassReader):
     def _list(self, file: BinaryIO, found: Found, prefix: str, folders: tuple[str, ...], end: int) -> None:
         """Add the images of the tar that begins at the position of `file`, and those of the tars in it."""
         inner = []
-        with tarfile.open(fileobj=file, mode='r:') as tar:
+        with tarfile.open(fileobj=file, mode='r:', encoding='utf-8') as tar:
             for member in tar:
                 if member.offset >= end:  # the next member of the outer tar
                     break

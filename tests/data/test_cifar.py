@@ -127,6 +127,6 @@ def test_a_damaged_archive_is_refused(monkeypatch, server, tmp_path):
 
 
 def test_other_errors_of_torchvision_stay_what_they_are(tmp_path):
-    (tmp_path / 'data').write_text('a file, not a folder')
+    (tmp_path / 'data').write_text('a file, not a folder', encoding='utf-8')
     with pytest.raises(DataError, match="torch/cifar10, split 'train', cannot be read: .*[Ff]ile exists"):
         open_dataset(tmp_path / 'data', 'train', 'torch/cifar10', download=True)

@@ -149,7 +149,7 @@ def test_every_part_of_the_project_rotates_or_none(rotated, tmp_path, orientatio
     with torch.inference_mode():
         probabilities = model(expected).softmax(dim=-1)
     for found, row in zip(predict_images(checkpoint, [str(rotated / 'val')]), probabilities, strict=True):
-        assert found['probabilities'] == pytest.approx(sorted(row.tolist(), reverse=True), rel=1e-4)
+        assert found.probabilities == pytest.approx(sorted(row.tolist(), reverse=True), rel=1e-4)
 
     source = load_source(ExportConfig(checkpoint=checkpoint))
     cases = load_cases(source, (SIZE, SIZE), str(rotated))
@@ -204,7 +204,7 @@ def test_runs_of_older_versions_resume_without_rotating(tmp_path, caplog):
     """Their config.yaml lacks the orientation; another recipe must not change in the middle of a run."""
     caplog.set_level('INFO')
     for settings, orientation, said in (({}, 'ignore', True), (dict(orientation='exif'), 'exif', False)):
-        (tmp_path / 'config.yaml').write_text(yaml.safe_dump(dict(model='care_s0', **settings)))
+        (tmp_path / 'config.yaml').write_text(yaml.safe_dump(dict(model='care_s0', **settings)), encoding='utf-8')
         caplog.clear()
         assert choose_orientation(tmp_path, TrainConfig(orientation='exif')) == orientation
         assert ('begun by an older version' in caplog.text) == said
@@ -310,7 +310,7 @@ def test_values_of_unknown_range_are_refused_by_name(tmp_path, values, mode):
     with pytest.raises(DataError, match=f'{path} cannot be read as an image .*not known'):
         load_images(dataset, range(5), EvalTransform(PREPARATION))
     failed, = predict_images(save(tmp_path / 'model.pth.tar'), [str(path)])
-    assert f'mode {mode}' in failed['error']
+    assert f'mode {mode}' in failed.error
 
 
 def test_reason_is_given_where_no_image_can_be_read(tmp_path):

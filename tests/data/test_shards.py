@@ -76,7 +76,7 @@ def test_shards_hold_the_bytes_of_the_images_and_mix_the_classes(small_data, sha
     assert read_shards(shards, 'train') == wanted
     classes = [''.join(tarfile.open(path).getnames()) for path in shards.glob('*.tar')]
     assert sum('kaiser' in names and 'orange' in names for names in classes) >= 5  # of 10; 2 if in order
-    info = json.loads((shards / '_info.json').read_text())
+    info = json.loads((shards / '_info.json').read_text(encoding='utf-8'))
     assert info['classes'] == ['kaiser', 'orange'] and info['splits']['train']['num_samples'] == 20
     assert info['splits']['train']['shard_lengths'] == [4] * 5 and len(info['splits']['val']['filenames']) == 5
 
@@ -103,7 +103,7 @@ def test_shards_that_lack_something_are_refused(shards, tmp_path):
     (shards / 'val-00002.tar').unlink()
     with pytest.raises(DataError, match='lacks 1 shards of its _info.json: val-00002.tar'):
         open_dataset(shards, 'val')
-    (shards / '_info.json').write_text('{"splits": 3}')
+    (shards / '_info.json').write_text('{"splits": 3}', encoding='utf-8')
     with pytest.raises(DataError, match='does not describe shards'):
         open_dataset(shards, 'val')
     with pytest.raises(DataError, match='has no _info.json: write the shards with'):

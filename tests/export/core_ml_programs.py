@@ -159,6 +159,7 @@ CASES: dict[str, Case] = {
         lambda x: mb.sigmoid_hard(x=x, alpha=np.float32(.3), beta=np.float32(.4)),
         lambda x: (x * .3 + .4).clamp(0, 1)),
     'tanh': (lambda x: mb.tanh(x=x), torch.tanh),
+    'erf': (lambda x: mb.erf(x=x), torch.erf),
     'leaky_relu': (lambda x: mb.leaky_relu(x=x, alpha=np.float32(.2)), lambda x: F.leaky_relu(x, .2)),
     'linear_activation': (
         lambda x: mb.linear_activation(x=x, alpha=np.float32(2), beta=np.float32(3)), lambda x: 2 * x + 3),
@@ -211,7 +212,6 @@ PROGRAM_CASES: dict[str, Case] = {
         lambda x: mb.log(x=mb.exp(x=x), epsilon=np.float32(.5)), lambda x: (x.exp() + .5).log()),
     'pow': (lambda x: mb.pow(x=mb.exp(x=x), y=np.float32(1.5)), lambda x: x.exp() ** 1.5),
     'square and identity': (lambda x: mb.identity(x=mb.square(x=x)), torch.square),
-    'erf': (lambda x: mb.erf(x=x), torch.erf),
     'silu': (lambda x: mb.silu(x=x), F.silu),
     'relu6': (lambda x: mb.relu6(x=mb.exp(x=x)), lambda x: x.exp().clamp(max=6)),
     'less_equal and select': (

@@ -18,12 +18,12 @@ from caretrans.export.source import Source, name_classes
 # Of care_s0, which tools and phones show; a change of these numbers is a change of the program.
 OPERATIONS = {
     'mlpackage': dict(
-        conv=141, add=76, split=42, gelu=37, concat=30, softmax=25, reshape=24, clip=24, matmul=24, mul=18, log=12,
-        reduce_log_sum_exp=12, cast=2, reduce_mean=1, layer_norm=1, linear=1),
+        conv=141, add=77, split=42, gelu=36, mul=32, concat=30, softmax=25, reshape=24, clip=24, matmul=24, log=12,
+        reduce_log_sum_exp=12, cast=2, reduce_mean=1, erf=1, layer_norm=1, linear=1),
     'mlmodel': dict(
-        convolution=141, add=64, splitND=42, gelu=37, concat=30, softmaxND=25, clip=24, batchedMatmul=24,
-        reshapeStatic=26, multiply=18, unary=12, reduceLogSumExp=12, addBroadcastable=12, reduceMean=1, mvn=1, scale=1,
-        innerProduct=1)}
+        convolution=141, add=65, splitND=42, gelu=36, concat=30, softmaxND=25, clip=24, batchedMatmul=24,
+        reshapeStatic=26, multiply=20, multiplyBroadcastable=12, unary=12, reduceLogSumExp=12, addBroadcastable=12,
+        reduceMean=1, erf=1, mvn=1, scale=1, innerProduct=1)}
 TENSOR = make_job('mlpackage', 'fp32', size=(64, 96), batch=2, target='iOS17')  # two oblong images
 
 
@@ -42,7 +42,7 @@ def test_operations_of_a_whole_network_are_counted(format, programs):
     """Its program in float16 has few reshapes and no transposes."""
     job = make_job(format, 'fp16', input='image', output='classes', size=(96, 96))
     program = programs.read(job, 'care_s0')
-    assert program.operations == OPERATIONS[format] and sum(program.operations.values()) <= 471
+    assert program.operations == OPERATIONS[format] and sum(program.operations.values()) <= 486
     assert len(program.shape_changes) == (24 if format == 'mlpackage' else 26)
     assert not [line for line in program.shape_changes if 'transpose' in line or 'permute' in line]
     result = check(job, program, 'care_s0', 64)

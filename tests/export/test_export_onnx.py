@@ -135,8 +135,8 @@ def swap_labels(model):
 
 
 @pytest.mark.parametrize('spoil, message', [
-    (drop_bias, 'have the top-1 class of PyTorch|rounding does not explain'),
-    (permute_classes, 'have the top-1 class of PyTorch'), (swap_labels, 'class 2 is labelled')])
+    (drop_bias, 'rounding does not explain it'), (permute_classes, 'rounding does not explain it'),
+    (swap_labels, 'class 2 is labelled')])
 def test_spoiled_file_is_noticed(spoil, message, programs, tmp_path):
     model, broken = onnx.load(programs.write(JOB)[0]), tmp_path / 'broken.onnx'
     spoil(model)

@@ -20,14 +20,14 @@ EXACT = 5e-5  # without rounding; measured 1e-5
 OPERATIONS = {  # in float32; a change of these numbers is a change of the program
     'casvit': dict(conv=62, mul=20, add=16, sigmoid=16, relu=10, reduce_mean=9, gelu=8, split=4, linear=1),
     'mlla': dict(
-        conv=51, add=17, matmul=16, split=12, mul=12, relu=9, layer_norm=9, silu=8, reshape=8, clip=8, sub=8, concat=8,
-        log=4, softmax=4, reduce_log_sum_exp=4, exp=4, reduce_sum=4, expand_dims=4, real_div=4, gelu=4, reduce_mean=1,
-        linear=1),
+        conv=51, add=21, matmul=16, mul=16, split=16, relu=9, layer_norm=9, silu=8, reshape=8, clip=8, concat=8,
+        sub=4, log=4, softmax=4, reduce_log_sum_exp=4, exp=4, reduce_sum=4, expand_dims=4, real_div=4,
+        gelu=4, reduce_mean=1, linear=1),
     'casvit_xs': dict(conv=146, mul=50, add=40, sigmoid=40, relu=22, reduce_mean=21, gelu=20, split=10, linear=1),
     'mlla_t': dict(
-        conv=177, add=73, matmul=72, split=54, mul=54, layer_norm=37, silu=36, reshape=36, clip=36, sub=36, concat=36,
-        log=18, softmax=18, reduce_log_sum_exp=18, exp=18, reduce_sum=18, expand_dims=18, real_div=18, gelu=18, relu=9,
-        reduce_mean=1, linear=1)}
+        conv=177, add=91, matmul=72, mul=72, split=72, layer_norm=37, silu=36, reshape=36, clip=36, concat=36,
+        sub=18, log=18, softmax=18, reduce_log_sum_exp=18, exp=18, reduce_sum=18, expand_dims=18,
+        real_div=18, gelu=18, relu=9, reduce_mean=1, linear=1)}
 HALF = make_job('mlpackage', 'fp16', input='image', output='classes', floor=0.)  # random classes are nearly equal
 
 
@@ -83,7 +83,7 @@ def drop_gate(model):
 @pytest.mark.parametrize('name', NAMES)
 def test_program_is_refused_for_an_altered_network(name, alter, programs):
     source = change(make_source(name), alter)
-    with pytest.raises(VerificationError, match='rounding does not explain it|the program computes something else'):
+    with pytest.raises(VerificationError, match='rounding does not explain it|something else; no'):
         verify(source, HALF, programs.read(HALF, name), load_cases(source, HALF.size, count=FEW))
 
 

@@ -11,7 +11,7 @@ from caretrans.fuse import FORMS, fuse, to_form
 from caretrans.models.attention import linear_attention
 from caretrans.models.care import CareTransformer, LinearAttention, StripConv
 from caretrans.models.folding import fold_pixels
-from caretrans.models.inference.care_phone import ConvMixer, CrossConv, PhoneAttention
+from caretrans.models.inference.care_phone import ConvMixer, CrossConv, PhoneAttention, PhoneHead
 
 CARE = [name for name in timm.list_models('care_*')]
 
@@ -85,6 +85,25 @@ def test_phone_form_of_the_reference_network_is_finite_in_float16():
         found = to_form(model, 'phone').half()(images.half())
     assert found.isfinite().all()
     assert list_error(found, expected) < 0.05
+
+
+@pytest.mark.parametrize('size', [1e-6, 1., 1e3])
+def test_scaled_features_are_the_same_function(size):
+    """The LayerNorm of the head has an input between 32 and 64, and an eps that fits."""
+    model = filled_model('care_s0', depths=(1, 1, 2, 1)).double()
+    with torch.no_grad():
+        last = model.stages[-1].blocks[-1].inter2.dwconv
+        last.weight *= size
+        last.bias *= size
+        images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+        phone = to_form(model, 'phone', images)
+        largest = []
+        phone.head.norm.register_forward_pre_hook(lambda module, args: largest.append(args[0].abs().max().item()))
+        assert list_error(phone(images), model(images)) < 1e-12
+        others = phone(images[:, :, :32]), model(images[:, :, :32])
+        assert list_error(*others) < 1e-12
+    assert isinstance(phone.head, PhoneHead)
+    assert largest[0] <= 64 and (32 < largest[0] or phone.head.norm.eps == 1e-6 * 512 ** 2)
 
 
 def test_cross_is_the_sum_of_both_strips():

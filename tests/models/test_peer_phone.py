@@ -58,6 +58,19 @@ def test_phone_form_computes_the_same(name, settings):
         phone.train()
 
 
+@pytest.mark.parametrize('size, scale', [(1e-3, 4.), (1., 4.), (1e3, 1 / 8)])
+def test_scale_of_the_stream_follows_its_values(size, scale):
+    model = filled_model('mlla_t', depths=(1, 1, 1, 1)).double()
+    last = model.stem.conv3[1].norm
+    with torch.no_grad():
+        last.weight *= size
+        last.bias *= size
+        images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+        phone = to_form(model, 'phone', images)
+        assert measure_error(phone(images), model(images)) < 1e-12
+    assert phone.stages[0].blocks[0].norm1.eps == model.stages[0].blocks[0].norm1.eps * scale ** 2
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_phone_form_does_not_change_the_network(name):
     model = filled_model(name)

@@ -91,7 +91,8 @@ class PhoneRotaryAttention(InferenceModule):
         size = self.head_chs
         shifted, v = self.qkv(x).reshape(B, self.num_heads, 3 * size + 2, H * W).split([2 * size + 2, size], dim=2)
         features = log_feature(shifted)
-        mass = features[:, :, size + 2:].logsumexp(dim=(2, 3), keepdim=True) - math.log(size * math.sqrt(H * W))
+        _, keys = features.split([size + 2, size], dim=2)
+        mass = keys.logsumexp(dim=(2, 3), keepdim=True) - math.log(size * math.sqrt(H * W))
         q, k = (features + mass * self.signs).split(size + 1, dim=2)
         q, k = q.softmax(dim=2), k.exp()
         weight = k.sum(dim=3).unsqueeze(2) @ q  # (B, h, 1, N)
