@@ -17,6 +17,7 @@ from ..data.decode import EvalTransform
 from ..data.samples import load_images
 from ..errors import CheckpointError, ConfigError, DataError
 from ..evaluation.evaluate import load_for_evaluation
+from ..evaluation.metrics import explain_non_finite
 from ..fuse import to_form
 from ..measure.sample_network import SAMPLE_IMAGES, load_sample_images, randomize
 from ..models.folding import fold_pixels
@@ -239,6 +240,7 @@ def load_cases(source: Source, size: tuple[int, int], data: str = '', count: int
     Raises:
         DataError: There are no images there.
         ConfigError: The network does not support this image size.
+        CheckpointError: Its outputs are not finite.
     """
     folder = data or str(SAMPLE_IMAGES)
     if not Path(folder).is_dir():
@@ -254,6 +256,11 @@ def load_cases(source: Source, size: tuple[int, int], data: str = '', count: int
         raise ConfigError(
             f'--img-size {size[0]}x{size[1]}: {source.name} does not support this size: '
             f'{" ".join(str(error).split())}') from error
+    broken = int((~logits.isfinite().all(dim=1)).sum())
+    if broken:
+        raise CheckpointError(
+            f'{source.checkpoint or source.name}: the logits of {broken} of {total} images are not finite: '
+            f'{explain_non_finite(source.model)}.')
     own = source.meta.get('class_names')
     labels = labels if own and own == list_classes(dataset) else None
     name = f'{folder}, {total} of {len(dataset)} validation images'
