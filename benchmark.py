@@ -1,5 +1,4 @@
 """Measure models: python benchmark.py --model care_s1 [flags]. Prints parameters, GMACs, latency and memory."""
-import json
 import logging
 import os
 import sys
@@ -18,6 +17,7 @@ from caretrans.bench.report import check_folder, check_page, describe_result, wr
 from caretrans.bench.run import run_benches  # noqa: E402
 from caretrans.errors import run_command  # noqa: E402
 from caretrans.progress import show_messages  # noqa: E402
+from caretrans.strict_json import replace_non_finite, to_json  # noqa: E402
 
 
 def check(config: BenchConfig) -> int:
@@ -45,7 +45,7 @@ def measure(config: BenchConfig) -> int:
     try:
         folder = write_result(result, config)
     finally:  # the results are printed even if they cannot be written
-        contents = json.dumps(result.to_dict(), indent=2)
+        contents = to_json(replace_non_finite(result.to_dict()), indent=2)
         print(contents if config.json else '\n'.join(describe_result(result, config.markdown)))
     if not config.json:
         tables = ', '.join(sorted(path.name for path in folder.glob('*.csv')))

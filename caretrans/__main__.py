@@ -4,11 +4,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .checkpoint import LAYOUTS, convert_checkpoint
+from .checkpoint import LAYOUTS, convert_checkpoint, is_dense, read_checkpoint
 from .devices import resolve_device
-from .errors import run_command
+from .errors import ConfigError, run_command
 from .flags import DEVICE_HELP, FlagParser, add_checkpoint_flags, add_weights_flags, number
 from .progress import show_messages
+from .text import escape
 from .strict_json import to_json
 
 
@@ -16,11 +17,14 @@ def _build_parser() -> FlagParser:
     parser = FlagParser(prog='python -m caretrans', description=__doc__)
     commands = parser.add_subparsers(dest='command', required=True)
 
-    predict = commands.add_parser('predict', help='classify images')
+    predict = commands.add_parser('predict', help='classify images, or find objects in them')
     predict.add_argument('images', nargs='+', help='image files and folders of images')
     add_weights_flags(predict)
     add_checkpoint_flags(predict)
     predict.add_argument('--topk', type=number(int, 1), default=5, help='classes per image (default: 5)')
+    dense = predict.add_argument_group('detectors and segmenters')
+    dense.add_argument('--output', help='folder for the drawings (default: runs/predict)')
+    dense.add_argument('--score', type=number(float, 0, 1), help='least score of a drawn object (default: 0.5)')
     predict.add_argument('--device', default='auto', help=DEVICE_HELP)
 
     convert = commands.add_parser('convert', help='write a checkpoint in another layout or format')
@@ -58,20 +62,54 @@ def _build_parser() -> FlagParser:
     return parser
 
 
-def _predict(as_json: bool, device: str, **options: Any) -> int:
-    from .evaluation.predict import predict_images
+def _keep(options: dict[str, Any], names: Sequence[str], kind: str) -> dict[str, Any]:
+    """The options of these names that are given; others must not be."""
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    wrong = [f'--{name.replace("_", "-").replace("model-name", "model")}' for name in given if name not in names]
+    if wrong:
+        raise ConfigError(f'{", ".join(wrong)} cannot be used with {kind}: omit it.')
+    return given
 
+
+def _predict_dense(as_json: bool, device: str, options: dict[str, Any]) -> int:
+    from .dense.predict import predict_images
+
+    del options['topk']
+    given = _keep(options, ('checkpoint', 'images', 'output', 'score', 'entry'), 'a detector or segmenter')
     failed = False
-    for result in predict_images(device=resolve_device(device), **options):
+    for result in predict_images(device=resolve_device(device), **dict(dict(output='runs/predict'), **given)):
         if as_json:
             print(to_json(result))
         elif 'error' not in result:
-            print(result['image'])
-            for name, probability in zip(result['classes'], result['probabilities'], strict=True):
-                print(f'  {100 * probability:5.1f} %  {name}')
+            print(escape(f'{result["image"]} -> {result["drawing"]}'))
+            for found in result.get('objects', ()):
+                place = [round(x) for x in found['bbox']]
+                print(f'  {100 * found["score"]:5.1f} %  {escape(found["category"])}  at {place}')
+            for name, share in result.get('pixels', {}).items():
+                print(f'  {100 * share:5.1f} % of the pixels  {escape(name)}')
         if 'error' in result:
             failed = True
-            print(f'{result["image"]}: {result["error"]}', file=sys.stderr)
+            print(f'{escape(result["image"])}: {result["error"]}', file=sys.stderr)
+    return int(failed)
+
+
+def _predict(as_json: bool, device: str, **options: Any) -> int:
+    if options['checkpoint'] and is_dense(read_checkpoint(options['checkpoint'], options['entry'])):
+        return _predict_dense(as_json, device, options)
+    from .evaluation.predict import predict_images
+
+    _keep({name: options.pop(name) for name in ('output', 'score')}, (), 'a classifier')
+    failed = False
+    for result in predict_images(device=resolve_device(device), **options):
+        if as_json:
+            print(to_json(result.to_dict()))
+        elif not result.error:
+            print(escape(result.image))
+            for name, probability in zip(result.classes, result.probabilities, strict=True):
+                print(f'  {100 * probability:5.1f} %  {escape(name)}')
+        if result.error:
+            failed = True
+            print(f'{escape(result.image)}: {result.error}', file=sys.stderr)
     return int(failed)
 
 
@@ -91,6 +129,10 @@ def _run(argv: Sequence[str]) -> int:
         from .bench.loaders import bench_loader, describe_bench
         result = bench_loader(**options)
         print(to_json(dataclasses.asdict(result)) if as_json else describe_bench(result))
+    elif is_dense(read_checkpoint(options['source'], options['entry'])):
+        from .dense import convert_checkpoint as convert_dense
+        print(convert_dense(
+            **_keep(options, ('source', 'target', 'layout', 'overwrite', 'entry'), 'a detector or segmenter')))
     else:
         print(convert_checkpoint(**options))
     return 0

@@ -72,7 +72,7 @@ class TrainConfig:
         None, 'evaluation: crop the centre, squash the whole image to a square, or add a border (default: that of the '
         'model)', choices=CROP_MODES)
     orientation: str = setting(
-        'exif', 'rotate images upright as their EXIF data say, or ignore it', choices=ORIENTATIONS)
+        'exif', 'rotate images upright as their EXIF data say, or ignore it', choices=ORIENTATIONS, off='ignore')
     scale: list[float] = setting([0.08, 1.0], 'smallest and largest area of random crops', size=2, bounds=(0, 1))
     ratio: list[float] = setting(
         [3 / 4, 4 / 3], 'smallest and largest aspect ratio of random crops', size=2, bounds=(0, 100))
@@ -224,6 +224,8 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     text = read_text(path, ConfigError)
     try:
         settings = yaml.load(text, _StrictLoader) or {}
+    except ConfigError as error:
+        raise ConfigError(f'{path}: {error}') from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f'{path} is not YAML: {" ".join(str(error).split())}') from None
     if not isinstance(settings, dict):
@@ -238,8 +240,8 @@ class _StrictLoader(yaml.SafeLoader):
         lines: dict[str, int] = {}
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in lines:
-                raise yaml.YAMLError(
-                    f'{key.value} is in line {lines[key.value]} and again in line {key.start_mark.line + 1}')
+                raise ConfigError(
+                    f'{key.value} is in line {lines[key.value]} and again in line {key.start_mark.line + 1}: keep one.')
             if isinstance(key, yaml.ScalarNode):
                 lines[key.value] = key.start_mark.line + 1
         return super().construct_mapping(node, deep)

@@ -170,8 +170,9 @@ def join_processes(device: torch.device, timeout: float = 1800.) -> Processes:
     except (ValueError, RuntimeError) as error:  # RuntimeError: also the errors of torch's store and backends
         reason = ' '.join(str(error).split())[:200]
         raise ConfigError(
-            f'Process {processes.rank} of {processes.world_size} cannot meet the others at {os.environ["MASTER_ADDR"]}:'
-            f'{os.environ["MASTER_PORT"]} ({reason}): check both, and that all were started.') from error
+            f'Process {processes.rank} of {processes.world_size} cannot connect to the others at '
+            f'{os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]} ({reason}): check both, and that all were '
+            f'started.') from error
     return processes
 
 

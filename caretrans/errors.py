@@ -74,7 +74,7 @@ class Preempted(Exception):
 
 def list_names(names: Iterable[Any], most: int = 10) -> str:
     """The first `most` names, and how many more there are."""
-    names = [str(name) for name in names]
+    names = [escape(name) for name in names]
     return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
 
 

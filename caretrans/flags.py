@@ -29,7 +29,7 @@ OFF = ('no', 'off', 'none', 'false', '')  # texts for a setting that is switched
 REMEDIES = {  # by type
     bool: ': write true or false', int: ': write a whole number', float: ': write a number',
     dict: ': write {NAME: VALUE, ...}',
-    str: ': put it in quotes, because YAML reads yes, no, on and off as true or false, and nothing as null'}
+    str: ': write one text, in quotes if YAML reads it as something else, such as yes, no, on and off'}
 
 
 def setting(default: Any, help: str, **kwargs: Any) -> Any:
@@ -124,8 +124,8 @@ def number(kind: type, least: float, most: float = float('inf')) -> Callable[[st
     def convert(text: str) -> Any:
         value = kind(text)
         if not (math.isfinite(value) and least <= value <= most):
-            limits = f'at least {least}' if most == float('inf') else f'between {least} and {most}'
-            raise argparse.ArgumentTypeError(f'{text} is not {limits}')
+            limits = f'of at least {least}' if most == float('inf') else f'between {least} and {most}'
+            raise argparse.ArgumentTypeError(f'{text} is not a finite number {limits}')
         return value
     convert.__name__ = kind.__name__  # of which argparse says that a text is none
     return convert

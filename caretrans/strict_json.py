@@ -5,7 +5,7 @@ from typing import Any
 
 from .errors import ResultsError
 
-__all__ = ['to_json']
+__all__ = ['replace_non_finite', 'to_json']
 
 
 def to_json(value: Any, **options: Any) -> str:
@@ -21,6 +21,15 @@ def to_json(value: Any, **options: Any) -> str:
         if where is None:
             raise
         raise ResultsError(f'{where[0].lstrip(".")} is {where[1]}, which JSON cannot hold.') from None
+
+
+def replace_non_finite(value: Any) -> Any:
+    """A copy with None instead of numbers that are not finite, for results that took long to measure."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: replace_non_finite(item) for key, item in value.items()}
+    return [replace_non_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _find_non_finite(value: Any, path: str = '') -> tuple[str, float] | None:

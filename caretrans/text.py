@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ['escape', 'escape_output', 'open_text', 'read_text', 'utf8_path', 'write_text']
+__all__ = ['escape', 'escape_output', 'open_text', 'read_text', 'to_utf8', 'utf8_path', 'write_text']
 
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: 'utf-8-sig', codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
 WRITING = dict(encoding='utf-8', errors='backslashreplace')
@@ -61,6 +61,11 @@ def escape(text: Any) -> str:
     """One line of text for messages, and for libraries that refuse surrogates: these and control characters escaped."""
     text = CONTROLS.sub(lambda match: match[0].encode('unicode_escape').decode(), str(text))
     return text.encode(**WRITING).decode('utf-8')
+
+
+def to_utf8(name: str) -> str:
+    """A name of a file as it is under a UTF-8 locale, so that the classes of a folder do not depend on the locale."""
+    return os.fsencode(name).decode('utf-8', sys.getfilesystemencodeerrors())
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Export a network to Core ML (or --format onnx, openvino, torch, ...) and verify the result.
 #   bash cmd/export.sh --model care_s1 --checkpoint CARETrans_S1.pth.tar
+#   bash cmd/export.sh --model care_s1 --pretrained
 #   bash cmd/export.sh --checkpoint runs/NAME/best.pth.tar --format mlpackage mlmodel onnx
 # The converters of ExecuTorch, LiteRT and Core AI conflict with the training environment and get a separate
 # one, .venv-export, created on first use.

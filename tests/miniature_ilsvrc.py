@@ -86,7 +86,7 @@ def build_miniature(folder: Path, **replaced: bytes) -> Miniature:
         entries[key] = Archive(name, hashlib.md5(data).hexdigest(), len(data))
     edition = Edition(**entries, classes=3, train_images=12, val_images=6)
     description = folder / 'miniature.json'
-    description.write_text(json.dumps(asdict(edition)))
+    description.write_text(json.dumps(asdict(edition)), encoding='utf-8')
     files = {f'val/{WNIDS[val_id]}/{name}': images[name] for name, val_id in zip(sorted(images), VAL_IDS, strict=True)}
     for name, data in tars.items():
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
@@ -97,7 +97,7 @@ def build_miniature(folder: Path, **replaced: bytes) -> Miniature:
 def run(arguments: Sequence[object]) -> int:
     """The command, for the edition that the first argument, `Miniature.json`, describes."""
     description, *flags = map(str, arguments)
-    fields = json.loads(Path(description).read_text())
+    fields = json.loads(Path(description).read_text(encoding='utf-8'))
     edition = Edition(**{key: Archive(**value) if isinstance(value, dict) else value for key, value in fields.items()})
     return main(flags, edition)
 

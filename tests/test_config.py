@@ -93,14 +93,14 @@ def test_values_of_yaml_mean_what_a_person_means(tmp_path, text, name, expected)
     ('mixup: on', 'mixup is True but must be of type float'), ('lr: off', 'lr is False but must be of type float'),
     ('lr:', 'lr is None but must be of type float'), ('lr: 1,5e-3', "lr is '1,5e-3' but must be of type float"),
     ('epochs: ten', "epochs is 'ten' but must be of type int"), ('epochs: [5]', r'epochs is \[5\] but must be of type'),
-    ('model: on', 'model is True but must be of type str: put it in quotes'),
+    ('model: on', 'model is True but must be of type str: write one text, in quotes'),
     ('opt: [adamw]', 'but must be of type str'), ('crop_mode: no', 'crop_mode is False but must be of type str'),
     ('ema: 1', 'ema is 1 but must be of type bool: write true or false'),
     ('model_args: ls_init_value=0.1', "model_args is 'ls_init_value=0.1' but must be of type dict: write {NAME: VALUE"),
     ('model_args: [depths]', r"model_args is \['depths'\] but must be of type dict"),
     ('ratio: [3:4, 4:3]', 'ratio is 184 but must be at least 0, at most 100'),
     ('scale: [0.5, 2]', 'scale is 2 but must be at least 0, at most 1'),
-    ('lr: 1\nlr: 2', 'lr is in line 1 and again in line 2'),
+    ('lr: 1\nlr: 2', 'bad.yaml: lr is in line 1 and again in line 2: keep one'),
     ('output: 2026-13-45', 'is not YAML'), ('epochs: 1e400', "epochs is '1e400' but must be of type int"),
 ])
 def test_what_a_recipe_cannot_mean_is_refused_with_file_and_key(tmp_path, text, message):
@@ -132,7 +132,7 @@ def test_every_flag_of_a_number_refuses_what_is_not_finite(name, value):
 
 def test_shared_number_flags_refuse_what_is_not_finite():
     for text in ('nan', 'inf'):
-        with pytest.raises(ArgumentTypeError, match=f'{text} is not at least 0.01'):
+        with pytest.raises(ArgumentTypeError, match=f'{text} is not a finite number of at least 0.01'):
             number(float, 0.01)(text)
 
 

@@ -43,10 +43,10 @@ def test_contradictions_are_refused(environment, variables, message):
 @pytest.mark.parametrize('variables, message', [
     ({}, 'but not MASTER_ADDR and MASTER_PORT: start with torchrun'),
     (dict(MASTER_ADDR='127.0.0.1'), 'but not MASTER_PORT: start with torchrun'),
-    (dict(MASTER_ADDR='127.0.0.1', MASTER_PORT='many'), 'cannot meet the others at 127.0.0.1:many'),
-    (dict(MASTER_ADDR='256.0.0.1', MASTER_PORT='29500'), 'cannot meet the others at 256.0.0.1:29500'),
-    (dict(MASTER_ADDR='127.0.0.1', MASTER_PORT='1'), 'cannot meet the others at 127.0.0.1:1 ')])
-def test_processes_that_cannot_meet_are_told_why(environment, variables, message):
+    (dict(MASTER_ADDR='127.0.0.1', MASTER_PORT='many'), 'cannot connect to the others at 127.0.0.1:many'),
+    (dict(MASTER_ADDR='256.0.0.1', MASTER_PORT='29500'), 'cannot connect to the others at 256.0.0.1:29500'),
+    (dict(MASTER_ADDR='127.0.0.1', MASTER_PORT='1'), 'cannot connect to the others at 127.0.0.1:1 ')])
+def test_processes_that_cannot_connect_say_why(environment, variables, message):
     environment(RANK='1', WORLD_SIZE='2', **variables)
     with pytest.raises(ConfigError, match=message) as error:
         join_processes(torch.device('cpu'), timeout=2.)

@@ -20,7 +20,7 @@ from caretrans.text import escape, open_text, read_text, write_text
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(ROOT.glob('*.py')) + sorted(
-    path for folder in ('caretrans', 'coreml', 'cmd', 'data') for path in (ROOT / folder).rglob('*.py'))
+    path for folder in ('caretrans', 'coreml', 'cmd', 'data', 'tests') for path in (ROOT / folder).rglob('*.py'))
 RECIPE = 'model: care_s0\nbatch_size: 8\ndata: Gr\u00f6\u00dfe\n'
 
 

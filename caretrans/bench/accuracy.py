@@ -53,13 +53,15 @@ def _score(
 
 def measure_accuracy(
         checkpoint: str, setups: Sequence[Setup], data: str = '', model_name: str | None = None,
-        img_size: int | None = None, stream: TextIO | None = None, failures: list[str] | None = None,
+        img_size: int | None = None, pretrained: bool = False, stream: TextIO | None = None,
+        failures: list[str] | None = None,
 ) -> list[Record]:
     """Evaluate the original network of a checkpoint in float32, and then each setup.
 
     Args:
         data: Folder with val/CLASS/*; by default the data set that the checkpoint was trained on.
         img_size: Side of square images; by default that of the checkpoint.
+        pretrained: Evaluate the published weights of `model_name` instead of a file.
         stream: Output of the progress; stdout by default.
         failures: Gets a line for each setup that fails, and the others are still measured; without it the first failure
             is raised.
@@ -70,7 +72,8 @@ def measure_accuracy(
         CheckpointError, DataError: The checkpoint or the data cannot be used.
     """
     device = setups[0].device
-    model, loaded, eval_config = load_for_evaluation(checkpoint, model_name, img_size=img_size)
+    model, loaded, eval_config = load_for_evaluation(
+        checkpoint, model_name, pretrained=pretrained, img_size=img_size)
     opened = open_data(loaded, data, '', '', model.num_classes)
     network = Network(model, torch.zeros(BATCH, *eval_config.input_size),
                       calibration=load_sample_images(model, eval_config.size, CALIBRATION, preparation=eval_config))
@@ -91,8 +94,8 @@ def measure_accuracy(
                 failures.append(f'accuracy of {setup}: {shorten(error)}')
                 continue
             records.append(Record(
-                model=model.pretrained_cfg['architecture'], bench='accuracy', checkpoint=checkpoint, data=opened.name,
-                device=describe_device(device), versions=list_versions(),
+                model=model.pretrained_cfg['architecture'], bench='accuracy', checkpoint=str(loaded.path),
+                data=opened.name, device=describe_device(device), versions=list_versions(),
                 height=eval_config.size[0], width=eval_config.size[1],
                 backend=setup.backend, dtype=setup.dtype, layout=setup.layout, kernels=runner.kernels,
                 images=result.images, top1=result.top1, top5=result.top5, loss=result.loss,

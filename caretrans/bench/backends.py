@@ -170,6 +170,10 @@ def check_output(network: Network, runner: Runner, dtype: str) -> float:
         WrongOutputError: It is above `TOLERANCES`, or the error of all logits is larger than rounding explains.
     """
     logits = runner.read(runner.run())[network.checked]
+    broken = int((~logits.isfinite().all(dim=1)).sum())
+    if broken:
+        also = '' if network.expected.isfinite().all() else ', nor are those in float64: use another checkpoint'
+        raise WrongOutputError(f'the logits of {broken} of {len(logits)} images are not finite{also}: not timed')
     error = measure_error(logits, network.expected)
     if not error <= TOLERANCES[dtype]:
         raise WrongOutputError(

@@ -14,6 +14,7 @@ import yaml
 from ..errors import ConfigError
 from ..measure.tables import format_table, format_value
 from ..models.backbone import find_family
+from ..strict_json import replace_non_finite, to_json
 from ..text import escape, read_text, write_text
 from .compare_plan import TITLE, Plan
 from .record import ModelCounts, Record, write_csv
@@ -300,7 +301,7 @@ def write_comparison(comparison: Comparison) -> None:
     folder, page = comparison.plan.folder, comparison.plan.update
     text = '\n'.join(describe_comparison(comparison, markdown=True)) + '\n'
     try:
-        write_text(folder / 'comparison.json', json.dumps(comparison.to_dict(), indent=2) + '\n')
+        write_text(folder / 'comparison.json', to_json(replace_non_finite(comparison.to_dict()), indent=2) + '\n')
         write_csv(folder / 'comparison.csv', [
             {**row, 'seeds': ' '.join(map(str, row['seeds']))} for row in map(ModelFigures.to_dict, comparison.models)])
         write_text(folder / 'comparison.md', text)

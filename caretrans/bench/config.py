@@ -8,6 +8,7 @@ import torch
 
 from ..config import check_settings, parse_flags, setting
 from ..errors import ConfigError
+from ..flags import PRETRAINED_HELP, check_weights
 from ..measure.names import expand_models, parse_size
 from .setups import BACKENDS, DTYPES, FUSED_IN_TORCH, IN_TORCH, KERNELS, Setup, check_setup, choose_kernels
 
@@ -70,6 +71,7 @@ class TrainFlags(BatchFlags):
 class AccuracyFlags(SetupFlags):
     """Flags of `--bench accuracy`."""
 
+    pretrained: bool = setting(False, PRETRAINED_HELP)
     data: str = setting('', 'folder with val/CLASS/* (default: the data set of the checkpoint)')
 
 
@@ -111,8 +113,8 @@ class BenchConfig(InferFlags, TrainFlags, AccuracyFlags, CommonFlags):
         self._check_use()
         if self.published:
             self._follow_paper()
-        if self.bench == 'accuracy' and not self.checkpoint:
-            raise ConfigError('--bench accuracy needs a trained network: name its file with --checkpoint.')
+        if self.bench == 'accuracy':
+            check_weights(self.checkpoint, self.pretrained, self.model[0])
         if self.plots_file and ('infer' not in self.list_benches() or len(self.batch_size) > 1 or len(
                 self.img_size) > 1):
             raise ConfigError(
@@ -152,8 +154,9 @@ class BenchConfig(InferFlags, TrainFlags, AccuracyFlags, CommonFlags):
             ConfigError: No model has such a name, or a checkpoint is given for several models.
         """
         names = expand_models(self.model)
-        if self.checkpoint and len(names) > 1:
-            raise ConfigError(f'--checkpoint {self.checkpoint} with {len(names)} models: it fits only one, name it.')
+        if (self.checkpoint or self.pretrained) and len(names) > 1:
+            given = f'--checkpoint {self.checkpoint}' if self.checkpoint else '--pretrained'
+            raise ConfigError(f'{given} with {len(names)} models: it fits only one, name it.')
         return names
 
     def list_batches(self) -> list[int]:

@@ -235,7 +235,8 @@ def run_inference(config: BenchConfig, stream: TextIO | None = None) -> BenchRes
     if config.published and device.type != 'cuda':
         result.remarks.append(f'--published: TF32 does nothing on {device.type}, float32 is used')
     if not config.checkpoint:
-        result.remarks.append('weights: random, so that every part counts; speed does not depend on them')
+        result.remarks.append(
+            'weights: random, chosen so that an error in any layer shows; speed does not depend on them')
     result.remarks += skipped
     groups = len(config.list_batches()) * len(config.sizes)
     steps = groups * (len(names) * len(setups) * (BUILDING + _count_rounds(config)) + _count_rounds(config))

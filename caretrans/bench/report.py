@@ -1,6 +1,5 @@
 """Tables, JSON and CSV files of the results of `benchmark.py`."""
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from ..errors import ConfigError
 from ..measure.counts import KINDS
 from ..measure.published import list_footnotes, mark_accuracy
 from ..measure.tables import format_table, format_value
+from ..strict_json import replace_non_finite, to_json
 from ..text import read_text, write_text
 from .backends import UNSEEN
 from .config import BenchConfig
@@ -186,7 +186,7 @@ def write_result(result: BenchResult, config: BenchConfig) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         contents = dict(result.to_dict(), config=dataclasses.asdict(config))
-        write_text(folder / 'results.json', json.dumps(contents, indent=2) + '\n')
+        write_text(folder / 'results.json', to_json(replace_non_finite(contents), indent=2) + '\n')
         profiles = [row for rows in contents['profiles'].values() for row in rows]
         for name, rows in dict(
                 results=contents['records'], counts=contents['counts'], training=contents['training'],

@@ -88,8 +88,8 @@ def run_benches(config: BenchConfig, stream: TextIO | None = None) -> BenchResul
         if 'accuracy' in benches:
             size = config.sizes[0][0] if config.img_size != BenchConfig().img_size else None
             result.accuracy = measure_accuracy(
-                config.checkpoint, fit_setups(setups, timm.create_model(names[0])), config.data, names[0], size, stream,
-                result.failures)
+                config.checkpoint, fit_setups(setups, timm.create_model(names[0])), config.data, names[0], size,
+                config.pretrained, stream, result.failures)
             if result.accuracy:
                 result.texts.append('\n'.join(describe_accuracy(result.accuracy, config.markdown)))
         if 'profile' in benches:

@@ -82,7 +82,7 @@ def read_checkpoint(path: PathLike, entry: str | None = None) -> Checkpoint:
         entry = next((name for name in (*WRAPPERS, '') if name in weights), None)
     if entry not in weights:
         problem = 'no entry of a usual name holds weights' if entry is None else f'entry {entry!r} holds no weights'
-        raise CheckpointError(f'{path}: {problem}: choose entry={" or ".join(map(repr, weights))}.')
+        raise CheckpointError(f'{path}: {problem}: choose entry={" or ".join(map(repr, weights))} (--entry).')
 
     bare = weights.get('', {})
     for key, value in contents.items():
@@ -99,7 +99,7 @@ def read_checkpoint(path: PathLike, entry: str | None = None) -> Checkpoint:
 def _clean_keys(path: Path, weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Weights under keys without wrappers, and remarks on what else was removed: counters, and common prefixes."""
     kept, remarks = {}, []
-    counters = [key for key in weights if key.rpartition('.')[2] in COUNTERS]
+    counters = {key: value for key, value in weights.items() if key.rpartition('.')[2] in COUNTERS}
     for key, value in weights.items():
         if key not in counters:
             kept[WRAPPER_MODULES.sub('', key)] = value

@@ -27,7 +27,7 @@ from .file import Checkpoint, read_checkpoint, write_torch
 from .layout import Layout, Shapes, find_models, get_shapes, match_layout
 
 __all__ = [
-    'Checkpoint', 'CheckpointError', 'create_from_checkpoint', 'create_pretrained', 'load_checkpoint',
+    'Checkpoint', 'CheckpointError', 'create_from_checkpoint', 'create_pretrained', 'is_dense', 'load_checkpoint',
     'read_checkpoint', 'save_checkpoint']
 
 TORCH_ENDINGS = ('.pth', '.pth.tar', '.pt')
@@ -35,6 +35,7 @@ FORMAT_VERSION = 1  # timm's convention: `epoch`, if present, is the number of f
 NOT_ARCHITECTURE = ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir')
 LAYOUTS = ('published', 'caretrans', 'mmpretrain')
 COUNTS = ('no head', 'one head', 'two heads')
+DENSE_HEADS = ('bbox_head.', 'decode_head.', 'roi_head.')  # keys of detectors and segmenters of mmdet and mmseg
 MIN_FIT = 0.9  # minimum share of equal keys and shapes to infer the model of the weights
 
 PathLike = str | os.PathLike
@@ -44,9 +45,17 @@ _logger = logging.getLogger(__name__)
 
 # Model inference ------------------------------------------------------------------------------------------------------
 
+def is_dense(checkpoint: Checkpoint) -> bool:
+    """Whether a file holds a detector or segmenter, of `caretrans.dense` or published."""
+    return 'dense' in checkpoint.meta or any(key.startswith(DENSE_HEADS) for key in checkpoint.state_dict)
+
+
 def choose_model(checkpoint: Checkpoint, model_name: str | None = None) -> str:
     """The requested model name, or that of the file, or the one inferred from the shapes; aliases are resolved."""
     path, args = checkpoint.path, checkpoint.meta.get('args')
+    if is_dense(checkpoint):
+        raise CheckpointError(
+            f'{path}: is a detector or segmenter, not a classifier: use caretrans.dense.create_from_checkpoint.')
     stated = checkpoint.meta.get('arch') or (args.get('model') if isinstance(args, dict) else None)
     stated = resolve_alias(stated).partition('.')[0] if isinstance(stated, str) and timm.is_model(stated) else None
     if model_name:
@@ -150,6 +159,7 @@ def create_pretrained(
     """
     if ':' not in model_name and not timm.is_model(model_name):  # with a colon, timm takes it from a hub or a folder
         raise CheckpointError(f'No model {model_name!r} with published weights: correct the name.')
+    logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # it prints two lines for each of its tries
     try:
         model = timm.create_model(model_name, pretrained=True, **model_args)
     except (CheckpointError, TypeError):

@@ -22,6 +22,7 @@ __all__ = ['StandIns', 'simplify']
 NUMBERS = re.compile(r'(b1|[iu][1248]|f[248]|c8|c16|[US]\d+)')  # types of NumPy that hold no objects
 STANDARD = {  # modules of the standard library, also by their names in Python 2, which pickles use
     *sys.stdlib_module_names, *_compat_pickle.IMPORT_MAPPING}
+PACKAGES = ('numpy', 'torch', 'torchvision', 'yacs')  # of which only the types in `FUNCTIONS` are replaced
 NUMPY_CORES = ('core', '_core')  # before version 2 of NumPy, and since
 MARK = '__caretrans_arguments__'  # attribute of an `OrderedDict` that stands in for an object
 Function = Callable[..., Any]
@@ -65,14 +66,16 @@ FUNCTIONS: dict[str, Function] = {  # type in a pickle: what makes a plain value
     'collections.defaultdict': lambda *factory: {},
     'collections.deque': lambda items=(), *size: list(items),
     'types.SimpleNamespace': _make_record,
+    'yacs.config.CfgNode': _make_record,
     'uuid.UUID': _make_record,
     'decimal.Decimal': str,
     'fractions.Fraction': str,
     **{f'builtins.{kind.__name__}': kind for kind in (
         bool, complex, dict, float, frozenset, int, list, range, set, str, tuple)},
     'torch.torch_version.TorchVersion': str,
+    'typing.Any': _make_record,  # only named, never called, as are some types of NumPy
     'numpy.dtype': _NumpyType,
-    **{f'numpy.{kind.__name__}': _make_record for kind in (  # only named, never called
+    **{f'numpy.{kind.__name__}': _make_record for kind in (
         np.ndarray, np.bool_, *np.sctypeDict.values())},
     **{f'numpy.{core}.multiarray._reconstruct': lambda *arguments: _NumpyArray() for core in NUMPY_CORES},
     **{f'numpy.{core}.multiarray.scalar': lambda dtype, data: np.frombuffer(data, dtype.get()).item()
@@ -111,11 +114,11 @@ class StandIns:
         """Add a stand-in for a type that a file names, unless it may be meant to run code; returns whether it did.
 
         Only classes, by their capital letter, of other projects are replaced: an enum or the settings of a run. Nothing
-        of the standard library is, nor of torch or NumPy.
+        of the standard library is, nor of `PACKAGES`.
         """
         module, _, name = path.rpartition('.')
         root = module.partition('.')[0]
-        if not name[:1].isupper() or root in {'', 'torch', 'torchvision', 'numpy', *STANDARD}:
+        if not name[:1].isupper() or root in {'', *PACKAGES, *STANDARD}:
             return False
         self.types.append(self._replace(path, _make_record))
         return True
@@ -135,9 +138,11 @@ def simplify(value: Any) -> Any:
     if kind in (list, tuple):
         return kind(simplify(item) for item in value)
     if kind is OrderedDict and MARK in vars(value):
-        attributes = {name: item for name, item in vars(value).items() if name != MARK}
+        attributes = {name: item for name, item in vars(value).items() if not name.startswith('__')}
         contents, arguments = simplify({**attributes, **value}), simplify(vars(value)[MARK])
-        return contents or (arguments[0] if len(arguments) == 1 else list(arguments))
+        if contents or not arguments:
+            return contents
+        return arguments[0] if len(arguments) == 1 else list(arguments)
     if kind in (dict, OrderedDict):
         return kind((key, simplify(item)) for key, item in value.items())
     if kind is _NumpyArray:

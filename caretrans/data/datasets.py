@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from ..errors import DataError, list_names
 from ..text import read_text
-from .folders import FolderReader, TarReader
+from .folders import ClassReader, FolderReader, TarReader
 
 __all__ = ['check_labels', 'describe_classes', 'find_labels', 'list_classes', 'name_image', 'open_dataset']
 
@@ -68,7 +68,7 @@ def _open_images(path: Path, is_training: bool) -> ImageDataset:
     try:
         reader = FolderReader(path, is_training) if path.is_dir() else TarReader(path, is_training)
     except tarfile.TarError as error:
-        raise DataError(f'{path} is neither a folder nor a whole tar of images: {error}.') from None
+        raise DataError(f'{path} is neither a folder nor a complete, uncompressed tar: {error}.') from None
     for note in reader.notes:
         _logger.warning(note)
     return ImageDataset(str(path), reader=reader)
@@ -140,9 +140,14 @@ def open_dataset(
         is_training=is_training, download=download, batch_size=batch_size, seed=seed))
     found = list_classes(dataset)
     if found is not None and len(found) < 2:
-        raise DataError(f'{root} has images of one class only, {found[0]!r}: they go into one folder per class.')
+        raise DataError(
+            f'{root} has images of one class only, {found[0]!r}: the folders directly under a split are its classes.')
     if classes is not None and found is not None and found != classes:
         missing, extra = sorted(set(classes) - set(found)), sorted(set(found) - set(classes))
+        reader = getattr(dataset, 'reader', None)
+        if isinstance(reader, ClassReader) and not extra and set(missing) <= set(reader.empty):
+            reader.number_classes(classes)
+            return dataset
         raise DataError(
             f'The classes of {root} are not those expected ({len(found)} against {len(classes)}): '
             f'missing {list_names(missing) or "none"}; unknown {list_names(extra) or "none"}.')

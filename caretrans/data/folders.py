@@ -5,8 +5,9 @@ every file and folder is listed once. What is skipped is counted and named.
 """
 import io
 import os
+import stat
 import tarfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,6 +19,7 @@ from timm.data.readers.reader import Reader
 from timm.utils.misc import natural_key
 
 from ..errors import DataError, list_names
+from ..text import to_utf8
 
 __all__ = ['ClassReader', 'FolderReader', 'Found', 'TarReader', 'list_images', 'is_image', 'list_endings']
 
@@ -25,6 +27,8 @@ __all__ = ['ClassReader', 'FolderReader', 'Found', 'TarReader', 'list_images', '
 UNDECODED = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'WMF'}
 SYSTEM_NAMES = {'@eaDir', '__MACOSX'}  # of network disks and of archives from a Mac
 SHOWN = 3  # names of each kind that was skipped
+
+Identities = set[tuple[int, int]]  # device and inode of files or folders
 
 
 @lru_cache
@@ -43,12 +47,13 @@ def _is_hidden(name: str) -> bool:
     return name.startswith('.') or name in SYSTEM_NAMES
 
 
-def _sort_key(name: str) -> tuple:
-    """Numbers in the order of their values, as in timm; names that differ only in case always in the same order."""
+def _sort(names: Iterable[str]) -> list[str]:
+    """Names with numbers in the order of their values, as in timm; names that differ only in case in a fixed order."""
+    names = sorted(names)
     try:
-        return natural_key(name), name
+        return sorted(names, key=natural_key)
     except ValueError:  # of int() for digits such as ²
-        return [name.lower()], name
+        return sorted(names, key=str.lower)
 
 
 NO_IMAGE, HIDDEN, OUTSIDE = 'files that are not images', 'hidden or system names', 'images outside of class folders'
@@ -71,7 +76,7 @@ class Found:
 
     def shorten(self, path: str) -> str:
         """A path from `root` on."""
-        return path.removeprefix(self.root).removeprefix(os.sep)
+        return path.removeprefix(self.root).lstrip(f'{os.sep}:')
 
     def skip(self, reason: str, path: str) -> None:
         self.skipped.setdefault(reason, []).append(self.shorten(path))
@@ -95,44 +100,28 @@ def list_images(root: str | Path) -> Found:
     Raises:
         DataError: A folder cannot be read.
     """
-    found, links = Found(str(Path(root))), []
+    found, links = Found(str(Path(root))), deque()
     try:
-        seen = {_identify(found.root)}
+        seen = {_identify(os.stat(found.root))}  # folders
         _walk(found.root, found, seen, links)
-        files = {_identify(path) for path in found.images} if links else set()
+        files = {_identify(os.stat(path)) for path in found.images} if links else set()
         while links:
-            path = links.pop(0)
-            if not os.path.exists(path):
-                found.skip(BROKEN, path)
-            elif os.path.isdir(path):
-                if os.path.dirname(path) == found.root:
-                    found.folders.append(os.path.basename(path))
-                if _identify(path) in seen or _contains(path, found.root):
-                    found.skip(AGAIN, path)
-                    continue
-                before = len(found.images)
-                seen.add(_identify(path))
-                _walk(path, found, seen, links)
-                files.update(map(_identify, found.images[before:]))
-            elif not os.path.isfile(path) or not is_image(path):
-                found.skip(NO_IMAGE, path)
-            elif _identify(path) in files:
-                found.skip(AGAIN, path)
-            else:
-                files.add(_identify(path))
-                found.images.append(path)
+            _follow(links.popleft(), found, seen, files, links)
     except OSError as error:
         raise DataError(f'{error.filename or root} cannot be read: {error.strerror or error}.') from None
-    found.images.sort(key=_sort_key)
-    found.folders.sort(key=_sort_key)
+    found.images, found.folders = _sort(found.images), _sort(found.folders)
     return found
 
 
-def _walk(folder: str, found: Found, seen: set[tuple[int, int]], links: list[str]) -> None:
-    """Add what is in a folder and in the real folders below it, and put the links aside."""
-    pending = [folder]
+def _identify(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
+
+
+def _walk(folder: str, found: Found, seen: Identities, links: deque[str]) -> None:
+    """Add what is in a folder and in the real folders below it; links are only appended to `links`."""
+    pending = deque([folder])
     while pending:
-        path = pending.pop()
+        path = pending.popleft()
         with os.scandir(path) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 if _is_hidden(entry.name):
@@ -142,8 +131,9 @@ def _walk(folder: str, found: Found, seen: set[tuple[int, int]], links: list[str
                 elif entry.is_dir():
                     if path == found.root:
                         found.folders.append(entry.name)
-                    if _identify(entry.path) not in seen:
-                        seen.add(_identify(entry.path))
+                    identity = _identify(os.stat(entry.path))
+                    if identity not in seen:
+                        seen.add(identity)
                         pending.append(entry.path)
                 elif entry.is_file() and is_image(entry.name):
                     found.images.append(entry.path)
@@ -151,9 +141,29 @@ def _walk(folder: str, found: Found, seen: set[tuple[int, int]], links: list[str
                     found.skip(NO_IMAGE, entry.path)
 
 
-def _identify(path: str) -> tuple[int, int]:
-    stat = os.stat(path)
-    return stat.st_dev, stat.st_ino
+def _follow(link: str, found: Found, seen: Identities, files: Identities, links: deque[str]) -> None:
+    """Add what a link leads to, unless it is among the `seen` folders or the `files` already."""
+    if not os.path.exists(link):
+        found.skip(BROKEN, link)
+        return
+    target = os.stat(link)
+    if stat.S_ISDIR(target.st_mode):
+        if os.path.dirname(link) == found.root:
+            found.folders.append(os.path.basename(link))
+        if _identify(target) in seen or _contains(link, found.root):
+            found.skip(AGAIN, link)
+        else:
+            before = len(found.images)
+            seen.add(_identify(target))
+            _walk(link, found, seen, links)
+            files.update(_identify(os.stat(path)) for path in found.images[before:])
+    elif not stat.S_ISREG(target.st_mode) or not is_image(link):
+        found.skip(NO_IMAGE, link)
+    elif _identify(target) in files:
+        found.skip(AGAIN, link)
+    else:
+        files.add(_identify(target))
+        found.images.append(link)
 
 
 def _contains(folder: str, path: str) -> bool:
@@ -172,7 +182,8 @@ class ClassReader(Reader):
         is_training: Refuse a class without images.
     Attributes:
         samples: (path, label) of each image.
-        class_to_idx: Label of each class.
+        class_to_idx: Label of each class that has images.
+        empty: Names of class folders without images.
         notes: Lines about what was skipped and about classes without images.
     Raises:
         DataError: There are no images in class folders, or a class has none and is to be trained on.
@@ -189,13 +200,18 @@ class ClassReader(Reader):
         if not used:
             raise DataError(f'{self.root} has no images in class folders. Expected: {self.root}/CLASS/IMAGE.jpg. '
                             f'{skipped}'.strip())
-        empty = [name for name in found.folders if name not in used]
-        problem = f'{self.root}: class folders without images: {list_names(empty)}.'
-        if empty and is_training:
+        self.empty = [name for name in found.folders if name not in used]
+        problem = f'{self.root}: class folders without images: {list_names(self.empty)}.'
+        if self.empty and is_training:
             raise DataError(f'{problem} Add images, or remove the folders. {skipped}'.strip())
-        self.notes = [note for note in (skipped, problem if empty else '') if note]
-        self.class_to_idx = {name: label for label, name in enumerate(sorted({*used, *empty}, key=_sort_key))}
+        self.notes = [note for note in (skipped, problem if self.empty else '') if note]
+        self.class_to_idx = {name: label for label, name in enumerate(_sort(used))}
         self.samples = [(image, self.class_to_idx[name]) for image, name in classes.items()]
+
+    def number_classes(self, classes: Sequence[str]) -> None:
+        """Label the classes in the given order, which may include folders without images."""
+        names, self.class_to_idx = list(self.class_to_idx), {name: label for label, name in enumerate(classes)}
+        self.samples = [(path, self.class_to_idx[names[label]]) for path, label in self.samples]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -210,7 +226,9 @@ class FolderReader(ClassReader):
 
     def __init__(self, root: str | Path, is_training: bool = False) -> None:
         found = list_images(root)
-        super().__init__(found, (found.shorten(path).split(os.sep) for path in found.images), is_training)
+        found.folders = [to_utf8(name) for name in found.folders]
+        names = (to_utf8(found.shorten(path)).split(os.sep) for path in found.images)
+        super().__init__(found, names, is_training)
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
         path, label = self.samples[index]
@@ -227,7 +245,7 @@ class TarReader(ClassReader):
         found, self.places = Found(str(root)), {}  # path: parts of the name, begin, size
         with open(root, 'rb') as file:
             self._list(file, found, f'{root}:', (), os.path.getsize(root))
-        found.images = sorted(self.places, key=_sort_key)
+        found.images = _sort(self.places)
         names = [self.places[path][0] for path in found.images]
         while len({name[0] for name in names}) == 1 and any(len(name) > 2 for name in names):
             names = [name[1:] for name in names]  # one folder around all classes
@@ -236,7 +254,7 @@ class TarReader(ClassReader):
     def _list(self, file: BinaryIO, found: Found, prefix: str, folders: tuple[str, ...], end: int) -> None:
         """Add the images of the tar that begins at the position of `file`, and those of the tars in it."""
         inner = []
-        with tarfile.open(fileobj=file, mode='r:') as tar:
+        with tarfile.open(fileobj=file, mode='r:', encoding='utf-8') as tar:
             for member in tar:
                 if member.offset >= end:  # the next member of the outer tar
                     break

@@ -62,9 +62,10 @@ def make_keys(paths: Sequence[str]) -> list[tuple[str, str]]:
 
 def plan_shards(
         source: str, split: str, images_per_shard: int | None, shard_size: float, seed: int,
+        classes: list[str] | None = None,
 ) -> tuple[list[list[Entry]], list[str]]:
     """The images of each shard, and the classes; shards differ by at most one image."""
-    dataset = open_dataset(source, split, is_training=split not in VALIDATION)
+    dataset = open_dataset(source, split, classes=classes, is_training=split not in VALIDATION)
     if not isinstance(dataset.reader, FolderReader):
         raise DataError(f'{source}, split {split!r}, is not a folder of images: expected {split}/CLASS/IMAGE.jpg.')
     keys = make_keys([os.path.relpath(path, dataset.reader.root) for path, _ in dataset.reader.samples])
@@ -198,19 +199,16 @@ def write_shards(
     folder = Path(target)
     if folder.resolve() == Path(source).resolve():
         raise DataError(f'{target} holds the images: use another folder for the shards.')
-    plans = {split: plan_shards(source, split, images_per_shard, shard_size, seed) for split in splits}
-    marks = {split: fingerprint(shards) for split, (shards, _) in plans.items()}
     info = _read_json(folder / INFO)
-    classes = info.get('classes') or plans[splits[0]][1]
+    classes, plans, marks = info.get('classes'), {}, {}
     for split in splits:
+        plans[split], classes = plan_shards(source, split, images_per_shard, shard_size, seed, classes)
+        marks[split] = fingerprint(plans[split])
         _check_target(folder, split, marks[split])
-        if plans[split][1] != classes:
-            other = sorted(set(plans[split][1]) ^ set(classes))
-            raise DataError(f'{source}, split {split!r}, has other classes than the other splits: {list_names(other)}.')
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(folder / RECORD, {**_read_json(folder / RECORD), **marks})
-        written = {split: _write_split(folder, split, plans[split][0], workers) for split in splits}
+        written = {split: _write_split(folder, split, plans[split], workers) for split in splits}
     except OSError as error:
         raise DataError(f'Writing {target} failed: {error}') from None
     _write_json(folder / INFO, dict(

@@ -14,12 +14,13 @@ from ..checkpoint.preparation import FLAGS, Preparation, list_sources, resolve_s
 from ..data.datasets import describe_classes, list_classes, open_dataset
 from ..data.loaders import EvalLoader, build_eval_loader
 from ..distributed import Processes, find_processes, join_processes, leave_processes, shared_errors
-from ..errors import CheckpointError, ConfigError, DataError, list_names
+from ..errors import CheckpointError, ConfigError, DataError, EvaluationError, list_names
 from ..flags import check_weights
 from ..fuse import to_form
 from ..progress import Progress
 from .classes import match_classes
-from .metrics import Accuracy, ClassScore, Scores, evaluate_in_detail, list_worst, tabulate_classes, write_classes
+from .metrics import (
+    Accuracy, ClassScore, Scores, evaluate_in_detail, list_non_finite, list_worst, tabulate_classes, write_classes)
 from .real_labels import RealLabels
 
 __all__ = [
@@ -150,8 +151,14 @@ class EvalResult(Scores):
 
 @dataclass(frozen=True)
 class _Work:
-    """A loaded model and opened data, ready to be scored; `facts` are fields of the `EvalResult`."""
+    """A loaded model and opened data, ready to be scored.
+
+    Attributes:
+        entries: The other entries of the file with weights.
+        facts: Fields of the `EvalResult`.
+    """
     model: nn.Module
+    entries: tuple[str, ...]
     loader: EvalLoader
     data: EvalData
     real_labels: RealLabels | None
@@ -196,7 +203,7 @@ def _prepare(config: EvalConfig, processes: Processes) -> _Work:
     loader = build_eval_loader(data.images, eval_config, config.batch_size, config.workers, processes, config.device)
     real_labels = None if config.real_labels is None else RealLabels(
         data.images, model.num_classes, config.real_labels)
-    return _Work(model, loader, data, real_labels, facts)
+    return _Work(model, loaded.entries, loader, data, real_labels, facts)
 
 
 def _score(
@@ -207,9 +214,15 @@ def _score(
     total = len(work.data.images)
     with Progress(total, stream=stream) as progress:  # of this process, the others are about as far
         progress.describe('evaluation')
-        scores, details = evaluate_in_detail(
-            work.model, work.loader, config.device, config.amp, processes=processes, classes=work.data.classes,
-            report=lambda seen: progress.update(min(seen * processes.world_size, total) - progress.count))
+        try:
+            scores, details = evaluate_in_detail(
+                work.model, work.loader, config.device, config.amp, processes=processes, classes=work.data.classes,
+                report=lambda seen: progress.update(min(seen * processes.world_size, total) - progress.count))
+        except EvaluationError as error:
+            if not work.entries or not list_non_finite(work.model):
+                raise
+            other = ' or '.join(f'--entry {name!r}' for name in work.entries)
+            raise EvaluationError(f'{str(error)[:-1]}, or other weights of this file with {other}.') from error
     unreadable = [name for name, _ in scores.unreadable]
     if config.expect is not None and scores.images != config.expect:
         raise DataError(f'{scores.images} images were counted, but {config.expect} are expected: {len(unreadable)} '

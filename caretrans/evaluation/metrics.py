@@ -263,13 +263,15 @@ def evaluate_in_detail(
         count(*batch)
     check_labels(labelled.labels, labelled.num_classes, processes)
     _check_finite(predictions, model, amp, processes)
+    unreadable = sorted(chain(*processes.gather(list(getattr(loader, 'unreadable', ())))))
+    if unreadable and not any(processes.total([seen])):
+        raise DataError(f'None of {len(unreadable)} images could be read, the first is {": ".join(unreadable[0])}.')
     loss, accuracy = predictions.summarise(processes)
     subset = None
     if restricted is not None and restricted.num_classes < predictions.num_classes:
         subset_loss, among = restricted.summarise(processes)
         subset = SubsetScores(len(classes), subset_loss, among.top1, among.top5)
     seconds, = processes.largest([time.perf_counter() - start])
-    unreadable = sorted(chain(*processes.gather(list(getattr(loader, 'unreadable', ())))))
     scores = Scores(
         loss, accuracy.top1, accuracy.top5, accuracy.images, unreadable, seconds, accuracy.images / seconds, subset)
     return scores, predictions.detail(processes)

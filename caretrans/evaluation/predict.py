@@ -1,6 +1,7 @@
 """Prediction: the likeliest classes of single images."""
 import logging
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,35 @@ from ..data.decode import EvalTransform, describe_error
 from ..data.folders import list_images
 from ..devices import autocast
 from ..errors import DataError, EvaluationError
+from ..flags import check_weights
 from .evaluate import CPU, load_for_evaluation
 from .metrics import explain_non_finite, list_non_finite
 
-__all__ = ['find_images', 'predict_images']
+__all__ = ['Prediction', 'find_images', 'predict_images']
 
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The likeliest classes of an image, the likeliest first, or the reason why it has none.
+
+    Attributes:
+        image: The file.
+        classes, labels, probabilities: Names of the classes, their numbers, and values from 0 to 1.
+        error: '' if there are classes.
+    """
+    image: str
+    classes: list[str] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    probabilities: list[float] = field(default_factory=list)
+    error: str = ''
+
+    def to_dict(self) -> dict[str, Any]:
+        """The prediction for JSON: without `error`, or with nothing else."""
+        values = asdict(self)
+        error = values.pop('error')
+        return dict(image=self.image, error=error) if error else values
 
 
 def find_images(paths: Iterable[str]) -> Iterator[str]:
@@ -50,7 +74,7 @@ def predict_images(
         amp: str = 'off',
         pretrained: bool = False,
         **overrides: Any,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Prediction]:
     """The likeliest classes of each image.
 
     Args:
@@ -58,12 +82,12 @@ def predict_images(
         topk: The number of classes, capped at those of the model.
         pretrained, overrides: See `load_for_evaluation`.
     Yields:
-        {'image': path, 'classes': names, 'labels': their numbers, 'probabilities': 0 to 1}, or for a file that
-        cannot be read, or whose logits are not finite, {'image': path, 'error': reason}.
+        For each image; one that cannot be read, or whose logits are not finite, has an error.
     Raises:
         CheckpointError, ConfigError, DataError: Before the first image.
         EvaluationError: The weights are not finite, so that no image has a prediction.
     """
+    check_weights(checkpoint, pretrained, model_name, entry)
     paths = list(find_images(images))
     model, loaded, preparation = load_for_evaluation(
         checkpoint, model_name, entry, device, pretrained, **overrides)
@@ -73,17 +97,15 @@ def predict_images(
         try:
             image = transform(Path(path).read_bytes())
         except Exception as error:  # one damaged file must not cost the answers for the others
-            yield dict(image=path, error=f'cannot be read as an image ({describe_error(error)})')
+            yield Prediction(path, error=f'cannot be read as an image ({describe_error(error)})')
             continue
         with torch.inference_mode(), autocast(device, amp):
             logits = model(image[None].to(device)).float()[0].cpu()
         if not logits.isfinite().all():
             if list_non_finite(model):
                 raise EvaluationError(f'The logits of {path} are not finite: {explain_non_finite(model)}.')
-            yield dict(image=str(path), error=f'the logits are not finite: {explain_non_finite(model, amp)}')
+            yield Prediction(path, error=f'the logits are not finite: {explain_non_finite(model, amp)}')
             continue
         probabilities = logits.softmax(dim=-1)
         best: list[int] = probabilities.topk(min(topk, len(names))).indices.tolist()
-        yield dict(
-            image=path, classes=[names[i] for i in best], labels=best,
-            probabilities=[probabilities[i].item() for i in best])
+        yield Prediction(path, [names[i] for i in best], best, [probabilities[i].item() for i in best])

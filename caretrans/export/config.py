@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..flags import check_settings, setting
+from ..flags import PRETRAINED_HELP, check_settings, check_weights, setting
 from ..errors import ConfigError
 from ..measure.names import expand_models, parse_size
 from .formats.table import FORMATS, Format, find_obstacle
@@ -75,6 +75,7 @@ class ExportConfig:
     model: str = setting('', 'model of caretrans or timm, if the checkpoint does not name it')
     checkpoint: str = setting('', 'weights: .pth, .pth.tar or .safetensors, published or written by train.py')
     entry: str = setting('', 'entry of the file that holds the weights, e.g. state_dict_ema')
+    pretrained: bool = setting(False, PRETRAINED_HELP)
     random_weights: bool = setting(False, 'export random weights, to measure speed only')
     format: list[str] = setting(['mlpackage'], 'one or more output formats', choices=list(FORMATS))
     output_dir: str = setting('', 'folder for programs and reports (default: runs/export)')
@@ -110,12 +111,7 @@ class ExportConfig:
             parse_size(self.img_size)
         if self.model and len(expand_models([self.model])) != 1:
             raise ConfigError(f'--model {self.model}: export one model at a time.')
-        if bool(self.checkpoint) == self.random_weights:
-            raise ConfigError(
-                f'--checkpoint {self.checkpoint} with --random-weights: choose one.' if self.checkpoint else
-                'No weights: name a file with --checkpoint, or add --random-weights (to measure speed only).')
-        if self.random_weights and not self.model:
-            raise ConfigError('--random-weights needs --model, e.g. --model care_s0.')
+        check_weights(self.checkpoint, self.pretrained, self.model, self.entry, self.random_weights)
         if self.compress != 'none' and not set(self.format) & set(COREML):
             raise ConfigError(
                 f'--compress {self.compress} is for mlpackage and mlmodel; for other formats use --precision int8.')

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 
 from .. import __version__
+from ..checkpoint.file import is_plain
+from ..strict_json import replace_non_finite, to_json
 from ..text import escape
 from .config import AIMED, Job
 from .formats.table import list_versions
@@ -43,7 +45,8 @@ def describe(source: Source, job: Job) -> dict[str, str]:
         model=source.name, form=job.get_form(), format=job.format, precision=job.precision, compress=job.compress,
         input=job.input, output=job.output, size=f'{height}x{width}', batch=str(job.batch),
         channels=str(source.eval_config.input_size[0]), target=job.target if job.format in AIMED else '',
-        checkpoint=Path(source.checkpoint).name or 'random weights', preprocessing=describe_input(source, job),
+        checkpoint=Path(source.checkpoint).name if source.sha256 else source.checkpoint or 'random weights',
+        preprocessing=describe_input(source, job),
         class_names=json.dumps(source.class_names, ensure_ascii=False), caretrans=__version__,
         **list_versions(job.kind, job.precision))
     facts['torch'] = torch.__version__  # with the platform it was built for
@@ -51,8 +54,8 @@ def describe(source: Source, job: Job) -> dict[str, str]:
         facts['checkpoint_sha256'] = source.sha256
     if source.accuracy:
         facts['accuracy'] = source.accuracy
-    if source.meta.get('metrics'):
-        facts['training_metrics'] = json.dumps(source.meta['metrics'])
+    if source.meta.get('metrics') and is_plain(source.meta['metrics']):
+        facts['training_metrics'] = to_json(replace_non_finite(source.meta['metrics']))
     return {name: escape(value) for name, value in facts.items()}
 
 

@@ -15,7 +15,7 @@ from ..checkpoint.preparation import Preparation, resolve_eval_config
 from ..data.datasets import describe_classes, list_classes, name_image, open_dataset
 from ..data.decode import EvalTransform
 from ..data.samples import load_images
-from ..errors import CheckpointError, ConfigError, DataError
+from ..errors import CheckpointError, ConfigError, DataError, EvaluationError
 from ..evaluation.evaluate import load_for_evaluation
 from ..evaluation.metrics import explain_non_finite
 from ..fuse import to_form
@@ -39,8 +39,8 @@ class Source:
         model: The original network, in evaluation mode, float32, on the CPU.
         eval_config: Preparation of images.
         class_names: For people, one for each output.
-        checkpoint: The file; '' for random weights.
-        sha256: Of the file.
+        checkpoint: The file, or where published weights are from; '' for random weights.
+        sha256: Of the file; '' without one.
         accuracy: Measured accuracy of the original network, in words; '' if unknown.
         meta: Of the file.
     """
@@ -92,7 +92,10 @@ def name_classes(config: ExportConfig, count: int, own: list[str] | None = None)
     """
     names = describe_classes(own, count)
     if config.labels:
-        names = read_text(config.labels, ConfigError, '--labels').splitlines()
+        names = read_text(config.labels, ConfigError, '--labels').rstrip().splitlines()
+        empty = [number for number, name in enumerate(names, 1) if not name.strip()]
+        if empty:
+            raise ConfigError(f'--labels {config.labels}: line {empty[0]} is empty: give each class a name.')
     if len(names) != count:
         raise ConfigError(
             f'{config.labels or config.checkpoint} names {len(names)} classes, the network has {count}: '
@@ -103,21 +106,23 @@ def name_classes(config: ExportConfig, count: int, own: list[str] | None = None)
 
 
 def load_source(config: ExportConfig) -> Source:
-    """Load the checkpoint of a config, or make random sample weights.
+    """Load the checkpoint of a config or published weights, or make random sample weights.
 
     Raises:
         CheckpointError: The file cannot be read, belongs to another model, or expects another channel order.
     """
-    if config.checkpoint:
-        model, loaded, eval_config = load_for_evaluation(config.checkpoint, config.model or None, config.entry or None)
+    if not config.random_weights:
+        model, loaded, eval_config = load_for_evaluation(
+            config.checkpoint, config.model or None, config.entry or None, pretrained=config.pretrained)
         if eval_config.channel_order != 'rgb':
             raise CheckpointError(
                 f'{config.checkpoint}: expects images in channel order {eval_config.channel_order}, exports need '
                 f'RGB: `python -m caretrans convert {config.checkpoint} rgb.pth.tar --to caretrans` converts it.')
         return Source(
             model.pretrained_cfg['architecture'], model, eval_config,
-            name_classes(config, model.num_classes, loaded.meta.get('class_names')), config.checkpoint,
-            hashlib.sha256(Path(config.checkpoint).read_bytes()).hexdigest(), meta=loaded.meta)
+            name_classes(config, model.num_classes, loaded.meta.get('class_names')), str(loaded.path),
+            hashlib.sha256(Path(config.checkpoint).read_bytes()).hexdigest() if config.checkpoint else '',
+            meta=loaded.meta)
     model = timm.create_model(config.model).eval()
     eval_config = resolve_eval_config(model)
     size = eval_config.size
@@ -240,7 +245,7 @@ def load_cases(source: Source, size: tuple[int, int], data: str = '', count: int
     Raises:
         DataError: There are no images there.
         ConfigError: The network does not support this image size.
-        CheckpointError: Its outputs are not finite.
+        EvaluationError: Its outputs are not finite.
     """
     folder = data or str(SAMPLE_IMAGES)
     if not Path(folder).is_dir():
@@ -258,9 +263,9 @@ def load_cases(source: Source, size: tuple[int, int], data: str = '', count: int
             f'{" ".join(str(error).split())}') from error
     broken = int((~logits.isfinite().all(dim=1)).sum())
     if broken:
-        raise CheckpointError(
-            f'{source.checkpoint or source.name}: the logits of {broken} of {total} images are not finite: '
-            f'{explain_non_finite(source.model)}.')
+        raise EvaluationError(
+            f'The logits of {broken} of {total} images are not finite, so there is nothing to compare with: '
+            f'{explain_non_finite(model)}.')
     own = source.meta.get('class_names')
     labels = labels if own and own == list_classes(dataset) else None
     name = f'{folder}, {total} of {len(dataset)} validation images'

@@ -66,6 +66,7 @@ class Backbone(nn.Module):
     and, for 'phone', images; see `caretrans.fuse.to_form`.
     `squash_from` is the image size, in pixels, from which the authors squash images instead of cropping them, and the
     tag of that setup; None if they always crop.
+    `dense_norms` are the names of the norms after the stages in published files for detection and segmentation.
     The methods are described in timm's documentation of feature extraction.
 
     With two heads, `head` and `head_dist`, the output is their mean, in training and in evaluation: trained on plain
@@ -81,6 +82,7 @@ class Backbone(nn.Module):
     mmpretrain_keys: Table = ()
     inference_forms: Dict[str, Callable[..., nn.Module]] = {}
     squash_from: Optional[Tuple[int, str]] = None
+    dense_norms: Tuple[str, ...] = ()
     init_module = staticmethod(init_weights)
 
     def __init__(self, distilled: bool) -> None:
@@ -229,6 +231,18 @@ class Backbone(nn.Module):
         if intermediates_only:
             return intermediates
         return x, intermediates
+
+    @torch.jit.ignore
+    def use_for_dense_tasks(self, last_map: str = 'expanded') -> None:
+        """Prepare for detection and segmentation, which use the maps after the stages.
+
+        Args:
+            last_map: 'expanded'; CARE also has 'residual'.
+        Raises:
+            ValueError: The network has no such map.
+        """
+        if last_map != 'expanded':
+            raise ValueError(f'{type(self).__name__} has no {last_map!r} map, only CARE has: omit last_map.')
 
     def prune_intermediate_layers(
             self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True) -> List[int]:

@@ -231,6 +231,7 @@ class CasVit(Backbone):
     published_keys, mmpretrain_keys = PUBLISHED_KEYS, MMPRETRAIN_KEYS
     inference_forms = {'phone': to_phone_form}
     squash_from = (384, 'r384_in1k')
+    dense_norms = ('norm0', 'norm2', 'norm4', 'norm6')
     init_module = staticmethod(init_linear)
 
     def __init__(

@@ -204,6 +204,7 @@ class Mlla(Backbone):
 
     published_keys = PUBLISHED_KEYS
     inference_forms = {'phone': to_phone_form}
+    dense_norms = ('norm0', 'norm1', 'norm2', 'norm3')
     computed_keys = ('.attn.rope.rotations',)  # tie a checkpoint to the size of its images
     init_module = staticmethod(init_linear)
 

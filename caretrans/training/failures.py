@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..errors import CheckpointError, TrainingError, list_names
+from ..errors import CheckpointError, DataError, TrainingError, list_names
 from .folder import RunFolder
 from .steps import NonFiniteError
 from .trainer import Trainer
@@ -30,6 +30,8 @@ def explain_failures(trainer: Trainer, folder: RunFolder | None) -> Iterator[Non
         raise _explain_non_finite(error, trainer, folder) from error
     except (TrainingError, CheckpointError):
         raise
+    except DataError as error:
+        raise TrainingError(str(error)) from error
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f'Out of memory with {trainer.device_batch} images at a time on {trainer.device}: '

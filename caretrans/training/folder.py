@@ -2,6 +2,7 @@
 import csv
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -202,7 +203,8 @@ class RunFolder:
         for row in rows:
             self.rows.append(EpochRow(**row))
             self._publish(self.rows[-1])
-        self.best = EpochRow(**best) if best else None
+        if best and math.isfinite(best['val_loss']):  # older versions kept scores of weights that were not finite
+            self.best = EpochRow(**best)
 
     def _publish(self, row: EpochRow) -> None:
         values = asdict(row)

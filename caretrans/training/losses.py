@@ -10,7 +10,8 @@ from timm.task import ClassificationTask, TokenDistillationTask, TrainingTask
 
 from ..checkpoint.load import create_from_checkpoint, create_pretrained
 from ..config import TrainConfig
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, list_names
+from ..evaluation.metrics import list_non_finite
 
 __all__ = ['SelfDistillationTask', 'build_task', 'build_teacher']
 
@@ -42,6 +43,11 @@ def build_teacher(config: TrainConfig, num_classes: int) -> nn.Module:
             teacher = create_pretrained(name, 'use a file with --teacher-checkpoint, or --teacher none')[0]
         except CheckpointError as error:
             raise ConfigError(f'No teacher: {error}') from error
+    broken = list_non_finite(teacher)
+    if broken:
+        raise ConfigError(
+            f'The teacher {name} has {len(broken)} tensors that are not finite ({list_names(broken, 3)}): use another '
+            f'--teacher-checkpoint, or --teacher none.')
     if teacher.num_classes != num_classes:
         raise ConfigError(
             f'The teacher {name} has {teacher.num_classes} classes, the data {num_classes}: use a teacher trained on '

@@ -20,6 +20,7 @@ from ..data.datasets import check_labels, list_classes, open_dataset
 from ..data.loaders import build_eval_loader, build_train_loader
 from ..distributed import Processes
 from ..errors import CheckpointError, ConfigError, DataError, list_names
+from ..evaluation.metrics import list_non_finite
 from ..kernels import describe_placements, use_kernels, why_unavailable
 from ..seeds import seed_everything
 from .losses import SelfDistillationTask, build_task
@@ -62,6 +63,11 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
             f'{" ".join(str(error).split())[:200]}): correct or omit them.') from error
     if config.checkpoint:
         load_checkpoint(model, config.checkpoint, new_heads=config.new_heads)
+    broken = list_non_finite(model) if config.checkpoint or config.pretrained else []
+    if broken:
+        raise CheckpointError(
+            f'{config.checkpoint or config.model}: {len(broken)} tensors of the weights are not finite '
+            f'({list_names(broken, 3)}), so that every loss would be: use another file.')
     if getattr(model, 'in_chans', 3) != 3:
         raise ConfigError(f'The model takes {model.in_chans} channels, but images have 3: remove in_chans.')
     if config.grad_checkpointing:

@@ -90,7 +90,7 @@ def test_the_script_prints_and_writes_it(checkpoint, data, tmp_path, call):
 
 
 @pytest.mark.parametrize('flags, message', [
-    ([], 'name its file with --checkpoint'),
+    ([], 'No weights: --checkpoint FILE loads a file'),
     (['--checkpoint', 'FILE', '--model', 'care_s0', '--data', 'no/such/folder'], 'no/such/folder'),
     (['--checkpoint', 'FILE', '--model', 'care_s1'], 'care_s1'),
     (['--checkpoint', 'FILE', '--model', 'care_s0', 'care_s1'], 'with 2 models'),

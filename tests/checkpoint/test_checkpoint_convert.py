@@ -72,10 +72,10 @@ def test_entry_to_convert_can_be_chosen(tmp_path):
 def test_conversion_overwrites_only_on_request(tmp_path):
     source, target = tmp_path / 'a.pth', tmp_path / 'b.pth'
     save_checkpoint(source, make_tiny(1), arch='care_s0', model_args=TINY['care_s0'])
-    target.write_text('precious')
+    target.write_text('precious', encoding='utf-8')
     with pytest.raises(CheckpointError, match='b.pth: already exists'):
         convert_checkpoint(source, target, 'published')
-    assert target.read_text() == 'precious'
+    assert target.read_text(encoding='utf-8') == 'precious'
     with pytest.raises(CheckpointError, match='a.pth: already exists'):
         convert_checkpoint(source, source, 'published')
     convert_checkpoint(source, source, 'published', overwrite=True)

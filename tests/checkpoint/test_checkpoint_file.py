@@ -252,7 +252,7 @@ def test_file_is_flushed_before_it_replaces_the_old_one(tmp_path, monkeypatch):
 
 
 def test_timm_refuses_a_web_page_without_advice_to_run_it(tmp_path):
-    (tmp_path / 'page.pth.tar').write_text('<!DOCTYPE html><html>Sign in</html>')
+    (tmp_path / 'page.pth.tar').write_text('<!DOCTYPE html><html>Sign in</html>', encoding='utf-8')
     with pytest.raises(RuntimeError, match='page.pth.tar is no checkpoint .* web page') as error:
         timm.create_model(
             'care_s0', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'page.pth.tar')))

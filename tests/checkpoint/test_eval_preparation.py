@@ -165,8 +165,8 @@ def test_network_with_swapped_inputs_has_the_same_predictions_in_bgr(checkpoint,
     said, = predict_images(checkpoint, [str(IMAGE)])
     same, = predict_images(swapped, [str(IMAGE)], channel_order='bgr')
     other, = predict_images(swapped, [str(IMAGE)])
-    assert said['classes'] == same['classes'] != other['classes']
-    assert said['probabilities'] == pytest.approx(same['probabilities'], rel=1e-4)
+    assert said.classes == same.classes != other.classes
+    assert said.probabilities == pytest.approx(same.probabilities, rel=1e-4)
 
 
 def test_default_channel_order_is_that_of_the_checkpoint(checkpoint, tmp_path, capsys):

@@ -141,7 +141,7 @@ def test_model_saved_for_the_hub_loads_from_its_folder(tmp_path):
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_folder_loads_with_any_layout_of_the_weights(tmp_path, files, expected, kind):
-    (tmp_path / 'config.json').write_text(json.dumps(dict(architecture='care_s0', pretrained_cfg={})))
+    (tmp_path / 'config.json').write_text(json.dumps(dict(architecture='care_s0', pretrained_cfg={})), encoding='utf-8')
     (tmp_path / files[kind].name).symlink_to(files[kind])
     assert same(timm.create_model(f'local-dir:{tmp_path}', pretrained=True), expected)
 
@@ -163,7 +163,7 @@ def hub(files, tmp_path_factory):
         stand_in.repos['someone/published'] = {'config.json': config, 'weights.pth.tar': files['wrapped'].read_bytes()}
         process = subprocess.run(
             [sys.executable, Path(__file__).with_name('hub_client.py')], capture_output=True, text=True, timeout=120,
-            env=dict(environment, HF_ENDPOINT=stand_in.endpoint))
+            env=dict(environment, HF_ENDPOINT=stand_in.endpoint), encoding='utf-8')
     assert process.returncode == 0, process.stderr
     stand_in.outcomes = json.loads(process.stdout.splitlines()[-1])
     stand_in.stderr = process.stderr

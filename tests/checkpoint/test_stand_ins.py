@@ -8,6 +8,7 @@ import pathlib
 import subprocess
 import sys
 import types
+import typing
 
 import numpy as np
 import pytest
@@ -129,6 +130,7 @@ OBJECTS = {
     'words': (np.array(['ab', 'c']), np.array(['ab', 'c'])),
     'scalar': (np.float64(0.5), 0.5),
     'dtype': (np.float32, 'numpy.float32'),
+    'any': (typing.Any, 'typing.Any'),
     'namespace': (argparse.Namespace(lr=0.1, out=pathlib.PurePosixPath('x')), {'lr': 0.1, 'out': 'x'}),
     'simple': (types.SimpleNamespace(lr=0.1), {'lr': 0.1}),
     'enum': (Split.TRAIN, 'train'),
@@ -152,7 +154,7 @@ def test_harmless_objects_are_read_as_plain_values(tmp_path, kind, legacy, caplo
     found = read_checkpoint(path).meta
     assert found['epoch'] == 3 and type(found['it']) is type(expected)
     assert np.array_equal(found['it'], expected) if isinstance(expected, np.ndarray) else found['it'] == expected
-    silent = kind in ('counter', 'dtype', 'set') or kind == 'namespace' and not messages
+    silent = kind in ('any', 'counter', 'dtype', 'set') or kind == 'namespace' and not messages
     assert len(messages) == (0 if silent else 1)
     assert silent or messages[0].endswith(' were read as plain values, without their code')
 
@@ -169,7 +171,7 @@ def test_classes_of_the_file_are_not_imported(tmp_path):
     (tmp_path / 'traceful.py').write_text(
         'import enum, pathlib\n'
         'pathlib.Path(__file__).with_name("trace").touch()\n'
-        'class Mode(enum.Enum):\n    FAST = "fast"\n')
+        'class Mode(enum.Enum):\n    FAST = "fast"\n', encoding='utf-8')
     make = ('import torch, traceful\n'
             'torch.save({"model": {"w": torch.ones(1)}, "mode": traceful.Mode.FAST}, "x.pth")')
     subprocess.run([sys.executable, '-c', make], cwd=tmp_path, check=True)
@@ -200,11 +202,6 @@ class Reduced:
 def test_everything_else_is_refused(tmp_path, function, arguments, named):
     torch.save({'model': {'w': torch.ones(1)}, 'it': Reduced(function, *arguments)}, tmp_path / 'x.pth')
     assert f'wants to run code when opened ({named})' in error_of(read_checkpoint, tmp_path / 'x.pth')
-
-
-def test_arrays_of_objects_are_refused(tmp_path):
-    torch.save({'model': {'w': torch.ones(1)}, 'it': np.array([None, {}], dtype=object)}, tmp_path / 'x.pth')
-    assert 'wants to run code when opened (numpy.dtype(O8))' in error_of(read_checkpoint, tmp_path / 'x.pth')
 
 
 def test_conversion_drops_what_it_cannot_keep(tmp_path, caplog):

@@ -1,4 +1,4 @@
-"""CIFAR through torchvision and timm: fetched, checked, trained on; with an archive of a few images in its place."""
+"""CIFAR through torchvision and timm: downloaded, checked and trained on, with an archive of a few images."""
 import hashlib
 import io
 import pickle
@@ -34,7 +34,7 @@ def make_batch(labels: str, classes: int, first: int) -> bytes:
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """Gives out the files of the folder server/ on this machine; (folder, URL)."""
+    """Serves the files of the folder server/ on this machine; (folder, URL)."""
     monkeypatch.setenv('no_proxy', '*')
     (tmp_path / 'server').mkdir()
     handler = type('Handler', (SimpleHTTPRequestHandler,), dict(log_message=lambda *_: None))
@@ -70,7 +70,7 @@ def configure(folder: Path, *flags):
 
 
 @pytest.mark.parametrize('model', ['care_s0', 'casvit_xs', 'mlla_t'])
-def test_cifar10_is_fetched_and_every_family_trains_on_it(monkeypatch, server, tmp_path, model):
+def test_cifar10_is_downloaded_and_every_family_trains_on_it(monkeypatch, server, tmp_path, model):
     """Then the checkpoint is evaluated on the same data without being told which."""
     stand_in(monkeypatch, server, CIFAR10, 'labels', CLASSES)
     result = train(configure(
@@ -83,7 +83,7 @@ def test_cifar10_is_fetched_and_every_family_trains_on_it(monkeypatch, server, t
     assert 'crop_pct 1.0 (checkpoint), crop_mode squash (checkpoint)' in '\n'.join(describe_result(scored))
 
 
-def test_cifar100_is_fetched_and_trained_on(monkeypatch, server, tmp_path):
+def test_cifar100_is_downloaded_and_trained_on(monkeypatch, server, tmp_path):
     names = [f'class {i}' for i in range(100)]
     stand_in(monkeypatch, server, CIFAR100, 'fine_labels', names)
     result = train(configure(tmp_path, '--recipe', 'cifar100', '--dataset-download'))
@@ -91,7 +91,7 @@ def test_cifar100_is_fetched_and_trained_on(monkeypatch, server, tmp_path):
     assert checkpoint['class_names'] == names and checkpoint['steps'] == 12 // 4
 
 
-def test_what_was_fetched_is_not_fetched_again(monkeypatch, server, tmp_path):
+def test_a_downloaded_data_set_is_not_downloaded_again(monkeypatch, server, tmp_path):
     archive = stand_in(monkeypatch, server, CIFAR10, 'labels', CLASSES)
     open_dataset(tmp_path / 'data', 'train', 'torch/cifar10', download=True)
     archive.unlink()
@@ -101,7 +101,7 @@ def test_what_was_fetched_is_not_fetched_again(monkeypatch, server, tmp_path):
         assert len(val) == 12 and list_classes(val) == CLASSES
 
 
-def test_data_that_are_not_there_are_one_line_with_the_remedy(monkeypatch, server, tmp_path, capsys):
+def test_missing_data_are_one_line_with_the_remedy(monkeypatch, server, tmp_path, capsys):
     archive = stand_in(monkeypatch, server, CIFAR10, 'labels', CLASSES)
     command = ['train.py', str(tmp_path / 'data'), *map(str, FLAGS), '--recipe', 'cifar10', '--output', 'none']
 
@@ -127,6 +127,6 @@ def test_a_damaged_archive_is_refused(monkeypatch, server, tmp_path):
 
 
 def test_other_errors_of_torchvision_stay_what_they_are(tmp_path):
-    (tmp_path / 'data').write_text('a file, not a folder')
+    (tmp_path / 'data').write_text('a file, not a folder', encoding='utf-8')
     with pytest.raises(DataError, match="torch/cifar10, split 'train', cannot be read: .*[Ff]ile exists"):
         open_dataset(tmp_path / 'data', 'train', 'torch/cifar10', download=True)

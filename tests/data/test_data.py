@@ -1,4 +1,4 @@
-"""Data sets and loaders: what cannot be used stops at the door."""
+"""Data sets: opened by folder, tar or name; refused if they cannot be used."""
 import shutil
 import tarfile
 from pathlib import Path
@@ -22,7 +22,7 @@ def small_data(tmp_path) -> Path:
     return copy_images(tmp_path, per_class=3)
 
 
-def test_the_bundled_sample_is_whole():
+def test_the_bundled_images_are_complete():
     train, val = open_dataset(FRUIT, 'train'), open_dataset(FRUIT, 'val')
     assert (len(train), len(val)) == (732, 661)
     assert list_classes(train) == list_classes(val) and len(list_classes(val)) == 14
@@ -80,7 +80,7 @@ def test_data_that_cannot_be_evaluated_is_refused(small_data, damage, message):
     ('torch/cifar10', "holds no complete copy of torch/cifar10: --dataset-download fetches it"),
     ('torch/nonsense', "cannot be read: Unknown torchvision dataset nonsense"),
 ])
-def test_a_data_set_of_the_factory_that_is_not_there_is_refused(tmp_path, name, message):
+def test_a_missing_data_set_of_the_factory_is_refused(tmp_path, name, message):
     with pytest.raises(DataError, match=message):
         open_dataset(tmp_path, 'val', name=name)
 
@@ -112,7 +112,7 @@ def test_labels_beyond_the_classes_of_the_model_are_refused_before_training(smal
             check_labels(dataset, 1)
 
 
-def test_images_are_named_by_path_wherever_they_are(small_data):
+def test_images_are_named_by_path_in_folders_and_tars(small_data):
     with tarfile.open(small_data / 'photos.tar', 'w') as archive:
         archive.add(small_data / 'val', arcname='.')
     first = sorted((small_data / 'val' / 'kaiser').iterdir())[0]

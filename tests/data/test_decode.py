@@ -1,4 +1,4 @@
-"""Random crops taken while a JPEG is decoded: timm's crops, Pillow's pixels, the same files refused."""
+"""Random crops of JPEGs while they are decoded: timm's crops, Pillow's pixels, the same files refused."""
 import io
 import random
 
@@ -36,7 +36,7 @@ def sample_image(width: int, height: int, number: int = 0) -> Image.Image:
 
 
 def difference(data: bytes, seeds=range(20), **options) -> torch.Tensor:
-    """Of the pixels of timm's transform and ours, for each seed."""
+    """Differences between the pixels of timm's transform and ours, for each seed."""
     theirs, ours = create(**options), CropTransform(create(**options))
     differences = []
     for seed in seeds:
@@ -94,7 +94,7 @@ def test_a_large_jpeg_is_decoded_at_a_reduced_scale_and_looks_the_same():
 
 @pytest.mark.parametrize('axis', [0, 1])
 def test_the_crop_at_a_reduced_scale_is_where_it_should_be(axis):
-    """In an image that tells from its mean where it was cut: 5 pixels a level along one axis."""
+    """The mean of a ramp tells where it was cropped: 5 pixels a level along one axis."""
     ramp = np.linspace(20, 230, 1024).round().astype(np.uint8)
     image = np.tile(ramp, (1024, 1))
     data = encode(Image.fromarray(image if axis else image.T), quality=100)
@@ -135,7 +135,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize('kind', OTHERS)
-def test_what_is_no_plain_jpeg_goes_through_pillow_exactly_as_in_timm(kind):
+def test_other_images_go_through_pillow_exactly_as_in_timm(kind):
     data = OTHERS[kind](sample_image(150, 120))
     assert read_jpeg_size(data) is None
     assert difference(data).max() == 0

@@ -111,6 +111,15 @@ def test_links_to_folders_and_files_elsewhere_are_followed(split, tmp_path):
     assert 'links to nothing: 1 (b/gone.jpg)' in reader.notes[0] and 'a/pipe.jpg' in reader.notes[0]
 
 
+def test_of_several_links_to_a_file_the_first_counts(split, tmp_path):
+    picture = write(tmp_path / 'picture.jpg')
+    for name in ('b/0.jpg', 'a/5.jpg', 'a/6.jpg', 'c/7.jpg'):
+        (split / name).parent.mkdir(exist_ok=True)
+        (split / name).symlink_to(picture)
+    assert names(split) == ['a/1.jpg', 'a/2.jpg', 'a/5.jpg', 'b/3.jpg', 'b/4.jpg']
+    assert '(a/6.jpg, b/0.jpg, c/7.jpg)' in FolderReader(split).notes[0]
+
+
 def test_every_ending_that_pillow_decodes_is_an_image(split):
     Image.init()
     assert list_endings() >= {
@@ -141,6 +150,11 @@ def test_class_without_an_image_stops_training_and_warns_in_validation(split, ca
     with caplog.at_level(logging.WARNING):
         dataset = open_dataset(split, 'train', classes=['a', 'b', 'c'])
     assert list_classes(dataset) == ['a', 'b', 'c'] and find_labels(dataset) == {0, 2}
+    assert list_classes(open_dataset(split, 'train')) == ['a', 'c']
+    (split / 'stray').mkdir()
+    assert open_dataset(split, 'train', classes=['c', 'b', 'a']).reader.samples[0][1] == 2
+    with pytest.raises(DataError, match='missing d; unknown c'):
+        open_dataset(split, 'train', classes=['a', 'd'])
     assert any('class folders without images: b.' in line for line in caplog.messages)
 
 
@@ -218,6 +232,19 @@ def test_shards_hold_the_images_and_classes_of_folders(split, tmp_path):
     assert found == sorted((os.path.splitext(os.path.relpath(path, split))[0], label, Path(path).read_bytes())
                            for path, label in reader.samples)
     assert len(found) == 7
+
+
+def test_shards_of_a_class_without_validation_images_have_the_labels_of_training(split, tmp_path):
+    write(split.parent / 'val' / 'b' / '9.jpg')
+    (split.parent / 'val' / 'a').mkdir()
+    write(split / 'c' / '5.jpg')
+    write(split.parent / 'val' / 'c' / '9.jpg')
+    write_shards(str(split.parent), str(tmp_path / 'shards'))
+    shards = open_dataset(tmp_path / 'shards', 'val', classes=['a', 'b', 'c'])
+    assert sorted(record.label for record in shards.reader.read(0, 1)) == [1, 2]
+    (split.parent / 'val' / 'a').rename(split.parent / 'val' / 'd')
+    with pytest.raises(DataError, match='missing a; unknown none'):
+        write_shards(str(split.parent), str(tmp_path / 'others'))
 
 
 def test_prediction_finds_the_images_of_training(split, tmp_path, caplog):

@@ -1,4 +1,4 @@
-"""ImageNet from its archives, on a miniature: extracted whole, resumed after an interruption, refused in one line."""
+"""ImageNet from its archives, on a miniature: extraction, resuming, and refusals of one line."""
 import hashlib
 import os
 import shutil
@@ -53,10 +53,10 @@ def start(*command, slow_in=None):
     environment = {**os.environ, 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}', 'OMP_NUM_THREADS': '1',
                    'PYTHONPATH': os.pathsep.join(paths)}
     if slow_in:
-        (slow_in / 'sitecustomize.py').write_text(SLOW)
+        (slow_in / 'sitecustomize.py').write_text(SLOW, encoding='utf-8')
     return subprocess.Popen(
         list(map(str, command)), cwd='/', env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), encoding='utf-8')
 
 
 def read_tree(folder):
@@ -139,7 +139,7 @@ def test_the_facts_of_ilsvrc_2012_are_those_of_torchvision():
 
 # Labels ---------------------------------------------------------------------------------------------------------------
 
-def test_the_devkit_is_read_as_torchvision_reads_it(whole, tmp_path, monkeypatch):
+def test_the_devkit_is_read_as_by_torchvision(whole, tmp_path, monkeypatch):
     meta = {'devkit': (whole.edition.devkit.name, whole.edition.devkit.md5)}
     monkeypatch.setattr(torchvision.datasets.imagenet, 'ARCHIVE_META', meta)
     shutil.copy(whole.folder / whole.edition.devkit.name, tmp_path)  # torchvision writes beside it
@@ -163,7 +163,7 @@ LABELS = {
 @pytest.mark.parametrize('has_devkit', [True, False])
 def test_labels_come_from_a_file_in_any_usual_form(whole, target, tmp_path, capsys, form, has_devkit):
     labels = tmp_path / 'labels.txt'
-    labels.write_text('\n'.join(LABELS[form]))
+    labels.write_text('\n'.join(LABELS[form]), encoding='utf-8')
     shutil.copytree(whole.folder, tmp_path / 'some')
     if not has_devkit:
         (tmp_path / 'some' / whole.edition.devkit.name).unlink()
@@ -183,11 +183,11 @@ def test_labels_come_from_a_file_in_any_usual_form(whole, target, tmp_path, caps
     (LABELS['pairs'][:5] + ['other.JPEG n01440764'], 'has no label for ILSVRC2012_val_00000001.JPEG'),
     (['n02119789'] * 3 + ['n03000684'] * 3, '2 of 3 classes: missing n01440764; unexpected none'),
     (['n02119789', 'n03000684', 'n09999999'] * 2, '3 of 3 classes: missing n01440764; unexpected n09999999'),
-    (None, 'cannot be read as labels'),
+    (None, 'cannot be read'),
 ])
 def test_labels_of_other_images_are_refused(whole, target, tmp_path, capsys, lines, message):
     if lines is not None:
-        (tmp_path / 'labels.txt').write_text('\n'.join(lines))
+        (tmp_path / 'labels.txt').write_text('\n'.join(lines), encoding='utf-8')
     assert message in refusal(capsys, *flags(whole, target, '--val-labels', tmp_path / 'labels.txt'))
     assert read_tree(target) == {}
 
@@ -251,9 +251,9 @@ def test_an_interruption_at_any_image_can_be_resumed(whole, tmp_path, monkeypatc
 def test_folders_that_the_record_does_not_know_are_compared_with_the_archives(whole, target, capsys):
     assert main(flags(whole, target)) == 0
     times, record = read_times(target / 'train'), target / '.imagenet.jsonl'
-    lines = sorted(record.read_text().splitlines(), key=lambda line: 'train/n01440764' in line)
+    lines = sorted(record.read_text(encoding='utf-8').splitlines(), key=lambda line: 'train/n01440764' in line)
     for text in ('\n'.join(lines)[:-9], ''):  # the last line cut short, and no line at all
-        record.write_text(text)
+        record.write_text(text, encoding='utf-8')
         assert main(flags(whole, target)) == 0
         assert read_times(target / 'train') == times and read_tree(target) == whole.files
         with Record(target) as known:
@@ -298,7 +298,7 @@ def test_a_damaged_class_is_named_and_the_complete_ones_stay(whole, target, tmp_
     assert read_times(target / 'train' / 'n02119789') == times
 
 
-def test_a_class_whose_tar_has_no_end_mark_is_whole(target, tmp_path):
+def test_a_class_whose_tar_has_no_end_mark_is_complete(target, tmp_path):
     tars = train_tars()
     with tarfile.open(fileobj=BytesIO(tars['n03000684.tar'])) as tar:
         last = tar.getmembers()[-1]
@@ -317,7 +317,7 @@ def test_a_missing_class_is_named(target, tmp_path, capsys):
     assert read_tree(target) == {}
 
 
-def test_a_wrong_checksum_gives_both_sums_and_skipping_says_what_is_not_known(whole, target, tmp_path, capsys):
+def test_a_wrong_checksum_names_both_sums_and_skipping_warns(whole, target, tmp_path, capsys):
     shutil.copytree(whole.folder, tmp_path / 'some')
     path = tmp_path / 'some' / whole.edition.val.name
     data = bytearray(path.read_bytes())
@@ -388,7 +388,7 @@ def test_other_things_in_the_target_are_refused_and_kept(whole, target, capsys):
 
 
 def test_a_target_that_cannot_be_written_is_one_line(whole, target, monkeypatch, capsys):
-    target.write_text('a file')
+    target.write_text('a file', encoding='utf-8')
     assert f'{target}: ' in refusal(capsys, *flags(whole, target))
     target.unlink()
 

@@ -149,7 +149,7 @@ def test_every_part_of_the_project_rotates_or_none(rotated, tmp_path, orientatio
     with torch.inference_mode():
         probabilities = model(expected).softmax(dim=-1)
     for found, row in zip(predict_images(checkpoint, [str(rotated / 'val')]), probabilities, strict=True):
-        assert found['probabilities'] == pytest.approx(sorted(row.tolist(), reverse=True), rel=1e-4)
+        assert found.probabilities == pytest.approx(sorted(row.tolist(), reverse=True), rel=1e-4)
 
     source = load_source(ExportConfig(checkpoint=checkpoint))
     cases = load_cases(source, (SIZE, SIZE), str(rotated))
@@ -187,22 +187,24 @@ def test_checkpoints_keep_the_orientation(rotated, tmp_path, caplog, capsys):
 
     def score(checkpoint: str, **options) -> EvalResult:
         return evaluate_checkpoint(EvalConfig(checkpoint, data=str(rotated), workers=0, **options))
-    assert score(old, orientation='exif').loss == score(new).loss != score(old).loss
+    assert score(old, orientation='exif').loss == pytest.approx(score(new).loss, rel=1e-6)
+    assert abs(score(old).loss - score(new).loss) > 1e-3
     assert 'orientation exif (checkpoint)' in '\n'.join(describe_result(score(new)))
     assert score(new).eval_config['orientation'] == 'exif'
 
-    def predict(*flags: str) -> str:
+    def predict(*flags: str) -> list[float]:
         image = sorted((rotated / 'val').glob('*/*.jpg'))[1]
         assert caretrans(['predict', '--json', '--device', 'cpu', str(image), '--checkpoint', *flags]) == 0
-        return capsys.readouterr().out.splitlines()[-1]
-    assert predict(new) == predict(old, '--orientation', 'exif') != predict(new, '--orientation', 'ignore')
+        return json.loads(capsys.readouterr().out.splitlines()[-1])['probabilities']
+    assert predict(new) == pytest.approx(predict(old, '--orientation', 'exif'), rel=1e-6)
+    assert abs(predict(new)[0] - predict(new, '--orientation', 'ignore')[0]) > 1e-4
 
 
 def test_runs_of_older_versions_resume_without_rotating(tmp_path, caplog):
     """Their config.yaml lacks the orientation; another recipe must not change in the middle of a run."""
     caplog.set_level('INFO')
     for settings, orientation, said in (({}, 'ignore', True), (dict(orientation='exif'), 'exif', False)):
-        (tmp_path / 'config.yaml').write_text(yaml.safe_dump(dict(model='care_s0', **settings)))
+        (tmp_path / 'config.yaml').write_text(yaml.safe_dump(dict(model='care_s0', **settings)), encoding='utf-8')
         caplog.clear()
         assert choose_orientation(tmp_path, TrainConfig(orientation='exif')) == orientation
         assert ('begun by an older version' in caplog.text) == said
@@ -308,7 +310,16 @@ def test_values_of_unknown_range_are_refused_by_name(tmp_path, values, mode):
     with pytest.raises(DataError, match=f'{path} cannot be read as an image .*not known'):
         load_images(dataset, range(5), EvalTransform(PREPARATION))
     failed, = predict_images(save(tmp_path / 'model.pth.tar'), [str(path)])
-    assert f'mode {mode}' in failed['error']
+    assert f'mode {mode}' in failed.error
+
+
+def test_reason_is_given_where_no_image_can_be_read(tmp_path):
+    root = copy_images(tmp_path / 'data', per_class=2)
+    for path in list(root.glob('val/*/*.jpg')):
+        path.with_suffix('.tif').write_bytes(encode_tiff(np.zeros((4, 4), dtype=np.float32)))
+        path.unlink()
+    with pytest.raises(DataError, match=r'None of 4 images could be read, the first is .*\.tif: .*mode F'):
+        evaluate_checkpoint(EvalConfig(save(tmp_path / 'model.pth.tar'), data=str(root), workers=0))
 
 
 def make_transparent_palette() -> bytes:

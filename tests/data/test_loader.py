@@ -1,4 +1,4 @@
-"""Loaders: the same images whatever was interrupted and whoever loads them, and an account of those that are lost."""
+"""Loaders: the same images after any interruption and for any number of workers; unreadable ones are listed."""
 import multiprocessing
 import os
 import shutil
@@ -38,7 +38,7 @@ def load(data, processes=Processes(), name='', split='train', **settings):  # no
 
 
 def passes(loader, epoch=0, start_step=0):
-    """(images, targets, step, index, passes) of each pass, and the workers let go."""
+    """(images, targets, step, index, passes) of each pass; ends the workers."""
     found = [tuple(each) for each in loader.run(epoch, start_step)]
     loader.close()
     return found
@@ -79,14 +79,14 @@ def test_workers_do_not_change_the_images(small_data, policy):
         assert are_equal(alone, passes(load(small_data, auto_augment=policy, workers=workers)))
 
 
-def test_workers_that_stay_give_the_epochs_of_new_ones(small_data):
+def test_persistent_workers_give_the_epochs_of_new_ones(small_data):
     loader = load(small_data, workers=2)
     epochs = [[tuple(each) for each in loader.run(epoch)] for epoch in (0, 1)]
     assert are_equal(passes(loader, 0), epochs[0]) and are_equal(passes(load(small_data), 1), epochs[1])
 
 
 def test_two_processes_together_load_what_one_does(small_data):
-    """And the same noise is erased into them, since a pass takes it from its place in the step."""
+    """With the same noise of random erasing, which depends on the place of a pass in its step."""
     alone = passes(load(small_data, device_batch=2, random_erasing=1.))  # 2 passes a step
     shares = [passes(load(small_data, Processes(rank, 2), device_batch=2, random_erasing=1.)) for rank in (0, 1)]
     assert are_equal(
@@ -96,13 +96,13 @@ def test_two_processes_together_load_what_one_does(small_data):
     assert [place[-2:] for place in shares[0]] == [(0, 1)] * 4
 
 
-def test_an_epoch_begun_in_its_middle_is_the_tail_of_the_whole(small_data):
+def test_an_epoch_started_in_the_middle_is_the_tail_of_the_whole(small_data):
     whole = passes(load(small_data, random_erasing=1.))
     for workers in (0, 2):
         assert are_equal(passes(load(small_data, random_erasing=1., workers=workers), 0, 3), whole[3:])
 
 
-def test_every_image_comes_once_in_an_epoch_and_the_rest_is_left_out(small_data):
+def test_every_image_comes_once_in_an_epoch_and_the_rest_is_skipped(small_data):
     loader = load(small_data, batch_size=5)
     order = [sample.index for batch in loader.sampler for sample in batch]
     assert loader.steps == 3 and len(set(order)) == len(order) == 15
@@ -110,7 +110,7 @@ def test_every_image_comes_once_in_an_epoch_and_the_rest_is_left_out(small_data)
     assert order != [sample.index for batch in loader.sampler for sample in batch]
 
 
-def test_sizes_that_change_keep_the_images_of_a_step_and_bound_the_pixels(small_data):
+def test_several_sizes_keep_the_images_of_a_step_and_limit_the_pixels(small_data):
     settings = dict(train_img_sizes=[32, 48, 64], device_batch=4, seed=2)
     plain, sized = load(small_data, seed=2), load(small_data, **settings)
     sizes = set()
@@ -136,7 +136,7 @@ def damage(data, split):
 
 
 @pytest.mark.parametrize('name', ['', 'torch/image_folder'])
-def test_an_unreadable_image_is_replaced_in_training_and_left_out_of_evaluation(small_data, name):
+def test_an_unreadable_image_is_replaced_in_training_and_skipped_in_evaluation(small_data, name):
     broken, broken_val = damage(small_data, 'train'), damage(small_data, 'val')
     loader = load(small_data, name=name, workers=1)
     assert [len(images) for images, *_ in passes(loader)] == [4] * 4
@@ -167,7 +167,7 @@ def test_waiting_for_the_workers_is_counted(small_data):
     assert 0 < loader.waited <= time.perf_counter() - start
 
 
-def test_a_worker_outlives_a_signal_to_all_processes_for_a_while(small_data):
+def test_a_worker_survives_a_signal_to_all_processes_for_a_while(small_data):
     loader = load(small_data, workers=1)
     batches = loader.run(0)
     found = [tuple(next(batches))]
@@ -183,7 +183,7 @@ def test_a_worker_outlives_a_signal_to_all_processes_for_a_while(small_data):
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_evaluation_takes_every_image_once_in_order(workers):
+def test_evaluation_reads_every_image_once_in_order(workers):
     batches, loader = evaluate(FRUIT, workers, batch_size=64)
     labels = [label for _, label in open_dataset(FRUIT, 'val').reader.samples]
     assert torch.cat([targets for _, targets in batches]).tolist() == labels and not loader.unreadable
@@ -261,7 +261,7 @@ class Stream(IterableDataset):
     def __iter__(self): return iter(self.images)  # noqa: E704
 
 
-def test_streams_are_checked_as_they_come(small_data):
+def test_streams_are_checked_while_they_are_read(small_data):
     images = list(open_dataset(small_data, 'train'))
     config = TrainConfig(img_size=32, batch_size=4, workers=0)
     for stream, classes, message in (

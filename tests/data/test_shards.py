@@ -1,4 +1,4 @@
-"""WebDataset shards: written whole whatever interrupts, read in an order that repeats, lost images accounted for."""
+"""WebDataset shards: complete after any interruption, read in a repeatable order, missing images listed."""
 import json
 import os
 import shutil
@@ -57,7 +57,7 @@ def contents(folder):
 
 
 def list_images(data, split='train', name='', workers=0, rank=0, world_size=1, epoch=0, start_step=0, **settings):
-    """The last bytes of the images of an epoch, which tell them apart."""
+    """The last bytes of the images of an epoch, which identify them."""
     config = TrainConfig(**{'img_size': 32, 'batch_size': 4, 'workers': workers, **settings})
     processes = Processes(rank, world_size)
     loader = build_train_loader(
@@ -69,14 +69,14 @@ def list_images(data, split='train', name='', workers=0, rank=0, world_size=1, e
     return found
 
 
-def test_shards_hold_the_images_untouched_and_mix_the_classes(small_data, shards):
+def test_shards_hold_the_bytes_of_the_images_and_mix_the_classes(small_data, shards):
     dataset = open_dataset(small_data, 'train')
     wanted = {str(Path(path).relative_to(small_data / 'train').with_suffix('')): (label, Path(path).read_bytes())
               for path, label in dataset.reader.samples}
     assert read_shards(shards, 'train') == wanted
     classes = [''.join(tarfile.open(path).getnames()) for path in shards.glob('*.tar')]
     assert sum('kaiser' in names and 'orange' in names for names in classes) >= 5  # of 10; 2 if in order
-    info = json.loads((shards / '_info.json').read_text())
+    info = json.loads((shards / '_info.json').read_text(encoding='utf-8'))
     assert info['classes'] == ['kaiser', 'orange'] and info['splits']['train']['num_samples'] == 20
     assert info['splits']['train']['shard_lengths'] == [4] * 5 and len(info['splits']['val']['filenames']) == 5
 
@@ -103,14 +103,14 @@ def test_shards_that_lack_something_are_refused(shards, tmp_path):
     (shards / 'val-00002.tar').unlink()
     with pytest.raises(DataError, match='lacks 1 shards of its _info.json: val-00002.tar'):
         open_dataset(shards, 'val')
-    (shards / '_info.json').write_text('{"splits": 3}')
+    (shards / '_info.json').write_text('{"splits": 3}', encoding='utf-8')
     with pytest.raises(DataError, match='does not describe shards'):
         open_dataset(shards, 'val')
     with pytest.raises(DataError, match='has no _info.json: write the shards with'):
         open_dataset(tmp_path, 'val', name='wds/')
 
 
-def test_names_that_tars_cannot_group_get_keys_that_they_can():
+def test_keys_group_the_files_of_an_image():
     assert make_keys(['a/b.c.JPEG', 'a/b_c.jpg', 'a/b.png', 'a.b/x.WebP', 'a/b_c~1.jpg']) == [
         ('a/b_c', 'jpg'), ('a/b_c~1', 'jpg'), ('a/b', 'png'), ('a.b/x', 'webp'), ('a/b_c~1~1', 'jpg')]
 
@@ -123,7 +123,7 @@ def test_other_kinds_of_images_are_kept_and_read(small_data, tmp_path):
     assert sum(len(images) for images, *_ in passes(load(tmp_path / 'shards'))) == 20
 
 
-def test_writing_killed_in_the_middle_is_gone_on_with(tmp_path):
+def test_writing_resumes_after_a_kill(tmp_path):
     """The result is the same to the last bit, and what was finished is not written again."""
     whole, killed = tmp_path / 'whole', tmp_path / 'killed' / 'whole'
     write_shards(str(FRUIT), str(whole), images_per_shard=5)
@@ -176,13 +176,13 @@ def test_the_command_says_what_it_wrote(small_data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('shards, parts', [(7, 3), (3, 3), (3, 7), (1, 4)])
-def test_readers_share_out_all_records_and_none_twice(shards, parts):
+def test_readers_share_all_records_and_none_twice(shards, parts):
     found = [(shard, i) for part in range(parts) for shard, first, step in share_shards(range(shards), part, parts)
              for i in range(10) if i % step == first]
     assert sorted(found) == [(shard, i) for shard in range(shards) for i in range(10)]
 
 
-def test_an_epoch_of_shards_can_be_repeated_and_begun_in_its_middle(shards):
+def test_an_epoch_of_shards_can_be_repeated_and_started_in_the_middle(shards):
     loader = load(shards, workers=2)
     epochs = [[tuple(each) for each in loader.run(epoch)] for epoch in (0, 1)]
     assert len(epochs[0]) == loader.steps == 5
@@ -193,7 +193,7 @@ def test_an_epoch_of_shards_can_be_repeated_and_begun_in_its_middle(shards):
         assert are_equal(passes(load(shards), 1, start), passes(load(shards), 1)[start:])
 
 
-def test_an_epoch_broken_off_leaves_nothing_to_the_next(shards):
+def test_an_interrupted_epoch_does_not_change_the_next(shards):
     loader = load(shards, workers=2)
     next(iter(loader.run(0)))
     assert are_equal(passes(loader, 1), passes(load(shards, workers=2), 1))
@@ -206,7 +206,7 @@ def test_one_reader_sees_every_image_once_in_an_epoch(shards, workers):
 
 
 def test_several_readers_see_the_images_about_once(shards):
-    """5 shards for 4 readers: the reader of two leaves as many out as the others, who begin again, see twice."""
+    """5 shards for 4 readers: the reader of two skips some images, the others start over and see some twice."""
     found = Counter(key for rank in (0, 1) for key in list_images(shards, workers=2, rank=rank, world_size=2))
     assert sum(found.values()) == 20 and max(found.values()) <= 2 and len(found) >= 14
 
@@ -226,7 +226,7 @@ def test_evaluation_reads_every_image_of_the_shards_once(small_data, shards, wor
 
 
 def damage_shards(folder):
-    """One image damaged, one without label, and the last shard cut in the middle of its third image."""
+    """Damage one image, remove the label of one, and cut the last shard in its third image."""
     first, *_, last = sorted(folder.glob('val-*.tar'))
     with tarfile.open(first) as tar:
         members = {member.name: member for member in tar}
@@ -245,7 +245,7 @@ def damage_shards(folder):
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_lost_images_of_shards_are_listed_one_by_one(shards, workers):
+def test_missing_images_of_shards_are_listed_one_by_one(shards, workers):
     lost = damage_shards(shards)
     batches, evaluated = evaluate(shards, workers)
     assert sum(len(images) for images, _ in batches) == 16

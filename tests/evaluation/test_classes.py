@@ -5,6 +5,7 @@ import sys
 import pytest
 import timm
 import torch
+from launch import run
 from photos import FRUIT
 from timm.data import ImageNetInfo
 from validate import main as validate
@@ -110,7 +111,19 @@ def test_json_and_table_of_classes_name_the_subset(tmp_path, monkeypatch, capsys
     result = json.loads(capsys.readouterr().out)
     assert result['subset'].keys() == {'classes', 'loss', 'top1', 'top5'} and result['subset']['classes'] == 6
     assert [row['images'] for row in result['per_class']] == [0] * 3 + [3] * 6 + [0] * 5
-    assert len((tmp_path / 'x.csv').read_text().splitlines()) == 1 + len(CLASSES)
+    assert len((tmp_path / 'x.csv').read_text(encoding='utf-8').splitlines()) == 1 + len(CLASSES)
+
+
+def test_several_processes_score_a_subset_like_one(tmp_path):
+    """18 images in batches of 4, so that the shares differ."""
+    checkpoint = save_model(tmp_path / 'x.pth.tar', len(CLASSES), class_names=CLASSES)
+    data = make_data(tmp_path / 'data', CLASSES[3:9])
+    one, two = (json.loads(run(
+        'validate.py', checkpoint, data, '--json', '--img-size', SIZE, '--batch-size', 4, '--workers', 0, '--device',
+        'cpu', processes=processes)[0]) for processes in (1, 2))
+    assert two['processes'] == 2 and two['subset']['loss'] == pytest.approx(one['subset']['loss'], rel=1e-12)
+    for key in ('top1', 'top5'):
+        assert two[key] == one[key] and two['subset'][key] == one['subset'][key]
 
 
 @pytest.mark.parametrize('found, known, num_classes, message', [

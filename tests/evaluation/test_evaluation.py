@@ -46,7 +46,7 @@ def validate(*flags, processes: int = 1, code: int = 0) -> subprocess.CompletedP
     command = [sys.executable, *launcher, 'validate.py', *flags, '--device', 'cpu', '--img-size', SIZE]
     done = subprocess.run(
         list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        env={**os.environ, 'OMP_NUM_THREADS': '1'}, encoding='utf-8')
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
@@ -83,7 +83,7 @@ def test_one_process_and_two_return_the_same_figures(fruit, tmp_path):
     assert {key: two[key] for key in FIGURES} == {key: whole[key] for key in FIGURES} and one.images == 661
     assert two['loss'] == pytest.approx(one.loss, rel=1e-12) and two.keys() == whole.keys()
     assert two['per_class'] == whole['per_class'] and two['worst'] == whole['worst'] and two['processes'] == 2
-    assert (tmp_path / 'one.csv').read_text() == (tmp_path / 'two.csv').read_text()
+    assert (tmp_path / 'one.csv').read_text(encoding='utf-8') == (tmp_path / 'two.csv').read_text(encoding='utf-8')
     assert sum(row.images for row in one.per_class) == 661
     assert one.top1 == pytest.approx(sum(row.images * row.top1 for row in one.per_class) / 661)
     assert one.top5 == pytest.approx(sum(row.images * row.top5 for row in one.per_class) / 661)
@@ -203,7 +203,7 @@ def small_imagenet(tmp_path_factory):
     real = [[] for _ in files]  # by the number in the file's name
     for i, found in enumerate(classes):
         real[8 - i] = ([found[0]], [found[5]], [0], [], [found[3], found[5]], found[::5], [found[4]], [], [5])[i]
-    (folder / 'real.json').write_text(json.dumps(real))
+    (folder / 'real.json').write_text(json.dumps(real), encoding='utf-8')
     expected = [(found[0] in real[8 - i], bool(set(found[:5]) & set(real[8 - i])))
                 for i, found in enumerate(classes) if i != 2 and real[8 - i]]
     return checkpoint, folder, files, [100 * sum(hits) / len(expected) for hits in zip(*expected, strict=True)]
@@ -237,8 +237,8 @@ def test_real_labels_are_refused_on_other_images(small_imagenet, tmp_path):
     dataset = open_dataset(folder, 'val')
     with pytest.raises(DataError, match='this data set has 9 images, which is not the number of real labels'):
         RealLabels(dataset, 6)
-    (tmp_path / 'text.json').write_text('real')
-    (tmp_path / 'plain.json').write_text('[1, 2, 3, 4, 5, 6, 7, 8, 9]')
+    (tmp_path / 'text.json').write_text('real', encoding='utf-8')
+    (tmp_path / 'plain.json').write_text('[1, 2, 3, 4, 5, 6, 7, 8, 9]', encoding='utf-8')
     for name, message in (('gone', 'cannot be read as'), ('text', 'cannot be read as'), ('plain', 'a list of labels')):
         with pytest.raises(DataError, match=message):
             RealLabels(dataset, 6, str(tmp_path / f'{name}.json'))
@@ -259,7 +259,7 @@ def test_script_runs_several_processes(two_kinds):
     environment = {**os.environ, 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}', 'NPROC': '2'}
     done = subprocess.run(
         ['bash', 'cmd/eval.sh', two_kinds[0], str(two_kinds[1]), '--device', 'cpu', '--img-size', '32', '--json',
-         '--batch-size', '6'], cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+         '--batch-size', '6'], cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment, encoding='utf-8')
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result['processes'] == 2 and result['images'] == 21
@@ -269,6 +269,6 @@ def test_csv_names_each_class(two_kinds, tmp_path):
     checkpoint, folder, _, labels = two_kinds
     path = tmp_path / 'classes.csv'
     result = evaluate_checkpoint(EvalConfig(checkpoint, str(folder), img_size=SIZE, workers=0, per_class=str(path)))
-    rows = list(csv.DictReader(path.read_text().splitlines()))
+    rows = list(csv.DictReader(path.read_text(encoding='utf-8').splitlines()))
     assert [row['class'] + row['name'] + ' ' + row['images'] for row in rows] == ['0kaiser 10', '1orange 11']
     assert [float(row['top1']) for row in rows] == [round(row.top1, 3) for row in result.per_class]

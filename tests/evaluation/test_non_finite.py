@@ -14,10 +14,11 @@ from validate import main as validate
 import caretrans.training.run
 from caretrans.__main__ import main as caretrans_main
 from caretrans.checkpoint import save_checkpoint
-from caretrans.errors import EvaluationError, ResultsError, TrainingError
+from caretrans.errors import CheckpointError, ConfigError, EvaluationError, ResultsError, TrainingError
 from caretrans.evaluation import EvalConfig, evaluate_checkpoint, predict_images
 from caretrans.evaluation.metrics import Scores, evaluate
 from caretrans.strict_json import to_json
+from caretrans.training.folder import RunFolder
 from caretrans.training.run import train
 
 NAN, INF = float('nan'), float('inf')
@@ -98,6 +99,17 @@ def test_evaluation_and_prediction_of_spoiled_weights_stop_with_the_remedy(
     assert code == 2 and out == '' and f'are not finite either ({name}): use another checkpoint.' in lines[0]
 
 
+def test_other_weights_of_the_file_are_named(tmp_path, data):
+    """As in files of older runs, whose averaged weights could become NaN."""
+    good, bad = (timm.create_model('care_s0', num_classes=2, depths=(1, 1, 1, 1)) for _ in range(2))
+    bad.stem.conv.weight.data.fill_(NAN)
+    save_checkpoint(tmp_path / 'x.pth', good, arch='care_s0', ema=bad, model_args=dict(depths=(1, 1, 1, 1)))
+    options = dict(data=str(data), img_size=32, workers=0)
+    with pytest.raises(EvaluationError, match="another checkpoint, or other weights of this file with --entry 'state"):
+        evaluate_checkpoint(EvalConfig(str(tmp_path / 'x.pth'), **options))
+    assert evaluate_checkpoint(EvalConfig(str(tmp_path / 'x.pth'), entry='state_dict', **options)).images == 10
+
+
 def test_overflow_in_half_precision_names_amp(tmp_path, data, capsys, monkeypatch):
     checkpoint = save(tmp_path / 'x.pth.tar', scale=1e6)
     code, out, (line,) = call(validate, capsys, monkeypatch, checkpoint, data, '--amp', 'fp16', '--workers', 0)
@@ -105,7 +117,7 @@ def test_overflow_in_half_precision_names_amp(tmp_path, data, capsys, monkeypatc
     code, out, _ = call(validate, capsys, monkeypatch, checkpoint, data, '--workers', 0)
     assert code == 0 and 'top-1' in out
     results = list(predict_images(checkpoint, [str(data)], amp='fp16'))
-    assert len(results) == 20 and all('use --amp off' in result['error'] for result in results)
+    assert len(results) == 20 and all('use --amp off' in result.error for result in results)
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -136,6 +148,27 @@ def test_no_checkpoint_is_written_from_an_average_that_is_not_finite(tmp_path, d
         assert saved['epoch'] == 1
         for entry in ('state_dict', 'state_dict_ema'):
             assert all(value.isfinite().all() for value in saved[entry].values())
+
+
+def test_training_from_weights_that_are_not_finite_is_refused_before_the_first_step(tmp_path, data):
+    checkpoint = save(tmp_path / 'x.pth.tar', 'head.fc.weight')
+    with pytest.raises(CheckpointError, match=r'1 tensors of the weights are not finite \(head.fc.weight\)'):
+        train(configure(data, *FLAGS, '--checkpoint', checkpoint, '--output', tmp_path / 'run'))
+    with pytest.raises(ConfigError, match=r'The teacher care_s0 has 1 tensors that are not finite \(head.fc.weight\)'):
+        train(configure(data, *FLAGS, '--teacher', 'care_s0', '--teacher-checkpoint', checkpoint,
+                        '--output', tmp_path / 'run'))
+    assert not (tmp_path / 'run').exists()
+
+
+def test_best_scores_of_older_runs_that_are_not_finite_do_not_stay(tmp_path):
+    folder = RunFolder(tmp_path / 'run', configure('data'), {})
+    row = dict(epoch=1, train_loss=1., val_loss=NAN, val_top1=99., val_top5=99., lr=1., images_per_s=1., seconds=1.,
+               data_wait=0.)
+    folder.restore([row], row)
+    assert folder.best is None
+    folder.restore([], dict(row, val_loss=2.))
+    assert folder.best.val_top1 == 99.
+    folder.close()
 
 
 def test_validation_whose_logits_are_not_finite_ends_training(tmp_path, data, monkeypatch):

@@ -98,8 +98,8 @@ class Programs:
                 with little_garbage(), contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
                     found = job.kind.load_module().write(source, job, path)
                 assert job.format not in COREML or text.getvalue() == '', 'conversion is quiet'
-                notes.write_text(json.dumps(found))
-        return path, json.loads(notes.read_text())
+                notes.write_text(json.dumps(found), encoding='utf-8')
+        return path, json.loads(notes.read_text(encoding='utf-8'))
 
     def read(self, job: Job, name: str = 'care') -> Program:
         """The program read back from its file, shared by the tests of this process."""

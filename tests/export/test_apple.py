@@ -90,7 +90,7 @@ def test_a_mac_examines_each_program_before_it_is_kept(monkeypatch, programs, tm
     text = '\n'.join(describe_exports(facts, exports))
     assert 'Core ML on this Mac: max error' in text and 'Neural Engine: 141 operations, 90.0 % of the' in text
     assert '1.25 ms, median of 500' in text
-    report = json.loads((tmp_path / 'care_s0-64x64-logits.mlpackage.json').read_text())
+    report = json.loads((tmp_path / 'care_s0-64x64-logits.mlpackage.json').read_text(encoding='utf-8'))
     assert report['core_ml']['latency']['median'] == 1.25 and report['core_ml']['verification']['images'] == 3
 
     monkeypatch.setattr(apple, '_open', lambda path, units: CoreML(job, shift=1.))
@@ -262,7 +262,7 @@ def test_command_prints_a_row_for_the_results(measure, loaded, monkeypatch, prog
     assert code == 0 and lines[0] == 'Neural Engine: 3 operations, 75.0 % of the estimated cost'
     assert lines[-2].startswith('8.00 ms, median of 11')
     results = tmp_path / 'results.csv'
-    results.write_text(','.join(column.name for column in COLUMNS) + '\n' + lines[-1] + '\n')
+    results.write_text(','.join(column.name for column in COLUMNS) + '\n' + lines[-1] + '\n', encoding='utf-8')
     row, = read_results(results)
     assert (row['model'], row['latency_ms'], row['runs'], row['warm_up']) == ('care_s0', '8.000', '11', '2')
     assert (row['os'], row['input']) == ('macOS 15.1', 'image')

@@ -19,7 +19,7 @@ from caretrans.evaluation import EvalConfig, evaluate_checkpoint
 from caretrans.export.config import ExportConfig
 from caretrans.export.formats import torch_export
 from caretrans.export.run import Export, _replace, name_program
-from caretrans.export.source import load_source
+from caretrans.export.source import load_source, name_classes
 from caretrans.export.verify import Verification
 
 sys.path.insert(0, str(ROOT / 'coreml'))
@@ -75,7 +75,7 @@ def test_checkpoint_is_exported_verified_and_reported(run, checkpoint, tmp_path)
     code, text, _ = run('--checkpoint', checkpoint, '--output-dir', out, *FAST)
     assert code == 0
     assert list_left(out) == ['care_s0-64x64.pt2', 'care_s0-64x64.pt2.json']
-    report = json.loads((out / 'care_s0-64x64.pt2.json').read_text())
+    report = json.loads((out / 'care_s0-64x64.pt2.json').read_text(encoding='utf-8'))
     assert report['verification']['top1_agreement'] == 100 and report['verification']['images'] == 14
     assert report['verification']['top1'] == report['verification']['top1_expected'] is not None
     assert report['sha256'] in text and len(report['sha256']) == 64
@@ -113,7 +113,8 @@ def test_earlier_file_stays_when_an_export_fails(spoil, message, run, convert, t
 
 
 @pytest.mark.parametrize('make', [
-    lambda target: target.write_text('mine'), lambda target: target.mkdir(), lambda target: target.symlink_to('/tmp')])
+    lambda target: target.write_text('mine', encoding='utf-8'), lambda target: target.mkdir(),
+    lambda target: target.symlink_to('/tmp')])
 def test_other_files_are_not_replaced(run, tmp_path, make):
     target = tmp_path / PROGRAM
     make(target)
@@ -126,12 +127,12 @@ def test_folder_that_was_exported_is_replaced_and_kept_if_that_fails(tmp_path):
     new, target = tmp_path / 'unfinished' / 'a.openvino', tmp_path / 'a.openvino'
     for folder, text in [(new, 'new'), (target, 'old')]:
         folder.mkdir(parents=True)
-        (folder / 'model.xml').write_text(text)
+        (folder / 'model.xml').write_text(text, encoding='utf-8')
     _replace(new, target)
-    assert (target / 'model.xml').read_text() == 'new' and not new.exists()
+    assert (target / 'model.xml').read_text(encoding='utf-8') == 'new' and not new.exists()
     with pytest.raises(FileNotFoundError):
         _replace(tmp_path / 'other.openvino', target)
-    assert (target / 'model.xml').read_text() == 'new'
+    assert (target / 'model.xml').read_text(encoding='utf-8') == 'new'
 
 
 def test_programs_that_differ_have_different_names():
@@ -176,13 +177,17 @@ def test_figures_that_are_not_finite_are_null_in_json():
 
 
 @pytest.mark.parametrize('flags, said', [
-    ([], 'No weights: name a file with --checkpoint, or add --random-weights'),
+    ([], 'No weights: --checkpoint FILE loads a file, --pretrained --model NAME the published weights of a model, and '
+         '--random-weights makes random ones to measure speed.'),
     (['--model', 'care_s0'], 'No weights'),
-    (['--random-weights'], '--random-weights needs --model'),
+    (['--random-weights'], '--random-weights needs a model: add --model'),
+    (['--pretrained'], '--pretrained needs a model: add --model'),
+    (['--pretrained', *RANDOM], '--pretrained and --random-weights exclude each other'),
     (['--model', 'care_s9', '--random-weights'], '--model care_s9: no such model, the nearest are'),
     (['--model', 'care_*', '--random-weights'], 'export one model at a time'),
     (['--checkpoint', 'nowhere.pth'], 'nowhere.pth'),
-    (['--checkpoint', 'nowhere.pth', '--random-weights'], 'choose one'),
+    (['--checkpoint', 'nowhere.pth', '--random-weights'],
+     '--checkpoint and --random-weights exclude each other'),
     ([*RANDOM, '--img-size', '16'], "img_size is '16'"),
     ([*RANDOM, '--img-size', '224x'], "img_size is '224x'"),
     ([*RANDOM, '--format', 'tflite'], 'invalid choice'),
@@ -207,7 +212,7 @@ def test_bad_input_is_one_line_and_exit_code_2(run, flags, said, tmp_path):
 
 
 def test_target_that_cannot_be_written_is_named_before_any_work(run, tmp_path):
-    (tmp_path / 'file').write_text('')
+    (tmp_path / 'file').write_text('', encoding='utf-8')
     code, _, error = run(*RANDOM, *FAST, '--output-dir', tmp_path / 'file' / 'out')
     assert code == 2 and 'cannot be written: Not a directory; name another' in error
 
@@ -223,14 +228,24 @@ def test_weights_that_are_not_finite_are_refused_before_anything_is_written(run,
     path = tmp_path / 'nan.pth.tar'
     save_checkpoint(path, model, arch='care_s0', model_args=dict(depths=[1, 1, 2, 1]))
     code, _, error = run('--checkpoint', path, '--output-dir', tmp_path / 'out', *FAST)
-    assert code == 2 and 'nan.pth.tar: ' in error and 'not finite' in error and list_left(tmp_path / 'out') == []
+    assert code == 2 and 'of 14 images are not finite' in error and list_left(tmp_path / 'out') == []
 
 
 def test_labels_of_another_number_of_classes_are_refused(run, checkpoint, tmp_path):
     labels = tmp_path / 'labels.txt'
-    labels.write_text('apple\npear\n')
+    labels.write_text('apple\npear\n', encoding='utf-8')
     code, _, error = run('--checkpoint', checkpoint, '--labels', labels, '--output-dir', tmp_path / 'out', *FAST)
     assert code == 2 and 'names 2 classes, the network has 14' in error
+    labels.write_text('apple\n\npear\n')
+    code, _, error = run('--checkpoint', checkpoint, '--labels', labels, '--output-dir', tmp_path / 'out', *FAST)
+    assert code == 2 and 'labels.txt: line 2 is empty: give each class a name' in error
+
+
+@pytest.mark.parametrize('text', ['a\nb', 'a\nb\n', 'a\nb\n\n', 'a\r\nb\r\n', '\ufeffa\nb\n', 'a\nb\n  \n\t\n'])
+def test_empty_last_lines_of_labels_are_no_classes(tmp_path, text):
+    (tmp_path / 'labels.txt').write_bytes(text.encode())
+    config = ExportConfig(model='care_s0', random_weights=True, labels=str(tmp_path / 'labels.txt'))
+    assert name_classes(config, 2) == ['a', 'b']
 
 
 def test_package_that_is_not_installed_is_named_with_its_install_line(monkeypatch):
@@ -253,7 +268,7 @@ def test_exported_form_can_be_evaluated(checkpoint, form):
 def test_script_passes_flags_on(tmp_path):
     done = subprocess.run(
         ['bash', 'cmd/export.sh', '--model', 'care_s0'], cwd=ROOT, capture_output=True, text=True,
-        env=dict(ENVIRONMENT, PATH=f'{sys.prefix}/bin:{ENVIRONMENT["PATH"]}'), timeout=300)
+        env=dict(ENVIRONMENT, PATH=f'{sys.prefix}/bin:{ENVIRONMENT["PATH"]}'), timeout=300, encoding='utf-8')
     assert done.returncode == 2 and 'No weights' in done.stderr
 
 

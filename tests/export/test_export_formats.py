@@ -111,7 +111,7 @@ def test_script_without_python_names_it(name, tmp_path):
     (tmp_path / 'dirname').symlink_to('/usr/bin/dirname')
     done = subprocess.run(
         ['/bin/bash', f'cmd/{name}.sh', '--format', 'litert'], cwd=ROOT, capture_output=True, text=True,
-        env=dict(ENVIRONMENT, PATH=str(tmp_path)))
+        env=dict(ENVIRONMENT, PATH=str(tmp_path)), encoding='utf-8')
     assert (done.returncode, done.stdout) == (1, '')
     assert done.stderr == 'No python3 on the PATH: install Python 3.10 or newer.\n'
 
@@ -120,7 +120,7 @@ def test_installation_does_not_write_to_stdout(tmp_path):
     """A stand-in for Python that lacks everything until pip has run."""
     (tmp_path / 'cmd').mkdir()
     for name in ('env.sh', 'python.sh'):
-        (tmp_path / 'cmd' / name).write_text((ROOT / 'cmd' / name).read_text())
+        (tmp_path / 'cmd' / name).write_text((ROOT / 'cmd' / name).read_text(encoding='utf-8'), encoding='utf-8')
     stand_in = tmp_path / 'bin' / 'python3'
     stand_in.parent.mkdir()
     stand_in.write_text(f'''#!/bin/bash
@@ -130,10 +130,10 @@ case "$*" in
     *venv*) mkdir -p {tmp_path}/.venv/bin; cp "$0" {tmp_path}/.venv/bin/python;;
     *pip*) touch {tmp_path}/installed;;
 esac
-''')
+''', encoding='utf-8')
     stand_in.chmod(0o755)
     done = subprocess.run(
         ['bash', '-euc', 'source cmd/env.sh; echo "$python"'], cwd=tmp_path, capture_output=True, text=True,
-        env=dict(ENVIRONMENT, PATH=f'{stand_in.parent}:{ENVIRONMENT["PATH"]}'))
+        env=dict(ENVIRONMENT, PATH=f'{stand_in.parent}:{ENVIRONMENT["PATH"]}'), encoding='utf-8')
     assert (done.returncode, done.stdout) == (0, f'{tmp_path}/.venv/bin/python\n'), done.stderr
     assert 'Creating the environment .venv' in done.stderr and 'Installing into .venv' in done.stderr

@@ -91,4 +91,4 @@ def test_form_for_xnnpack_is_exact(batch):
     (['--format', 'executorch-coreml', '--no-latency'], 'executorch-coreml')])
 def test_formats_that_need_their_own_environment_are_found(flags, own):
     command = [sys.executable, '-S', str(ROOT / 'cmd' / 'list_own_environment.py'), *flags]  # without any package
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == own
+    assert subprocess.run(command, capture_output=True, text=True, check=True, encoding='utf-8').stdout.strip() == own

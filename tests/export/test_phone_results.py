@@ -22,7 +22,7 @@ ROW = dict(
 
 def write(tmp_path, *rows, header=HEADER):
     path = tmp_path / 'results.csv'
-    path.write_text('\n'.join([header, *rows]) + '\n')
+    path.write_text('\n'.join([header, *rows]) + '\n', encoding='utf-8')
     return path
 
 
@@ -40,7 +40,7 @@ def run(monkeypatch, capsys):
 
 def test_committed_file_follows_its_schema():
     read_results(FILE)
-    assert FILE.read_text().splitlines()[0] == HEADER
+    assert FILE.read_text(encoding='utf-8').splitlines()[0] == HEADER
 
 
 def test_rows_are_read_as_they_were_written(tmp_path):
@@ -127,7 +127,7 @@ def test_command_checks_and_prints(run, tmp_path):
 
 
 def test_readme_describes_every_column():
-    text = (ROOT / 'coreml' / 'README.md').read_text()
+    text = (ROOT / 'coreml' / 'README.md').read_text(encoding='utf-8')
     described = re.findall(r'^\| `(\w+)` \| (.*) \|$', text, re.MULTILINE)
     assert [name for name, _ in described] == [column.name for column in COLUMNS]
     assert all(meaning.startswith(column.meaning) for (_, meaning), column in zip(described, COLUMNS, strict=True))

@@ -104,14 +104,15 @@ def test_all_processes_are_stopped_in_an_evaluation(data, tmp_path):
     folder, log = tmp_path / 'run', tmp_path / 'log.txt'
     flags = [many, *FLAGS, '--val-img-size', 160, '--val-interval', 1, '--output', folder]
     process = start('train.py', *flags, log=log, processes=2)
-    assert wait_for((folder / 'last.pth.tar').exists, process), log.read_text()
+    assert wait_for((folder / 'last.pth.tar').exists, process), log.read_text(encoding='utf-8')
     time.sleep(2)  # into the evaluation of some 3,000 images
     began = time.monotonic()
     for pid in process.list_children():
         os.kill(pid, SIGTERM)
     kill(process, SIGTERM)
-    assert time.monotonic() - began < 15 and 'Asked to stop' in log.read_text(), log.read_text()
-    assert 'Alarm clock' not in log.read_text()
+    text = log.read_text(encoding='utf-8')
+    assert time.monotonic() - began < 15 and 'Asked to stop' in text, text
+    assert 'Alarm clock' not in log.read_text(encoding='utf-8')
     assert torch.load(folder / 'last.pth.tar', weights_only=True)['standing']['trained']
 
 
@@ -127,11 +128,13 @@ def test_the_script_stops_cleanly_and_resumes(data, one_process, tmp_path):
     """SIGTERM to cmd/train.sh with two processes: a checkpoint and exit code 0; the same command finishes the run."""
     folder, log = tmp_path / 'run', tmp_path / 'log.txt'
     process = script(data, *FLAGS, '--output', folder, log=log, NPROC='2')
-    assert wait_for(lambda: 'steps per epoch' in log.read_text(), process), log.read_text()
-    assert kill(process, SIGTERM) == 0, log.read_text()
-    assert log.read_text().count('Asked to stop') == 1 and (folder / 'last.pth.tar').exists()
-    assert script(data, *FLAGS, '--output', folder, log=log, NPROC='2').wait(timeout=300) == 0, log.read_text()
-    assert log.read_text().count('resumes from /') == 1
+    assert wait_for(
+        lambda: 'steps per epoch' in log.read_text(encoding='utf-8'), process), log.read_text(encoding='utf-8')
+    assert kill(process, SIGTERM) == 0, log.read_text(encoding='utf-8')
+    assert log.read_text(encoding='utf-8').count('Asked to stop') == 1 and (folder / 'last.pth.tar').exists()
+    code = script(data, *FLAGS, '--output', folder, log=log, NPROC='2').wait(timeout=300)
+    assert code == 0, log.read_text(encoding='utf-8')
+    assert log.read_text(encoding='utf-8').count('resumes from /') == 1
     assert measure_difference(read_tensors(folder / 'last.pth.tar'), one_process) < 1e-6
 
 
@@ -139,7 +142,7 @@ def test_the_script_stops_cleanly_and_resumes(data, one_process, tmp_path):
 def test_an_invalid_number_of_processes_is_refused(name):
     done = subprocess.run(
         ['bash', f'cmd/{name}.sh', 'x'], cwd=ROOT, capture_output=True, text=True,
-        env=dict(SHELL_ENVIRONMENT, NPROC='0'))
+        env=dict(SHELL_ENVIRONMENT, NPROC='0'), encoding='utf-8')
     assert done.returncode == 2 and done.stderr == "NPROC is '0' but must be a positive number of processes.\n"
 
 
@@ -149,12 +152,12 @@ def test_two_machines_connect_and_survive_the_death_of_a_process(data, one_proce
     flags = [data, *FLAGS, '--output', folder, '--save-steps', 1]
     where = dict(NPROC='1', NNODES='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='29517', MAX_RESTARTS='3')
     machines = [script(*flags, log=log, NODE_RANK=str(rank), **where) for rank, log in enumerate(logs)]
-    assert wait_for((folder / 'last.pth.tar').exists, machines[0]), logs[0].read_text()
+    assert wait_for((folder / 'last.pth.tar').exists, machines[0]), logs[0].read_text(encoding='utf-8')
     oldest = subprocess.run(['pgrep', '-o', '-f', f'python[^ ]* -u .*train.py .*{folder} '], capture_output=True)
     os.kill(int(oldest.stdout), 9)
     for machine in machines:
-        assert wait_for(lambda: False, machine) is False and machine.returncode == 0, logs[0].read_text()
-    printed = logs[0].read_text() + logs[1].read_text()
+        assert not wait_for(lambda: False, machine) and machine.returncode == 0, logs[0].read_text(encoding='utf-8')
+    printed = logs[0].read_text(encoding='utf-8') + logs[1].read_text(encoding='utf-8')
     assert printed.count('resumes from /') >= 1 and printed.count('epoch 2/2') == 1
     assert measure_difference(read_tensors(folder / 'last.pth.tar'), one_process) < 1e-6
 
@@ -164,7 +167,7 @@ def test_the_slurm_script_starts_every_node_and_requeues_when_stopped(data, tmp_
     for name, line in dict(
             scontrol='echo "$@" >> "$NOTES"; [ "$1" = requeue ] || echo 127.0.0.1',
             srun='echo "$NNODES $MASTER_ADDR ${@: -1}" >> "$NOTES"; shift; export NODE_RANK=0; exec "$@"').items():
-        (tmp_path / name).write_text(f'#!/usr/bin/env bash\n{line}\n')
+        (tmp_path / name).write_text(f'#!/usr/bin/env bash\n{line}\n', encoding='utf-8')
         (tmp_path / name).chmod(0o755)
     notes, log, folder = tmp_path / 'notes', tmp_path / 'log.txt', tmp_path / 'run'
     with open(log, 'ab') as file:
@@ -173,8 +176,9 @@ def test_the_slurm_script_starts_every_node_and_requeues_when_stopped(data, tmp_
             stderr=file, env=dict(
                 SHELL_ENVIRONMENT, PATH=f'{tmp_path}:{SHELL_ENVIRONMENT["PATH"]}', NOTES=str(notes), NPROC='1',
                 SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_NUM_NODES='1', SLURM_JOB_NODELIST='n[1]', SLURM_JOB_ID='7'))
-    assert wait_for(lambda: 'steps per epoch' in log.read_text(), process), log.read_text()
-    assert kill(process, SIGTERM) == 0, log.read_text()
-    assert 'Asked to stop' in log.read_text() and (folder / 'last.pth.tar').exists()
-    assert notes.read_text().splitlines() == [
+    assert wait_for(
+        lambda: 'steps per epoch' in log.read_text(encoding='utf-8'), process), log.read_text(encoding='utf-8')
+    assert kill(process, SIGTERM) == 0, log.read_text(encoding='utf-8')
+    assert 'Asked to stop' in log.read_text(encoding='utf-8') and (folder / 'last.pth.tar').exists()
+    assert notes.read_text(encoding='utf-8').splitlines() == [
         'show hostnames n[1]', f'1 127.0.0.1 {folder}', 'requeue 7']

@@ -32,7 +32,8 @@ def check(name: str, header: str, expected: dict) -> TrainConfig:
     """The recipe of that name, which must have these settings, and these words in its header."""
     config = parse(name)
     assert {key: getattr(config, key) for key in expected} == expected
-    text = '\n'.join(line for line in (RECIPES / f'{name}.yaml').read_text().splitlines() if line.startswith('#'))
+    lines = (RECIPES / f'{name}.yaml').read_text(encoding='utf-8').splitlines()
+    text = '\n'.join(line for line in lines if line.startswith('#'))
     assert header in text
     return config
 
@@ -75,7 +76,7 @@ def test_the_rate_of_the_paper():
 
 @pytest.mark.parametrize('path', sorted(RECIPES.glob('*.yaml')), ids=lambda path: path.stem)
 def test_every_recipe_is_valid_and_described(path):
-    text = path.read_text()
+    text = path.read_text(encoding='utf-8')
     for word in ('command', 'hardware', 'time', 'top-1'):
         assert any(re.match(rf'#  ?{word} +\S', line) for line in text.splitlines()), word
     assert 'not measured' in text or 'fruit' in path.stem
@@ -100,11 +101,11 @@ def test_variants_change_only_the_stated_settings(name, base, expected):
 
 
 def test_a_recipe_extends_another(tmp_path):
-    (tmp_path / 'mine.yaml').write_text('base: care_s1_imagenet\nlr: 1e-3\n')
+    (tmp_path / 'mine.yaml').write_text('base: care_s1_imagenet\nlr: 1e-3\n', encoding='utf-8')
     config = parse(tmp_path / 'mine.yaml', '--epochs', 50)
     assert (config.model, config.lr, config.epochs, config.batch_size) == ('care_s1', 1e-3, 50, 1536)
     mine = tmp_path / 'loop.yaml'
-    mine.write_text(f'base: {mine}\n')
+    mine.write_text(f'base: {mine}\n', encoding='utf-8')
     with pytest.raises(ConfigError, match='leads back to itself'):
         read_recipe(str(mine))
 

@@ -42,11 +42,11 @@ def stopped(data, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('runs') / 'stopped'
     log = folder.with_name('log.txt')
     process = start('train.py', data, *FLAGS, '--output', folder, log=log)
-    assert wait_for(lambda: 'epoch 1/' in log.read_text(), process), log.read_text()
+    assert wait_for(lambda: 'epoch 1/' in log.read_text(encoding='utf-8'), process), log.read_text(encoding='utf-8')
     began = time.monotonic()
-    assert kill(process, SIGTERM) == 0, log.read_text()
+    assert kill(process, SIGTERM) == 0, log.read_text(encoding='utf-8')
     assert time.monotonic() - began < 10, 'it took too long to stop'
-    assert 'Asked to stop (SIGTERM) in epoch 2' in log.read_text()
+    assert 'Asked to stop (SIGTERM) in epoch 2' in log.read_text(encoding='utf-8')
     return folder
 
 
@@ -62,7 +62,7 @@ def resume(data: Path, folder: Path, *flags) -> None:
 
 
 def read_rows(folder: Path):
-    with open(folder / 'summary.csv') as file:
+    with open(folder / 'summary.csv', encoding='utf-8') as file:
         return [{name: value for name, value in row.items() if name not in TIMES} for row in csv.DictReader(file)]
 
 
@@ -90,8 +90,8 @@ def kill_somewhere(process: subprocess.Popen, folder: Path, log: Path, seconds: 
 
     Returns where it was; '' if it ended before.
     """
-    begun = log.read_text().count('steps per epoch') + 1
-    if not wait_for(lambda: log.read_text().count('steps per epoch') == begun, process):
+    begun = log.read_text(encoding='utf-8').count('steps per epoch') + 1
+    if not wait_for(lambda: log.read_text(encoding='utf-8').count('steps per epoch') == begun, process):
         return ''
     time.sleep(seconds)
     part = f'.next.pth.tar.{process.pid}.part'
@@ -115,7 +115,7 @@ def test_ten_kills_at_random_moments_change_nothing(data, undisturbed, tmp_path)
         if where:
             tally.append(where)
         else:  # it ended before: another run gets the other kills
-            assert process.wait() == 0, log.read_text()[-3000:]
+            assert process.wait() == 0, log.read_text(encoding='utf-8')[-3000:]
             assert_same_run(folder, undisturbed)
             folder = tmp_path / f'run-{len(tally)}'
     run('train.py', data, *FLAGS, '--output', folder)
@@ -130,7 +130,7 @@ def test_a_stopped_run_resumes_as_if_it_had_not_been_stopped(data, undisturbed, 
     assert state['epoch'] == 1 and state['step'] < 6
     resume(data, half_way)
     assert_same_run(half_way, undisturbed)
-    assert len(json.loads((half_way / 'environment.json').read_text())['resumed']) == 1
+    assert len(json.loads((half_way / 'environment.json').read_text(encoding='utf-8'))['resumed']) == 1
 
 
 def test_a_kill_between_the_renames_of_a_checkpoint_changes_nothing(data, undisturbed, half_way):
@@ -188,7 +188,7 @@ def test_three_processes_resume_with_their_own_statistics(data, tmp_path):
     expected, folder, log = tmp_path / 'expected', tmp_path / 'run', tmp_path / 'log.txt'
     run('train.py', *flags, '--output', expected, processes=3)
     process = start('train.py', *flags, '--output', folder, log=log, processes=3)
-    assert wait_for((folder / 'last.pth.tar').exists, process), log.read_text()
+    assert wait_for((folder / 'last.pth.tar').exists, process), log.read_text(encoding='utf-8')
     kill(process)
     state = torch.load(folder / 'last.pth.tar', weights_only=True)['standing']
     first, second, _ = (part['statistics']['model']['stem.norm.running_mean'] for part in state['processes'])
@@ -204,11 +204,11 @@ def test_another_number_of_processes_resumes_and_reports_the_differences(data, u
     log = tmp_path / 'log.txt'
     process = start('train.py', data, *FLAGS, '--output', half_way, log=log, processes=2)
     before = (half_way / 'last.pth.tar').stat().st_mtime_ns
-    assert wait_for(lambda: 'resumes from' in log.read_text()
+    assert wait_for(lambda: 'resumes from' in log.read_text(encoding='utf-8')
                     and any(path.stat().st_mtime_ns > before for path in half_way.glob('last.pth.tar')), process), \
-        log.read_text()
+        log.read_text(encoding='utf-8')
     kill(process)
-    assert 'resumes with 2 process(es) instead of 1' in log.read_text()
+    assert 'resumes with 2 process(es) instead of 1' in log.read_text(encoding='utf-8')
     resume(data, half_way)
     assert 'resumes with 1 process(es) instead of 2: the images of each step are the same' in capsys.readouterr().out
     expected = read_tensors(undisturbed / 'last.pth.tar')
@@ -266,7 +266,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_checkpoint(data, u
     before = (half_way / 'last.pth.tar').read_bytes()
     line = ' '.join(f"'{part}'" for part in command('train.py', data, *FLAGS, '--output', half_way))
     done = subprocess.run(  # no file of more than 5 MB can be written
-        ['bash', '-c', f'ulimit -f 5000; {line}'], cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
+        ['bash', '-c', f'ulimit -f 5000; {line}'], cwd=ROOT, capture_output=True, env=ENVIRONMENT, encoding='utf-8')
     assert done.returncode == 2, done.stdout + done.stderr
     assert 'could not be written' in done.stderr and 'make room for' in done.stderr
     assert (half_way / 'last.pth.tar').read_bytes() == before and not list(half_way.glob('.*.part'))
@@ -279,7 +279,7 @@ def test_a_folder_in_use_or_finished_is_refused(data, undisturbed, half_way, tmp
         resume(data, undisturbed)
     log = tmp_path / 'log.txt'
     process = start('train.py', data, *FLAGS, '--output', half_way, log=log)
-    assert wait_for(lambda: 'resumes from' in log.read_text(), process), log.read_text()
+    assert wait_for(lambda: 'resumes from' in log.read_text(encoding='utf-8'), process), log.read_text(encoding='utf-8')
     process.send_signal(SIGSTOP)  # so that it does not end meanwhile
     with pytest.raises(ConfigError, match=r'Another process is training into .* \(process \d+ on .*stop it'):
         resume(data, half_way)
@@ -298,5 +298,5 @@ def test_without_a_folder_the_same_command_finds_its_unfinished_run(data, tmp_pa
     assert train(other).folder != train(config).folder
     folders = list((tmp_path / 'runs').iterdir())
     assert len(folders) == 2 and all((folder / 'result.json').exists() for folder in folders)
-    rates = {yaml.safe_load((folder / 'config.yaml').read_text())['lr'] for folder in folders}
+    rates = {yaml.safe_load((folder / 'config.yaml').read_text(encoding='utf-8'))['lr'] for folder in folders}
     assert rates == {0.004, 0.001} and all(len(read_rows(folder)) == 2 for folder in folders)

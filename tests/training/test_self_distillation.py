@@ -166,8 +166,8 @@ def test_a_run_distills_from_its_epoch_on(data, unbroken, tmp_path, monkeypatch)
     assert seen == 24 * [False] + 24 * [True]  # 6 steps of 2 passes per epoch
     assert not list_differences(read_tensors(tmp_path / 'same/last.pth.tar'), read_tensors(unbroken / 'last.pth.tar'))
     go(data, tmp_path / 'without', mesa=[])
-    with_it, without = ([float(line.split(',')[1]) for line in (folder / 'summary.csv').read_text().splitlines()[1:]]
-                        for folder in (unbroken, tmp_path / 'without'))
+    tables = ((folder / 'summary.csv').read_text(encoding='utf-8') for folder in (unbroken, tmp_path / 'without'))
+    with_it, without = ([float(line.split(',')[1]) for line in table.splitlines()[1:]] for table in tables)
     assert with_it[:2] == without[:2] and all(a > b for a, b in zip(with_it[2:], without[2:], strict=True))
 
 
@@ -203,7 +203,7 @@ def test_two_processes_learn_the_same_as_one(data, tmp_path):
     for entry in ('state_dict', 'state_dict_ema'):
         differences = list_differences(one[entry], two[entry])  # 7e-7 was measured
         assert max((v for k, v in differences.items() if not re.search('running|num_batches', k)), default=0.) < 1e-5
-    assert json.loads((tmp_path / 'two/environment.json').read_text())['world_size'] == 2
+    assert json.loads((tmp_path / 'two/environment.json').read_text(encoding='utf-8'))['world_size'] == 2
 
 
 def test_skipped_steps_do_not_change_the_average(data, tmp_path, monkeypatch):

@@ -36,11 +36,11 @@ def sample_run(tmp_path_factory):
     return folder, subprocess.run(
         command('train.py', '--recipe', 'care_s0_fruit14', '--epochs', 3, '--warmup-epochs', 1, '--img-size', 48,
                 '--val-img-size', 64, '--val-interval', 2, '--output', folder),
-        cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True).stdout
+        cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True, encoding='utf-8').stdout
 
 
 def read_rows(folder: Path):
-    with open(folder / 'summary.csv') as file:
+    with open(folder / 'summary.csv', encoding='utf-8') as file:
         return list(csv.DictReader(file))
 
 
@@ -52,8 +52,8 @@ def test_care_s0_learns_real_images(sample_run):
 
 def test_a_run_records_its_results_and_prints_the_next_command(sample_run):
     folder, printed = sample_run
-    assert yaml.safe_load((folder / 'config.yaml').read_text())['img_size'] == 48
-    environment = json.loads((folder / 'environment.json').read_text())
+    assert yaml.safe_load((folder / 'config.yaml').read_text(encoding='utf-8'))['img_size'] == 48
+    environment = json.loads((folder / 'environment.json').read_text(encoding='utf-8'))
     assert environment['torch'] in torch.__version__ and environment['num_classes'] == 14 and environment['threads']
     assert [row['epoch'] for row in read_rows(folder)] == ['1', '2', '3']
     assert [bool(row['val_top1']) for row in read_rows(folder)] == [False, True, True]
@@ -72,7 +72,7 @@ def test_evaluation_of_the_best_checkpoint_reproduces_its_score(sample_run):
     assert result['loss'] == pytest.approx(float(best['val_loss']), rel=1e-4)
     printed = subprocess.run(
         command('validate.py', folder / 'best.pth.tar', FRUIT), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE,
-        text=True, check=True).stdout
+        text=True, check=True, encoding='utf-8').stdout
     assert f'top-1 {result["top1"]:.3f} %' in printed and '661 images' in printed and 'crop_pct 1.0' in printed
 
 

@@ -86,11 +86,11 @@ def test_weights_and_average_equal_those_of_a_run_without_kernels(data, plain, t
     folder = tmp_path / 'run'
     train(prepare(data, folder, '--kernels'))
     assert_same(read_weights(folder), read_weights(plain))
-    kernels = json.loads((folder / 'environment.json').read_text())['kernels']
+    kernels = json.loads((folder / 'environment.json').read_text(encoding='utf-8'))['kernels']
     assert kernels.startswith('triton ') and 'x mixer: triton' in kernels
     assert f'kernels: {kernels}' in capsys.readouterr().out
-    assert json.loads((plain / 'environment.json').read_text())['kernels'] == 'torch'
-    assert yaml.safe_load((folder / 'config.yaml').read_text())['kernels'] is True
+    assert json.loads((plain / 'environment.json').read_text(encoding='utf-8'))['kernels'] == 'torch'
+    assert yaml.safe_load((folder / 'config.yaml').read_text(encoding='utf-8'))['kernels'] is True
 
 
 def test_model_and_average_have_the_kernels(data, tmp_path, pretend):
