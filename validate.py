@@ -1,5 +1,6 @@
 """Evaluate a checkpoint: python validate.py CHECKPOINT [DATA] [flags]. Prints top-1, top-5, loss, images, images/s."""
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import caretrans  # noqa: F401 (registers the models)
@@ -39,12 +40,13 @@ def build_parser() -> FlagParser:
     return parser
 
 
-def place_arguments(flags: dict[str, Any]) -> None:
-    """Turn the arguments without a flag into `checkpoint` and `data`.
+def parse_flags(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The flags of a command line, with the arguments without a flag as `checkpoint` and `data`.
 
     Raises:
-        ConfigError: There are too many, or no weights are named.
+        ConfigError: They cannot work, or no weights are named.
     """
+    flags = vars(build_parser().parse_intermixed_args(argv))
     rest = flags.pop('checkpoint_and_data')
     if rest and not flags['checkpoint'] and not flags['pretrained']:
         flags['checkpoint'] = rest.pop(0)
@@ -52,14 +54,14 @@ def place_arguments(flags: dict[str, Any]) -> None:
         raise ConfigError(f'{" ".join(rest)}: name one folder of data.')
     flags['data'] = rest[0] if rest else ''
     check_weights(flags['checkpoint'], flags['pretrained'], flags['model_name'], flags['entry'])
+    return flags
 
 
 def run() -> int:
     processes = find_processes()
     show_messages(processes.is_primary)
     with shared_errors():  # all processes have the same command line
-        flags = vars(build_parser().parse_args())
-        place_arguments(flags)
+        flags = parse_flags()
     as_json = flags.pop('json')
     flags['device'] = resolve_device(flags['device'], processes.local_rank)
     result = evaluate_checkpoint(EvalConfig(**flags), sys.stderr if as_json else None)
