@@ -4,6 +4,7 @@ Prints top-1, top-5, loss, images and images/s of a classifier, average precisio
 a segmenter.
 """
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import caretrans  # noqa: F401 (registers the models)
@@ -44,12 +45,13 @@ def build_parser() -> FlagParser:
     return parser
 
 
-def place_arguments(flags: dict[str, Any]) -> None:
-    """Turn the arguments without a flag into `checkpoint` and `data`.
+def parse_flags(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The flags of a command line, with the arguments without a flag as `checkpoint` and `data`.
 
     Raises:
-        ConfigError: There are too many, or no weights are named.
+        ConfigError: They cannot work, or no weights are named.
     """
+    flags = vars(build_parser().parse_intermixed_args(argv))
     rest = flags.pop('checkpoint_and_data')
     if rest and not flags['checkpoint'] and not flags['pretrained']:
         flags['checkpoint'] = rest.pop(0)
@@ -57,19 +59,19 @@ def place_arguments(flags: dict[str, Any]) -> None:
         raise ConfigError(f'{" ".join(rest)}: name one folder of data.')
     flags['data'] = rest[0] if rest else ''
     check_weights(flags['checkpoint'], flags['pretrained'], flags['model_name'], flags['entry'])
+    return flags
 
 
 def run() -> int:
     processes = find_processes()
     show_messages(processes.is_primary)
     with shared_errors():  # all processes have the same command line
-        parser = build_parser()
-        flags = vars(parser.parse_args())
-        place_arguments(flags)
+        flags = parse_flags()
         as_json = flags.pop('json')
         stream = sys.stderr if as_json else None
         dense = flags['checkpoint'] and is_dense(read_checkpoint(flags['checkpoint'], flags['entry']))
         if dense:
+            parser = build_parser()
             flags = keep_flags(flags, ('checkpoint', 'data', 'split', 'entry', 'device', 'amp'),
                                'a detector or segmenter', {name: parser.get_default(name) for name in flags})
             if 'data' not in flags:

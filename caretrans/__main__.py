@@ -1,4 +1,4 @@
-"""Small commands: python -m caretrans predict | convert | shard | bench-loader | compare. See --help of each."""
+"""Small commands, each with --help: python -m caretrans predict|convert|inspect|shard|bench-loader|compare."""
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -46,6 +46,10 @@ def _build_parser() -> FlagParser:
     size.add_argument('--shard-size', type=number(float, 0.01), default=100., help='megabytes (default: 100)')
     shard.add_argument('--workers', type=number(int, 1), default=4, help='shards written in parallel (default: 4)')
     shard.add_argument('--seed', type=int, default=0, help='seed of the image order (default: 0)')
+
+    inspect = commands.add_parser('inspect', help='say what is in a folder: images, objects, classes, odd things')
+    inspect.add_argument('data', help='folder of classes, in the format of COCO, or with images and masks')
+    inspect.add_argument('--split', dest='splits', nargs='+', default=['train', 'val'], help='(default: train val)')
 
     bench = commands.add_parser('bench-loader', help="images/s of the training loader and of timm's default loader")
     bench.add_argument('data', nargs='?', help='folder with train/CLASS/*.jpg (default: the bundled images)')
@@ -116,6 +120,11 @@ def _run(argv: Sequence[str]) -> int:
         from .data.shards import write_shards
         for split, info in write_shards(**options).items():
             print(f'{split}: {info["num_samples"]} images in {len(info["filenames"])} shards')
+    elif command == 'inspect':
+        from .dense.inspect import describe_data
+        for split in options['splits']:
+            for line in describe_data(options['data'], split):
+                print(escape(line))
     elif command == 'bench-loader':
         from .bench.loaders import bench_loader, describe_bench
         result = bench_loader(**options)

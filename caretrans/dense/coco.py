@@ -14,7 +14,7 @@ from ..data.decode import describe_error, open_image
 from ..errors import DataError, list_names, require
 from ..text import read_text
 
-__all__ = ['CocoData', 'CocoImage', 'read_coco']
+__all__ = ['CocoData', 'CocoImage', 'has_coco', 'read_coco']
 
 LAYOUTS = (  # (annotations, images) of a split, below the folder
     ('{split}.json', '{split}'),
@@ -95,6 +95,17 @@ class CocoData:
             *(f'  {name}: {counts[number]} objects' for number, name in self.categories.items()), *self.notes]
 
 
+def _list_places(root: str | Path, split: str) -> list[tuple[Path, Path]]:
+    """Annotations and folders of images that a split may have."""
+    return [(Path(root) / file.format(split=split), Path(root) / folder.format(split=split))
+            for file, folder in LAYOUTS]
+
+
+def has_coco(root: str | Path, split: str) -> bool:
+    """Whether a folder has a file of annotations where `read_coco` looks for it."""
+    return any(file.is_file() for file, _ in _list_places(root, split))
+
+
 def read_coco(root: str | Path, split: str) -> CocoData:
     """Read a split of a folder with `train.json` and `train/`, COCO's own layout, or that of Roboflow.
 
@@ -105,11 +116,10 @@ def read_coco(root: str | Path, split: str) -> CocoData:
         DataError: There is no such file, or it lacks what cannot be done without; names the file and the key.
     """
     require('faster_coco_eval')
-    root = Path(root)
-    places = [(root / file.format(split=split), root / folder.format(split=split)) for file, folder in LAYOUTS]
-    file, folder = next((place for place in places if place[0].is_file()), (None, None))
+    file, folder = next((place for place in _list_places(root, split) if place[0].is_file()), (None, None))
     if file is None:
-        raise DataError(f'{root} has no annotations of {split}: expected {list_names(place[0] for place in places)}.')
+        expected = list_names(place[0] for place in _list_places(root, split))
+        raise DataError(f'{root} has no annotations of {split}: expected {expected}.')
     try:
         content = json.loads(read_text(file, DataError))
     except json.JSONDecodeError as error:

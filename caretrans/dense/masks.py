@@ -12,7 +12,7 @@ from ..data.folders import is_image
 from ..errors import DataError, list_names
 from ..text import read_text
 
-__all__ = ['MaskData', 'read_masks']
+__all__ = ['IGNORE', 'MaskData', 'has_masks', 'read_masks']
 
 IGNORE = 255
 LAYOUTS = (  # (images, masks) of a split, below the folder
@@ -71,6 +71,18 @@ class MaskData:
         return pil_to_tensor(image), torch.from_numpy(mask.astype(np.uint8))
 
 
+def _find_folders(root: str | Path, split: str) -> tuple[Path, Path] | None:
+    """The folders of images and masks of a split."""
+    places = [(Path(root) / images.format(split=name), Path(root) / masks.format(split=name))
+              for images, masks in LAYOUTS for name in (split, ADE20K.get(split, split))]
+    return next((place for place in places if place[0].is_dir() and place[1].is_dir()), None)
+
+
+def has_masks(root: str | Path, split: str) -> bool:
+    """Whether a folder has images and masks where `read_masks` looks for them."""
+    return _find_folders(root, split) is not None
+
+
 def read_masks(root: str | Path, split: str, num_classes: int, reduce_zero_label: bool | None = None) -> MaskData:
     """List the images and masks of a split.
 
@@ -83,11 +95,9 @@ def read_masks(root: str | Path, split: str, num_classes: int, reduce_zero_label
         DataError: There is no such split, or an image has no mask.
     """
     root = Path(root)
-    places = [(root / images.format(split=name), root / masks.format(split=name))
-              for images, masks in LAYOUTS for name in (split, ADE20K.get(split, split))]
-    folders = next((place for place in places if place[0].is_dir() and place[1].is_dir()), None)
+    folders = _find_folders(root, split)
     if folders is None:
-        expected = dict.fromkeys(f'{images.name} beside {masks.name}' for images, masks in places)
+        expected = [f'{images.format(split=split)} and {masks.format(split=split)}' for images, masks in LAYOUTS]
         raise DataError(f'{root} has no images and masks of {split}: expected {list_names(expected)}.')
     images = sorted(path for path in folders[0].iterdir() if is_image(path.name) and not path.name.startswith('.'))
     masks = [folders[1] / f'{path.stem}.png' for path in images]

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from photos import FRUIT
 from PIL import Image
 from validate import main
 
 import caretrans
+from caretrans.__main__ import main as caretrans_main
 from caretrans.dense import create_dense_model, save_checkpoint
 from caretrans.dense.coco import read_coco
 from caretrans.dense.evaluate import average_precision, score_pixels
@@ -144,6 +146,22 @@ def test_images_are_as_large_as_annotated(tmp_path):
     Image.open(root / 'val' / '0.png').convert('RGB').rotate(90, expand=True).save(root / 'val' / '0.png', exif=exif)
     image = read_coco(root, 'val').images[0]
     assert image.load().shape == (3, 64, 80)
+
+
+def test_a_folder_is_described(tmp_path, capsys):
+    coco = write_coco(tmp_path / 'coco', annotations=[annotation(), annotation(id=8, bbox=[5, 5, 0, 10])])
+    assert caretrans_main(['inspect', str(coco), '--split', 'val']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert '4 images (3 without objects), 1 objects, 2 classes' in lines[0] and '  apple: 1 objects' in lines
+    assert 'without width or height in the image were dropped: annotations 8' in lines[-1]
+    caretrans_main(['inspect', str(write_masks(tmp_path / 'masks')), '--split', 'val'])
+    lines = capsys.readouterr().out.splitlines()
+    assert '3 images with masks, 3 values' in lines[0] and lines[-1].startswith('  255 (ignored): ')
+    caretrans_main(['inspect', str(FRUIT)])
+    out = capsys.readouterr().out
+    assert '732 images, 14 classes' in out and '661 images, 14 classes' in out and '  kaiser: ' in out
+    assert caretrans_main(['inspect', str(tmp_path)]) == 2
+    assert 'has no train: neither annotations' in capsys.readouterr().err
 
 
 # Masks ----------------------------------------------------------------------------------------------------------------
