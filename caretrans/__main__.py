@@ -6,8 +6,8 @@ from typing import Any
 
 from .checkpoint import LAYOUTS, convert_checkpoint, is_dense, read_checkpoint
 from .devices import resolve_device
-from .errors import ConfigError, run_command
-from .flags import DEVICE_HELP, FlagParser, add_checkpoint_flags, add_weights_flags, number
+from .errors import run_command
+from .flags import DEVICE_HELP, FlagParser, add_checkpoint_flags, add_weights_flags, keep_flags, number
 from .progress import show_messages
 from .text import escape
 from .strict_json import to_json
@@ -62,20 +62,11 @@ def _build_parser() -> FlagParser:
     return parser
 
 
-def _keep(options: dict[str, Any], names: Sequence[str], kind: str) -> dict[str, Any]:
-    """The options of these names that are given; others must not be."""
-    given = {name: value for name, value in options.items() if value is not None and value is not False}
-    wrong = [f'--{name.replace("_", "-").replace("model-name", "model")}' for name in given if name not in names]
-    if wrong:
-        raise ConfigError(f'{", ".join(wrong)} cannot be used with {kind}: omit it.')
-    return given
-
-
 def _predict_dense(as_json: bool, device: str, options: dict[str, Any]) -> int:
     from .dense.predict import predict_images
 
-    del options['topk']
-    given = _keep(options, ('checkpoint', 'images', 'output', 'score', 'entry'), 'a detector or segmenter')
+    given = keep_flags(
+        options, ('checkpoint', 'images', 'output', 'score', 'entry'), 'a detector or segmenter', dict(topk=5))
     failed = False
     for result in predict_images(device=resolve_device(device), **dict(dict(output='runs/predict'), **given)):
         if as_json:
@@ -98,7 +89,7 @@ def _predict(as_json: bool, device: str, **options: Any) -> int:
         return _predict_dense(as_json, device, options)
     from .evaluation.predict import predict_images
 
-    _keep({name: options.pop(name) for name in ('output', 'score')}, (), 'a classifier')
+    keep_flags({name: options.pop(name) for name in ('output', 'score')}, (), 'a classifier')
     failed = False
     for result in predict_images(device=resolve_device(device), **options):
         if as_json:
@@ -132,7 +123,7 @@ def _run(argv: Sequence[str]) -> int:
     elif is_dense(read_checkpoint(options['source'], options['entry'])):
         from .dense import convert_checkpoint as convert_dense
         print(convert_dense(
-            **_keep(options, ('source', 'target', 'layout', 'overwrite', 'entry'), 'a detector or segmenter')))
+            **keep_flags(options, ('source', 'target', 'layout', 'overwrite', 'entry'), 'a detector or segmenter')))
     else:
         print(convert_checkpoint(**options))
     return 0

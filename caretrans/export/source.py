@@ -245,6 +245,7 @@ def load_cases(source: Source, size: tuple[int, int], data: str = '', count: int
     Raises:
         DataError: There are no images there.
         ConfigError: The network does not support this image size.
+        EvaluationError: Its outputs are not finite.
     """
     folder = data or str(SAMPLE_IMAGES)
     if not Path(folder).is_dir():

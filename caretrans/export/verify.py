@@ -124,8 +124,9 @@ def _compute_rounded(source: Source, job: Job, cases: Cases) -> torch.Tensor | N
             return None
         for tensor in [*network.parameters(), *network.buffers()]:
             tensor.copy_(tensor.half())
-        for norm in [module for module in network.modules() if hasattr(module, 'eps') and job.format != 'mlmodel']:
-            norm.eps = torch.tensor(norm.eps).half().item()  # an mlmodel has it in float32
+        for module in network.modules():
+            if isinstance(getattr(module, 'eps', None), float) and job.format != 'mlmodel':  # which has it in float32
+                module.eps = torch.tensor(module.eps).half().item()
     return torch.cat([network(source.make_ready(part, job).double()) for part in cases.pixels.split(8)])
 
 

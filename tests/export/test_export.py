@@ -222,6 +222,15 @@ def test_checkpoint_of_another_variant_is_refused(run, checkpoint, tmp_path):
     assert code == 2 and 'care_s0' in error and 'care_s1' in error
 
 
+def test_weights_that_are_not_finite_are_refused_before_anything_is_written(run, tmp_path):
+    model = filled_model('care_s0', num_classes=14, depths=(1, 1, 2, 1))
+    model.stages[1].blocks[0].inter1.expand.bias.data[3] = float('nan')
+    path = tmp_path / 'nan.pth.tar'
+    save_checkpoint(path, model, arch='care_s0', model_args=dict(depths=[1, 1, 2, 1]))
+    code, _, error = run('--checkpoint', path, '--output-dir', tmp_path / 'out', *FAST)
+    assert code == 2 and 'of 14 images are not finite' in error and list_left(tmp_path / 'out') == []
+
+
 def test_labels_of_another_number_of_classes_are_refused(run, checkpoint, tmp_path):
     labels = tmp_path / 'labels.txt'
     labels.write_text('apple\npear\n', encoding='utf-8')

@@ -38,7 +38,9 @@ def test_program_is_right_for_any_batch_and_size(programs):
         assert torch.allclose(program.run(images), run_reference(images), atol=2e-5), shape
 
 
-@pytest.mark.parametrize('size, name', [((32, 32), 'care'), ((32, 40), 'mlla'), ((40, 96), 'casvit')])
+@pytest.mark.parametrize('size, name', [
+    ((32, 32), 'care'), pytest.param((32, 40), 'mlla', marks=pytest.mark.slow),
+    pytest.param((40, 96), 'casvit', marks=pytest.mark.slow)])
 def test_program_for_small_images_takes_any_size(size, name, programs):
     """Maps of one position, when it is traced, must not become part of the program."""
     job = make_job('onnx', size=size, input='image')

@@ -36,7 +36,7 @@ def test_images_below_the_size_of_the_claim_are_refused(programs):
         program.run(torch.zeros(1, 3, 63, 64))
 
 
-@pytest.mark.parametrize('size', [(32, 32), (40, 64)])
+@pytest.mark.parametrize('size', [(32, 32), pytest.param((40, 64), marks=pytest.mark.slow)])
 def test_program_for_images_too_small_for_any_size_takes_any_number_of_them(size, programs):
     job = make_job('torch', size=size)
     program = programs.read(job)

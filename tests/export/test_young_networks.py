@@ -35,7 +35,8 @@ def export(source: Source, job, folder):
 
 
 @pytest.mark.parametrize('format, name, size', [
-    ('mlpackage', 'care', 1.), ('mlmodel', 'care', 1.), ('mlpackage', 'care', 300.), ('mlpackage', 'mlla', 1.),
+    ('mlpackage', 'care', 1.), ('mlmodel', 'care', 1.), ('mlpackage', 'care', 300.),
+    pytest.param('mlpackage', 'mlla', 1., marks=pytest.mark.slow),
     pytest.param('mlpackage', 'care', 1e5, marks=pytest.mark.slow),
     pytest.param('mlmodel', 'care', 300., marks=pytest.mark.slow),
     pytest.param('mlmodel', 'mlla', 1., marks=pytest.mark.slow),

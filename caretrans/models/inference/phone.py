@@ -57,7 +57,8 @@ def choose_scale(model: nn.Module, images: torch.Tensor, least: float, most: flo
     finally:
         for hook in hooks:
             hook.remove()
-    return min(max(2. ** math.floor(math.log2(NORM_INPUT / max(largest))), least), most)
+    ratio = NORM_INPUT / max(largest)
+    return min(max(2. ** math.floor(math.log2(ratio)), least), most) if ratio > 0 else least  # 0 for infinity
 
 
 class MeanPool(InferenceModule):
