@@ -59,6 +59,13 @@ class Checkpoint:
     meta: dict[str, Any] = field(repr=False)
     remarks: tuple[str, ...] = field(default=(), repr=False)
 
+    def get_class_names(self, num_classes: int) -> list[str] | None:
+        """One name per class in the order of the labels; None if the file has no such list."""
+        names = self.meta.get('class_names')
+        if not isinstance(names, (list, tuple)) or len(names) != num_classes:
+            return None
+        return [str(name) for name in names]
+
     def log_remarks(self) -> None:
         """Log in one line what of the file was removed, skipped or read as plain values; nothing for most files."""
         if self.remarks:

@@ -178,9 +178,7 @@ def open_data(loaded: Checkpoint, data: str, split: str, dataset: str, num_class
             raise DataError(f'{loaded.path} does not say which data it is for: name a folder.')
     name = data or dataset
     images = open_dataset(data, split or trained.get('val_split') or 'val', dataset)
-    found, known = list_classes(images), loaded.meta.get('class_names')
-    if not isinstance(known, list) or len(known) != num_classes:
-        known = None
+    found, known = list_classes(images), loaded.get_class_names(num_classes)
     classes = None if found is None else match_classes(found, known, num_classes, name, str(loaded.path))
     if known is None and classes is None:
         known = found

@@ -91,7 +91,7 @@ def predict_images(
     paths = list(find_images(images))
     model, loaded, preparation = load_for_evaluation(
         checkpoint, model_name, entry, device, pretrained, **overrides)
-    names = describe_classes(loaded.meta.get('class_names'), model.num_classes)
+    names = describe_classes(loaded.get_class_names(model.num_classes), model.num_classes)
     transform = EvalTransform(preparation)
     for path in paths:
         try:

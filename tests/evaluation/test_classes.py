@@ -1,5 +1,6 @@
 """Data with some of the classes of a model: mapped by name, scored among all classes and among theirs."""
 import json
+import shutil
 import sys
 
 import pytest
@@ -15,7 +16,7 @@ from caretrans.checkpoint.preparation import resolve_eval_config
 from caretrans.data.datasets import list_classes
 from caretrans.data.loaders import build_eval_loader
 from caretrans.errors import DataError
-from caretrans.evaluation import EvalConfig, describe_result, evaluate_checkpoint
+from caretrans.evaluation import EvalConfig, describe_result, evaluate_checkpoint, predict_images
 from caretrans.evaluation.classes import match_classes
 from caretrans.evaluation.evaluate import open_data
 
@@ -29,7 +30,7 @@ def make_data(folder, names, per_class=3):
     for i, name in enumerate(names):
         (folder / 'val' / name).mkdir(parents=True)
         for image in sorted((FRUIT / 'val' / CLASSES[i % len(CLASSES)]).glob('*.jpg'))[:per_class]:
-            (folder / 'val' / name / image.name).symlink_to(image.resolve())
+            shutil.copy(image, folder / 'val' / name)
     return folder
 
 
@@ -137,6 +138,16 @@ def test_several_processes_score_a_subset_like_one(tmp_path):
 def test_classes_unknown_to_the_file_are_named(found, known, num_classes, message):
     with pytest.raises(DataError, match=message):
         match_classes(found, known, num_classes, 'data', 'model')
+
+
+@pytest.mark.parametrize('names', [['a'], {0: 'a', 1: 'b', 2: 'c'}, 'abc', None, 7])
+def test_files_whose_class_names_are_no_list_of_one_per_class_have_none(tmp_path, names):
+    checkpoint = save_model(tmp_path / 'x.pth.tar', 3)
+    torch.save(dict(torch.load(checkpoint), class_names=names), checkpoint)
+    data = str(make_data(tmp_path / 'data', ['a', 'b', 'c']))
+    assert evaluate_checkpoint(EvalConfig(checkpoint, data, img_size=SIZE, workers=0)).images == 9
+    first, *_ = predict_images(checkpoint, [data], img_size=SIZE)
+    assert sorted(first.classes) == ['0', '1', '2']
 
 
 @pytest.mark.parametrize('found, known, num_classes, expected', [
