@@ -109,7 +109,7 @@ class TrainConfig:
     cooldown_epochs: int = setting(0, 'epochs at min_lr after the schedule', bounds=(0, None), off=0)
     step_schedule: bool = setting(False, 'update the learning rate every step instead of every epoch')
     val_interval: int = setting(1, 'epochs between evaluations; the last epoch is always evaluated', bounds=(1, None))
-    clip_grad: float | None = setting(None, 'gradient clipping threshold', bounds=(0, None), off=None)
+    clip_grad: float | None = setting(None, 'gradient clipping threshold', positive=True, off=None)
     clip_mode: str = setting(
         'norm', 'clip the gradient norm, each value, or adaptively (agc)', choices=['norm', 'value', 'agc'])
     ema: bool = setting(False, 'keep an exponential moving average of the weights and evaluate it')

@@ -82,6 +82,7 @@ def test_values_of_yaml_mean_what_a_person_means(tmp_path, text, name, expected)
 
 @pytest.mark.parametrize('text, message', [
     ('lr: .nan', 'lr is nan but must be a finite number'), ('mixup: .inf', 'mixup is inf but must be a finite number'),
+    ('clip_grad: 0', 'clip_grad is 0.0 but must be positive'),
     ('clip_grad: -.inf', 'clip_grad is -inf but must be a finite number'),
     ('scale: [0.1, .nan]', 'scale is nan but must be'), ('lr: "nan"', 'lr is nan but must be a finite number'),
     ('epochs: .inf', 'epochs is inf but must be of type int'),
