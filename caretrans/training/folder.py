@@ -64,6 +64,15 @@ def _read_settings(path: Path) -> dict[str, Any]:
         return {}
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object of a file; empty for one that is damaged, which is only a report."""
+    try:
+        content = json.loads(read_text(path, ConfigError))
+    except (ConfigError, ValueError):
+        content = None
+    return content if isinstance(content, dict) else {}
+
+
 def _list_changes(saved: dict[str, Any], config: TrainConfig, free: set) -> list[str]:
     return [f'{name} {saved[name]!r} there, {value!r} here' for name, value in config.to_dict().items()
             if name not in free and name in saved and saved[name] != value]
@@ -189,7 +198,7 @@ class RunFolder:
                 write_text(path / 'config.yaml', yaml.safe_dump(config.to_dict(), sort_keys=False))
             environment, contents = path / 'environment.json', {**describe_environment(), **facts}
             if not is_new and environment.exists():
-                before = json.loads(read_text(environment, ConfigError))
+                before = _read_json(environment)
                 contents = {**before, 'resumed': [*before.get('resumed', []), contents]}
             write_text(environment, to_json(contents, indent=2) + '\n')
             for file in [path / 'summary.csv', *path.glob('events.out.tfevents.*')]:

@@ -1,4 +1,5 @@
 """Failures during long runs and their messages; modes of computing a step."""
+import json
 import os
 import random
 import re
@@ -18,6 +19,7 @@ from caretrans.checkpoint import read_checkpoint
 from caretrans.data import EvalTransform, samples
 from caretrans.distributed import Processes
 from caretrans.errors import TrainingError
+from caretrans.training.folder import RunFolder
 from caretrans.training.run import train
 from caretrans.training.steps import Stepper, train_steps
 from caretrans.training.trainer import Trainer
@@ -210,6 +212,14 @@ def test_ctrl_c_prints_how_to_resume(data, tmp_path):
     assert kill(process, 2) == 130
     text = log.read_text(encoding='utf-8')
     assert 'the same command resumes' in text and 'Traceback' not in text
+
+
+def test_a_damaged_report_of_versions_is_written_again(data, tmp_path):
+    config, path = configure(data, *FLAGS), tmp_path / 'run'
+    RunFolder(path, config, {}).close()
+    (path / 'environment.json').write_text('{', encoding='utf-8')
+    RunFolder(path, config, {}, is_new=False).close()
+    assert len(json.loads((path / 'environment.json').read_text(encoding='utf-8'))['resumed']) == 1
 
 
 # Modes of computing a step --------------------------------------------------------------------------------------------
