@@ -7,7 +7,7 @@ from typing import Any
 from .checkpoint import LAYOUTS, convert_checkpoint, is_dense, read_checkpoint
 from .devices import resolve_device
 from .errors import run_command
-from .flags import DEVICE_HELP, FlagParser, add_checkpoint_flags, add_weights_flags, keep_flags, number
+from .flags import DEVICE_HELP, FlagParser, add_checkpoint_flags, add_weights_flags, check_weights, keep_flags, number
 from .progress import show_messages
 from .text import escape
 from .strict_json import to_json
@@ -89,6 +89,7 @@ def _predict_dense(as_json: bool, device: str, options: dict[str, Any]) -> int:
 
 
 def _predict(as_json: bool, device: str, **options: Any) -> int:
+    check_weights(*(options[name] for name in ('checkpoint', 'pretrained', 'model_name', 'entry')))
     if options['checkpoint'] and is_dense(read_checkpoint(options['checkpoint'], options['entry'])):
         return _predict_dense(as_json, device, options)
     from .evaluation.predict import predict_images

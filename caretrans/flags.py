@@ -195,7 +195,7 @@ def check_weights(
     if len(named) > 1:
         raise ConfigError(f'{" and ".join(named)} exclude each other: use one of them.')
     if not named:
-        only = '' if random_weights is not None else ', which has no accuracy and is not for this command'
+        only = '' if random_weights is not None else ', which this command cannot use: they have no accuracy'
         raise ConfigError(
             'No weights: --checkpoint FILE loads a file, --pretrained --model NAME the published weights of a model, '
             f'and --random-weights makes random ones to measure speed{only}.')

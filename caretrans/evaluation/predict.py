@@ -12,7 +12,6 @@ from ..data.decode import EvalTransform, describe_error
 from ..data.folders import list_images
 from ..devices import autocast
 from ..errors import DataError, EvaluationError
-from ..flags import check_weights
 from .evaluate import CPU, load_for_evaluation
 from .metrics import explain_non_finite, list_non_finite
 
@@ -87,7 +86,6 @@ def predict_images(
         CheckpointError, ConfigError, DataError: Before the first image.
         EvaluationError: The weights are not finite, so that no image has a prediction.
     """
-    check_weights(checkpoint, pretrained, model_name, entry)
     paths = list(find_images(images))
     model, loaded, preparation = load_for_evaluation(
         checkpoint, model_name, entry, device, pretrained, **overrides)

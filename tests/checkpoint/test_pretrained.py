@@ -152,6 +152,7 @@ REFUSED = [
     (['-m', 'caretrans', 'predict', 'x.jpg'], 'No weights: --checkpoint FILE loads a file, --pretrained'),
     (['benchmark.py', '--bench', 'accuracy'], 'No weights: --checkpoint FILE loads a file, --pretrained'),
     (['coreml/export.py'], 'and --random-weights makes random ones to measure speed.'),
+    (['-m', 'caretrans', 'predict', 'x.jpg', '--pretrained', '--checkpoint', 'x.pth'], 'exclude each other: use one'),
     (['validate.py', '--pretrained', 'data/fruit14'], '--pretrained needs a model: add --model'),
     (['validate.py', 'x.pth', 'a', 'b'], 'a b: name one folder of data.'),
     (['validate.py', '--checkpoint', 'x.pth', '--pretrained'], '--checkpoint and --pretrained exclude each other'),
@@ -180,5 +181,5 @@ def test_kinds_of_weights_exclude_each_other():
     check_weights('', False, 'care_s0', random_weights=True)
     with pytest.raises(ConfigError, match='--checkpoint and --pretrained and --random-weights exclude each other'):
         check_weights('x.pth', True, 'care_s0', random_weights=True)
-    with pytest.raises(ConfigError, match='which has no accuracy and is not for this command'):
+    with pytest.raises(ConfigError, match='which this command cannot use: they have no accuracy'):
         check_weights('', False, 'care_s0')
