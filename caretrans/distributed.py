@@ -127,7 +127,7 @@ def find_processes() -> Processes:
     """The rank of this process as set by torchrun, without contacting the others.
 
     Raises:
-        ConfigError: The variables contradict each other.
+        ConfigError: The variables contradict each other, or some are missing.
     """
     world_size = read_number('WORLD_SIZE', 1) if 'RANK' in os.environ else 1
     if world_size <= 1:
@@ -136,6 +136,11 @@ def find_processes() -> Processes:
     if rank >= world_size:
         raise ConfigError(
             f'RANK={rank} in the environment must be below WORLD_SIZE={world_size}: unset both, or use torchrun.')
+    missing = [name for name in ('MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
+    if missing:
+        raise ConfigError(
+            f'RANK={rank} and WORLD_SIZE={world_size} are set in the environment, but not {" and ".join(missing)}: '
+            f'start with torchrun or the scripts in cmd/, or unset RANK for one process.')
     return Processes(rank, world_size, read_number('LOCAL_RANK', 0))
 
 
@@ -159,11 +164,6 @@ def join_processes(device: torch.device, timeout: float = 1800.) -> Processes:
     processes = find_processes()
     if processes.is_alone or dist.is_initialized():
         return processes
-    missing = [name for name in ('MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
-    if missing:
-        raise ConfigError(
-            f'RANK={processes.rank} and WORLD_SIZE={processes.world_size} are set in the environment, but not '
-            f'{" and ".join(missing)}: start with torchrun or the scripts in cmd/, or unset RANK for one process.')
     backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))

@@ -22,7 +22,8 @@ def environment(monkeypatch):
 
 @pytest.mark.parametrize('variables, expected', [
     ({}, Processes()), (dict(WORLD_SIZE='8'), Processes()), (dict(RANK='0', WORLD_SIZE='1'), Processes()),
-    (dict(RANK='1', WORLD_SIZE='4', LOCAL_RANK='1'), Processes(1, 4, 1)), (dict(RANK='', WORLD_SIZE=''), Processes())])
+    (dict(RANK='1', WORLD_SIZE='4', LOCAL_RANK='1', MASTER_ADDR='host', MASTER_PORT='1'), Processes(1, 4, 1)),
+    (dict(RANK='', WORLD_SIZE=''), Processes())])
 def test_processes_are_found_in_the_environment(environment, variables, expected):
     environment(**variables)
     assert find_processes() == expected
@@ -31,7 +32,7 @@ def test_processes_are_found_in_the_environment(environment, variables, expected
 @pytest.mark.parametrize('variables, message', [
     (dict(RANK='one', WORLD_SIZE='2'), "RANK is 'one' in the environment but must be a number"),
     (dict(RANK='0', WORLD_SIZE='two'), "WORLD_SIZE is 'two' in the environment"),
-    (dict(RANK='0', WORLD_SIZE='2', LOCAL_RANK='-1'), "LOCAL_RANK is '-1' in the environment"),
+    (dict(RANK='0', WORLD_SIZE='2', LOCAL_RANK='-1', MASTER_ADDR='host', MASTER_PORT='1'), "LOCAL_RANK is '-1' in the"),
     (dict(RANK='2', WORLD_SIZE='2'), 'RANK=2 in the environment must be below WORLD_SIZE=2')])
 def test_contradictions_are_refused(environment, variables, message):
     environment(**variables)
