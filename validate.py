@@ -1,14 +1,20 @@
-"""Evaluate a checkpoint: python validate.py CHECKPOINT [DATA] [flags]. Prints top-1, top-5, loss, images, images/s."""
+"""Evaluate a checkpoint: python validate.py CHECKPOINT [DATA] [flags].
+
+Prints top-1, top-5, loss, images and images/s of a classifier, average precision (COCO) of a detector, the mean IoU of
+a segmenter.
+"""
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import caretrans  # noqa: F401 (registers the models)
+from caretrans.checkpoint import is_dense, read_checkpoint
 from caretrans.devices import resolve_device
 from caretrans.distributed import find_processes, is_primary, shared_errors
 from caretrans.errors import ConfigError, run_command
 from caretrans.evaluation import EvalConfig, describe_result, evaluate_checkpoint
 from caretrans.flags import (
-    DEVICE_HELP, FlagParser, add_checkpoint_flags, add_weights_flags, check_weights, number)
+    DEVICE_HELP, FlagParser, add_checkpoint_flags, add_weights_flags, check_weights, keep_flags, number)
 from caretrans.fuse import FORMS
 from caretrans.progress import show_messages
 from caretrans.strict_json import to_json
@@ -39,12 +45,13 @@ def build_parser() -> FlagParser:
     return parser
 
 
-def place_arguments(flags: dict[str, Any]) -> None:
-    """Turn the arguments without a flag into `checkpoint` and `data`.
+def parse_flags(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The flags of a command line, with the arguments without a flag as `checkpoint` and `data`.
 
     Raises:
-        ConfigError: There are too many, or no weights are named.
+        ConfigError: They cannot work, or no weights are named.
     """
+    flags = vars(build_parser().parse_intermixed_args(argv))
     rest = flags.pop('checkpoint_and_data')
     if rest and not flags['checkpoint'] and not flags['pretrained']:
         flags['checkpoint'] = rest.pop(0)
@@ -52,19 +59,31 @@ def place_arguments(flags: dict[str, Any]) -> None:
         raise ConfigError(f'{" ".join(rest)}: name one folder of data.')
     flags['data'] = rest[0] if rest else ''
     check_weights(flags['checkpoint'], flags['pretrained'], flags['model_name'], flags['entry'])
+    return flags
 
 
 def run() -> int:
     processes = find_processes()
     show_messages(processes.is_primary)
     with shared_errors():  # all processes have the same command line
-        flags = vars(build_parser().parse_args())
-        place_arguments(flags)
-    as_json = flags.pop('json')
+        flags = parse_flags()
+        as_json = flags.pop('json')
+        stream = sys.stderr if as_json else None
+        dense = flags['checkpoint'] and is_dense(read_checkpoint(flags['checkpoint'], flags['entry']))
+        if dense:
+            parser = build_parser()
+            flags = keep_flags(flags, ('checkpoint', 'data', 'split', 'entry', 'device', 'amp'),
+                               'a detector or segmenter', {name: parser.get_default(name) for name in flags})
+            if 'data' not in flags:
+                raise ConfigError('Name a folder of data with annotations after the checkpoint.')
     flags['device'] = resolve_device(flags['device'], processes.local_rank)
-    result = evaluate_checkpoint(EvalConfig(**flags), sys.stderr if as_json else None)
+    if dense:
+        from caretrans.dense.evaluate import describe_scores, evaluate_dense
+        result, describe = evaluate_dense(**flags, progress_stream=stream), describe_scores
+    else:
+        result, describe = evaluate_checkpoint(EvalConfig(**flags), stream), describe_result
     if processes.is_primary:
-        print(to_json(result.to_dict(), indent=2) if as_json else '\n'.join(describe_result(result)))
+        print(to_json(result.to_dict(), indent=2) if as_json else '\n'.join(describe(result)))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Small commands: python -m caretrans predict | convert | shard | bench-loader | compare. See --help of each."""
+"""Small commands, each with --help: python -m caretrans predict|convert|inspect|shard|bench-loader|compare."""
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -6,8 +6,8 @@ from typing import Any
 
 from .checkpoint import LAYOUTS, convert_checkpoint, is_dense, read_checkpoint
 from .devices import resolve_device
-from .errors import ConfigError, run_command
-from .flags import DEVICE_HELP, FlagParser, add_checkpoint_flags, add_weights_flags, number
+from .errors import run_command
+from .flags import DEVICE_HELP, FlagParser, add_checkpoint_flags, add_weights_flags, keep_flags, number
 from .progress import show_messages
 from .text import escape
 from .strict_json import to_json
@@ -47,6 +47,10 @@ def _build_parser() -> FlagParser:
     shard.add_argument('--workers', type=number(int, 1), default=4, help='shards written in parallel (default: 4)')
     shard.add_argument('--seed', type=int, default=0, help='seed of the image order (default: 0)')
 
+    inspect = commands.add_parser('inspect', help='say what is in a folder: images, objects, classes, odd things')
+    inspect.add_argument('data', help='folder of classes, in the format of COCO, or with images and masks')
+    inspect.add_argument('--split', dest='splits', nargs='+', default=['train', 'val'], help='(default: train val)')
+
     bench = commands.add_parser('bench-loader', help="images/s of the training loader and of timm's default loader")
     bench.add_argument('data', nargs='?', help='folder with train/CLASS/*.jpg (default: the bundled images)')
     bench.add_argument('--workers', type=number(int, 0), default=1, help='processes (default: 1)')
@@ -62,20 +66,11 @@ def _build_parser() -> FlagParser:
     return parser
 
 
-def _keep(options: dict[str, Any], names: Sequence[str], kind: str) -> dict[str, Any]:
-    """The options of these names that are given; others must not be."""
-    given = {name: value for name, value in options.items() if value is not None and value is not False}
-    wrong = [f'--{name.replace("_", "-").replace("model-name", "model")}' for name in given if name not in names]
-    if wrong:
-        raise ConfigError(f'{", ".join(wrong)} cannot be used with {kind}: omit it.')
-    return given
-
-
 def _predict_dense(as_json: bool, device: str, options: dict[str, Any]) -> int:
     from .dense.predict import predict_images
 
-    del options['topk']
-    given = _keep(options, ('checkpoint', 'images', 'output', 'score', 'entry'), 'a detector or segmenter')
+    given = keep_flags(
+        options, ('checkpoint', 'images', 'output', 'score', 'entry'), 'a detector or segmenter', dict(topk=5))
     failed = False
     for result in predict_images(device=resolve_device(device), **dict(dict(output='runs/predict'), **given)):
         if as_json:
@@ -98,7 +93,7 @@ def _predict(as_json: bool, device: str, **options: Any) -> int:
         return _predict_dense(as_json, device, options)
     from .evaluation.predict import predict_images
 
-    _keep({name: options.pop(name) for name in ('output', 'score')}, (), 'a classifier')
+    keep_flags({name: options.pop(name) for name in ('output', 'score')}, (), 'a classifier')
     failed = False
     for result in predict_images(device=resolve_device(device), **options):
         if as_json:
@@ -125,6 +120,11 @@ def _run(argv: Sequence[str]) -> int:
         from .data.shards import write_shards
         for split, info in write_shards(**options).items():
             print(f'{split}: {info["num_samples"]} images in {len(info["filenames"])} shards')
+    elif command == 'inspect':
+        from .dense.inspect import describe_data
+        for split in options['splits']:
+            for line in describe_data(options['data'], split):
+                print(escape(line))
     elif command == 'bench-loader':
         from .bench.loaders import bench_loader, describe_bench
         result = bench_loader(**options)
@@ -132,7 +132,7 @@ def _run(argv: Sequence[str]) -> int:
     elif is_dense(read_checkpoint(options['source'], options['entry'])):
         from .dense import convert_checkpoint as convert_dense
         print(convert_dense(
-            **_keep(options, ('source', 'target', 'layout', 'overwrite', 'entry'), 'a detector or segmenter')))
+            **keep_flags(options, ('source', 'target', 'layout', 'overwrite', 'entry'), 'a detector or segmenter')))
     else:
         print(convert_checkpoint(**options))
     return 0

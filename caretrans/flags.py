@@ -8,7 +8,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -18,7 +18,7 @@ from .errors import ConfigError
 __all__ = [
     'CHANNEL_ORDERS', 'CROP_MODES', 'DEVICE_HELP', 'FlagParser', 'ORIENTATIONS', 'PRETRAINED_HELP',
     'add_checkpoint_flags', 'add_flags', 'add_weights_flags', 'check_settings', 'check_weights', 'convert_setting',
-    'number', 'parse_flags', 'setting']
+    'keep_flags', 'number', 'parse_flags', 'setting']
 
 CROP_MODES = ['center', 'squash', 'border']  # timm's names
 CHANNEL_ORDERS = ['rgb', 'bgr']
@@ -237,3 +237,22 @@ def add_checkpoint_flags(parser: Any, preparation: Any = None) -> None:
              'published weights were trained)')
     group.add_argument(
         '--interpolation', choices=['bicubic', 'bilinear', 'nearest', 'lanczos'], help='resizing method')
+
+
+def keep_flags(
+        flags: dict[str, Any], names: Sequence[str], kind: str, defaults: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The flags of these names that are given; no other may be.
+
+    Args:
+        kind: What cannot be used with others, for the message: 'a detector or segmenter'.
+        defaults: Values that count as not given, besides None, False and ''.
+    Raises:
+        ConfigError: Another flag is given.
+    """
+    given = {name: value for name, value in flags.items() if value is not None and value is not False and value != ''
+             and not (name not in names and (defaults or {}).get(name) == value)}
+    wrong = [f'--{dict(model_name="model").get(name, name).replace("_", "-")}' for name in given if name not in names]
+    if wrong:
+        raise ConfigError(f'{", ".join(wrong)} cannot be used with {kind}: omit it.')
+    return given

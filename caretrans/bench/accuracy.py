@@ -88,7 +88,7 @@ def measure_accuracy(
                     runner = prepare(network, setup)
                 result, found = _score(
                     RunnerModule(runner), opened, eval_config, model.num_classes, device, progress)
-            except Exception as error:  # whatever a backend raises
+            except Exception as error:  # backends raise many kinds
                 if failures is None:
                     raise
                 failures.append(f'accuracy of {setup}: {shorten(error)}')

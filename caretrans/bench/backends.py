@@ -323,7 +323,7 @@ def _prepare_onnxruntime(network: Network, setup: Setup) -> Runner:
 
 
 def _prepare_openvino(network: Network, setup: Setup) -> Runner:
-    """A request of OpenVINO on the CPU, for latency: one stream, `setup.threads` threads, the number format as asked.
+    """A request of OpenVINO on the CPU, for latency: one stream, `setup.threads` threads, the given number format.
 
     Without a hint OpenVINO computes in bfloat16 where the CPU has it.
     """

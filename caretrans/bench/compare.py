@@ -18,6 +18,7 @@ from ..distributed import Processes, find_processes
 from ..errors import ConfigError, Preempted, TrainingError
 from ..measure.timing import free_memory
 from ..progress import Progress
+from ..text import escape
 from ..training.folder import describe_environment, find_run
 from ..training.run import train
 from ..training.trainer import Trainer, build_model, check_kernels
@@ -139,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(stop)
         return 0
     except TrainingError as error:
-        print(f'caretrans compare: {error}', file=sys.stderr)
+        print(f'caretrans compare: {escape(error)}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print('caretrans compare: stopped; the same command resumes from the last checkpoint', file=sys.stderr)
@@ -147,5 +148,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     print('\n'.join(describe_comparison(comparison)))
     print(f'written to {plan.folder}: comparison.csv, comparison.json, comparison.md, comparison.png')
     for failure in comparison.failures:
-        print(f'caretrans compare: failed: {failure}', file=sys.stderr)
+        print(f'caretrans compare: failed: {escape(failure)}', file=sys.stderr)
     return int(bool(comparison.failures))

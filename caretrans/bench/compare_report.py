@@ -171,7 +171,7 @@ class Comparison:
 
     @property
     def budget(self) -> Budget:
-        """The same for all models."""
+        """The budget that all models share."""
         return next(iter(self.facts.values())).budget
 
     def to_dict(self) -> dict[str, Any]:

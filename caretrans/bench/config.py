@@ -169,7 +169,7 @@ class BenchConfig(InferFlags, TrainFlags, AccuracyFlags, CommonFlags):
 
     @property
     def plots_file(self) -> bool:
-        """Whether `plots` names one file instead of a folder."""
+        """True if `plots` names one file instead of a folder."""
         return self.plots.endswith('.png')
 
     def list_benches(self) -> list[str]:

@@ -143,7 +143,7 @@ def _make_ready(candidate: Candidate, config: BenchConfig, others: Sequence[Cand
         try:
             _warm_up(candidate, config)
             return ''
-        except Exception as error:  # whatever a backend raises: the other candidates are still measured
+        except Exception as error:  # backends raise many kinds; the other candidates are still measured
             if not is_out_of_memory(error):
                 candidate.release()
                 return f'{candidate.name}: {shorten(error)}'

@@ -34,7 +34,7 @@ def _count(name: str, size: tuple[int, int]) -> dict[str, Any]:
     model = make_empty(name)
     try:
         fused = to_form(model)
-    except RuntimeError:  # fusing this model needs memory, whatever the values
+    except RuntimeError:  # a model that cannot be fused on the meta device
         fused = to_form(model.to_empty(device='cpu')).to('meta')
         model = make_empty(name)
     counts, fused_counts = count_operations(model, size), count_operations(fused, size)

@@ -322,7 +322,7 @@ def _prepare(bench: TrainingBench, subject: Subject, mode: Mode, reference: Firs
 
 
 def _measure(bench: TrainingBench, modes: Sequence[Mode], report: Callable[[], None]) -> list[Record]:
-    """The records of all modes, of which the first is the published one.
+    """The records of all modes, the published one first.
 
     Raises:
         RuntimeError, MemoryError: The batch does not fit.

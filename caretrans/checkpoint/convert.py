@@ -45,6 +45,7 @@ def convert_checkpoint(
     target = Path(target)
     _check_target(target, layout, overwrite)
     checkpoint = read_checkpoint(source, entry)
+    checkpoint.log_remarks()
     model_name, tagged = choose_model(checkpoint, model_name), model_name and '.' in model_name
     name = model_name.partition('.')[0]
     if name not in list_models():

@@ -50,12 +50,19 @@ class Checkpoint:
         state_dict: The weights, on the CPU, under the keys of the file without the names of wrappers.
         meta: Everything else (`arch`, `class_names`, `epoch`, `optimizer` ...), with objects of other projects
             converted to plain values: namespaces to dicts, paths to texts, NumPy scalars to numbers.
+        remarks: See `log_remarks`.
     """
     path: Path | str
     entry: str
     entries: tuple[str, ...]
     state_dict: dict[str, torch.Tensor] = field(repr=False)
     meta: dict[str, Any] = field(repr=False)
+    remarks: tuple[str, ...] = field(default=(), repr=False)
+
+    def log_remarks(self) -> None:
+        """Log in one line what of the file was removed, skipped or read as plain values; nothing for most files."""
+        if self.remarks:
+            _logger.info('%s: %s', self.path, '; '.join(self.remarks))
 
 
 def read_checkpoint(path: PathLike, entry: str | None = None) -> Checkpoint:
@@ -91,9 +98,8 @@ def read_checkpoint(path: PathLike, entry: str | None = None) -> Checkpoint:
     state_dict, remarks = _clean_keys(path, weights[entry])
     if types:
         remarks.append(f'objects of {list_names(types)} were read as plain values, without their code')
-    if remarks:
-        _logger.info('%s: %s', path, '; '.join(remarks))
-    return Checkpoint(path, entry, tuple(name for name in weights if name != entry), state_dict, meta)
+    others = tuple(name for name in weights if name != entry)
+    return Checkpoint(path, entry, others, state_dict, meta, tuple(remarks))
 
 
 def _clean_keys(path: Path, weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:

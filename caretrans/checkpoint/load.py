@@ -182,6 +182,7 @@ def create_pretrained(
 
 
 def _load(model: nn.Module, checkpoint: Checkpoint, new_heads: bool) -> None:
+    checkpoint.log_remarks()
     model = unwrap_model(model)
     layout = Layout.of(model)
     tensors = match_strictly(layout, checkpoint, new_heads)

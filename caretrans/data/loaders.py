@@ -91,13 +91,14 @@ class _DeviceLoader:
         waited: Seconds spent waiting for the workers so far.
     """
 
-    def __init__(self, preparation: Preparation, device: torch.device, **erasing: Any) -> None:
+    def __init__(
+            self, preparation: Preparation, device: torch.device, num_classes: int | None, **erasing: Any) -> None:
         channels = preparation.input_size[0]
         if channels != 3:
             raise DataError(f'The model takes images of {channels} channels, the loaders give 3 (RGB): in_chans=3.')
         self.unreadable: list[tuple[str, str]] = []
         self.waited = 0.
-        self.num_classes: int | None = None  # labels are checked against it
+        self.num_classes = num_classes  # labels are checked against it, unless it is None
         self.prefetcher = PrefetchLoader(
             self, mean=preparation.mean, std=preparation.std, device=device, channels=channels, **erasing)
 
@@ -159,9 +160,9 @@ class TrainLoader(_DeviceLoader):
 
     def __init__(
             self, samples: Dataset, config: TrainConfig, preparation: Preparation, splits: Sequence[tuple[int, int]],
-            processes: Processes, device: torch.device,
+            processes: Processes, device: torch.device, num_classes: int | None = None,
     ) -> None:
-        super().__init__(preparation, device, re_prob=config.random_erasing, re_mode='pixel')
+        super().__init__(preparation, device, num_classes, re_prob=config.random_erasing, re_mode='pixel')
         self.samples, self.seed, self.processes, self.splits = samples, config.seed, processes, list(splits)
         options: dict[str, Any] = dict(
             num_workers=config.workers, collate_fn=collate, pin_memory=device.type == 'cuda',
@@ -266,9 +267,7 @@ def build_train_loader(
     if isinstance(dataset, IterableDataset) and len(transforms) > 1:
         raise DataError('train_img_sizes needs images by index: shards are read in order, so give one img_size.')
     samples = _make_samples(dataset, transforms, config, splits, processes)
-    loader = TrainLoader(samples, config, preparation, splits, processes, device)
-    loader.num_classes = num_classes
-    return loader
+    return TrainLoader(samples, config, preparation, splits, processes, device, num_classes)
 
 
 def _make_samples(
@@ -303,9 +302,9 @@ class EvalLoader(_DeviceLoader):
 
     def __init__(
             self, samples: Dataset, preparation: Preparation, batch_size: int, workers: int, processes: Processes,
-            device: torch.device,
+            device: torch.device, num_classes: int | None = None,
     ) -> None:
-        super().__init__(preparation, device)
+        super().__init__(preparation, device, num_classes)
         self.share: list[int] | None = None
         options: dict[str, Any] = dict(
             num_workers=workers, collate_fn=collate, pin_memory=device.type == 'cuda', worker_init_fn=start_worker)
@@ -346,6 +345,4 @@ def build_eval_loader(
         samples = StreamedSamples(dataset, transform, 0, 0)
     else:
         samples = Samples(dataset, [transform], replace=False)
-    loader = EvalLoader(samples, preparation, batch_size, workers, processes, device)
-    loader.num_classes = num_classes
-    return loader
+    return EvalLoader(samples, preparation, batch_size, workers, processes, device, num_classes)

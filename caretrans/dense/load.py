@@ -96,6 +96,7 @@ def create_from_checkpoint(path: str | PathLike, entry: str | None = None) -> tu
         CheckpointError: The file cannot be read, is none of these, or does not fit.
     """
     checkpoint = read_checkpoint(path, entry)
+    checkpoint.log_remarks()
     config = checkpoint.meta.get('dense')
     if config is not None:
         model = create_dense_model(**_check_config(checkpoint, config))

@@ -9,8 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torchvision.transforms.functional import normalize, pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from ..data.decode import describe_error, open_image
@@ -105,8 +104,7 @@ def _detect(
 def _segment(
         model: nn.Module, pixels: torch.Tensor, names: list[str], score: float, device: torch.device,
 ) -> tuple[dict[str, Any], Image.Image]:
-    images = normalize(pixels / 255, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)[None].to(device)
-    classes = model(images)[0].argmax(0).cpu()
+    classes = model.segment(pixels.to(device)).argmax(0).cpu()
     shares = torch.bincount(classes.flatten(), minlength=len(names)) / classes.numel()
     masks = F.one_hot(classes, len(names)).permute(2, 0, 1).bool()
     present = shares.nonzero()[:, 0].tolist()

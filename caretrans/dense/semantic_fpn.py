@@ -2,6 +2,8 @@
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision.transforms.functional import normalize
 
 from .backbone import DenseBackbone
 from .pyramid import Pyramid, to_full_precision
@@ -34,13 +36,14 @@ class SemanticFpn(nn.Module):
         channels: Width of the FPN.
         head_channels: Width of the head.
         drop: Dropout of whole channels before the classifier.
+        min_size, max_size: Of images in `segment`, in pixels.
     """
 
     def __init__(
             self, body: DenseBackbone, num_classes: int, channels: int = 256, head_channels: int = 128,
-            drop: float = .1) -> None:
+            drop: float = .1, min_size: int = 512, max_size: int = 2048) -> None:
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes, self.min_size, self.max_size = num_classes, min_size, max_size
         self.backbone = Pyramid(body, channels)
         self.branches = nn.ModuleList(ScaleBranch(channels, head_channels, level) for level in body.levels)
         self.drop = nn.Dropout2d(drop)
@@ -58,6 +61,20 @@ class SemanticFpn(nn.Module):
     def raw(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (B, num_classes, H / 4, W / 4) for a normalised batch."""
         return self.classify(list(self.backbone(x).values()))
+
+    def segment(self, image: torch.Tensor) -> torch.Tensor:
+        """Logits (num_classes, H, W) of one image (3, H, W) of pixels from 0 to 255, at its own size.
+
+        As in mmseg the image is resized to a short side of `min_size`, or a long side of `max_size` if that is smaller,
+        and stretched to multiples of 32.
+        """
+        height, width = image.shape[-2:]
+        scale = min(self.min_size / min(height, width), self.max_size / max(height, width))
+        size = [-(-int(side * scale + .5) // 32) * 32 for side in (height, width)]
+        x = normalize(image.float() / 255, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)[None]
+        x = F.interpolate(x, size, mode='bilinear', align_corners=False)
+        logits = to_full_precision(self.raw(x))
+        return F.interpolate(logits, (height, width), mode='bilinear', align_corners=False)[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits = to_full_precision(self.raw(x))

@@ -39,7 +39,7 @@ def matmul(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
-    """Whether the channels of the map `x` (B, C, H, W), perhaps a slice of another map, lie next to each other."""
+    """True if the channels of the map `x` (B, C, H, W), which may be a slice of another, are adjacent in memory."""
     return x.stride(1) == 1
 
 

@@ -21,7 +21,7 @@ def _heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 
 def _head_views(x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """The same, to write to: always a view."""
+    """The same as a view, to write to."""
     B, C, H, W = x.shape
     return x.view(B, num_heads, C // num_heads, H * W)
 

@@ -18,12 +18,12 @@ MAX_HEAD_CHS = 128  # wider heads do not fit into the registers
 
 
 def is_interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on the CPU, for tests; read when Triton is first imported."""
+    """True if Triton's interpreter runs the kernels, on the CPU, for tests; read when Triton is first imported."""
     return os.environ.get('TRITON_INTERPRET') == '1'
 
 
 def fits(x: torch.Tensor) -> bool:
-    """Whether the kernels support the device and dtype of `x`."""
+    """True if the kernels support the device and dtype of `x`."""
     return is_interpreted() if x.device.type == 'cpu' else x.is_cuda and x.dtype != torch.float64
 
 

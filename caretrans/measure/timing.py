@@ -36,7 +36,7 @@ class CandidateError(RuntimeError):
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether the error is out-of-memory, on GPU or CPU, as the different libraries report it."""
+    """True if the error is out-of-memory, on GPU or CPU, as the different libraries report it."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     signs = ('out of memory', 'not enough memory', "can't allocate memory", 'failed to allocate memory', 'bad_alloc')

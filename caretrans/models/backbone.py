@@ -306,7 +306,11 @@ def build_backbone(model_cls: Type[Backbone], variant: str, pretrained: bool, **
     Raises:
         RuntimeError: The weights could not be downloaded; the message names the source and an alternative.
         TypeError: An argument that the model does not accept.
+        ValueError: An `output_stride` other than 32, which some libraries ask for.
     """
+    if kwargs.pop('output_stride', 32) != 32:
+        raise ValueError(f'{variant} has an output_stride of 32 only: choose a decoder that takes all four maps.')
+
     def prepare(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Any]:
         for wrapper in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):  # timm unwraps only local files
             if isinstance(state_dict.get(wrapper), dict):

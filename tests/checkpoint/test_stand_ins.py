@@ -15,8 +15,10 @@ import pytest
 import timm
 import torch
 from checkpoints import TINY, error_of, make_tiny, publish, publish_model, same
+from photos import FRUIT
 from torch.optim.swa_utils import AveragedModel
 
+from caretrans.__main__ import main
 from caretrans.checkpoint import convert_checkpoint, create_from_checkpoint, load_checkpoint, read_checkpoint
 
 
@@ -214,3 +216,16 @@ def test_conversion_drops_what_it_cannot_keep(tmp_path, caplog):
     meta = read_checkpoint(tmp_path / 'y.safetensors').meta
     assert meta['when'] == '2025-03-01' and 'rng' not in meta and 'best_loss' not in meta
     assert 'without the entry best_loss: the result is inf' in caplog.text
+
+
+def test_commands_say_once_what_they_read(tmp_path, caplog, capsys):
+    """`predict` opens a file twice: it may be of a detector."""
+    source = timm.create_model('care_s0', num_classes=3)
+    torch.save({'model': {f'net.{key}': value for key, value in source.state_dict().items()}, 'split': Split.TRAIN},
+               tmp_path / 'x.pth')
+    image = next(FRUIT.glob('val/*/*.jpg'))
+    with caplog.at_level(logging.INFO):
+        assert main(['predict', str(image), '--checkpoint', str(tmp_path / 'x.pth'), '--img-size', '32', '--device',
+                     'cpu']) == 0
+    found = [message for message in caplog.messages if 'the prefix net. was removed' in message]
+    assert len(found) == 1 and 'objects of test_stand_ins.Split were read as plain values' in found[0]

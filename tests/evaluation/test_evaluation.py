@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from photos import FRUIT, copy_images
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform
-from validate import main
+from validate import main, parse_flags
 
 import caretrans
 from caretrans.checkpoint import create_from_checkpoint, save_checkpoint
@@ -161,6 +161,17 @@ def test_worst_classes_are_printed_with_what_they_are_mistaken_for(fruit):
     assert f'  {worst.name}  {worst.top1:.1f} % of {worst.images}: {other.name} {other.images}' \
         in '\n'.join(describe_result(result))
     assert result.per_class is None
+
+
+@pytest.mark.parametrize('argv, checkpoint, data', [
+    (['x.pth'], 'x.pth', ''), (['x.pth', 'd'], 'x.pth', 'd'), (['x.pth', '--device', 'cpu', 'd'], 'x.pth', 'd'),
+    (['--json', 'x.pth', '--workers', '0', 'd', '--amp', 'bf16'], 'x.pth', 'd'),
+    (['--checkpoint', 'x.pth', 'd'], 'x.pth', 'd'), (['d', '--checkpoint', 'x.pth'], 'x.pth', 'd'),
+    (['--checkpoint', 'x.pth'], 'x.pth', ''), (['--pretrained', '--model', 'care_s0', 'd'], '', 'd'),
+    (['d', '--model', 'care_s0', '--pretrained'], '', 'd')])
+def test_arguments_without_a_flag_are_the_checkpoint_and_the_data(argv, checkpoint, data):
+    flags = parse_flags(argv)
+    assert (flags['checkpoint'], flags['data']) == (checkpoint, data) and 'checkpoint_and_data' not in flags
 
 
 def test_an_error_is_one_line_of_the_primary_process(two_kinds):

@@ -238,7 +238,7 @@ def test_labels_of_another_number_of_classes_are_refused(run, checkpoint, tmp_pa
     labels.write_text('apple\npear\n', encoding='utf-8')
     code, _, error = run('--checkpoint', checkpoint, '--labels', labels, '--output-dir', tmp_path / 'out', *FAST)
     assert code == 2 and 'names 2 classes, the network has 14' in error
-    labels.write_text('apple\n\npear\n')
+    labels.write_text('apple\n\npear\n', encoding='utf-8')
     code, _, error = run('--checkpoint', checkpoint, '--labels', labels, '--output-dir', tmp_path / 'out', *FAST)
     assert code == 2 and 'labels.txt: line 2 is empty: give each class a name' in error
 
