@@ -1,10 +1,14 @@
 """Anchors and their assignment to objects, as mmdet computes them."""
+from collections.abc import Sequence
+
 import torch
 from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
-__all__ = ['FixedAnchors', 'MaxIouMatcher']
+from ..errors import DataError
+
+__all__ = ['FixedAnchors', 'MaxIouMatcher', 'check_targets']
 
 
 class FixedAnchors(AnchorGenerator):
@@ -58,3 +62,21 @@ class MaxIouMatcher(Matcher):
         for i, iou in enumerate(best.tolist()):
             if iou >= self.min_iou:
                 matches[match_quality_matrix[i] == best[i]] = i
+
+
+def check_targets(targets: Sequence[dict[str, torch.Tensor]] | None, num_classes: int) -> None:
+    """Refuse targets that would train a detector to something else, or fail far from the cause.
+
+    Raises:
+        DataError: A label is no class, a box has no width or height, or their numbers differ; names the target.
+    """
+    for i, target in enumerate(targets or ()):
+        boxes, labels = target['boxes'], target['labels']
+        if len(boxes) != len(labels):
+            raise DataError(f'Target {i} has {len(boxes)} boxes and {len(labels)} labels.')
+        wrong = labels[(labels < 0) | (labels >= num_classes)].tolist()
+        if wrong:
+            raise DataError(f'Target {i} has the label {wrong[0]}: labels are 0 to {num_classes - 1}.')
+        empty = boxes[~(boxes[:, 2:] > boxes[:, :2]).all(dim=1)].tolist()  # also those with NaN
+        if empty:
+            raise DataError(f'Target {i} has the box {empty[0]}, which has no width or height: drop it.')

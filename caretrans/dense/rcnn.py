@@ -13,7 +13,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import roi_align
 
-from .anchors import FixedAnchors, MaxIouMatcher
+from .anchors import FixedAnchors, MaxIouMatcher, check_targets
 from .backbone import DenseBackbone
 from .pyramid import Pyramid, to_full_precision
 
@@ -156,7 +156,7 @@ class Rcnn(GeneralizedRCNN):
     Called like torchvision's detectors: a list of images (3, H, W) from 0 to 1 and, in training, of targets with
     `boxes` (N, 4) in pixels, x0 y0 x1 y1, `labels` (N,) from 0 to `num_classes` - 1 and, with masks, `masks` (N, H, W)
     of 0 and 1. Training returns the losses, evaluation a dict of `boxes`, `scores`, `labels` and `masks`
-    (N, 1, H, W; probabilities) for each image, in its pixels.
+    (N, 1, H, W; probabilities) for each image, in its pixels. Targets that cannot be right raise a DataError.
 
     Args:
         body: Dense backbone of strides 4, 8, 16, 32.
@@ -193,6 +193,7 @@ class Rcnn(GeneralizedRCNN):
         transform = dict(min_size=800, max_size=1333, image_mean=IMAGENET_DEFAULT_MEAN,
                          image_std=IMAGENET_DEFAULT_STD) | transform
         super().__init__(pyramid, rpn, heads, GeneralizedRCNNTransform(**transform))
+        self.num_classes = num_classes
 
     def raw(self, x: torch.Tensor) -> dict[str, list[torch.Tensor]]:
         """Undecoded proposals of each level for a normalised batch: `rpn_cls` (B, 3, H, W), `rpn_reg` (B, 12, H, W)."""
@@ -201,6 +202,7 @@ class Rcnn(GeneralizedRCNN):
 
     def forward(
             self, images: list[torch.Tensor], targets: list[dict[str, torch.Tensor]] | None = None) -> Any:
+        check_targets(targets, self.num_classes)
         if targets is not None:  # torchvision counts from 1, background is 0
             targets = [dict(target, labels=target['labels'] + 1) for target in targets]
         outputs = super().forward(images, targets)

@@ -8,7 +8,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.rpn import permute_and_flatten
 from torchvision.ops import remove_small_boxes, sigmoid_focal_loss
 
-from .anchors import FixedAnchors, MaxIouMatcher
+from .anchors import FixedAnchors, MaxIouMatcher, check_targets
 from .backbone import DenseBackbone
 from .pyramid import Pyramid, to_full_precision
 
@@ -91,3 +91,8 @@ class RetinaNet(TorchvisionRetinaNet):
     def raw(self, x: torch.Tensor) -> dict[str, list[torch.Tensor]]:
         """Undecoded outputs of each level for a normalised batch: `cls` (B, 9 * K, H, W), `reg` (B, 36, H, W)."""
         return self.head.raw(list(self.backbone(x).values()))
+
+    def forward(
+            self, images: list[torch.Tensor], targets: list[dict[str, torch.Tensor]] | None = None) -> Any:
+        check_targets(targets, self.head.classification_head.num_classes)
+        return super().forward(images, targets)

@@ -10,6 +10,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign
 
+from caretrans.errors import DataError
+
 BOUND = 1e-9
 IMAGES = ImageList(torch.zeros(2, 3, 160, 224), [(160, 224), (150, 200)])
 ORDER = [0, 1, 4, 2, 3]  # of the regions in the reference, which mixes the two images
@@ -176,6 +178,19 @@ def test_a_detector_is_called_like_those_of_torchvision(task, models):
         limits = torch.tensor([image.shape[2], image.shape[1]] * 2)
         assert (result['boxes'] >= 0).all() and (result['boxes'] <= limits).all()
         assert ((result['labels'] >= 0) & (result['labels'] < 80)).all()
+
+
+@pytest.mark.parametrize('task', ['retinanet', 'mask_rcnn'])
+@pytest.mark.parametrize('boxes, labels, message', [
+    ([[0., 0, 9, 9]], [80], 'Target 0 has the label 80: labels are 0 to 79'),
+    ([[0., 0, 9, 9]], [-1], 'has the label -1'),
+    ([[5., 0, 5, 9]], [1], r'has the box \[5.0, 0.0, 5.0, 9.0\], which has no width or height'),
+    ([[float('nan'), 0, 5, 9]], [1], 'has no width or height'),
+    ([[0., 0, 9, 9]], [1, 2], '1 boxes and 2 labels')])
+def test_targets_that_cannot_be_right_are_named(models, task, boxes, labels, message):
+    target = dict(boxes=torch.tensor(boxes), labels=torch.tensor(labels))
+    with pytest.raises(DataError, match=message):
+        models[task]([torch.rand(3, 32, 32)], [target])
 
 
 @torch.no_grad()

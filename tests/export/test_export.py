@@ -80,6 +80,8 @@ def test_checkpoint_is_exported_verified_and_reported(run, checkpoint, tmp_path)
     assert report['verification']['top1'] == report['verification']['top1_expected'] is not None
     assert report['sha256'] in text and len(report['sha256']) == 64
     assert 'torch fp32' in text and 'same top-1 %' in text
+    claim = 'any number of images of any height and width from 64 pixels on (run: 3 x 64 x 72, 2 x 101 x 70)'
+    assert claim in text and claim in report['notes']
 
 
 def test_json_is_one_object_with_the_latency_beside_eager(run, convert, tmp_path):

@@ -59,7 +59,7 @@ class PhoneRotaryAttention(InferenceModule):
 
         out_i = R_i u_i . (sum_j R_j k'_j v_j) / (u_i . sum_j k'_j)
 
-    where u is a softmax over the d + 1 channels of log phi(q) + log m, and of log phi(q) in that channel. k' is about
+    where u is a softmax over the d + 1 channels of log phi(q), and of log phi(q) - log m in that channel. k' is about
     N^-1/2 and the sums about N^1/2, whatever the keys are. R x = cos x + J (sin x) with a matrix J of 1 and -1, so that
     the matmuls use (cos u, sin u) and (cos k', sin k'), and J is applied to the sums.
     """
@@ -78,7 +78,7 @@ class PhoneRotaryAttention(InferenceModule):
         self.qkv = make_pointwise(
             torch.cat([none, q, none, k, identity], dim=1).flatten(0, 1),
             torch.cat([q_eps, q_shift, k_eps, k_shift, torch.zeros_like(q_shift)], dim=1).flatten(), like=linear.weight)
-        signs = torch.cat([torch.zeros(1), torch.ones(size), torch.zeros(1), -torch.ones(size)])
+        signs = torch.cat([-torch.ones(1), torch.zeros(size + 1), -torch.ones(size)])  # queries keep their precision
         self.register_buffer('signs', signs[:, None].to(linear.weight))
         eye, turn = F.pad(torch.eye(size), (1, 0, 1, 0)), F.pad(_turn_halves(size), (1, 0, 1, 0))
         mix = torch.cat([torch.cat([eye, turn], dim=1), torch.cat([turn.t(), eye], dim=1)])
