@@ -7,6 +7,15 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Escape names of files that are not UTF-8 in what a test printed: xdist cannot send them."""
+    report = yield
+    report.sections = [
+        (name, text.encode('utf-8', 'backslashreplace').decode('utf-8')) for name, text in report.sections]
+    return report
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
