@@ -131,6 +131,18 @@ def test_every_flag_of_a_number_refuses_what_is_not_finite(name, value):
             values) == 1 else [flag, '0.5', ' -inf'])
 
 
+@pytest.mark.parametrize('flags, warmup', [
+    (['--epochs', '1'], 0), (['--epochs', '5'], 2), (['--epochs', '6'], 5),
+    (['--recipe', 'care_s0_fruit14', '--epochs', '2'], 1), (['--recipe', 'care_s0_fruit14', '--epochs', '3'], 2)])
+def test_few_epochs_shorten_the_warm_up_that_nobody_named(flags, warmup, caplog):
+    caplog.set_level('INFO')
+    config = parse_train_config(flags)
+    assert config.warmup_epochs == warmup < config.epochs
+    assert (f'warmup_epochs is {warmup} instead of' in caplog.text) == (warmup in (0, 1) or flags[1] == '5')
+    with pytest.raises(ConfigError, match='must be below epochs=1: set --warmup-epochs as well'):
+        parse_train_config(['--epochs', '1', '--warmup-epochs', '1'])
+
+
 def test_shared_number_flags_refuse_what_is_not_finite():
     for text in ('nan', 'inf'):
         with pytest.raises(ArgumentTypeError, match=f'{text} is not a finite number of at least 0.01'):
