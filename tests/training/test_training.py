@@ -2,6 +2,7 @@
 import csv
 import json
 import math
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import timm
 import torch
 import yaml
+from filelock import FileLock
 from launch import ENVIRONMENT, ROOT, command, configure, run
 from photos import FRUIT
 
@@ -31,12 +33,18 @@ def refuse(*flags):
 
 @pytest.fixture(scope='module')
 def sample_run(tmp_path_factory):
-    """A short version of `bash cmd/train.sh` in a new interpreter: (its folder, its output)."""
-    folder = tmp_path_factory.mktemp('runs') / 'sample'
-    return folder, subprocess.run(
-        command('train.py', '--recipe', 'care_s0_fruit14', '--epochs', 3, '--warmup-epochs', 1, '--img-size', 48,
-                '--val-img-size', 64, '--val-interval', 2, '--output', folder),
-        cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True, encoding='utf-8').stdout
+    """A short version of `bash cmd/train.sh` in a new interpreter, once for all workers: (its folder, its output)."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if 'PYTEST_XDIST_WORKER' in os.environ else shared
+    folder, printed = shared / 'sample_run', shared / 'sample_run.txt'
+    with FileLock(shared / 'sample_run.lock'):
+        if not printed.exists():
+            printed.write_text(subprocess.run(
+                command('train.py', '--recipe', 'care_s0_fruit14', '--epochs', 3, '--warmup-epochs', 1, '--img-size',
+                        48, '--val-img-size', 64, '--val-interval', 2, '--output', folder),
+                cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True, encoding='utf-8').stdout,
+                encoding='utf-8')
+    return folder, printed.read_text(encoding='utf-8')
 
 
 def read_rows(folder: Path):
