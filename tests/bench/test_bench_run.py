@@ -15,6 +15,8 @@ from caretrans.bench.config import BenchConfig
 from caretrans.bench.device_rates import DeviceRates
 from caretrans.bench.record import BenchResult, Record
 
+pytestmark = pytest.mark.slow
+
 CARE = ['--device', 'cpu', '--img-size', '64', '--model', 'care_s0', '--batch-size', '2']
 QUICK = [*CARE, '--backend', 'eager', 'fused']
 ALL = [*QUICK, '--runs', '2', '--warmup', '1', '--ways', 'channels_last']

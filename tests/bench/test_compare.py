@@ -21,6 +21,8 @@ from caretrans.errors import ConfigError, TrainingError
 from caretrans.measure.sample_network import SAMPLE_IMAGES
 from caretrans.models.backbone import find_family
 
+pytestmark = pytest.mark.slow
+
 MODELS = ('care_s0', 'casvit_xs', 'mlla_t')
 TINY = [
     '--recipe', 'care_s0_fruit14', '--epochs', '2', '--warmup-epochs', '1', '--val-interval', '1', '--img-size', '32',

@@ -71,6 +71,7 @@ def fruit(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp('fruit') / 'fruit.pth.tar', classes)
 
 
+@pytest.mark.slow
 def test_one_process_and_two_return_the_same_figures(fruit, tmp_path):
     """661 images, an odd number, in 11 batches: 6 for one process, 5 for the other."""
     options = dict(batch_size=64, workers=0, expect=661, worst=3)
@@ -174,6 +175,7 @@ def test_arguments_without_a_flag_are_the_checkpoint_and_the_data(argv, checkpoi
     assert (flags['checkpoint'], flags['data']) == (checkpoint, data) and 'checkpoint_and_data' not in flags
 
 
+@pytest.mark.slow
 def test_an_error_is_one_line_of_the_primary_process(two_kinds):
     done = validate(two_kinds[0], two_kinds[1], '--expect', 50000, processes=2, code=1)  # the code is torchrun's
     lines = [line for line in done.stderr.splitlines() if line.startswith('validate.py: ')]
@@ -231,6 +233,7 @@ def test_real_labels_count_images_that_have_a_label(small_imagenet):
         in '\n'.join(describe_result(result))
 
 
+@pytest.mark.slow
 def test_process_without_images_takes_part(small_imagenet):
     """Nine images in one batch for two processes."""
     checkpoint, folder, files, (top1, top5) = small_imagenet
@@ -265,6 +268,7 @@ def test_timm_contains_the_real_labels_of_imagenet():
     assert max(max(labels) for labels in real.real_labels.values() if labels) == 999
 
 
+@pytest.mark.slow
 def test_script_runs_several_processes(two_kinds):
     """`NPROC=2 bash cmd/eval.sh` is torchrun; the Python that runs the tests is the active one."""
     environment = {**os.environ, 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}', 'NPROC': '2'}

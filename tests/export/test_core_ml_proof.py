@@ -11,6 +11,8 @@ from caretrans.export.coreml import convert
 from caretrans.export.source import build_network, load_cases
 from caretrans.export.verify import VerificationError, compare, verify
 
+pytestmark = pytest.mark.slow
+
 IMAGES = 64
 FEW = 4
 ERRORS = {'fp16': 1e-2, 'fp32': 3e-6}  # of the largest logit; measured 3e-3 and 9e-7

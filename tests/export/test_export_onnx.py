@@ -23,6 +23,8 @@ from caretrans.export.formats import onnx as onnx_format
 from caretrans.export.shapes import describe_shapes
 from caretrans.export.verify import VerificationError
 
+pytestmark = pytest.mark.slow
+
 JOB = make_job('onnx')
 
 

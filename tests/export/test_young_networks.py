@@ -8,6 +8,8 @@ from caretrans.export.coreml import convert
 from caretrans.export.source import Source, load_cases
 from caretrans.export.verify import VerificationError, verify
 
+pytestmark = pytest.mark.slow
+
 HALF = torch.finfo(torch.float16)
 
 
