@@ -19,7 +19,9 @@ from caretrans.export.run import export
 from caretrans.training.folder import find_run
 from caretrans.training.run import train
 
-pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='other systems refuse names that are not UTF-8')
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != 'linux', reason='other systems refuse names that are not UTF-8')]
 
 CLASSES = {  # folder: class of the bundled images
     b'caf\xe9': 'kaiser', b'a [b]*?': 'orange', b'__x__': 'satsumas', 'Gr\u00f6\u00dfe v1.0'.encode(): 'watermelon'}

@@ -6,6 +6,8 @@ from launch import run
 from caretrans.distributed import Processes, find_processes, is_primary, join_processes
 from caretrans.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 VARIABLES = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
 
 

@@ -378,6 +378,7 @@ def test_out_of_memory_is_recognised_in_exceptions_of_onnx_runtime():
 
 # Pages ----------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_the_figures_of_the_pages_are_counted_again(call):
     code, out, err = call('--check')
     figures = [int(count) for count in re.findall(r'(\d+) figures match the counts', out)]

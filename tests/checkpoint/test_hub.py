@@ -16,6 +16,8 @@ from timm.models import save_for_hf
 
 from caretrans.checkpoint import convert_checkpoint, create_from_checkpoint, save_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope='module')
 def expected():

@@ -204,6 +204,7 @@ def test_without_labels_the_remedy_is_named(whole, target, tmp_path, capsys):
 
 # Interruption ---------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize('split, sent', [
     ('train', signal.SIGKILL), ('val', signal.SIGKILL), ('train', signal.SIGINT)])
 def test_after_a_kill_the_same_command_completes_the_target(whole, tmp_path, capsys, split, sent):

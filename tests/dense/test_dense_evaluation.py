@@ -251,6 +251,7 @@ def test_the_script_scores_detectors_and_segmenters(files, tmp_path, monkeypatch
     assert code == 2 and 'missing pear; unknown plum' in err
 
 
+@pytest.mark.slow
 def test_two_processes_score_like_one(files, tmp_path):
     def run(data, *launcher) -> dict:
         command = [sys.executable, *launcher, 'validate.py', files['mask_rcnn'], data, '--json', '--device', 'cpu']

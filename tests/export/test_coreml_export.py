@@ -37,6 +37,7 @@ def load(path):
     return convert.import_coremltools().utils.load_spec(str(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('format', ['mlpackage', pytest.param('mlmodel', marks=pytest.mark.slow)])
 def test_operations_of_a_whole_network_are_counted(format, programs):
     """Its program in float16 has few reshapes and no transposes."""

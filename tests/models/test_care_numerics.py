@@ -198,7 +198,8 @@ def logits_error(found, expected):
 
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('name, size, kwargs', [
-    *((name, 224, {}) for name in one_of_each_file()), ('care_s0', 1024, dict(depths=(1, 1, 1, 1)))])
+    *((name, 224, {}) for name in one_of_each_file()),
+    pytest.param('care_s0', 1024, dict(depths=(1, 1, 1, 1)), marks=pytest.mark.slow)])
 @pytest.mark.parametrize('dtype', HALVES)
 def test_evaluation_under_autocast_is_close_to_float32(dtype, name, size, kwargs, device):
     x = filled_input((1, 3, size, size)).to(device)
@@ -214,7 +215,7 @@ def test_evaluation_under_autocast_is_close_to_float32(dtype, name, size, kwargs
 
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('name, images, size, kwargs', [
-    ('care_s0', 1, 224, {}), ('care_s0', 1, 1024, dict(depths=(1, 1, 1, 1))),
+    ('care_s0', 1, 224, {}), pytest.param('care_s0', 1, 1024, dict(depths=(1, 1, 1, 1)), marks=pytest.mark.slow),
     *((name, 2, 64, dict(depths=(1, 1, 1, 1))) for name in one_of_each_file() if name not in CARE)])
 @pytest.mark.parametrize('dtype', HALVES)
 def test_training_under_autocast_has_finite_gradients(dtype, name, images, size, kwargs, device):

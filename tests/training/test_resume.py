@@ -163,6 +163,7 @@ def test_a_run_stops_during_evaluation(data, undisturbed, tmp_path, stop_after):
     assert_same_run(tmp_path / 'run', undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('flags', [
     ['--amp', 'fp16'], ['--amp', 'bf16', '--clip-grad', 1], ['--no-step-schedule'], ['--workers', 0],
     ['--train-img-sizes', 32, 48, '--device-batch', 8], ['--opt', 'sgd']], ids=lambda flags: flags[0])
