@@ -118,6 +118,11 @@ def run_command(name: str, main: Callable[[], int], is_primary: bool = True) -> 
         if is_primary:
             print(f'{name}: {_explain_missing(package)}', file=sys.stderr)
         return 2
+    except PermissionError as error:
+        if not error.filename:
+            raise
+        print(f'{name}: {error.filename}: {error.strerror}: check the path and its permissions.', file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of stdout, such as `head`, has closed it

@@ -21,7 +21,7 @@ from ..progress import Progress
 from ..text import escape
 from ..training.folder import describe_environment, find_run
 from ..training.run import train
-from ..training.trainer import Trainer, build_model, check_kernels
+from ..training.trainer import Trainer, build_model, check_batch, check_kernels
 from .compare_plan import Plan, check_places, parse_plan, write_plan
 from .compare_report import (
     Comparison, ModelFigures, RunFacts, RunFigures, describe_comparison, write_comparison)
@@ -48,6 +48,7 @@ def _check_runs(plan: Plan, device: torch.device) -> dict[str, RunFacts]:
                 f'teacher {config.teacher}: {config.model} has no second head for a teacher: remove --teacher, or name '
                 f'models with two heads.')
         check_kernels(config, device)
+        check_batch(config, world_size=1)
     facts: dict[str, RunFacts] = {}
     for model, config in configs.items():
         trainer = Trainer(replace(config, compile=False, kernels=False), Processes(), device)

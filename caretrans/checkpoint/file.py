@@ -62,6 +62,7 @@ class Checkpoint:
     def get_class_names(self, num_classes: int) -> list[str] | None:
         """One name per class in the order of the labels; None if the file has no such list."""
         names = self.meta.get('class_names')
+        names = names.tolist() if hasattr(names, 'tolist') else names  # an array
         if not isinstance(names, (list, tuple)) or len(names) != num_classes:
             return None
         return [str(name) for name in names]

@@ -94,7 +94,13 @@ def build_model(checkpoint: Checkpoint, model_name: str, **model_args: Any) -> n
     if not isinstance(stored, dict):
         raise CheckpointError(f'{checkpoint.path}: its model_args are {stored!r}, not names and values: remove them.')
     stored = {name: value for name, value in stored.items() if name not in NOT_ARCHITECTURE}
-    return timm.create_model(model_name, **{**sizes, **stored, **model_args})
+    try:
+        return timm.create_model(model_name, **{**sizes, **stored, **model_args})
+    except TypeError as error:
+        if not stored:
+            raise
+        raise CheckpointError(
+            f'{checkpoint.path}: its model_args {stored} do not fit {model_name} ({error}): remove them.') from None
 
 
 # Loading --------------------------------------------------------------------------------------------------------------

@@ -86,6 +86,12 @@ def resolve_eval_config(model: nn.Module, **overrides: Any) -> Preparation:
     return Preparation(**resolve_data_config(given, pretrained_cfg=model.pretrained_cfg), **others)
 
 
+def _get_stored(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The `eval_config` of a file; empty for files of others that mean something else by the name."""
+    stored = checkpoint.meta.get('eval_config')
+    return stored if isinstance(stored, dict) else {}
+
+
 def read_settings(
         model: nn.Module, checkpoint: Checkpoint, model_name: str | None = None,
         img_size: int | None = None) -> dict[str, Any]:
@@ -100,7 +106,7 @@ def read_settings(
         model_name: The requested name, with or without a tag.
         img_size: The requested size; below `squash_from` the arguments say nothing about cropping.
     """
-    stored = checkpoint.meta.get('eval_config')
+    stored = _get_stored(checkpoint)
     if stored:
         return {'orientation': 'ignore', **{name: stored[name] for name in NAMES if stored.get(name) is not None}}
     args, squash_from = checkpoint.meta.get('args'), getattr(model, 'squash_from', None)
@@ -130,7 +136,7 @@ def resolve_settings(
     if _drop_crop(stored, flags):
         kept.pop('crop_pct', None)
     config = resolve_eval_config(model, **{**kept, **flags})
-    if 'orientation' not in {**(checkpoint.meta.get('eval_config') or {'orientation': None}), **flags}:
+    if 'orientation' not in {**(_get_stored(checkpoint) or {'orientation': None}), **flags}:
         _logger.info(f'{checkpoint.path}: was trained by an older version, which did not rotate images as their EXIF '
                      f'data say, and is used so: --orientation exif rotates them.')
     squash_from = getattr(model, 'squash_from', None)

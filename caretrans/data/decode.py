@@ -86,7 +86,7 @@ def open_image(source: bytes | Image.Image, orientation: str = 'ignore') -> Imag
     """The whole image as RGB of 8 bits, by Pillow.
 
     Args:
-        orientation: 'exif' or 'ignore', see `Preparation`. Pillow itself rotates TIFF and AVIF files in both cases.
+        orientation: 'exif' or 'ignore', see `Preparation`. Pillow itself rotates TIFF files in both cases.
     Raises:
         OSError, SyntaxError, EOFError, Image.DecompressionBombError: It cannot be decoded.
     """

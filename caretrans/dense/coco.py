@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from ..data.decode import describe_error, open_image
@@ -52,7 +51,7 @@ class CocoImage:
                 image = open_image(data, orientation)
                 if image.size == (self.width, self.height):
                     return pil_to_tensor(image)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
             raise DataError(f'{self.path} cannot be read as an image ({describe_error(error)}): remove it.') from None
         raise DataError(f'{self.path} has {image.height} x {image.width} pixels, its annotations are for {self.height} '
                         f'x {self.width}: annotate the image as it is.')

@@ -73,7 +73,12 @@ def predict_images(
         used.add(name)
         drawing = folder / f'{name}.png'
         segment = _segment if isinstance(model, SemanticFpn) else _detect
-        found, picture = segment(model, pixels, names, score, device)
+        try:
+            found, picture = segment(model, pixels, names, score, device)
+        except (RuntimeError, ValueError) as error:  # of images so thin that resizing leaves no pixel
+            yield dict(image=path, error=f'cannot be used at {pixels.shape[1]} x {pixels.shape[2]} '
+                                         f'pixels ({describe_error(error)})')
+            continue
         picture.save(drawing)
         yield dict(image=path, drawing=str(drawing), **found)
 
@@ -104,7 +109,10 @@ def _detect(
 def _segment(
         model: nn.Module, pixels: torch.Tensor, names: list[str], score: float, device: torch.device,
 ) -> tuple[dict[str, Any], Image.Image]:
-    classes = model.segment(pixels.to(device)).argmax(0).cpu()
+    logits = model.segment(pixels.to(device))
+    if not logits.isfinite().all():
+        raise ValueError('the logits are not finite')
+    classes = logits.argmax(0).cpu()
     shares = torch.bincount(classes.flatten(), minlength=len(names)) / classes.numel()
     masks = F.one_hot(classes, len(names)).permute(2, 0, 1).bool()
     present = shares.nonzero()[:, 0].tolist()

@@ -171,7 +171,8 @@ def open_data(loaded: Checkpoint, data: str, split: str, dataset: str, num_class
     Raises:
         DataError: They cannot be opened, or some of their classes are unknown to the model.
     """
-    trained = loaded.meta.get('config') or {}
+    trained = loaded.meta.get('config')
+    trained = trained if isinstance(trained, dict) else {}  # files of others have their own
     if not data and not dataset:
         data, dataset = trained.get('data', ''), trained.get('dataset', '')
         if not data and not dataset:

@@ -120,9 +120,9 @@ def load_source(config: ExportConfig) -> Source:
                 f'RGB: `python -m caretrans convert {config.checkpoint} rgb.pth.tar --to caretrans` converts it.')
         return Source(
             model.pretrained_cfg['architecture'], model, eval_config,
-            name_classes(config, model.num_classes, loaded.meta.get('class_names')), str(loaded.path),
+            name_classes(config, model.num_classes, loaded.get_class_names(model.num_classes)), str(loaded.path),
             hashlib.sha256(Path(config.checkpoint).read_bytes()).hexdigest() if config.checkpoint else '',
-            meta=loaded.meta)
+            meta=dict(loaded.meta, class_names=loaded.get_class_names(model.num_classes)))
     model = timm.create_model(config.model).eval()
     eval_config = resolve_eval_config(model)
     size = eval_config.size

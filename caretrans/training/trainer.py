@@ -46,6 +46,8 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     wrong = [name for name in config.model_args if name in NOT_ARCHITECTURE]
     if wrong:
         raise ConfigError(f'The model_args name {list_names(wrong)}: use --pretrained or --checkpoint.')
+    if 'num_classes' in config.model_args:
+        raise ConfigError('The model_args name num_classes: use --num-classes.')
     arguments = dict(num_classes=num_classes, **{**rates, **config.model_args})
     try:
         model = create_pretrained(config.model, **arguments)[0] if config.pretrained else \

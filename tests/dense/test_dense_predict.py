@@ -37,6 +37,7 @@ def images(tmp_path):
     for name, source in (('a.jpg', first), ('a.png', second)):
         Image.open(source).save(folder / name)
     (folder / 'broken.jpg').write_bytes(b'no image')
+    Image.new('RGB', (3000, 1)).save(folder / 'thin.png')
     return folder
 
 
@@ -44,8 +45,9 @@ def test_a_detector_writes_drawings_and_objects(files, images, tmp_path, capsys)
     code = main(['predict', str(images), '--checkpoint', str(files['mask_rcnn']), '--json', '--score', '0',
                  '--output', str(tmp_path / 'out'), '--device', 'cpu'])
     results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert code == 1 and [('error' in result) for result in results] == [False, False, True]
+    assert code == 1 and [('error' in result) for result in results] == [False, False, True, True]
     assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['a-2.png', 'a.png']
+    assert 'cannot be used at 1 x 3000 pixels' in results[3]['error']
     for result in results[:2]:
         original, drawing = Image.open(result['image']), Image.open(result['drawing'])
         assert drawing.size == original.size and drawing.tobytes() != original.convert('RGB').tobytes()
