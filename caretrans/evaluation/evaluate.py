@@ -20,7 +20,8 @@ from ..fuse import to_form
 from ..progress import Progress
 from .classes import match_classes
 from .metrics import (
-    Accuracy, ClassScore, Scores, evaluate_in_detail, list_non_finite, list_worst, tabulate_classes, write_classes)
+    Accuracy, ClassScore, Scores, check_forward, evaluate_in_detail, list_non_finite, list_worst, tabulate_classes,
+    write_classes)
 from .real_labels import RealLabels
 
 __all__ = [
@@ -100,7 +101,9 @@ def load_for_evaluation(
         model, loaded = create_pretrained(model_name)
     else:
         model, loaded = create_from_checkpoint(checkpoint, model_name, entry)
-    return model.eval().to(device), loaded, resolve_settings(model, loaded, model_name, **overrides)
+    preparation = resolve_settings(model, loaded, model_name, **overrides)
+    check_forward(model.eval().to(device), preparation.input_size, device)
+    return model, loaded, preparation
 
 
 # Scoring --------------------------------------------------------------------------------------------------------------

@@ -16,11 +16,12 @@ from timm.utils import unwrap_model
 
 from ..devices import autocast
 from ..distributed import Processes
-from ..errors import DataError, EvaluationError, list_names
+from ..errors import ConfigError, DataError, EvaluationError, list_names
 from ..text import open_text
 
 __all__ = [
-    'Accuracy', 'ClassScore', 'Details', 'Mistake', 'Scores', 'SubsetScores', 'evaluate', 'evaluate_in_detail',
+    'Accuracy', 'ClassScore', 'Details', 'Mistake', 'Scores', 'SubsetScores', 'check_forward', 'evaluate',
+    'evaluate_in_detail',
     'explain_non_finite', 'list_non_finite', 'list_worst', 'tabulate_classes', 'write_classes']
 
 ALONE = Processes()
@@ -169,6 +170,31 @@ def check_labels(labels: Sequence[torch.Tensor], num_classes: int, processes: Pr
         raise DataError(
             f'The data have the labels {list_names(wrong)}, the model has the classes 0 to {num_classes - 1}: use a '
             'split with labels, and data of the classes that the model was trained for.')
+
+
+@torch.no_grad()
+def check_forward(model: nn.Module, shape: tuple[int, int, int], device: torch.device) -> None:
+    """Run a network on one empty image, so that what it cannot take is named before any work.
+
+    Args:
+        model: Left in the mode that it is in; run in evaluation mode.
+        shape: (C, H, W) of the image.
+    Raises:
+        ConfigError: It does not take this size, or does not return one number per class.
+    """
+    name, training = type(unwrap_model(model)).__name__, model.training
+    size = f'images of {shape[1]} x {shape[2]} pixels'
+    try:
+        logits = model.eval()(torch.zeros(1, *shape, device=device))
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f'{name} does not take {size} ({" ".join(str(error).split())[:200]}): use another size.') \
+            from error
+    finally:
+        model.train(training)
+    if not isinstance(logits, torch.Tensor) or logits.shape != (1, unwrap_model(model).num_classes):
+        raise ConfigError(f'{name} does not return one number per class: remove arguments such as features_only.')
 
 
 def list_non_finite(model: nn.Module) -> list[str]:

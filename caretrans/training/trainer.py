@@ -21,6 +21,7 @@ from ..data.loaders import build_eval_loader, build_train_loader
 from ..distributed import Processes
 from ..errors import CheckpointError, ConfigError, DataError, list_names
 from ..evaluation.metrics import list_non_finite
+from ..evaluation.metrics import check_forward
 from ..kernels import describe_placements, use_kernels, why_unavailable
 from ..seeds import seed_everything
 from .losses import SelfDistillationTask, build_task
@@ -212,6 +213,8 @@ class Trainer:
         self.eval_config = resolve_eval_config(
             self.model, img_size=config.val_img_size or config.img_size, crop_pct=config.crop_pct,
             crop_mode=config.crop_mode, orientation=config.orientation)
+        for side in {*config.list_sizes(), self.eval_config.size[0]}:
+            check_forward(self.model, (3, side, side), device)
         self.train_loader = build_train_loader(
             self.train_set, config, self.eval_config, self.splits, processes, device, self.num_classes)
         if not self.train_loader.steps:

@@ -6,7 +6,8 @@ import torch
 
 from caretrans.__main__ import main
 from caretrans.checkpoint import CheckpointError, create_from_checkpoint, read_checkpoint
-from caretrans.evaluation import EvalConfig, evaluate_checkpoint
+from caretrans.errors import ConfigError
+from caretrans.evaluation import EvalConfig, evaluate_checkpoint, load_for_evaluation
 from photos import copy_images
 
 
@@ -32,6 +33,14 @@ def test_settings_of_other_kinds_are_ignored(tmp_path, weights, rest):
 def test_arguments_of_another_model_are_named(tmp_path, weights):
     with pytest.raises(CheckpointError, match=r"model_args \{'width': 3\} do not fit casvit_xs"):
         create_from_checkpoint(save(tmp_path / 'x.pth', weights, model_args=dict(width=3)))
+
+
+def test_a_size_that_a_network_does_not_take_is_one_line(tmp_path):
+    model = timm.create_model('deit_tiny_patch16_224', num_classes=2)
+    torch.save(dict(arch='deit_tiny_patch16_224', state_dict=model.state_dict()), tmp_path / 'x.pth')
+    with pytest.raises(ConfigError, match='does not take images of 64 x 64 pixels .*: use another size'):
+        load_for_evaluation(str(tmp_path / 'x.pth'), img_size=64)
+    assert load_for_evaluation(str(tmp_path / 'x.pth'))[2].size == (224, 224)
 
 
 def test_names_of_classes_may_be_an_array(tmp_path, weights):

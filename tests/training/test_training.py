@@ -173,6 +173,7 @@ def test_plain_labels_train_both_heads():
     ([FRUIT, '--model-args', 'depths=5'], 'care_s0: '),
     ([FRUIT, '--model-args', 'depths=[1,1'], 'is not a value: write it'),
     ([FRUIT, '--model-args', 'slice_chs=[-4,4,8,8]'], 'care_s0'),
+    ([FRUIT, '--model', 'casvit_xs', '--model-args', 'features_only=true'], 'does not return one number per class'),
     ([FRUIT, '--model-args', 'num_classes=5'], 'The model_args name num_classes: use --num-classes.'),
     ([FRUIT, '--model-args', 'pretrained=true'], 'model_args name pretrained: use --pretrained or --checkpoint'),
     ([FRUIT, '--lr', 'nan'], 'lr is nan but must be a finite number'),
