@@ -287,10 +287,10 @@ def parse_train_config(argv: Sequence[str] | None = None, description: str = '')
         for argument in flags['model_args']:
             merged.update(argument)
         flags['model_args'] = merged
-    return TrainConfig(**{**settings, **fit_warmup(flags, settings)})
+    return TrainConfig(**{**settings, **_fit_warmup(flags, settings)})
 
 
-def fit_warmup(flags: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+def _fit_warmup(flags: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
     """The flags, with at most half of `epochs` as warm-up if they set the first alone and it is too short."""
     usual = recipe.get('warmup_epochs', TrainConfig.warmup_epochs)
     if 'epochs' not in flags or 'warmup_epochs' in flags or usual < flags['epochs']:

@@ -121,7 +121,8 @@ def run_command(name: str, main: Callable[[], int], is_primary: bool = True) -> 
     except PermissionError as error:
         if not error.filename:
             raise
-        print(f'{name}: {error.filename}: {error.strerror}: check the path and its permissions.', file=sys.stderr)
+        problem = f'{escape(error.filename)}: {error.strerror}: check the path and its permissions.'
+        print(f'{name}: {problem}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

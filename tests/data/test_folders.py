@@ -40,7 +40,7 @@ ORDINARY = ['a/1.jpg', 'a/2.jpg', 'b/3.jpg', 'b/4.jpg']
 
 
 def test_ordinary_folders_have_the_order_of_timm(tmp_path):
-    """Training and validation on them stay what they were, to the bit."""
+    """Images, labels and their order are bit-identical to those of timm's reader."""
     for name in ('n2/x10', 'n2/x9', 'n10/a', 'n10/B', 'N3/1_2', 'N3/1_11', 'Äpfel/q', 'Zebra 7/y'):
         write(tmp_path / f'{name}.JPEG')
     expected, classes = find_images_and_targets(str(tmp_path))

@@ -43,6 +43,21 @@ def test_a_file_of_ours_keeps_what_it_was_made_with(tmp_path):
         convert_checkpoint(tmp_path / 'x.pth', tmp_path / 'y.pth', 'published')
 
 
+def test_a_detector_of_mlla_becomes_published_and_ours_again(tmp_path):
+    """No layout of one was at hand: its backbone has that of mlla_t_fork_feat, neck and heads those of mmdet."""
+    model = create_dense_model('mask_rcnn', 'mlla_t', 2, channels=16, hidden=32, mask_convs=1)
+    save_checkpoint(tmp_path / 'ours.pth', model)
+    convert_checkpoint(tmp_path / 'ours.pth', tmp_path / 'published.pth', 'published')
+    written = read_checkpoint(tmp_path / 'published.pth').state_dict
+    assert {key.removeprefix('backbone.') for key in written if key.startswith('backbone.')} == set(
+        key for key in layout('mlla_t_fork_feat') if not key.endswith('.rotations'))  # tables for one size
+    loaded, _ = create_from_checkpoint(tmp_path / 'published.pth')
+    background = ('bbox_pred', 'mask_fcn_logits')  # rows that mmdet does not have
+    assert loaded.dense_config['backbone'] == 'mlla_t' and equal(
+        {key: value for key, value in loaded.state_dict().items() if not any(name in key for name in background)},
+        {key: value for key, value in model.state_dict().items() if not any(name in key for name in background)})
+
+
 def test_files_that_do_not_fit_are_refused(tmp_path):
     weights = filled(LAYOUTS['semantic_fpn'])
     for change, message in (
