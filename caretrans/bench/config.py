@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..config import check_settings, parse_flags, setting
+from ..dense import TASKS
 from ..errors import ConfigError
 from ..flags import PRETRAINED_HELP, check_weights
 from ..measure.names import expand_models, parse_size
@@ -50,12 +51,24 @@ class ProfileFlags(SetupFlags, BatchFlags):
 
 
 @dataclass
-class InferFlags(ProfileFlags):
-    """Flags of `--bench infer`."""
+class RunFlags:
+    """Flags for the number of runs."""
 
     warmup: int = setting(5, 'warm-up runs, not timed', bounds=(0, None))
     runs: int | None = setting(
         None, 'timed runs of each candidate (default: 50, or fewer if they are slow)', bounds=(1, None))
+
+
+@dataclass
+class InferFlags(ProfileFlags, RunFlags):
+    """Flags of `--bench infer`."""
+
+
+@dataclass
+class DenseFlags(RunFlags):
+    """Flags of `--bench dense`."""
+
+    task: list[str] = setting(list(TASKS), 'detectors and segmenters to measure', choices=list(TASKS))
 
 
 @dataclass
@@ -83,10 +96,11 @@ class CommonFlags:
         ['care_s1'], "models of timm and caretrans, also with wildcards (care_*); 'paper' for the rows of the CARE "
         'paper that exist here: six models of timm, mlla_t, care_s0, care_s1 and care_s2')
     bench: str = setting(
-        'infer', "what to measure; accuracy needs a checkpoint and is not part of 'all'",
-        choices=['infer', 'profile', 'train', 'accuracy', 'all'])
+        'infer', "what to measure; dense: detectors and segmenters with these backbones; 'all' is infer, profile and "
+        'train', choices=['infer', 'profile', 'train', 'accuracy', 'dense', 'all'])
     device: str = setting('auto', 'cpu, cuda, mps or auto')
-    img_size: list[str] = setting(['224'], 'pixels: a side, or HEIGHTxWIDTH')
+    img_size: list[str] = setting(
+        [], 'pixels: a side, or HEIGHTxWIDTH (default: 224; dense: 800x1280, of segmenters 512)')
     threads: int = setting(1, 'CPU threads', bounds=(1, None))
     output: str = setting('', 'folder for results.json and CSV files (default: a new one under runs/benchmark)')
     plots: str = setting(
@@ -101,15 +115,17 @@ class CommonFlags:
 
 
 FLAGS: dict[str, type] = {
-    'infer': InferFlags, 'profile': ProfileFlags, 'train': TrainFlags, 'accuracy': AccuracyFlags}
+    'infer': InferFlags, 'profile': ProfileFlags, 'train': TrainFlags, 'accuracy': AccuracyFlags, 'dense': DenseFlags}
 
 
 @dataclass
-class BenchConfig(InferFlags, TrainFlags, AccuracyFlags, CommonFlags):
+class BenchConfig(InferFlags, TrainFlags, AccuracyFlags, DenseFlags, CommonFlags):
     """Everything that decides what `benchmark.py` measures. A flag exists for each field."""
 
     def __post_init__(self) -> None:
         check_settings(self)
+        self.default_size = not self.img_size
+        self.img_size = self.img_size or ['224']
         self._check_use()
         if self.published:
             self._follow_paper()
@@ -120,7 +136,7 @@ class BenchConfig(InferFlags, TrainFlags, AccuracyFlags, CommonFlags):
             raise ConfigError(
                 f'--plots {self.plots}: a single plot needs --bench infer, one batch size and one image size.')
         self.sizes = [parse_size(size) for size in self.img_size]
-        for name in ('backend', 'dtype', 'kernels', 'batch_size', 'img_size'):
+        for name in ('backend', 'dtype', 'kernels', 'batch_size', 'img_size', 'task'):
             values = getattr(self, name)
             if len(set(values)) != len(values):
                 raise ConfigError(f'{name} is {values}: name each once.')

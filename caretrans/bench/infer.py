@@ -29,7 +29,8 @@ from .record import BenchResult, ModelCounts, Record, shorten
 from .setups import Setup, fit_setups
 
 __all__ = [
-    'BUILDING', 'ROUNDS', 'Candidate', 'build_network', 'count_network', 'measure_group', 'run_inference', 'take_batch']
+    'AGAIN', 'BUILDING', 'DEFAULT_RUNS', 'PATIENCE', 'ROUNDS', 'Candidate', 'build_network', 'count_network',
+    'measure_group', 'run_inference', 'take_batch']
 
 ROUNDS = 10
 BUILDING = 10  # steps of progress for preparing a candidate; a timed block is one step

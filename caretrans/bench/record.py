@@ -17,7 +17,7 @@ from ..measure.published import PublishedRow
 from ..measure.timing import Rounds, compare_rounds, judge_noise, summarise
 from ..text import open_text
 
-__all__ = ['COLUMNS', 'BenchResult', 'ModelCounts', 'Record', 'shorten', 'write_csv']
+__all__ = ['COLUMNS', 'BenchResult', 'DenseCost', 'ModelCounts', 'Record', 'shorten', 'write_csv']
 
 _SETUP = ('device', 'dtype', 'layout', 'batch', 'height', 'width', 'threads')
 _TIMES = ('median_ms', 'p10_ms', 'p90_ms', 'mean_ms')
@@ -187,6 +187,49 @@ class ModelCounts:
 
 
 @dataclass
+class DenseCost:
+    """Cost of a detector or segmenter for one image. Times are None if they could not be measured.
+
+    Attributes:
+        model: Name of the backbone.
+        parameters, parameters_backbone: Of the whole and of the backbone with its norms.
+        gmacs, gmacs_backbone: Billions of multiply-adds.
+        median_ms, p10_ms, p90_ms, mean_ms, runs, noisy, notes: As in `Record`.
+    """
+    task: str
+    model: str
+    num_classes: int
+    height: int
+    width: int
+    parameters: int
+    parameters_backbone: int
+    gmacs: float
+    gmacs_backbone: float
+    median_ms: float | None = None
+    p10_ms: float | None = None
+    p90_ms: float | None = None
+    mean_ms: float | None = None
+    runs: int | None = None
+    noisy: bool | None = None
+    device: str = ''
+    threads: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def add_times(self, times: Rounds, self_ratio: float) -> None:
+        """Fill in the milliseconds, the number of runs, and whether they are noisy; see `Record.add_times`."""
+        figures = summarise(times)
+        for name, value in figures.items():
+            setattr(self, name, value)
+        self.notes = judge_noise(figures, self_ratio)
+        self.runs, self.noisy = sum(map(len, times)), bool(self.notes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields in order, for JSON and CSV."""
+        return dataclasses.asdict(self)
+
+
+@dataclass
 class BenchResult:
     """Everything that one call of `benchmark.py` measured.
 
@@ -194,8 +237,9 @@ class BenchResult:
         device: Description of the device.
         counts: Counts of each model and image size.
         records, training, accuracy: Records of the benches 'infer', 'train' and 'accuracy'.
+        dense: Costs of the bench 'dense'.
         profiles: {title: records of the bench 'profile'}.
-        texts: Tables of profiles, training and accuracy, ready to print.
+        texts: Tables of profiles, training, accuracy and dense costs, ready to print.
         plots: Files that were drawn.
         remarks: Skipped setups and other conditions, a line each.
         failures: Failures, a line each.
@@ -205,6 +249,7 @@ class BenchResult:
     records: list[Record] = field(default_factory=list)
     training: list[Record] = field(default_factory=list)
     accuracy: list[Record] = field(default_factory=list)
+    dense: list[DenseCost] = field(default_factory=list)
     profiles: dict[str, list[Record]] = field(default_factory=dict)
     texts: list[str] = field(default_factory=list)
     plots: list[str] = field(default_factory=list)
@@ -218,6 +263,6 @@ class BenchResult:
 
         return dict(
             device=self.device, counts=convert(self.counts), records=convert(self.records),
-            training=convert(self.training), accuracy=convert(self.accuracy),
+            training=convert(self.training), accuracy=convert(self.accuracy), dense=convert(self.dense),
             profiles={title: convert(rows) for title, rows in self.profiles.items()}, texts=self.texts,
             plots=self.plots, remarks=self.remarks, failures=self.failures)

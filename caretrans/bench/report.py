@@ -177,7 +177,7 @@ def check_page(page: str | Path, line: str, flag: str) -> None:
 
 
 def write_result(result: BenchResult, config: BenchConfig) -> Path:
-    """Write results.json, and results, counts, training, accuracy and profiles as CSV, into the folder of a config.
+    """Write results.json, and results, counts, training, accuracy, dense, profiles as CSV, into the folder of a config.
 
     Raises:
         ConfigError: It cannot be written.
@@ -190,7 +190,7 @@ def write_result(result: BenchResult, config: BenchConfig) -> Path:
         profiles = [row for rows in contents['profiles'].values() for row in rows]
         for name, rows in dict(
                 results=contents['records'], counts=contents['counts'], training=contents['training'],
-                accuracy=contents['accuracy'], profiles=profiles).items():
+                accuracy=contents['accuracy'], dense=contents['dense'], profiles=profiles).items():
             write_csv(folder / f'{name}.csv', rows)
     except OSError as error:
         raise ConfigError(f'{folder} cannot be written ({error}): choose another --output.') from None

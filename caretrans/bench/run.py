@@ -1,4 +1,4 @@
-"""Run all benches of a config: inference, accuracy, profiles and training steps; then draw their plots."""
+"""Run all benches of a config: inference, accuracy, profiles, training steps and dense models; then draw plots."""
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +19,7 @@ from ..progress import Progress
 from .accuracy import measure_accuracy
 from .backends import TORCH_DTYPES, Network, prepare
 from .config import BenchConfig, list_setups
+from .dense import measure_dense
 from .device_rates import measure_rates
 from .growth import SIZES, measure_growth
 from .infer import build_network, run_inference, take_batch
@@ -86,7 +87,7 @@ def run_benches(config: BenchConfig, stream: TextIO | None = None) -> BenchResul
         describe_device(device), remarks=skipped if 'profile' in benches else [])
     with use_threads(config.threads):
         if 'accuracy' in benches:
-            size = config.sizes[0][0] if config.img_size != BenchConfig().img_size else None
+            size = None if config.default_size else config.sizes[0][0]
             result.accuracy = measure_accuracy(
                 config.checkpoint, fit_setups(setups, timm.create_model(names[0])), config.data, names[0], size,
                 config.pretrained, stream, result.failures)
@@ -96,6 +97,8 @@ def run_benches(config: BenchConfig, stream: TextIO | None = None) -> BenchResul
             _profile_all(config, names, [setup for setup in setups if setup.backend in IN_TORCH], result, stream)
         if 'train' in benches:
             _train_all(config, names, device, result, stream)
+        if 'dense' in benches:
+            measure_dense(config, names, device, result, stream)
         if config.plots:
             _draw_all(config, names, device, result, stream)
     return result

@@ -15,19 +15,10 @@ from .source import Source
 
 __all__ = ['describe', 'describe_input', 'read_class_names']
 
-SIDES = dict(  # by crop mode
-    center='the shorter side', squash='each side, whatever the aspect',
-    border='the longer side, the rest of a square in the mean colour')
-
 
 def describe_input(source: Source, job: Job) -> str:
     """Preparation of images for a program, for people."""
-    config = source.eval_config
-    height, width = job.size
-    text = (f'Resize ({config.interpolation}) until the centre crop of {height} x {width} pixels is '
-            f'{100 * config.crop_pct:g} % of {SIDES[config.crop_mode]}, and crop. ')
-    if config.orientation == 'exif':
-        text = f'Rotate the image upright as its EXIF data say. {text}'
+    config, text = source.eval_config, source.describe_resizing(job.size)
     mean, std = (', '.join(f'{value:g}' for value in values) for values in (config.mean, config.std))
     figures = f'mean {mean}, standard deviation {std} of values from 0 to 1'
     if job.input == 'image':
@@ -47,7 +38,7 @@ def describe(source: Source, job: Job) -> dict[str, str]:
         channels=str(source.eval_config.input_size[0]), target=job.target if job.format in AIMED else '',
         checkpoint=Path(source.checkpoint).name if source.sha256 else source.checkpoint or 'random weights',
         preprocessing=describe_input(source, job),
-        class_names=json.dumps(source.class_names, ensure_ascii=False), caretrans=__version__,
+        class_names=json.dumps(source.class_names, ensure_ascii=False), caretrans=__version__, **source.list_facts(job),
         **list_versions(job.kind, job.precision))
     facts['torch'] = torch.__version__  # with the platform it was built for
     if source.sha256:

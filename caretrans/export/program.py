@@ -3,7 +3,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -11,7 +11,7 @@ from ..errors import ExportError
 from .config import Job
 from .source import Source
 
-__all__ = ['FormatModule', 'Program', 'Run', 'reading']
+__all__ = ['FormatModule', 'Program', 'Run', 'join_outputs', 'reading']
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 
@@ -21,7 +21,8 @@ class Program:
     """A program read back from its file.
 
     Attributes:
-        run: Images (batch, C, H, W) float32 as the program takes them, to (batch, classes) logits or probabilities.
+        run: Images (batch, C, H, W) float32 as the program takes them, to (batch, classes) logits or probabilities; of
+            detectors and segmenters to what `join_outputs` returns.
         runner: What computes here, e.g. 'ONNX Runtime 1.31.1' or 'operation by operation in PyTorch'.
         labels: The classes named in the file, if any.
         operations: Number of operations by type, without constants; {} where the file does not show them.
@@ -60,6 +61,14 @@ class FormatModule(Protocol):
 
     def read(self, job: Job, path: Path) -> Program:
         """Read what is in the file, ready to run; raises ExportError where it is damaged."""
+
+
+def join_outputs(outputs: Any) -> torch.Tensor:
+    """One tensor of the outputs of a program, arrays or tensors: the only one, or all in a row, (batch, numbers)."""
+    if isinstance(outputs, torch.Tensor):
+        return outputs
+    tensors = [torch.as_tensor(y) for y in outputs]
+    return tensors[0] if len(tensors) == 1 else torch.cat([y.flatten(1) for y in tensors], dim=1)
 
 
 @contextmanager

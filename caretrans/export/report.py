@@ -19,7 +19,7 @@ def _make_row(item: Export) -> list[str]:
         str(item.job), f'{item.mib:.1f}', str(sum(program.operations.values()) or '-'),
         f'{len(program.shape_changes) - transposes} + {transposes}' if program.operations else '-',
         result.compared, f'{result.max_error:.2g}', f'{result.mean_error:.2g}', f'{result.top1_agreement:.2f}',
-        f'{result.top5_agreement:.2f}', '-' if result.top1 is None else f'{result.top1:.2f}',
+        *('-' if share is None else f'{share:.2f}' for share in (result.top5_agreement, result.top1)),
         '-' if latency is None else f'{latency.median_ms:.3g}',
         '-' if latency is None else f'{latency.ratio:.2f}' + ' (noisy)' * bool(latency.noise)]
 

@@ -20,6 +20,8 @@ from ..progress import Progress
 from ..text import utf8_path, write_text
 from .config import COREML, TARGET, ExportConfig, Job
 from .coreml.apple import Examination, examine, is_available
+from .dense import DenseSource, is_dense_config, load_dense_cases, load_dense_source, restrict_config
+from .dense_verify import verify_dense
 from .formats.table import list_versions as list_format_versions
 from .program import FormatModule, Program
 from .shapes import describe_shapes
@@ -188,9 +190,10 @@ def _make(source: Source, job: Job, cases: Cases, config: ExportConfig, progress
         result.mib = sum(file.stat().st_size for file in files) / 2 ** 20
         result.program = module.read(job, new)
     result.notes += result.program.notes
-    result.verification = verify(source, job, result.program, cases, new.name, progress.update)
+    check = verify_dense if isinstance(source, DenseSource) else verify
+    result.verification = check(source, job, result.program, cases, new.name, progress.update)
     result.notes.append(describe_shapes(source, job, result.program, cases))
-    if job.format in COREML and is_available():
+    if job.format in COREML and is_available() and not isinstance(source, DenseSource):
         try:
             result.core_ml = examine(source, job, new, cases)
         except VerificationError:
@@ -232,7 +235,9 @@ def export(config: ExportConfig, stream: TextIO | None = None) -> tuple[Facts, l
     Raises:
         CheckpointError, ConfigError, DataError: Something cannot work, found before anything was written.
     """
-    source = load_source(config)
+    dense = is_dense_config(config)
+    config = restrict_config(config) if dense else config
+    source = load_dense_source(config) if dense else load_source(config)
     jobs = config.list_jobs(source.size)
     channels = source.eval_config.input_size[0]
     if channels != 3 and any(job.input == 'image' for job in jobs):
@@ -244,7 +249,8 @@ def export(config: ExportConfig, stream: TextIO | None = None) -> tuple[Facts, l
         versions.update(list_format_versions(job.kind, job.precision))
     with use_threads(config.threads):
         _logger.info('Computing the float64 outputs of %s.', source.name)
-        cases = load_cases(source, jobs[0].size, config.data, config.images)
+        load = load_dense_cases if dense else load_cases
+        cases = load(source, jobs[0].size, config.data, config.images)
         source.accuracy = cases.describe_accuracy()
         facts = Facts(
             source.name, source.checkpoint or 'random', source.sha256, cases.name,

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import timm
 import torch
@@ -25,14 +25,19 @@ from ..runtimes.tracing import trace_network
 from ..text import escape, read_text
 from .config import ExportConfig, Job
 
-__all__ = ['Cases', 'ExportedNetwork', 'Source', 'build_network', 'load_cases', 'load_source', 'trace']
+__all__ = [
+    'Cases', 'ExportedNetwork', 'Normalisation', 'Source', 'build_network', 'load_cases', 'load_source', 'name_classes',
+    'trace']
 
 SCALED = 4  # images for the scales of the phone form
+SIDES = dict(  # by crop mode
+    center='the shorter side', squash='each side, whatever the aspect',
+    border='the longer side, the rest of a square in the mean colour')
 
 
 @dataclass
 class Source:
-    """A trained network and its facts.
+    """A trained network and its facts; `dense.DenseSource` is that of a detector or segmenter.
 
     Attributes:
         name: Of the model.
@@ -53,6 +58,13 @@ class Source:
     accuracy: str = ''
     meta: dict[str, Any] = field(default_factory=dict, repr=False)
 
+    has_fixed_size: ClassVar[bool] = False  # of its programs, whatever their format allows
+
+    @property
+    def purpose(self) -> str:
+        """What a program does, for its description."""
+        return f'an image to {len(self.class_names)} classes'
+
     @property
     def size(self) -> tuple[int, int]:
         return self.eval_config.size
@@ -62,6 +74,39 @@ class Source:
         mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None]
                      for values in (self.eval_config.mean, self.eval_config.std))
         return ((pixels.double() / 255 - mean) / std).to(dtype)
+
+    def describe_resizing(self, size: tuple[int, int]) -> str:
+        """How images are brought to the size of a program, for people."""
+        config, (height, width) = self.eval_config, size
+        text = (f'Resize ({config.interpolation}) until the centre crop of {height} x {width} pixels is '
+                f'{100 * config.crop_pct:g} % of {SIDES[config.crop_mode]}, and crop. ')
+        upright = 'Rotate the image upright as its EXIF data say. ' if config.orientation == 'exif' else ''
+        return upright + text
+
+    def name_outputs(self, job: Job) -> list[str]:
+        """The outputs of a program, in order."""
+        return [job.output]
+
+    def list_facts(self, job: Job) -> dict[str, str]:
+        """Metadata of its programs beside those of every network."""
+        return {}
+
+    def build(self, job: Job) -> nn.Module:
+        """See `build_network`."""
+        images = self.make_calibration(replace(job, input='tensor'), SCALED) if job.get_form() == 'phone' else None
+        network = to_form(self.model, job.get_form(), images)
+        prepare: nn.Module = nn.Identity()
+        if job.input == 'image':
+            mean, std = self.eval_config.mean, self.eval_config.std
+            name = self.model.pretrained_cfg.get('first_conv') or ''
+            conv = dict(network.named_modules()).get(name)  # another form may have other names
+            if isinstance(conv, nn.Conv2d) and not any(conv.padding):
+                half = job.precision == 'fp16'
+                prepare = _Darkening() if half else prepare
+                network.set_submodule(name, fold_pixels(conv, mean, std, 255 / 256 if half else 255, half))
+            else:
+                prepare = Normalisation(mean, std)
+        return ExportedNetwork(network, prepare, job.output != 'logits')
 
     def make_ready(self, pixels: torch.Tensor, job: Job) -> torch.Tensor:
         """uint8 pixels as the program of a job takes them, float32."""
@@ -134,7 +179,7 @@ def load_source(config: ExportConfig) -> Source:
 
 # The network ----------------------------------------------------------------------------------------------------------
 
-class _Normalisation(nn.Conv2d):
+class Normalisation(nn.Conv2d):
     """Pixels from 0 to 255 to normalised ones, per channel: (B, C, H, W) to the same shape.
 
     A convolution, which converters keep as it is: they split a BatchNorm with an eps into two operations.
@@ -168,26 +213,13 @@ class ExportedNetwork(nn.Module):
         return logits.softmax(dim=-1) if self.probabilities else logits
 
 
-def build_network(source: Source, job: Job) -> ExportedNetwork:
+def build_network(source: Source, job: Job) -> nn.Module:
     """The network that a job exports, with its normalisation and softmax.
 
     The normalisation is folded into the first convolution where that does not pad; else it precedes it. In float16
     folded weights would be too small for pixels up to 255, so the pixels are scaled down first.
     """
-    images = source.make_calibration(replace(job, input='tensor'), SCALED) if job.get_form() == 'phone' else None
-    network = to_form(source.model, job.get_form(), images)
-    prepare: nn.Module = nn.Identity()
-    if job.input == 'image':
-        mean, std = source.eval_config.mean, source.eval_config.std
-        name = source.model.pretrained_cfg.get('first_conv') or ''
-        conv = dict(network.named_modules()).get(name)  # another form may have other names
-        if isinstance(conv, nn.Conv2d) and not any(conv.padding):
-            half = job.precision == 'fp16'
-            prepare = _Darkening() if half else prepare
-            network.set_submodule(name, fold_pixels(conv, mean, std, 255 / 256 if half else 255, half))
-        else:
-            prepare = _Normalisation(mean, std)
-    return ExportedNetwork(network, prepare, job.output != 'logits')
+    return source.build(job)
 
 
 def trace(source: Source, job: Job) -> torch.export.ExportedProgram:

@@ -13,7 +13,9 @@ from .config import TOLERANCES, Job
 from .program import Program, Run
 from .source import Cases, Source, build_network
 
-__all__ = ['Verification', 'VerificationError', 'compare', 'verify']
+__all__ = [
+    'Verification', 'VerificationError', 'check_labels', 'check_structure', 'compare', 'find_fault', 'run_batches',
+    'verify']
 
 TOP = 5
 EXAMINED = 16  # images, for a program without its rounding
@@ -36,8 +38,8 @@ class Verification:
         compared: 'logits'; 'probabilities' where the program returns those and its logits cannot be seen.
         max_error, mean_error: Of what is compared.
         largest: The largest magnitude of what is compared.
-        top1_agreement: Share of images with the same top-1 class, %.
-        top5_agreement: Mean share of the top-5 classes that are among the network's top-5, %.
+        top1_agreement: Share of images with the same top-1 class, %; of pixels, or of anchors, in dense tasks.
+        top5_agreement: Mean share of the top-5 classes that are among the network's top-5, %; None in dense tasks.
         floor: Least top-1 agreement allowed, %.
         exact_error: Of `Program.run_exact` on some images, relative to the largest logit, against the network with the
             weights in the file.
@@ -51,7 +53,7 @@ class Verification:
     mean_error: float
     largest: float
     top1_agreement: float
-    top5_agreement: float
+    top5_agreement: float | None
     floor: float
     compared: str = 'logits'
     exact_error: float | None = None
@@ -61,7 +63,12 @@ class Verification:
     findings: list[str] = field(default_factory=list)
 
 
-def _check_labels(source: Source, job: Job, program: Program, path: Any) -> None:
+def check_labels(source: Source, job: Job, program: Program, path: Any) -> None:
+    """Compare the classes named in a file with those of the network.
+
+    Raises:
+        VerificationError: They differ, or are missing from a classifier.
+    """
     if program.labels is None:
         if job.output == 'classes':
             raise VerificationError(f'{path}: the program has no class labels.')
@@ -73,17 +80,17 @@ def _check_labels(source: Source, job: Job, program: Program, path: Any) -> None
             f'{path}: the program has {len(program.labels)} labels for {len(source.class_names)} classes.')
 
 
-def _run_batches(
+def run_batches(
         run: Run, source: Source, job: Job, program: Program, cases: Cases,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Outputs of each batch, and its logits where they can be seen: (batch, classes) float64.
+    """Outputs of each batch, and its logits where they can be seen: (batch, numbers) float64.
 
     Args:
         run: Of the program: `run`, `run_exact` or `run_flushed`.
     """
     left = len(cases)
     for pixels in cases.batches(job.batch):
-        outputs = run(source.make_ready(pixels, job)).double()[:left]
+        outputs = run(source.make_ready(pixels, job)).double().flatten(1)[:left]
         logits = outputs if job.output == 'logits' else None
         if logits is None and program.get_logits is not None:
             logits = program.get_logits().double()[:left]
@@ -127,10 +134,10 @@ def _compute_rounded(source: Source, job: Job, cases: Cases) -> torch.Tensor | N
         for module in network.modules():
             if isinstance(getattr(module, 'eps', None), float) and job.format != 'mlmodel':  # which has it in float32
                 module.eps = torch.tensor(module.eps).half().item()
-    return torch.cat([network(source.make_ready(part, job).double()) for part in cases.pixels.split(8)])
+    return torch.cat([network(source.make_ready(part, job).double()).flatten(1) for part in cases.pixels.split(8)])
 
 
-def _check_structure(
+def check_structure(
         source: Source, job: Job, program: Program, cases: Cases, path: Any, result: Verification) -> None:
     """Hold a program to the rounding of float32 where it can run without its own, and limit the effect of flushing.
 
@@ -145,7 +152,7 @@ def _check_structure(
 
     def compute(run: Run) -> torch.Tensor:
         return torch.cat([outputs if logits is None else logits
-                          for outputs, logits in _run_batches(run, source, job, program, some)])
+                          for outputs, logits in run_batches(run, source, job, program, some)])
 
     some = cases.select(EXAMINED)
     expected = _compute_rounded(source, job, some)
@@ -169,7 +176,7 @@ def _check_structure(
                 f'the largest, {largest:.2g}; no file was written. Use --precision fp32.', result)
 
 
-def _find_fault(outputs: torch.Tensor, errors: torch.Tensor, limit: float, names: Sequence[str]) -> tuple[str, float]:
+def find_fault(outputs: torch.Tensor, errors: torch.Tensor, limit: float, names: Sequence[str]) -> tuple[str, float]:
     """The first image of a batch whose outputs are not finite or whose largest error exceeds a limit, and that error.
 
     Returns:
@@ -195,7 +202,7 @@ def verify(
         VerificationError: Labels differ, an output is not finite or its error exceeds `job.tolerance`, or top-1
             agreement is below `job.floor`.
     """
-    _check_labels(source, job, program, path)
+    check_labels(source, job, program, path)
     seen = job.output == 'logits' or program.get_logits is not None
     expected = cases.logits if seen else cases.logits.softmax(dim=-1)
     largest, others = expected.abs().max().item(), []
@@ -209,7 +216,7 @@ def verify(
         return result
 
     done = 0
-    for outputs, logits in _run_batches(program.run, source, job, program, cases):
+    for outputs, logits in run_batches(program.run, source, job, program, cases):
         if outputs.shape[1:] != expected.shape[1:]:
             raise VerificationError(
                 f'{path}: the program returns {outputs.shape[1]} numbers per image, the network has '
@@ -219,7 +226,7 @@ def verify(
         done += len(outputs)
         report(job.batch)
         errors = ((logits if seen else outputs) - expected[batch]).abs()
-        name, error = _find_fault(outputs, errors, job.tolerance * largest, cases.images[batch])
+        name, error = find_fault(outputs, errors, job.tolerance * largest, cases.images[batch])
         if error == math.inf:
             first = next((line for line in program.find() if 'not finite' in line), 'the operation is unknown')
             raise VerificationError(f'{path}: {name}: outputs are not finite; {first}.', compare_so_far())
@@ -236,5 +243,5 @@ def verify(
                 f'{job.floor:g} % of {len(cases)} must; the first that has not is {others[0]} (largest error '
                 f'{result.max_error:.2g} of {largest:.2g}); no file was written. A lower --floor allows it.', result)
     result = compare_so_far()
-    _check_structure(source, job, program, cases, path, result)
+    check_structure(source, job, program, cases, path, result)
     return result

@@ -19,15 +19,15 @@ OPSET = 20  # the first with its own Gelu
 INPUT = 'input_1'
 
 
-def convert(program: torch.export.ExportedProgram, output: str = 'logits') -> Any:
+def convert(program: torch.export.ExportedProgram, outputs: Sequence[str] = ('logits',)) -> Any:
     """A program of torch.export as an ONNX model with its weights, in opset `OPSET`.
 
     Args:
-        output: Name of the output; the input is called `INPUT`.
+        outputs: Names of the outputs; the input is called `INPUT`.
     """
     with torch.no_grad(), quiet(''):
         converted = torch.onnx.export(
-            program, dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[output], verbose=False)
+            program, dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=list(outputs), verbose=False)
     return converted.model_proto
 
 

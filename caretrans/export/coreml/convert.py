@@ -72,6 +72,16 @@ def check(job: Job) -> None:
 
 # Conversion -----------------------------------------------------------------------------------------------------------
 
+def _drop_aliases(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program without nodes that hand on their input, such as slices of everything; coremltools 9 knows none."""
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten.alias.default:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    return program
+
+
 def _convert(source: Source, job: Job) -> Any:
     """An MLModel with full weights; inputs and outputs are float32 for every precision and target, for simple apps."""
     ct = import_coremltools()
@@ -93,8 +103,8 @@ def _convert(source: Source, job: Job) -> Any:
     else:  # the backend would split it again, into a sum of squares that overflows in float16
         settings.update(convert_to='neuralnetwork')
         pipeline.remove_passes({'common::fuse_layernorm_or_instancenorm'})
-    model = ct.convert(
-        trace(source, job).run_decompositions({}), **settings, pass_pipeline=pipeline, skip_model_load=True)
+    program = _drop_aliases(trace(source, job).run_decompositions({}))
+    model = ct.convert(program, **settings, pass_pipeline=pipeline, skip_model_load=True)
     if job.output == 'classes' and job.format == 'mlpackage':
         spec = model.get_spec()
         ct.utils.rename_feature(spec, f'{LABEL}_probs', 'probabilities', rename_inputs=False)
@@ -148,7 +158,7 @@ def _compress_network(model: Any, job: Job) -> Any:
 def _describe(model: Any, source: Source, job: Job) -> None:
     """Add the metadata of a job."""
     model.short_description = (
-        f'{source.name}: an image to {len(source.class_names)} classes, at {job.size[0]} x {job.size[1]} pixels'
+        f'{source.name}: {source.purpose}, at {job.size[0]} x {job.size[1]} pixels'
         + ('.' if source.checkpoint else '. RANDOM WEIGHTS: for measuring speed alone.'))
     model.author = 'caretrans; the weights are of their authors'
     model.license = 'MIT for the code; the weights have the licence of their authors'
@@ -156,7 +166,8 @@ def _describe(model: Any, source: Source, job: Job) -> None:
     model.input_description[INPUT] = describe_input(source, job)
     if job.output == 'classes':
         model.output_description[LABEL] = 'The likeliest class.'
-    model.output_description['probabilities' if job.output == 'classes' else job.output] = OUTPUTS[job.output]
+    model.output_description['probabilities' if job.output == 'classes' else job.output] = source.list_facts(job).get(
+        'outputs', OUTPUTS[job.output])
     model.user_defined_metadata.update(describe(source, job))
 
 

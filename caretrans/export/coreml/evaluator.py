@@ -245,10 +245,10 @@ class Evaluator:
             if name not in (self.output, self._scores):
                 self._last_uses[number].append(name)
         result = self._run(torch.zeros(self.input.shape), Mode.ROUNDED, shape_changes=self.shape_changes)
-        if result.dim() != 2 or len(result) != self.input.shape[0]:
+        if result.dim() not in (2, 4) or len(result) != self.input.shape[0]:
             raise ExportError(
-                f'{self.path}: its output is {tuple(result.shape)} for images of {tuple(self.input.shape)}, not one '
-                'row of numbers for each image.')
+                f'{self.path}: its output is {tuple(result.shape)} for images of {tuple(self.input.shape)}, not '
+                'one row of numbers, or one map per class, for each image.')
         if self.labels is not None and len(self.labels) != result.shape[1]:
             raise ExportError(f'{self.path}: it has {len(self.labels)} labels for {result.shape[1]} classes.')
 
@@ -277,7 +277,7 @@ class Evaluator:
         Args:
             images: (B, C, H, W) float32 in RGB, of the size in the file: pixels from 0 to 255, or what it takes.
         Returns:
-            (B, classes) float32.
+            (B, classes) float32, of segmenters (B, classes, rows, columns).
         Raises:
             ExportError: Images of another shape, or an operation whose output has another shape than the file says.
         """

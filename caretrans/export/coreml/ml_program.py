@@ -17,7 +17,7 @@ from .operations import OPERATIONS
 __all__ = ['read_ml_program']
 
 MOVES = ('abs', 'clip', 'concat', 'expand_dims', 'identity', 'maximum', 'minimum', 'pad', 'relu', 'reshape', 'select',
-         'slice_by_index', 'split', 'squeeze', 'transpose')  # float16 inputs to float16 outputs without rounding
+         'slice_by_index', 'split', 'squeeze', 'transpose', 'upsample_nearest_neighbor')  # float16 inputs to float16 outputs without rounding
 
 
 def _is_constant(op: Any) -> bool:
@@ -91,7 +91,7 @@ def read_ml_program(path: str | Path) -> Evaluator:
 
     Args:
         path: A folder `.mlpackage` with an ML Program of one function, one input of images (B, C, H, W) and one output
-            (B, classes), or a classifier.
+            (B, classes) or (B, classes, rows, columns), or a classifier.
     Raises:
         ExportError: The package is damaged, inconsistent, or has an unknown operation.
     """

@@ -116,6 +116,23 @@ def pad(x, pad, mode='constant', constant_val=0.):
     return _pad_axes(x, pad, float(constant_val))
 
 
+def _scale_sides(x, *factors):
+    if any(factor != int(factor) for factor in factors):
+        raise ValueError(f'upsampling by {factors} is not modelled.')
+    return [side * int(factor) for side, factor in zip(x.shape[-2:], factors, strict=True)]
+
+
+def upsample_nearest_neighbor(x, scale_factor_height=1, scale_factor_width=1):
+    return F.interpolate(x, _scale_sides(x, scale_factor_height, scale_factor_width), mode='nearest')
+
+
+def upsample_bilinear(x, scale_factor_height=1, scale_factor_width=1, align_corners=True, half_pixel_centers=None):
+    if half_pixel_centers not in (None, not align_corners):
+        raise ValueError(f'half_pixel_centers={half_pixel_centers}, align_corners={align_corners} is not modelled.')
+    sides = _scale_sides(x, scale_factor_height, scale_factor_width)
+    return F.interpolate(x, sides, mode='bilinear', align_corners=bool(align_corners))
+
+
 def cast(x, dtype):
     wanted = {'fp16': torch.float32, 'fp32': torch.float32, 'int32': torch.int32, 'bool': torch.bool}[dtype]
     return x.to(wanted, copy=True)
@@ -177,4 +194,6 @@ OPERATIONS: dict[str, Callable] = {
     'sub': lambda x, y: x - y,
     'tanh': lambda x: x.tanh(),
     'transpose': lambda x, perm: x.permute(perm),
+    'upsample_bilinear': upsample_bilinear,
+    'upsample_nearest_neighbor': upsample_nearest_neighbor,
 }

@@ -9,8 +9,8 @@ from ...runtimes.onnx import INPUT, OPSET, convert, import_onnxruntime, make_ses
 from ...runtimes.tracing import trace_any_size
 from ..config import Job
 from ..metadata import describe, read_class_names
-from ..program import Program, reading
-from ..source import Source, build_network
+from ..program import Program, join_outputs, reading
+from ..source import Source, build_network, trace
 
 __all__ = ['read', 'write']
 
@@ -32,9 +32,11 @@ def _name_axes(model: Any) -> None:
 
 
 def write(source: Source, job: Job, path: Path) -> list[str]:
-    """Write a program for any number of images of any size, where the network allows it."""
+    """Write a program for any number of images of any size, where the network allows it; see `Source`."""
     import onnx
-    model = convert(trace_any_size(build_network(source, job), source.make_example(job), is_checked=False), job.output)
+    program = trace(source, job) if source.has_fixed_size else trace_any_size(
+        build_network(source, job), source.make_example(job), is_checked=False)
+    model = convert(program, source.name_outputs(job))
     _name_axes(model)
     if job.precision == 'int8':
         batches = split_batches(source.make_calibration(job), job.batch)
@@ -70,6 +72,6 @@ def read(job: Job, path: Path) -> Program:
     dims = model.graph.input[0].type.tensor_type.shape.dim
     operations = Counter(node.op_type for node in model.graph.node if node.op_type != 'Constant')
     return Program(
-        lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0]),
+        lambda images: join_outputs(session.run(None, {INPUT: images.numpy()})),
         f'ONNX Runtime {onnxruntime.__version__}', labels, dict(operations), _list_shape_changes(model),
         least={dim.dim_param: 1 for dim in dims if dim.dim_param})

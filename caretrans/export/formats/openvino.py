@@ -12,7 +12,7 @@ from ...runtimes.quiet import quiet
 from ...text import write_text
 from ..config import Job
 from ..metadata import describe, read_class_names
-from ..program import Program, reading
+from ..program import Program, join_outputs, reading
 from ..source import Source, trace
 
 __all__ = ['read', 'write']
@@ -25,7 +25,7 @@ NO_OPERATIONS = ('Constant', 'Parameter', 'Result')
 def write(source: Source, job: Job, path: Path) -> list[str]:
     """Write a folder with the program, its weights and its metadata, for images of one shape."""
     import openvino
-    model = make_model(convert(trace(source, job), job.output).SerializeToString())
+    model = make_model(convert(trace(source, job), source.name_outputs(job)).SerializeToString())
     if job.precision == 'int8':
         with quiet(''):
             model = quantize(model, split_batches(source.make_calibration(job), job.batch))
@@ -46,5 +46,5 @@ def read(job: Job, path: Path) -> Program:
         f'{node.get_type_name()} {node.get_friendly_name()} to {node.get_output_partial_shape(0)}' for node in nodes
         if node.get_type_name() in SHAPE_CHANGES]
     return Program(
-        lambda images: torch.from_numpy(np.array(request.infer({0: images.numpy()})[0])),
+        lambda images: join_outputs([np.array(y) for y in request.infer({0: images.numpy()}).values()]),
         f'OpenVINO {openvino.__version__}', labels, dict(Counter(node.get_type_name() for node in nodes)), changes)

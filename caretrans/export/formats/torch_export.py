@@ -8,8 +8,8 @@ import torch
 from ...runtimes.tracing import trace_any_size
 from ..config import Job
 from ..metadata import describe, read_class_names
-from ..program import Program, reading
-from ..source import Source, build_network
+from ..program import Program, join_outputs, reading
+from ..source import Source, build_network, trace
 
 __all__ = ['read', 'write']
 
@@ -21,7 +21,8 @@ SHAPE_CHANGES = (
 
 def write(source: Source, job: Job, path: Path) -> list[str]:
     """Write a program for any number of images of any size, where the network allows it."""
-    program = trace_any_size(build_network(source, job), source.make_example(job))
+    program = trace(source, job) if source.has_fixed_size else trace_any_size(
+        build_network(source, job), source.make_example(job))
     torch.export.save(program, path, extra_files={FACTS: json.dumps(describe(source, job))})
     return []
 
@@ -54,6 +55,6 @@ def read(job: Job, path: Path) -> Program:
 
     def run(images: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
-            return module(images)
+            return join_outputs(module(images))
     return Program(
         run, f'PyTorch {torch.__version__}', labels, dict(Counter(kinds)), changes, least=_find_least(program))
