@@ -127,13 +127,6 @@ class DenseSource(Source):
         parts = outputs.split([torch.Size(shape).numel() for shape in self.shapes], dim=1)
         return [part.unflatten(1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
-    def group(self, outputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The same, (B, numbers) by kind: box codes are smaller than logits, and are compared with their largest."""
-        if self.is_segmenter:
-            return dict(logits=outputs)
-        parts, half = self.split(outputs), len(self.shapes) // 2
-        return {'class logits': join_outputs(parts[:half]), 'box codes': join_outputs(parts[half:])}
-
     def find_classes(self, outputs: torch.Tensor) -> torch.Tensor:
         """The likeliest class of each pixel or anchor, (B, places)."""
         logits = self.split(outputs)[:1 if self.is_segmenter else len(self.shapes) // 2]

@@ -23,12 +23,13 @@ def verify_dense(
         cases: Of `load_dense_cases`.
         report: Called with the number of images done since the last call.
     Raises:
-        VerificationError: Labels differ; an output is not finite, or its error exceeds `job.tolerance` of the largest
-            of its kind (logits, box codes); or the likeliest class differs at too many pixels or anchors for
+        VerificationError: Labels differ; an output is not finite, or an error exceeds `job.tolerance` of the largest
+            number of that output, of one level; or the likeliest class differs at too many pixels or anchors for
             `job.floor`.
     """
     check_labels(source, job, program, path)
-    largest = {name: part.abs().max().item() for name, part in source.group(cases.logits).items()}
+    names = source.name_outputs(job)
+    largest = [part.abs().max().item() for part in source.split(cases.logits)]
     errors, equal, done = [], [], 0
     for outputs, _ in run_batches(program.run, source, job, program, cases):
         if outputs.shape[1:] != cases.logits.shape[1:]:
@@ -39,14 +40,14 @@ def verify_dense(
         expected = cases.logits[batch]
         done += len(outputs)
         report(job.batch)
-        wanted = source.group(expected)
-        for name, part in source.group(outputs).items():
-            _check_part(name, part, wanted[name], largest[name], job, cases.images[batch], path)
+        for name, part, wanted, most in zip(
+                names, source.split(outputs), source.split(expected), largest, strict=True):
+            _check_part(name, part.flatten(1), wanted.flatten(1), most, job, cases.images[batch], path)
         errors.append((outputs - expected).abs())
         equal.append(source.find_classes(outputs) == source.find_classes(expected))
     whole = torch.cat(errors)
     result = Verification(
-        len(cases), cases.name, whole.max().item(), whole.mean().item(), max(largest.values()),
+        len(cases), cases.name, whole.max().item(), whole.mean().item(), max(largest),
         100 * torch.cat(equal).double().mean().item(), None, job.floor,
         compared='logits' if source.is_segmenter else 'logits, codes', findings=program.find())
     if result.top1_agreement < job.floor:
@@ -59,13 +60,13 @@ def verify_dense(
 
 
 def _check_part(
-        kind: str, outputs: torch.Tensor, expected: torch.Tensor, largest: float, job: Job, images: list[str],
+        output: str, outputs: torch.Tensor, expected: torch.Tensor, largest: float, job: Job, images: list[str],
         path: Any) -> None:
-    """Refuse outputs of one kind (B, numbers) that are not finite or too far from the network's."""
+    """Refuse numbers of one output (B, numbers) that are not finite or too far from the network's."""
     name, error = find_fault(outputs, (outputs - expected).abs(), job.tolerance * largest, images)
     if error == math.inf:
-        raise VerificationError(f'{path}: {name}: its {kind} are not finite; no file was written.')
+        raise VerificationError(f'{path}: {name}: its {output} are not finite; no file was written.')
     if name:
         raise VerificationError(
-            f'{path}: {name}: its {kind} differ from PyTorch by {error:.2g}, more than {job.tolerance:g} of the '
+            f'{path}: {name}: its {output} differ from PyTorch by {error:.2g}, more than {job.tolerance:g} of the '
             f'largest, {largest:.2g}: rounding does not explain it; no file was written.')

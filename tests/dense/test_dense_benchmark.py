@@ -48,8 +48,8 @@ def test_work_is_what_the_model_computes():
 
 def test_a_run_writes_its_costs(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr('sys.argv', [
-        'benchmark.py', '--bench', 'dense', '--task', 'semantic_fpn', '--model', 'casvit_xs', 'care_s0', '--device', 'cpu',
-        '--img-size', '64', '--runs', '2', '--warmup', '1', '--output', str(tmp_path)])
+        'benchmark.py', '--bench', 'dense', '--task', 'semantic_fpn', '--model', 'casvit_xs', 'care_s0', '--device',
+        'cpu', '--img-size', '64', '--runs', '2', '--warmup', '1', '--output', str(tmp_path)])
     assert benchmark.main() == 0
     printed = capsys.readouterr().out
     assert '150 (semantic_fpn)' in printed and 'two-stage' not in printed

@@ -224,6 +224,16 @@ PROGRAM_CASES: dict[str, Case] = {
         lambda x: mb.cast(x=mb.cast(x=x, dtype='fp16'), dtype='fp32'), lambda x: x.half().float()),
     'pad': (lambda x: mb.pad(x=x, pad=[1, 2, 0, 3], mode='constant', constant_val=np.float32(2)),
             lambda x: F.pad(x, [0, 3, 1, 2], value=2.)),
+    'upsample_nearest_neighbor': (
+        lambda x: mb.upsample_nearest_neighbor(x=x, scale_factor_height=2, scale_factor_width=np.float32(3)),
+        lambda x: F.interpolate(x, scale_factor=(2, 3), mode='nearest')),
+    'upsample_bilinear': (
+        lambda x: mb.upsample_bilinear(
+            x=x, scale_factor_height=np.float32(2), scale_factor_width=2, align_corners=False, half_pixel_centers=True),
+        lambda x: F.interpolate(x, scale_factor=2, mode='bilinear', align_corners=False)),
+    'upsample_bilinear, corners aligned': (
+        lambda x: mb.upsample_bilinear(x=x, scale_factor_height=2, scale_factor_width=2),
+        lambda x: F.interpolate(x, scale_factor=2, mode='bilinear', align_corners=True)),
     'avg_pool': (
         lambda x: mb.avg_pool(x=x, kernel_sizes=[3, 3], strides=[2, 1], pad_type='custom', pad=[1, 1, 1, 1],
                               exclude_padding_from_average=True),

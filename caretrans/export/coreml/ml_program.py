@@ -16,8 +16,9 @@ from .operations import OPERATIONS
 
 __all__ = ['read_ml_program']
 
-MOVES = ('abs', 'clip', 'concat', 'expand_dims', 'identity', 'maximum', 'minimum', 'pad', 'relu', 'reshape', 'select',
-         'slice_by_index', 'split', 'squeeze', 'transpose', 'upsample_nearest_neighbor')  # float16 inputs to float16 outputs without rounding
+MOVES = (  # float16 inputs to float16 outputs without rounding
+    'abs', 'clip', 'concat', 'expand_dims', 'identity', 'maximum', 'minimum', 'pad', 'relu', 'reshape', 'select',
+    'slice_by_index', 'split', 'squeeze', 'transpose', 'upsample_nearest_neighbor')
 
 
 def _is_constant(op: Any) -> bool:
