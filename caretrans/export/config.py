@@ -93,8 +93,10 @@ class ExportConfig:
     target: str = setting(TARGET, 'oldest supported system, for Core ML programs', choices=list(TARGETS))
     compress: str = setting('none', 'compression of the weights, for Core ML programs', choices=list(COMPRESSIONS))
     unfused: bool = setting(False, 'export the original network, for comparison')
-    data: str = setting('', 'folder with val/CLASS/* of images to verify on (default: the bundled images)')
-    images: int | None = setting(None, 'number of images to verify on (default: all)', bounds=(1, None))
+    data: str = setting(
+        '', 'folder of images to verify on, with val/CLASS/* for a classifier (default: the bundled images)')
+    images: int | None = setting(
+        None, 'number of images to verify on (default: all; 4 for a detector or segmenter)', bounds=(1, None))
     floor: float | None = setting(
         None, 'minimum top-1 agreement with PyTorch, % (default: '
         + ', '.join(f'{value:g} for {name}' for name, value in FLOORS.items()) + ')', bounds=(0, 100))

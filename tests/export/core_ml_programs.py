@@ -225,11 +225,12 @@ PROGRAM_CASES: dict[str, Case] = {
     'pad': (lambda x: mb.pad(x=x, pad=[1, 2, 0, 3], mode='constant', constant_val=np.float32(2)),
             lambda x: F.pad(x, [0, 3, 1, 2], value=2.)),
     'upsample_nearest_neighbor': (
-        lambda x: mb.upsample_nearest_neighbor(x=x, scale_factor_height=2, scale_factor_width=np.float32(3)),
+        lambda x: mb.upsample_nearest_neighbor(x=x, scale_factor_height=2, scale_factor_width=3),
         lambda x: F.interpolate(x, scale_factor=(2, 3), mode='nearest')),
     'upsample_bilinear': (
         lambda x: mb.upsample_bilinear(
-            x=x, scale_factor_height=np.float32(2), scale_factor_width=2, align_corners=False, half_pixel_centers=True),
+            x=x, scale_factor_height=np.float32(2), scale_factor_width=np.float32(2), align_corners=False,
+            half_pixel_centers=True),
         lambda x: F.interpolate(x, scale_factor=2, mode='bilinear', align_corners=False)),
     'upsample_bilinear, corners aligned': (
         lambda x: mb.upsample_bilinear(x=x, scale_factor_height=2, scale_factor_width=2),

@@ -318,7 +318,10 @@ def test_images_of_another_shape_are_refused(package):
 @pytest.mark.parametrize('operation, message', [
     (lambda x: mb.cumsum(x=x, name='odd'), "odd is an operation 'cumsum', which the evaluator does not know"),
     (lambda x: mb.conv(x=x, weight=WEIGHT.numpy(), pad_type='same', strides=[2, 2]),
-     "padding 'same' .* strides .* is not modelled")])
+     "padding 'same' .* strides .* is not modelled"),
+    (lambda x: mb.upsample_nearest_neighbor(
+        x=x, scale_factor_height=np.float32(1.5), scale_factor_width=np.float32(2)),
+     'upsampling by .* is not modelled')])
 def test_an_operation_that_cannot_be_evaluated_is_named(operation, message, tmp_path):
     with pytest.raises(ExportError, match=message):
         read_ml_program(save_operation(operation, tmp_path / 'a.mlpackage'))
