@@ -42,7 +42,7 @@ def verify_dense(
         report(job.batch)
         for name, part, wanted, most in zip(
                 names, source.split(outputs), source.split(expected), largest, strict=True):
-            _check_part(name, part.flatten(1), wanted.flatten(1), most, job, cases.images[batch], path)
+            _check_part(name, part.flatten(1), wanted.flatten(1), most, job, cases.images[batch], path, program)
         errors.append((outputs - expected).abs())
         equal.append(source.find_classes(outputs) == source.find_classes(expected))
     whole = torch.cat(errors)
@@ -61,11 +61,12 @@ def verify_dense(
 
 def _check_part(
         output: str, outputs: torch.Tensor, expected: torch.Tensor, largest: float, job: Job, images: list[str],
-        path: Any) -> None:
+        path: Any, program: Program) -> None:
     """Refuse numbers of one output (B, numbers) that are not finite or too far from the network's."""
     name, error = find_fault(outputs, (outputs - expected).abs(), job.tolerance * largest, images)
     if error == math.inf:
-        raise VerificationError(f'{path}: {name}: its {output} are not finite; no file was written.')
+        first = next((line for line in program.find() if 'not finite' in line), 'the operation is unknown')
+        raise VerificationError(f'{path}: {name}: its {output} are not finite; {first}; no file was written.')
     if name:
         raise VerificationError(
             f'{path}: {name}: its {output} differ from PyTorch by {error:.2g}, more than {job.tolerance:g} of the '

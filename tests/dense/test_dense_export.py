@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import torch.nn as nn
+from torchvision.models.detection.image_list import ImageList
 
 from caretrans.dense import create_dense_model, save_checkpoint
 from caretrans.dense.decode import Decoding, decode_detections, fit_image
@@ -157,10 +158,27 @@ def test_decoded_outputs_are_the_detections_of_the_network(files, detector):
     assert 10 < len(expected['boxes']) <= 100 and torch.equal(found['labels'], expected['labels'])
     for name, tolerance in (('boxes', 1e-2), ('scores', 1e-4)):
         torch.testing.assert_close(found[name], expected[name], atol=tolerance, rtol=0)
-    larger = decode_detections(outputs, decoding, fitted, (128, 480))
-    torch.testing.assert_close(larger['boxes'], found['boxes'] * torch.tensor([5., 2., 5., 2.]))
-    few = decode_detections(outputs, dataclasses.replace(decoding, detections=3, candidates=50), (64, 48), SIZE)
-    assert len(few['boxes']) <= 3 and few['boxes'].max() <= 96
+    few = decode_detections(outputs, dataclasses.replace(decoding, detections=3, candidates=50), fitted, SIZE)
+    assert len(few['boxes']) == 3
+
+
+@torch.no_grad()
+def test_boxes_of_a_fitted_image_are_in_pixels_of_the_original(files):
+    source, _ = load(files, 'retinanet')
+    model, decoding = source.model.model, Decoding.from_model(source.model.model, SIZE)
+    image = torch.rand(3, 128, 80, generator=torch.Generator().manual_seed(2)) * 255
+    pixels, fitted = fit_image(image, SIZE)
+    x = decoding.normalise(pixels)[None]
+    found = decode_detections(source.model(x), decoding, fitted, (128, 80))
+
+    maps = list(model.backbone(x).values())  # the steps of torchvision's forward
+    levels = [9 * y.shape[-2] * y.shape[-1] for y in maps]
+    heads = {name: list(y.split(levels, dim=1)) for name, y in model.head(maps).items()}
+    anchors = [list(some.split(levels)) for some in model.anchor_generator(ImageList(x, [fitted]), maps)]
+    expected = model.postprocess_detections(heads, anchors, [fitted])[0]
+    assert fitted == (64, 40) and len(expected['boxes']) > 10
+    torch.testing.assert_close(found['boxes'], 2 * expected['boxes'])
+    assert torch.equal(found['labels'], expected['labels']) and found['boxes'][:, 2].max() <= 80
 
 
 def test_images_are_fitted_without_a_change_of_aspect():
