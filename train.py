@@ -26,8 +26,9 @@ def run() -> int:
             print('train.py: stopped; the same command resumes from the last checkpoint', file=sys.stderr)
         return 130
     if processes.is_primary:
-        print(f'best top-1 {result.best.val_top1:.1f} % after epoch {result.best.epoch}, '
-              f'last {result.last.val_top1:.1f} %')
+        name, title = result.best_score, result.score_title.split(',')[0]
+        print(f'best {title} {result.best.scores[name]:.1f} % after epoch {result.best.epoch}, '
+              f'last {result.last.scores[name]:.1f} %')
         print(f'curves: {result.folder / "curves.png"}   table: {result.folder / "summary.csv"}')
         print(f'next: bash cmd/eval.sh {shlex.quote(str(result.folder / "best.pth.tar"))}')
     return 0
