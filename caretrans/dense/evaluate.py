@@ -16,9 +16,10 @@ from ..distributed import Processes, find_processes, join_processes, leave_proce
 from ..errors import DataError, EvaluationError, list_names
 from ..evaluation.metrics import list_non_finite
 from ..progress import Progress
-from .coco import CocoData, read_coco
+from .coco import CocoData, encode_masks
 from .load import create_from_checkpoint
 from .masks import MaskData, read_masks
+from .objects import read_objects
 from .semantic_fpn import SemanticFpn
 
 __all__ = ['DenseScores', 'average_precision', 'describe_scores', 'evaluate_dense', 'score_pixels']
@@ -67,19 +68,14 @@ def average_precision(
 
     Args:
         results: Detections as COCO defines them: image_id, category_id, bbox, score, and segmentation for masks.
-        kind: 'bbox' or 'segm'.
+        kind: 'bbox' or 'segm', for data of `encode_masks`.
     """
     from faster_coco_eval import COCO, COCOeval_faster
-    from faster_coco_eval.core import mask
 
-    content = data.to_coco()
-    sizes = {image.id: (image.width, image.height) for image in data.images}
-    for entry in content['annotations'] if kind == 'segm' else ():
-        entry['segmentation'] = mask.segmToRle(entry['segmentation'], *sizes[entry['image_id']])
     if not results:
         found = dict.fromkeys(AP_NAMES, 0.)
         return found, {name: 0. for name in data.classes}
-    truth = COCO(content)
+    truth = COCO(data.to_coco())
     scorer = COCOeval_faster(truth, truth.loadRes(results), iouType=kind)
     scorer.evaluate()
     scorer.accumulate()
@@ -187,7 +183,7 @@ def evaluate_dense(
 
     Args:
         checkpoint, entry: See `create_from_checkpoint`.
-        data: A folder that `read_coco` reads, for a detector; `read_masks`, for a segmenter.
+        data: A folder that `read_objects` reads, for a detector; `read_masks`, for a segmenter.
         split: Of the data.
         amp: Autocast of the forward pass: 'off', 'bf16' or 'fp16'.
     Raises:
@@ -229,11 +225,10 @@ def _open(
         opened = read_masks(data, split, config['num_classes'])
         images = len(opened)
     else:
-        opened = read_coco(data, split)
+        opened = read_objects(data, split)
         images = len(opened.images)
-        bare = sum('segmentation' not in entry for image in opened.images for entry in image.objects)
-        if bare and config['task'] == 'mask_rcnn':
-            raise DataError(f'{opened.file}: {bare} objects have no segmentation, which masks are compared with.')
+        if config['task'] == 'mask_rcnn':
+            opened = encode_masks(opened)
     if opened.classes:
         _check_classes(opened.classes, known, config['num_classes'], data, loaded.path)
     names = opened.classes or known or [str(i) for i in range(config['num_classes'])]
