@@ -2,7 +2,7 @@
 import io
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,9 +18,10 @@ from ..evaluation.metrics import list_non_finite
 from ..progress import Progress
 from .coco import CocoData, encode_masks
 from .load import create_from_checkpoint
-from .masks import MaskData, read_masks
+from .masks import MaskData, check_masks, read_masks
 from .objects import read_objects
 from .semantic_fpn import SemanticFpn
+from .voc_metric import voc_average_precision
 
 __all__ = ['DenseScores', 'average_precision', 'describe_scores', 'evaluate_dense', 'score_pixels']
 
@@ -39,6 +40,7 @@ class DenseScores:
         seconds: Of the evaluation.
         box, mask: {AP, AP50, AP75, AP_small, AP_medium, AP_large, AR100} of a detector; None where COCO's protocol has
             no value, as without large objects. `mask` only of Mask R-CNN.
+        voc: {AP50, AP50_11} by the rules of Pascal VOC, of data in its format.
         pixel: {mIoU, accuracy} of a segmenter.
         classes: {name: AP of boxes, or IoU}; None for a class that the data do not have.
     """
@@ -51,6 +53,7 @@ class DenseScores:
     classes: dict[str, float | None]
     box: dict[str, float | None] | None = None
     mask: dict[str, float | None] | None = None
+    voc: dict[str, float | None] | None = None
     pixel: dict[str, float | None] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -206,7 +209,8 @@ def evaluate_dense(
         results = [entry for part in found for entry in part]
         box, classes = average_precision(opened, results, 'bbox')
         mask = average_precision(opened, results, 'segm')[0] if facts['task'] == 'mask_rcnn' else None
-        return DenseScores(**facts, classes=classes, box=box, mask=mask)
+        voc = voc_average_precision(opened, results) if opened.layout == 'VOC' else None
+        return DenseScores(**facts, classes=classes, box=box, mask=mask, voc=voc)
     finally:
         leave_processes()
 
@@ -223,6 +227,7 @@ def _open(
     config, known = model.dense_config, loaded.meta.get('class_names')
     if isinstance(model, SemanticFpn):
         opened = read_masks(data, split, config['num_classes'])
+        opened = replace(opened, notes=[*opened.notes, *check_masks(opened)])
         images = len(opened)
     else:
         opened = read_objects(data, split)
@@ -243,7 +248,8 @@ def describe_scores(scores: DenseScores) -> list[str]:
 
     lines = [f'{scores.task} with {scores.model} on {scores.images} images of {scores.data} '
              f'({scores.seconds:.1f} s)', *scores.notes]
-    for name, values in (('boxes', scores.box), ('masks', scores.mask), ('pixels', scores.pixel)):
+    for name, values in (
+            ('boxes', scores.box), ('masks', scores.mask), ('boxes, by VOC', scores.voc), ('pixels', scores.pixel)):
         if values is not None:
             lines.append(f'{name}: ' + ', '.join(f'{key} {show(value)}' for key, value in values.items()))
     lines += [f'  {show(value)}  {name}' for name, value in scores.classes.items()]

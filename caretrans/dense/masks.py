@@ -127,6 +127,17 @@ def has_masks(root: str | Path, split: str) -> bool:
     return _find_folders(root, split) is not None
 
 
+def _read_classes(root: Path, with_ade20k: bool) -> list[str]:
+    """The names in `classes.txt`, else if asked those of ADE20K's own table; none without either."""
+    names, table = root / 'classes.txt', root / 'objectInfo150.txt'
+    if names.is_file():
+        return [line.strip() for line in read_text(names, DataError).splitlines() if line.strip()]
+    if not with_ade20k or not table.is_file():
+        return []
+    rows = read_text(table, DataError).splitlines()[1:]  # 'Idx Ratio Train Val Name', synonyms after a comma
+    return [row.split('\t')[-1].split(',')[0].strip() for row in rows if row.strip()]
+
+
 def read_masks(
         root: str | Path, split: str, num_classes: int | None = None, reduce_zero_label: bool | None = None,
 ) -> MaskData:
@@ -135,7 +146,7 @@ def read_masks(
     Args:
         root: A folder in the layout of ADE20K (`images/training`, `annotations/training`), or with `train/` and
             `train_masks/`, or `train/images/` and `train/masks/`. A mask is a PNG with the name of its image.
-        num_classes: Of the model; by default the number of names in `classes.txt`.
+        num_classes: Of the model; by default the number of names in `classes.txt`, or in ADE20K's `objectInfo150.txt`.
         reduce_zero_label: See `MaskData`; by default only for the layout of ADE20K with 150 classes.
     Raises:
         DataError: There is no such split, an image has no mask, or the number of classes is not known.
@@ -152,12 +163,10 @@ def read_masks(
     if missing or not images:
         raise DataError(f'{folders[1]} lacks the masks of {len(missing)} images of {folders[0]}: '
                         f'{list_names(missing, 3)}.' if missing else f'{folders[0]} has no images.')
-    names = root / 'classes.txt'
-    classes = [line.strip() for line in read_text(names, DataError).splitlines() if line.strip()] \
-        if names.is_file() else []
+    classes = _read_classes(root, with_ade20k=num_classes is None)
     num_classes = num_classes or len(classes)
     if not num_classes:
-        raise DataError(f'The classes of {root} are not known: list their names in {names}, one a line.')
+        raise DataError(f'The classes of {root} are not known: list their names in {root / "classes.txt"}, one a line.')
     if reduce_zero_label is None:
         reduce_zero_label = folders[1].parent.name == 'annotations' and num_classes == 150
     notes = [note for note in (found.describe_skipped(),) if note]
