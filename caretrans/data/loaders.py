@@ -23,7 +23,6 @@ from ..config import TrainConfig
 from ..distributed import Processes
 from ..errors import DataError, list_names, require
 from ..seeds import derive_seed, seed_everything
-from .datasets import name_image
 from .decode import CropTransform, EvalTransform
 from .samples import Batch, Sample, Samples, ShardSamples, StreamedSamples, collate, start_worker
 
@@ -203,8 +202,7 @@ class TrainLoader(_DeviceLoader):
             return []
         self.sampler.set_epoch(self.epoch, step)
         passes = self.splits[self.sampler.choose_sizes(self.epoch)[step]][1]
-        dataset = self.samples.dataset
-        return [name_image(dataset, sample.index) for samples in islice(self.sampler, passes) for sample in samples]
+        return [self.samples.name_image(sample.index) for samples in islice(self.sampler, passes) for sample in samples]
 
     def close(self) -> None:
         """End the workers; otherwise they end with the program."""

@@ -2,7 +2,7 @@
 import io
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,10 +16,12 @@ from ..distributed import Processes, find_processes, join_processes, leave_proce
 from ..errors import DataError, EvaluationError, list_names
 from ..evaluation.metrics import list_non_finite
 from ..progress import Progress
-from .coco import CocoData, read_coco
+from .coco import CocoData, encode_masks
 from .load import create_from_checkpoint
-from .masks import MaskData, read_masks
+from .masks import MaskData, check_masks, read_masks
+from .objects import read_objects
 from .semantic_fpn import SemanticFpn
+from .voc_metric import voc_average_precision
 
 __all__ = ['DenseScores', 'average_precision', 'describe_scores', 'evaluate_dense', 'score_pixels']
 
@@ -38,6 +40,7 @@ class DenseScores:
         seconds: Of the evaluation.
         box, mask: {AP, AP50, AP75, AP_small, AP_medium, AP_large, AR100} of a detector; None where COCO's protocol has
             no value, as without large objects. `mask` only of Mask R-CNN.
+        voc: {AP50, AP50_11} by the rules of Pascal VOC, of data in its format.
         pixel: {mIoU, accuracy} of a segmenter.
         classes: {name: AP of boxes, or IoU}; None for a class that the data do not have.
     """
@@ -50,6 +53,7 @@ class DenseScores:
     classes: dict[str, float | None]
     box: dict[str, float | None] | None = None
     mask: dict[str, float | None] | None = None
+    voc: dict[str, float | None] | None = None
     pixel: dict[str, float | None] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,19 +71,14 @@ def average_precision(
 
     Args:
         results: Detections as COCO defines them: image_id, category_id, bbox, score, and segmentation for masks.
-        kind: 'bbox' or 'segm'.
+        kind: 'bbox' or 'segm', for data of `encode_masks`.
     """
     from faster_coco_eval import COCO, COCOeval_faster
-    from faster_coco_eval.core import mask
 
-    content = data.to_coco()
-    sizes = {image.id: (image.width, image.height) for image in data.images}
-    for entry in content['annotations'] if kind == 'segm' else ():
-        entry['segmentation'] = mask.segmToRle(entry['segmentation'], *sizes[entry['image_id']])
     if not results:
         found = dict.fromkeys(AP_NAMES, 0.)
         return found, {name: 0. for name in data.classes}
-    truth = COCO(content)
+    truth = COCO(data.to_coco())
     scorer = COCOeval_faster(truth, truth.loadRes(results), iouType=kind)
     scorer.evaluate()
     scorer.accumulate()
@@ -187,7 +186,7 @@ def evaluate_dense(
 
     Args:
         checkpoint, entry: See `create_from_checkpoint`.
-        data: A folder that `read_coco` reads, for a detector; `read_masks`, for a segmenter.
+        data: A folder that `read_objects` reads, for a detector; `read_masks`, for a segmenter.
         split: Of the data.
         amp: Autocast of the forward pass: 'off', 'bf16' or 'fp16'.
     Raises:
@@ -210,7 +209,8 @@ def evaluate_dense(
         results = [entry for part in found for entry in part]
         box, classes = average_precision(opened, results, 'bbox')
         mask = average_precision(opened, results, 'segm')[0] if facts['task'] == 'mask_rcnn' else None
-        return DenseScores(**facts, classes=classes, box=box, mask=mask)
+        voc = voc_average_precision(opened, results) if opened.layout == 'VOC' else None
+        return DenseScores(**facts, classes=classes, box=box, mask=mask, voc=voc)
     finally:
         leave_processes()
 
@@ -227,13 +227,13 @@ def _open(
     config, known = model.dense_config, loaded.meta.get('class_names')
     if isinstance(model, SemanticFpn):
         opened = read_masks(data, split, config['num_classes'])
+        opened = replace(opened, notes=[*opened.notes, *check_masks(opened)])
         images = len(opened)
     else:
-        opened = read_coco(data, split)
+        opened = read_objects(data, split)
         images = len(opened.images)
-        bare = sum('segmentation' not in entry for image in opened.images for entry in image.objects)
-        if bare and config['task'] == 'mask_rcnn':
-            raise DataError(f'{opened.file}: {bare} objects have no segmentation, which masks are compared with.')
+        if config['task'] == 'mask_rcnn':
+            opened = encode_masks(opened)
     if opened.classes:
         _check_classes(opened.classes, known, config['num_classes'], data, loaded.path)
     names = opened.classes or known or [str(i) for i in range(config['num_classes'])]
@@ -248,7 +248,8 @@ def describe_scores(scores: DenseScores) -> list[str]:
 
     lines = [f'{scores.task} with {scores.model} on {scores.images} images of {scores.data} '
              f'({scores.seconds:.1f} s)', *scores.notes]
-    for name, values in (('boxes', scores.box), ('masks', scores.mask), ('pixels', scores.pixel)):
+    for name, values in (
+            ('boxes', scores.box), ('masks', scores.mask), ('boxes, by VOC', scores.voc), ('pixels', scores.pixel)):
         if values is not None:
             lines.append(f'{name}: ' + ', '.join(f'{key} {show(value)}' for key, value in values.items()))
     lines += [f'  {show(value)}  {name}' for name, value in scores.classes.items()]
