@@ -141,7 +141,8 @@ def test_no_checkpoint_is_written_from_an_average_that_is_not_finite(tmp_path, d
             key = 'stem.conv.weight' if part == 'ema' else 'stem.norm.running_mean'
             dict((self.trainer.ema if part == 'ema' else self.trainer.model).state_dict())[key].fill_(NAN)
     monkeypatch.setattr(caretrans.training.run.Run, '_sum_up', spoil)
-    monkeypatch.setattr(caretrans.training.classification, 'evaluate', lambda *_: Scores(1., 50., 100., 10, [], 1., 10., None))
+    monkeypatch.setattr(
+        caretrans.training.classification, 'evaluate', lambda *_: Scores(1., 50., 100., 10, [], 1., 10., None))
     with pytest.raises(TrainingError, match=message):
         train(configure(data, *FLAGS, '--output', tmp_path / 'run'))
     for name in ('best', 'last'):
