@@ -227,10 +227,10 @@ def _read_chain(name_or_file: str, seen: Sequence[str] = ()) -> list[tuple[Path,
     """The files and settings of a recipe and of those that its `base` leads to, the last base first."""
     path = Path(name_or_file)
     if not path.is_file():
-        path = RECIPES / f'{name_or_file}.yaml'
-    if not path.is_file():
-        known = ', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml')))
-        raise ConfigError(f'No recipe {name_or_file!r}: neither a file nor one of {known}.')
+        bundled = {path.stem: path for path in RECIPES.rglob('*.yaml')}
+        if name_or_file not in bundled:
+            raise ConfigError(f'No recipe {name_or_file!r}: neither a file nor one of {", ".join(sorted(bundled))}.')
+        path = bundled[name_or_file]
     settings = _read_yaml(path)
     base = settings.pop('base', None)
     if base in (None, False, 'none'):

@@ -14,8 +14,10 @@ from .transforms import DenseAugment
 __all__ = ['SAMPLE_RECIPES', 'DenseConfig', 'find_dense_task']
 
 OPTIONS = {  # of `create_dense_model`, for each task
-    'retinanet': ('channels',), 'faster_rcnn': ('channels', 'hidden', 'proposals'),
-    'mask_rcnn': ('channels', 'hidden', 'proposals', 'mask_convs'), 'semantic_fpn': ('channels', 'head_channels')}
+    'retinanet': ('channels',),
+    'faster_rcnn': ('channels', 'hidden', 'proposals', 'rois'),
+    'mask_rcnn': ('channels', 'hidden', 'proposals', 'rois', 'mask_convs'),
+    'semantic_fpn': ('channels', 'head_channels')}
 SAMPLE_RECIPES = {  # for data without a recipe, by task
     'faster_rcnn': 'faster_rcnn_care_s0_cards', 'mask_rcnn': 'mask_rcnn_care_s0_nuclei',
     'retinanet': 'retinanet_care_s0_cards', 'semantic_fpn': 'semantic_fpn_care_s0_nuclei'}
@@ -39,6 +41,7 @@ class DenseConfig(RunConfig):
     channels: int = setting(256, 'width of the FPN', bounds=(8, None))
     hidden: int = setting(1024, 'width of the box head of Faster and Mask R-CNN', bounds=(8, None))
     proposals: int = setting(1000, 'proposals of Faster and Mask R-CNN that are kept', bounds=(1, None))
+    rois: int = setting(512, 'proposals per image on which the heads are trained', bounds=(1, None))
     mask_convs: int = setting(4, 'convolutions of the mask head', bounds=(1, None))
     head_channels: int = setting(128, 'width of the head of Semantic FPN', bounds=(8, None))
     norm: str = setting('layer', 'norm of each map of the backbone', choices=list(NORMS))
@@ -81,6 +84,9 @@ class DenseConfig(RunConfig):
         if self.schedule == 'step' and any(epoch >= self.epochs for epoch in self.milestones):
             raise ConfigError(
                 f'milestones={self.milestones} are not below epochs={self.epochs}: set --milestones as well.')
+        if self.frozen_bn and not (self.checkpoint or self.pretrained):
+            raise ConfigError('frozen_bn with random weights keeps statistics that fit no image: name weights with '
+                              '--checkpoint or --pretrained, or use --no-frozen-bn.')
         if self.warmup_steps and not self.step_schedule:
             raise ConfigError(f'warmup_steps={self.warmup_steps} needs a rate per step: add --step-schedule, or use '
                               f'--warmup-steps 0 --warmup-epochs N.')

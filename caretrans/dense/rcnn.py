@@ -87,7 +87,7 @@ class RoiHeads(RoIHeads):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(
-            fg_iou_thresh=.5, bg_iou_thresh=.5, batch_size_per_image=512, positive_fraction=.25,
+            fg_iou_thresh=.5, bg_iou_thresh=.5, positive_fraction=.25,
             bbox_reg_weights=(10., 10., 5., 5.), **settings)
         self.proposal_matcher = MaxIouMatcher(.5, .5, min_iou=.5)
 
@@ -168,14 +168,15 @@ class Rcnn(GeneralizedRCNN):
         hidden: Width of the two linear layers of the box head.
         mask_convs: Convolutions of the mask head.
         proposals: Kept before NMS per level, and after NMS, at evaluation; training takes 2,000 per level.
+        rois: Proposals of an image on which the heads are trained, a quarter of them on objects.
         score_thresh, nms_thresh, detections_per_img: Of the detections.
         transform: Of torchvision's GeneralizedRCNNTransform: min_size, max_size, image_mean, image_std.
     """
 
     def __init__(
             self, body: DenseBackbone, num_classes: int, masks: bool = False, channels: int = 256, hidden: int = 1024,
-            mask_convs: int = 4, proposals: int = 1000, score_thresh: float = .05, nms_thresh: float = .5,
-            detections_per_img: int = 100, **transform: Any,
+            mask_convs: int = 4, proposals: int = 1000, rois: int = 512, score_thresh: float = .05,
+            nms_thresh: float = .5, detections_per_img: int = 100, **transform: Any,
     ) -> None:
         pyramid = Pyramid(body, channels, extra='pool')
         anchors = FixedAnchors(pyramid.strides, (8.,))
@@ -190,8 +191,8 @@ class Rcnn(GeneralizedRCNN):
             mask_predictor=MaskRCNNPredictor(channels, channels, num_classes + 1)) if masks else {}
         heads = RoiHeads(
             box_roi_pool=RoiAlign(7, strides), box_head=TwoMLPHead(channels * 49, hidden),
-            box_predictor=FastRCNNPredictor(hidden, num_classes + 1), score_thresh=score_thresh,
-            nms_thresh=nms_thresh, detections_per_img=detections_per_img, **with_masks)
+            box_predictor=FastRCNNPredictor(hidden, num_classes + 1), batch_size_per_image=rois,
+            score_thresh=score_thresh, nms_thresh=nms_thresh, detections_per_img=detections_per_img, **with_masks)
         transform = dict(min_size=800, max_size=1333, image_mean=IMAGENET_DEFAULT_MEAN,
                          image_std=IMAGENET_DEFAULT_STD) | transform
         super().__init__(pyramid, rpn, heads, GeneralizedRCNNTransform(**transform))
