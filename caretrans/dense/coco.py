@@ -248,7 +248,8 @@ def _encode_mask(file: Path, image: CocoImage, entry: dict[str, Any]) -> dict[st
         encoded = mask.segmToRle(shape, image.width, image.height)
         if list(encoded['size']) != [image.height, image.width]:
             raise ValueError(f'it is for {encoded["size"]}, the image is {image.height} x {image.width}')
-        mask.area(encoded)  # damaged RLE raises an error
+        if not isinstance(shape, list):
+            mask.decode(encoded)  # damaged RLE raises an error
         return encoded
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         problem = str(error).partition('(#')[0].partition('\n')[0].strip().rstrip('.')

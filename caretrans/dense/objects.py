@@ -51,8 +51,8 @@ def select_training(data: CocoData) -> CocoData:
         f'{crowds} {data.crowd_name} are not trained on': crowds,
         f'{len(crowded)} images have nothing but {data.crowd_name} and are not trained on: {list_names(crowded, 3)}':
             crowded,
-        f'classes without objects, which are not learnt: {list_names(empty)}': len(counts) > 1 and empty,
-        f'all {total} objects have one class of {len(data.categories)}': len(counts) == 1 < len(data.categories),
+        f'classes without objects, which are not learnt: {list_names(empty)}': empty,
+        f'all objects have one class, {data.categories[next(iter(counts))]}': len(counts) == 1 < len(data.categories),
         f'{small} objects are narrower or lower than a pixel; they are dropped in training where resizing does not '
         f'enlarge them': small}
     return replace(data, images=kept, notes=[*data.notes, *(
