@@ -21,7 +21,13 @@ def read_objects(root: str | Path, split: str) -> CocoData:
     Raises:
         DataError: There is neither, or it cannot be used; names the file.
     """
-    return read_coco(root, split) if has_coco(root, split) or not has_voc(root, split) else read_voc(root, split)
+    if has_coco(root, split):
+        return read_coco(root, split)
+    if has_voc(root, split):
+        return read_voc(root, split)
+    raise DataError(
+        f'{root} has no annotations of {split}: expected {split}.json and {split}/ or another layout of COCO, or '
+        f'ImageSets/Main/{split}.txt, Annotations/ and JPEGImages/ or XML files in {split}/ as in Pascal VOC.')
 
 
 def select_training(data: CocoData) -> CocoData:

@@ -465,6 +465,12 @@ def test_the_label_maps_of_nuclei_are_the_union_of_their_objects():
         assert torch.equal(masks.load(masks.images.index(image.path))[1], torch.from_numpy(union))
 
 
+def test_val_may_be_called_valid(tmp_path):
+    root = write_shapes(tmp_path, [describe_box(0)], 'valid')
+    (root / 'valid.json').rename(root / 'valid' / '_annotations.coco.json')
+    assert len(read_coco(root, 'val').images) == 3
+
+
 def test_annotations_keep_their_ids(tmp_path):
     data = read_coco(write_coco(tmp_path, annotations=[annotation(id=77)]), 'val')
     assert data.images[0].objects[0]['id'] == 77 and data.to_coco()['annotations'][0]['id'] == 1

@@ -53,6 +53,8 @@ def test_a_plain_folder_has_its_own_classes_in_one_order_for_all_splits(tmp_path
     Image.new('RGB', (80, 64)).save(tmp_path / 'train' / 'z.jpg')
     train, val = (read_objects(tmp_path, split) for split in ('train', 'val'))
     assert train.classes == val.classes == ['fig', 'pear'] and len(train.images) == 1
+    (tmp_path / 'train' / '._x.y.xml').write_bytes(b'\x00\x05')  # of a Mac
+    assert read_objects(tmp_path, 'train').classes == train.classes
     assert '1 images have no XML file and are left out: z.jpg' in train.notes[0]
     (tmp_path / 'classes.txt').write_text('pear\nplum\nfig\n', encoding='utf-8')
     assert read_objects(tmp_path, 'train').classes == ['pear', 'plum', 'fig']
@@ -70,7 +72,7 @@ def test_a_missing_size_is_that_of_the_upright_image(tmp_path):
 
 def test_coco_comes_before_voc(tmp_path):
     assert not has_objects(tmp_path, 'val')
-    with pytest.raises(DataError, match='no annotations of val'):
+    with pytest.raises(DataError, match='no annotations of val: expected val.json and val/ or another layout of COCO'):
         read_objects(tmp_path, 'val')
     write_voc(tmp_path, dict(a=[DOG]), 'val')
     assert read_objects(tmp_path, 'val').layout == 'VOC'
