@@ -52,11 +52,13 @@ def select_training(data: CocoData) -> CocoData:
     total = sum(counts.values())
     crowds = sum(len(image.objects) for image in data.images) - total
     empty = [name for number, name in data.categories.items() if not counts[number]]
+    negatives = sum(not image.objects for image in kept)
     small = sum(min(entry['bbox'][2:]) < 1 for image in kept for entry in image.objects)
     notes = {
         f'{crowds} {data.crowd_name} are not trained on': crowds,
         f'{len(crowded)} images have nothing but {data.crowd_name} and are not trained on: {list_names(crowded, 3)}':
             crowded,
+        f'{negatives} images without objects are trained on as negatives': negatives,
         f'classes without objects, which are not learnt: {list_names(empty)}': empty,
         f'all objects have one class, {data.categories[next(iter(counts))]}': len(counts) == 1 < len(data.categories),
         f'{small} objects are narrower or lower than a pixel; they are dropped in training where resizing does not '
