@@ -1,7 +1,7 @@
 """Evaluation of detectors by COCO's average precision, and of segmenters by the mean IoU of their classes."""
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from ..devices import autocast
-from ..distributed import Processes, find_processes, join_processes, leave_processes, shared_errors
+from ..distributed import Processes, join_processes, leave_processes, shared_errors
 from ..errors import DataError, EvaluationError, list_names
 from ..evaluation.metrics import list_non_finite
 from ..progress import Progress
@@ -23,7 +23,8 @@ from .objects import read_objects
 from .semantic_fpn import SemanticFpn
 from .voc_metric import voc_average_precision
 
-__all__ = ['DenseScores', 'average_precision', 'describe_scores', 'evaluate_dense', 'score_pixels']
+__all__ = [
+    'DenseScores', 'average_precision', 'describe_scores', 'evaluate_dense', 'score_model', 'score_pixels']
 
 AP_NAMES = {'AP': 'AP_all', 'AP50': 'AP_50', 'AP75': 'AP_75', 'AP_small': 'AP_small', 'AP_medium': 'AP_medium',
             'AP_large': 'AP_large', 'AR100': 'AR_third'}
@@ -117,9 +118,12 @@ def _share(count: int, processes: Processes) -> range:
     return range(count * processes.rank // processes.world_size, count * (processes.rank + 1) // processes.world_size)
 
 
+Advance = Callable[[int], object]  # called with 1 after every image
+
+
 @torch.inference_mode()
 def _detect(
-        model: nn.Module, data: CocoData, device: torch.device, amp: str, share: range, progress: Progress,
+        model: nn.Module, data: CocoData, device: torch.device, amp: str, share: range, advance: Advance,
 ) -> list[dict[str, Any]]:
     """The detections in a share of the images, as COCO defines them."""
     from faster_coco_eval.core import mask as rle
@@ -139,13 +143,13 @@ def _detect(
             if 'masks' in found:
                 pixels = (found['masks'][j, 0] >= .5).to(torch.uint8).numpy()
                 results[-1]['segmentation'] = rle.encode(np.asfortranarray(pixels))
-        progress.update(1)
+        advance(1)
     return results
 
 
 @torch.inference_mode()
 def _segment(
-        model: SemanticFpn, data: MaskData, device: torch.device, amp: str, share: range, progress: Progress,
+        model: SemanticFpn, data: MaskData, device: torch.device, amp: str, share: range, advance: Advance,
 ) -> torch.Tensor:
     """Confusion of pixels (C, C) in a share of the images, at their original sizes."""
     count = model.num_classes
@@ -159,7 +163,7 @@ def _segment(
         known = labels != data.ignore
         pairs = labels[known].long() * count + logits.argmax(0).cpu()[known]
         confusion += torch.bincount(pairs, minlength=count ** 2).view(count, count)
-        progress.update(1)
+        advance(1)
     return confusion
 
 
@@ -192,33 +196,51 @@ def evaluate_dense(
     Raises:
         CheckpointError, DataError, EvaluationError: The file or the data cannot be used, or numbers are not finite.
     """
-    processes, start = find_processes(), time.perf_counter()
     with shared_errors():  # every process opens the same
-        model, opened, names, facts = _open(checkpoint, entry, data, split)
+        model, opened, names = _open(checkpoint, entry, data, split)
     try:
         processes = join_processes(device)
-        model.to(device)
-        share = _share(facts['images'], processes)
-        run = _segment if isinstance(opened, MaskData) else _detect
-        with Progress(len(share), stream=progress_stream if processes.is_primary else io.StringIO()) as progress:
-            found = processes.gather(processes.together(lambda: run(model, opened, device, amp, share, progress)))
-        facts['seconds'], = processes.largest([time.perf_counter() - start])
-        if isinstance(opened, MaskData):
-            pixel, classes = score_pixels(sum(found), names)
-            return DenseScores(**facts, classes=classes, pixel=pixel)
-        results = [entry for part in found for entry in part]
-        box, classes = average_precision(opened, results, 'bbox')
-        mask = average_precision(opened, results, 'segm')[0] if facts['task'] == 'mask_rcnn' else None
-        voc = voc_average_precision(opened, results) if opened.layout == 'VOC' else None
-        return DenseScores(**facts, classes=classes, box=box, mask=mask, voc=voc)
+        stream = progress_stream if processes.is_primary else io.StringIO()
+        with Progress(len(_share(len(opened.images), processes)), stream=stream) as progress:
+            scores = score_model(model.to(device), opened, names, device, amp, processes, progress.update)
+        return replace(scores, data=data)
     finally:
         leave_processes()
 
 
+def score_model(
+        model: nn.Module, data: CocoData | MaskData, names: Sequence[str], device: torch.device, amp: str,
+        processes: Processes, advance: Advance) -> DenseScores:
+    """The scores of a model in evaluation mode, whose work the processes share.
+
+    Args:
+        model: With its `dense_config`, on the device.
+        data: Of `read_masks` for a segmenter, of `read_objects` for a detector, and `encode_masks` for Mask R-CNN.
+        names: Of the classes.
+        advance: Called after every image; what it raises ends the evaluation.
+    Raises:
+        DataError, EvaluationError: An image cannot be used, or numbers are not finite.
+    """
+    start, config = time.perf_counter(), model.dense_config
+    share, run = _share(len(data.images), processes), _segment if isinstance(data, MaskData) else _detect
+    found = processes.gather(processes.together(lambda: run(model, data, device, amp, share, advance)))
+    box = mask = voc = pixel = None
+    if isinstance(data, MaskData):
+        pixel, classes = score_pixels(sum(found), names)
+    else:
+        results = [entry for part in found for entry in part]
+        box, classes = average_precision(data, results, 'bbox')
+        mask = average_precision(data, results, 'segm')[0] if config['task'] == 'mask_rcnn' else None
+        voc = voc_average_precision(data, results) if data.layout == 'VOC' else None
+    seconds, = processes.largest([time.perf_counter() - start])
+    return DenseScores(
+        config['task'], config['backbone'], '', len(data.images), data.notes, seconds, classes, box, mask, voc, pixel)
+
+
 def _open(
         checkpoint: str | PathLike, entry: str | None, data: str, split: str,
-) -> tuple[nn.Module, CocoData | MaskData, list[str], dict[str, Any]]:
-    """The model, the data, the names of the classes, and facts for the scores."""
+) -> tuple[nn.Module, CocoData | MaskData, list[str]]:
+    """The model, the data, and the names of the classes."""
     model, loaded = create_from_checkpoint(checkpoint, entry)
     broken = list_non_finite(model)
     if broken:
@@ -228,17 +250,14 @@ def _open(
     if isinstance(model, SemanticFpn):
         opened = read_masks(data, split, config['num_classes'])
         opened = replace(opened, notes=[*opened.notes, *check_masks(opened)])
-        images = len(opened)
     else:
         opened = read_objects(data, split)
-        images = len(opened.images)
         if config['task'] == 'mask_rcnn':
             opened = encode_masks(opened)
     if opened.classes:
         _check_classes(opened.classes, known, config['num_classes'], data, loaded.path)
     names = opened.classes or known or [str(i) for i in range(config['num_classes'])]
-    return model, opened, names, dict(
-        task=config['task'], model=config['backbone'], data=data, images=images, notes=opened.notes)
+    return model, opened, names
 
 
 def describe_scores(scores: DenseScores) -> list[str]:

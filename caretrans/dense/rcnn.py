@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
@@ -156,7 +157,8 @@ class Rcnn(GeneralizedRCNN):
     Called like torchvision's detectors: a list of images (3, H, W) from 0 to 1 and, in training, of targets with
     `boxes` (N, 4) in pixels, x0 y0 x1 y1, `labels` (N,) from 0 to `num_classes` - 1 and, with masks, `masks` (N, H, W)
     of 0 and 1. Training returns the losses, evaluation a dict of `boxes`, `scores`, `labels` and `masks`
-    (N, 1, H, W; probabilities) for each image, in its pixels. Targets that cannot be right raise a DataError.
+    (N, 1, H, W; probabilities) for each image, in its pixels. In training the images may also be an ImageList of a
+    normalised batch, which is not resized. Targets that cannot be right raise a DataError.
 
     Args:
         body: Dense backbone of strides 4, 8, 16, 32.
@@ -201,9 +203,13 @@ class Rcnn(GeneralizedRCNN):
         return dict(rpn_cls=objectness, rpn_reg=codes)
 
     def forward(
-            self, images: list[torch.Tensor], targets: list[dict[str, torch.Tensor]] | None = None) -> Any:
+            self, images: list[torch.Tensor] | ImageList, targets: list[dict[str, torch.Tensor]] | None = None) -> Any:
         check_targets(targets, self.num_classes)
         if targets is not None:  # torchvision counts from 1, background is 0
             targets = [dict(target, labels=target['labels'] + 1) for target in targets]
+        if isinstance(images, ImageList):
+            features = self.backbone(images.tensors)
+            proposals, losses = self.rpn(images, features, targets)
+            return {**losses, **self.roi_heads(features, proposals, images.image_sizes, targets)[1]}
         outputs = super().forward(images, targets)
         return outputs if self.training else [dict(found, labels=found['labels'] - 1) for found in outputs]
