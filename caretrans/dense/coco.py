@@ -20,6 +20,7 @@ LAYOUTS = (  # (annotations, images) of a split, below the folder
     ('annotations/instances_{split}2017.json', '{split}2017'),
     ('annotations/instances_{split}.json', '{split}'),
     ('{split}/_annotations.coco.json', '{split}'))
+SYNONYMS = {'val': ('val', 'valid', 'validation')}  # names of a split
 MOST_COORDINATE = 1e5  # of a polygon, in pixels; the library would run for ever on 1e30
 
 
@@ -113,8 +114,8 @@ class CocoData:
 
 def _list_places(root: str | Path, split: str) -> list[tuple[Path, Path]]:
     """Annotations and folders of images that a split may have."""
-    return [(Path(root) / file.format(split=split), Path(root) / folder.format(split=split))
-            for file, folder in LAYOUTS]
+    return [(Path(root) / file.format(split=name), Path(root) / folder.format(split=name))
+            for name in SYNONYMS.get(split, (split,)) for file, folder in LAYOUTS]
 
 
 def has_coco(root: str | Path, split: str) -> bool:
@@ -134,7 +135,7 @@ def read_coco(root: str | Path, split: str) -> CocoData:
     require('faster_coco_eval')
     file, folder = next((place for place in _list_places(root, split) if place[0].is_file()), (None, None))
     if file is None:
-        expected = list_names(place[0] for place in _list_places(root, split))
+        expected = list_names([place[0] for place in _list_places(root, split)][:len(LAYOUTS)])
         raise DataError(f'{root} has no annotations of {split}: expected {expected}.')
     try:
         content = json.loads(read_text(file, DataError))
@@ -248,7 +249,8 @@ def _encode_mask(file: Path, image: CocoImage, entry: dict[str, Any]) -> dict[st
         encoded = mask.segmToRle(shape, image.width, image.height)
         if list(encoded['size']) != [image.height, image.width]:
             raise ValueError(f'it is for {encoded["size"]}, the image is {image.height} x {image.width}')
-        mask.area(encoded)  # damaged RLE raises an error
+        if not isinstance(shape, list):
+            mask.decode(encoded)  # damaged RLE raises an error
         return encoded
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         problem = str(error).partition('(#')[0].partition('\n')[0].strip().rstrip('.')

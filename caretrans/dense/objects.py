@@ -21,7 +21,13 @@ def read_objects(root: str | Path, split: str) -> CocoData:
     Raises:
         DataError: There is neither, or it cannot be used; names the file.
     """
-    return read_coco(root, split) if has_coco(root, split) or not has_voc(root, split) else read_voc(root, split)
+    if has_coco(root, split):
+        return read_coco(root, split)
+    if has_voc(root, split):
+        return read_voc(root, split)
+    raise DataError(
+        f'{root} has no annotations of {split}: expected {split}.json and {split}/ or another layout of COCO, or '
+        f'ImageSets/Main/{split}.txt, Annotations/ and JPEGImages/ or XML files in {split}/ as in Pascal VOC.')
 
 
 def select_training(data: CocoData) -> CocoData:
@@ -46,13 +52,15 @@ def select_training(data: CocoData) -> CocoData:
     total = sum(counts.values())
     crowds = sum(len(image.objects) for image in data.images) - total
     empty = [name for number, name in data.categories.items() if not counts[number]]
+    negatives = sum(not image.objects for image in kept)
     small = sum(min(entry['bbox'][2:]) < 1 for image in kept for entry in image.objects)
     notes = {
         f'{crowds} {data.crowd_name} are not trained on': crowds,
         f'{len(crowded)} images have nothing but {data.crowd_name} and are not trained on: {list_names(crowded, 3)}':
             crowded,
-        f'classes without objects, which are not learnt: {list_names(empty)}': len(counts) > 1 and empty,
-        f'all {total} objects have one class of {len(data.categories)}': len(counts) == 1 < len(data.categories),
+        f'{negatives} images without objects are trained on as negatives': negatives,
+        f'classes without objects, which are not learnt: {list_names(empty)}': empty,
+        f'all objects have one class, {data.categories[next(iter(counts))]}': len(counts) == 1 < len(data.categories),
         f'{small} objects are narrower or lower than a pixel; they are dropped in training where resizing does not '
         f'enlarge them': small}
     return replace(data, images=kept, notes=[*data.notes, *(

@@ -34,9 +34,13 @@ class Place:
 
     def list_annotations(self) -> list[Path]:
         if self.source.is_dir():
-            return sorted(self.source.rglob('*.xml'))
+            return _list_xml(self.source)
         names = [line.strip() for line in read_text(self.source, DataError).splitlines() if line.strip()]
         return [self.annotations / f'{name}.xml' for name in names]
+
+
+def _list_xml(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob('*.xml') if not file.name.startswith('.'))
 
 
 def _find_places(root: str | Path, split: str) -> list[Place]:
@@ -51,7 +55,7 @@ def _find_places(root: str | Path, split: str) -> list[Place]:
             if places:
                 return places
     folder = Path(root) / split
-    return [Place(folder, folder, folder)] if next(folder.rglob('*.xml'), None) else []
+    return [Place(folder, folder, folder)] if _list_xml(folder) else []
 
 
 def has_voc(root: str | Path, split: str) -> bool:
@@ -167,8 +171,9 @@ def _order_classes(root: Path, places: list[Place], names: set[str]) -> list[str
         return classes
     if names <= set(VOC_CLASSES) and not places[0].source.is_dir():
         return list(VOC_CLASSES)
-    folders = {root if place.source.is_dir() else place.annotations for place in places}
-    for other in sorted({file for folder in folders for file in folder.rglob('*.xml')}):  # other splits: one order
+    folders = {folder for place in places for folder in (
+        place.source.parent.iterdir() if place.source.is_dir() else [place.annotations])}
+    for other in sorted(file for folder in folders for file in _list_xml(folder)):  # other splits: one order for all
         names.update(_list_names(other, _parse(other)))
     if not names:
         raise DataError(f'{places[0].source} has no objects: list the classes in {file}, one a line.')
