@@ -109,8 +109,10 @@ class DenseConfig(RunConfig):
             min_size=self.min_sizes[-1], max_size=self.max_size)
 
     def schedule_options(self, steps_per_epoch: int) -> dict[str, Any]:
-        kinds = dict(step=dict(sched='multistep', decay_milestones=self.milestones, decay_rate=.1),
-                     poly=dict(sched='poly', decay_rate=.9), cosine={})
+        half = .5 / (steps_per_epoch if self.step_schedule else 1)  # timm's falls one step before a milestone
+        kinds = dict(
+            step=dict(sched='multistep', decay_milestones=[epoch + half for epoch in self.milestones], decay_rate=.1),
+            poly=dict(sched='poly', decay_rate=.9), cosine={})
         warmup = dict(warmup_epochs=self.warmup_steps / steps_per_epoch) if self.warmup_steps else {}
         return {**super().schedule_options(steps_per_epoch), **kinds[self.schedule], **warmup}
 

@@ -248,7 +248,9 @@ def _open(
             f'{loaded.path}: {len(broken)} tensors are not finite ({list_names(broken, 3)}): use another checkpoint.')
     config, known = model.dense_config, loaded.meta.get('class_names')
     if isinstance(model, SemanticFpn):
-        opened = read_masks(data, split, config['num_classes'])
+        settings = loaded.meta.get('config')
+        reduce = settings.get('reduce_zero_label') if isinstance(settings, dict) else None
+        opened = read_masks(data, split, config['num_classes'], reduce)
         opened = replace(opened, notes=[*opened.notes, *check_masks(opened)])
     else:
         opened = read_objects(data, split)

@@ -1,5 +1,6 @@
 """Training of detectors and segmenters through the run folder, with everything that the training of classifiers has."""
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .coco import encode_masks
 from .config import DenseConfig
 from .evaluate import score_model
 from .load import create_dense_model, load_weights, save_checkpoint
-from .masks import IGNORE, read_masks
+from .masks import IGNORE, check_masks, read_masks
 from .objects import read_objects
 from .samples import DetectionSamples, SegmentationSamples, Target, collate
 from .transforms import build_transform
@@ -121,7 +122,11 @@ class DenseTrainer(Trainer):
                 read_masks(config.data, split, config.num_classes, config.reduce_zero_label)
                 for split in (config.train_split, config.val_split))
             self.train_set: Any = SegmentationSamples(data, transform)
+            self.val_data = replace(self.val_data, notes=[*self.val_data.notes, *check_masks(self.val_data)])
             self.classes, self.num_classes = data.classes or None, data.num_classes
+            if self.classes and len(self.classes) != self.num_classes:
+                raise ConfigError(f'num_classes={self.num_classes}, but {config.data} names {len(self.classes)} '
+                                  f'classes: omit --num-classes.')
         else:
             data, self.val_data = (
                 read_objects(config.data, split) for split in (config.train_split, config.val_split))

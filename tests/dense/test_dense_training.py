@@ -13,6 +13,7 @@ import yaml
 from launch import kill, list_differences, read_tensors, run, start, wait_for
 from timm.optim import create_optimizer_v2
 from torchvision.models.detection.image_list import ImageList
+from torchvision.transforms.functional import normalize
 
 import caretrans
 from caretrans.config import RECIPES, parse_train_config
@@ -80,9 +81,10 @@ def test_a_prepared_batch_has_the_losses_of_the_list_of_its_images(task):
     nothing = dict(boxes=torch.zeros(0, 4).double(), labels=torch.zeros(0, dtype=torch.int64), masks=masks[:0])
     losses = []
     for batch in (list(images), ImageList(
-            (images - torch.tensor(model.transform.image_mean).double()[:, None, None])
-            / torch.tensor(model.transform.image_std).double()[:, None, None], [(64, 96)] * 2)):
+            normalize(images, model.transform.image_mean, model.transform.image_std), [(64, 96)] * 2)):
         torch.manual_seed(0)
+        if isinstance(batch, ImageList):  # torchvision's transform draws a size, even from one
+            torch.rand(1)
         losses.append(model.train()(batch, [target, nothing]))
     for name, value in losses[0].items():
         assert value > 0 and abs(value - losses[1][name]) < 1e-9 * value, name
@@ -190,7 +192,8 @@ def test_a_run_writes_losses_scores_and_a_checkpoint_that_gives_its_score(task, 
 
 
 def test_a_killed_run_ends_with_the_same_bits(small_data, tmp_path):
-    flags = [small_data / 'cards', '--task', 'faster_rcnn', *SMALL, '--save-steps', 1, '--val-interval', 2]
+    flags = [small_data / 'cards', '--recipe', 'faster_rcnn_care_s0_cards', *SMALL, '--save-steps', 1,
+             '--val-interval', 2]
     train(configure(*flags, '--output', tmp_path / 'undisturbed'), DenseTrainer)
     log = tmp_path / 'log.txt'
     process = start('train.py', *flags, '--output', tmp_path / 'run', log=log)
@@ -199,9 +202,7 @@ def test_a_killed_run_ends_with_the_same_bits(small_data, tmp_path):
     kill(process)
     assert not (tmp_path / 'run' / 'result.json').exists()
     train(configure(*flags, '--output', tmp_path / 'run', '--workers', 2), DenseTrainer)
-    for name in ('state_dict', ):
-        assert not list_differences(
-            read_tensors(state, name), read_tensors(tmp_path / 'undisturbed' / 'last.pth.tar', name))
+    assert not list_differences(read_tensors(state), read_tensors(tmp_path / 'undisturbed' / 'last.pth.tar'))
     mine, theirs = (torch.load(path, weights_only=True) for path in (
         state, tmp_path / 'undisturbed' / 'last.pth.tar'))
     timed = ('images_per_s', 'seconds', 'data_wait')
@@ -299,7 +300,7 @@ def test_data_that_cannot_be_trained_on_are_one_line(small_data, tmp_path):
         assert '\n' not in str(error.value)
 
     refuse(small_data / 'cards', 'semantic_fpn', 'has no images and masks of train')
-    refuse(small_data / 'cards', 'mask_rcnn', r'train\.json.* no segmentation')
+    refuse(small_data / 'cards', 'mask_rcnn', r'json: \d+ objects have no segmentation')
     refuse(small_data / 'cards', 'faster_rcnn', '8 training images do not fill a batch of 16', '--batch-size', 16)
     refuse(small_data / 'cards', 'faster_rcnn', "No model|no model", '--model', 'care_s9')
     data = shutil.copytree(small_data / 'cards', tmp_path / 'renamed')
@@ -310,7 +311,7 @@ def test_data_that_cannot_be_trained_on_are_one_line(small_data, tmp_path):
 
 
 def test_a_run_of_other_classes_is_not_resumed(small_data, tmp_path):
-    flags = ['--task', 'retinanet', *SMALL, '--save-steps', 1, '--output', tmp_path / 'run']
+    flags = ['--recipe', 'retinanet_care_s0_cards', *SMALL, '--save-steps', 1, '--output', tmp_path / 'run']
     process = start('train.py', small_data / 'cards', *flags, log=tmp_path / 'log')
     assert wait_for((tmp_path / 'run' / 'last.pth.tar').exists, process), (tmp_path / 'log').read_text(encoding='utf-8')
     kill(process)
