@@ -4,7 +4,9 @@ import copy
 import pytest
 import timm
 import torch
+from examples import example
 from golden import filled, golden, map_error
+from photos import FRUIT
 from reference import SHALLOW, filled_input, published_state_dict
 
 from caretrans.checkpoint import CheckpointError, convert_checkpoint, create_from_checkpoint
@@ -14,15 +16,17 @@ from caretrans.measure.published import find_published
 mmpretrain = pytest.importorskip(
     'mmpretrain', reason='needs mmpretrain: run bash cmd/test_openmm.sh', exc_type=ModuleNotFoundError)
 
+from mmengine.config import Config  # noqa: E402
 from mmengine.registry import MODELS  # noqa: E402
 from mmengine.runner import load_checkpoint, save_checkpoint  # noqa: E402
-from mmpretrain.apis import ModelHub  # noqa: E402
+from mmpretrain.apis import ImageClassificationInferencer, ModelHub  # noqa: E402
 from mmpretrain.structures import DataSample  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import caretrans.openmm  # noqa: E402, F401 (registers backbones and names)
 
 ALL_STAGES = (0, 1, 2, 3)
+FILES = ('published.pth', 'mmpretrain.pth', 'caretrans.pth')
 NAMES = {'casvit-xsmall_8xb256_in1k': 'rcvit_xs', 'casvit-small_8xb256_in1k': 'rcvit_s',
          'casvit-middle_8xb256_in1k': 'rcvit_m', 'casvit-tiny_8xb256_in1k': 'rcvit_t'}
 
@@ -34,10 +38,11 @@ def one_head(name: str) -> dict:
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
-    """Files of casvit_xs: published, and in the layout of mmpretrain."""
+    """Files of casvit_xs: published, in the layout of mmpretrain, and ours."""
     folder = tmp_path_factory.mktemp('files')
     torch.save(dict(model=one_head('rcvit_xs'), epoch=299), folder / 'published.pth')
-    convert_checkpoint(folder / 'published.pth', folder / 'mmpretrain.pth', 'mmpretrain')
+    for layout in ('mmpretrain', 'caretrans'):
+        convert_checkpoint(folder / 'published.pth', folder / f'{layout}.pth', layout)
     return folder
 
 
@@ -72,9 +77,9 @@ def test_models_by_name_compute_what_ours_do(name, published, tmp_path):
     assert isinstance(features, tuple) and torch.equal(features[0], ours.extract_feat(x)[0])
 
 
-@pytest.mark.parametrize('file', ['published.pth', 'mmpretrain.pth'])
+@pytest.mark.parametrize('file', FILES)
 @torch.no_grad()
-def test_files_of_both_layouts_load_and_what_is_saved_loads_here(file, files, expected, tmp_path):
+def test_files_of_all_layouts_load_and_what_is_saved_loads_here(file, files, expected, tmp_path):
     model = mmpretrain.get_model('casvit-xsmall_8xb256_in1k', pretrained=str(files / file))
     save_checkpoint(dict(state_dict=model.state_dict(), meta={}), str(tmp_path / 'saved.pth'))
     saved = torch.load(tmp_path / 'saved.pth')['state_dict']
@@ -90,16 +95,15 @@ def test_files_of_both_layouts_load_and_what_is_saved_loads_here(file, files, ex
 
 @torch.no_grad()
 def test_an_image_is_prepared_as_here(files, expected, tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 8, generator=generator), (300, 400), mode='bilinear')
-    image = Image.fromarray((pixels[0].permute(1, 2, 0) * 255).byte().numpy())
+    image = Image.open(next(FRUIT.glob('val/kaiser/*.jpg'))).convert('RGB').resize((400, 300))
     image.save(tmp_path / 'x.png')
     model = mmpretrain.get_model('casvit-xsmall_8xb256_in1k', pretrained=str(files / 'mmpretrain.pth'))
-    result = mmpretrain.inference_model(model, str(tmp_path / 'x.png'))
     prepare = timm.data.create_transform(**timm.data.resolve_data_config({}, model=expected))
-    scores = expected(prepare(image)[None]).softmax(1)[0]
-    assert result['pred_label'] == scores.argmax() and abs(result['pred_score'] - scores.max()) < 1e-5
-    assert isinstance(result['pred_class'], str)
+    wanted = prepare(image)[None]
+    batch, = ImageClassificationInferencer(model).preprocess([str(tmp_path / 'x.png')])
+    assert abs(model.data_preprocessor(batch)['inputs'] - wanted).max() < 1e-5
+    result = mmpretrain.inference_model(model, str(tmp_path / 'x.png'))
+    assert result['pred_label'] == expected(wanted).argmax() and isinstance(result['pred_class'], str)
 
 
 def test_a_model_trains_in_mmpretrain(files):
@@ -108,6 +112,23 @@ def test_a_model_trains_in_mmpretrain(files):
     samples = [DataSample().set_gt_label(label) for label in (1, 4)]
     model(torch.randn(2, 3, 64, 64), samples, mode='loss')['loss'].backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+@torch.no_grad()
+def test_the_examples_of_the_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(one_head('rcvit_s'), 'rcvit_s.pth')
+    names = {}
+    exec(example('OpenMMLab'), names)
+    assert names['features'].shape == (2, 256)
+    assert [tuple(y.shape) for y in names['maps']] == [(2, 64, 28, 28), (2, 128, 14, 14), (2, 256, 7, 7)]
+    config = Config.fromstring(example('OpenMMLab', 1), '.py')
+    backbone = MODELS.build(config.backbone)
+    backbone.init_weights()
+    ours, x = create_from_checkpoint('rcvit_s.pth')[0].eval(), torch.randn(1, 3, 64, 96)
+    assert torch.equal(backbone.eval()(x)[2], ours.forward_features(x))
+    timm_backbone = dict(type='TIMMBackbone', model_name='care_s0', features_only=True, out_indices=ALL_STAGES)
+    assert [y.shape[1] for y in mmpretrain.registry.MODELS.build(timm_backbone)(x)] == [32, 64, 128, 1024]
 
 
 # Backbones ------------------------------------------------------------------------------------------------------------
@@ -148,7 +169,7 @@ def test_care_gives_the_maps_of_its_file(out_indices, tmp_path):
 @torch.no_grad()
 def test_the_norm_of_a_classification_file_becomes_that_of_the_last_stage(files, expected):
     x = torch.randn(1, 3, 64, 96)
-    for file in ('published.pth', 'mmpretrain.pth'):
+    for file in FILES:
         model = build('CASViT', 'xs', out_indices=ALL_STAGES)
         load_checkpoint(model, str(files / file))
         maps = expected.forward_intermediates(x, intermediates_only=True)
