@@ -1,6 +1,5 @@
 """Backbones in the registry of mmengine, which mmpretrain, mmdet and mmseg search: CARETransformer, CASViT and MLLA."""
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +16,6 @@ from ..models.published_keys import rename_keys
 
 __all__ = ['MLLA', 'CARETransformer', 'CASViT']
 
-NORM = re.compile(r'norm(\d)\.')  # of a stage, in the keys that are written
-MMPRETRAIN_STEM = 'downsample_layers.0.'
 SECOND_HEADS = ('dist_head.', 'head_dist.')
 
 _logger = logging.getLogger(__name__)
@@ -79,26 +76,21 @@ class _Backbone(BaseModule):
             state_dict[name] = state_dict.pop(key)
 
     def match_keys(self, weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
-        """Weights in any layout under the keys of `body`, and the keys that it does not use."""
-        network, levels = self.body.network, self.body.levels
-        names = [f'norm{i}.' for i in range(4)]
-        if any(key.startswith(MMPRETRAIN_STEM) for key in weights):
-            rest = rename_keys(
-                {f'backbone.{key}': value for key, value in weights.items() if not NORM.match(key)},
-                network.mmpretrain_keys, to_published=True)
-            weights = {**rest, **{key: value for key, value in weights.items() if NORM.match(key)}}
-        elif network.dense_norms:
-            names = [f'{name}.' for name in network.dense_norms]
-        norms = {key: value for key, value in weights.items() if NORM.match(key)}
-        if self.body.norm == self.default_norm and not any(key.startswith(names[3]) for key in norms):
-            norms.update({names[3] + key[5:]: value for key, value in weights.items() if key.startswith('norm.')})
+        """Published weights, or ours, under the keys of `body`, and the keys that it does not use."""
+        levels, norms = self.body.levels, self.body.norms
+        names = self.body.network.dense_norms or ('norm0', 'norm1', 'norm2', 'norm3')
+        stages = {f'{name}.': i for i, name in enumerate(names)}
+        last = {key[5:] for key in weights if key.startswith('norm.')}
+        if levels[-1] == 3 and last == norms[-1].state_dict().keys():  # of a classification file, of the same kind
+            stages['norm.'] = 3
         found, unused = translate_backbone(
-            self.body, {key: value for key, value in weights.items() if not key.startswith(('norm.', *names))})
-        for key, value in norms.items():
-            stage = next((i for i, name in enumerate(names) if key.startswith(name)), None)
+            self.body, {key: value for key, value in weights.items() if not key.startswith(tuple(stages))})
+        for key, value in weights.items():
+            name, _, tail = key.partition('.')
+            stage = stages.get(f'{name}.')
             if stage in levels:
-                found[f'norms.{levels.index(stage)}.{key.partition(".")[2]}'] = value
-            else:
+                found[f'norms.{levels.index(stage)}.{tail}'] = value
+            elif stage is not None:
                 unused.append(key)
         return found, unused
 

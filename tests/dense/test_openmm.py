@@ -1,4 +1,4 @@
-"""`caretrans.openmm` inside OpenMMLab's mmpretrain, which only `bash cmd/test_openmm.sh` has beside this package."""
+"""`caretrans.openmm` inside OpenMMLab's mmpretrain, which only `bash cmd/test_openmm.sh` installs."""
 import copy
 
 import pytest

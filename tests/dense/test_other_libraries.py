@@ -3,10 +3,14 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 from examples import example
+from golden import published_file
 from reference import published_state_dict
 from torch.nn.functional import pad
 
-import caretrans  # noqa: F401 (registers the models)
+from caretrans.checkpoint import convert_checkpoint
+from caretrans.dense import create_dense_backbone, create_from_checkpoint
+from caretrans.models import CasVit
+from caretrans.models.published_keys import rename_keys
 
 MODELS = ['care_s0', 'casvit_xs', 'mlla_t']
 DECODERS = ['Linknet', 'MAnet', 'PSPNet', 'Segformer', 'UPerNet', 'UnetPlusPlus']
@@ -30,6 +34,26 @@ def test_the_example_of_get_model(files):
     exec(example('caretrans.get_model'), names)
     assert names['features'].shape == (2, 256) and names['logits'].shape == (2, 1000)
     assert torch.equal(names['model'].state_dict()['head.weight'], published_state_dict('rcvit_s')['head.weight'])
+
+
+@torch.no_grad()
+def test_dense_models_take_the_layout_of_mmpretrain(tmp_path):
+    """As classification files, and as detectors that mmdet saves with the backbone of caretrans.openmm have it."""
+    torch.save(dict(model={key: value for key, value in published_state_dict('rcvit_xs').items() if 'dist' not in key}),
+               tmp_path / 'a.pth')
+    convert_checkpoint(tmp_path / 'a.pth', tmp_path / 'mm.pth', 'mmpretrain')
+    x = torch.randn(1, 3, 64, 96)
+    wanted, found = (create_dense_backbone('casvit_xs', tmp_path / file).eval()(x) for file in ('a.pth', 'mm.pth'))
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+    weights = torch.load(published_file('retinanet', tmp_path))['state_dict']
+    body = {key[9:]: value for key, value in weights.items() if key.startswith('backbone.')}
+    norms = {f'backbone.norm{int(key[4]) // 2}{key[5:]}': body.pop(key) for key in list(body) if key.startswith('norm')}
+    rest = {key: value for key, value in weights.items() if not key.startswith('backbone.')}
+    torch.save(dict(state_dict={**rename_keys(body, CasVit.mmpretrain_keys), **norms, **rest}), tmp_path / 'mmdet.pth')
+    expected, _ = create_from_checkpoint(tmp_path / 'retinanet.pth')
+    model, _ = create_from_checkpoint(tmp_path / 'mmdet.pth')
+    assert all(torch.equal(a, b) for a, b in zip(model.raw(x)['cls'], expected.raw(x)['cls'], strict=True))
 
 
 def test_the_example_of_segmentation_models(files):
