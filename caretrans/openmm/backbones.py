@@ -49,8 +49,9 @@ class _Backbone(BaseModule):
             self, arch: str, out_indices: Sequence[int] = (3,), norm: str | None = None, norm_eval: bool = False,
             last_map: str = 'expanded', pad_to: int = 32, init_cfg: dict | None = None, **model_args: Any) -> None:
         super().__init__(init_cfg)
-        self.arch, self.out_indices = arch, tuple(out_indices)
+        self.arch = arch
         try:
+            self.out_indices = tuple(out_indices)
             self.body = create_dense_backbone(
                 f'{self.family}_{self.sizes.get(arch, arch)}', out_indices=self.out_indices,
                 norm=norm or self.default_norm, frozen_bn=norm_eval, last_map=last_map, pad_to=pad_to, **model_args)

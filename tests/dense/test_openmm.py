@@ -190,6 +190,7 @@ def test_norm_eval_keeps_statistics():
 @pytest.mark.parametrize('options, message', [
     (dict(arch='large'), "no model 'casvit_large'"),
     (dict(arch='small', out_indices=(0, 4)), r'out_indices of casvit_s is \(0, 4\)'),
+    (dict(arch='small', out_indices=3), "CASViT: 'int' object is not iterable"),
     (dict(arch='small', last_map='residual'), 'only CARE has'),
     (dict(arch='small', frozen_stages=1), "CASViT: .*unexpected keyword argument 'frozen_stages'")])
 def test_settings_that_cannot_work_are_named(options, message):
