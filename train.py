@@ -1,22 +1,38 @@
-"""Train a model of caretrans or timm: python train.py DATA --recipe NAME [flags]. Recipes: caretrans/recipes."""
+"""Train a model of caretrans or timm: python train.py DATA [--recipe NAME] [flags]. Recipes: caretrans/recipes.
+
+With --task, a recipe of a detector or segmenter, or data for one (COCO, Pascal VOC, images with masks), train that.
+"""
 import shlex
 import sys
+from typing import Any
 
 import caretrans  # noqa: F401 (registers the models)
-from caretrans.config import parse_train_config
+from caretrans.config import TrainConfig, parse_train_config
+from caretrans.dense.config import SAMPLE_RECIPES, DenseConfig, find_dense_task
+from caretrans.dense.training import DenseTrainer
 from caretrans.distributed import find_processes, is_primary, shared_errors
 from caretrans.errors import Preempted, run_command
 from caretrans.progress import show_messages
+from caretrans.training.classification import ClassificationTrainer
 from caretrans.training.run import train
+from caretrans.training.trainer import Trainer
+
+
+def parse(argv: list[str]) -> tuple[Any, type[Trainer]]:
+    """The config of a command line, and the kind of training that it asks for."""
+    task = find_dense_task(argv)
+    if not task:
+        return parse_train_config(argv, __doc__, TrainConfig), ClassificationTrainer
+    return parse_train_config(argv, __doc__, DenseConfig, SAMPLE_RECIPES[task]), DenseTrainer
 
 
 def run() -> int:
     processes = find_processes()
     show_messages(processes.is_primary)
     with shared_errors():  # all processes have the same command line
-        config = parse_train_config(description=__doc__)
+        config, kind = parse(sys.argv[1:])
     try:
-        result = train(config)
+        result = train(config, kind)
     except Preempted as stop:
         if processes.is_primary:
             print(stop)
@@ -26,8 +42,9 @@ def run() -> int:
             print('train.py: stopped; the same command resumes from the last checkpoint', file=sys.stderr)
         return 130
     if processes.is_primary:
-        print(f'best top-1 {result.best.val_top1:.1f} % after epoch {result.best.epoch}, '
-              f'last {result.last.val_top1:.1f} %')
+        name, title = result.best_score, result.score_title.split(',')[0]
+        print(f'best {title} {result.best.scores[name]:.1f} % after epoch {result.best.epoch}, '
+              f'last {result.last.scores[name]:.1f} %')
         print(f'curves: {result.folder / "curves.png"}   table: {result.folder / "summary.csv"}')
         print(f'next: bash cmd/eval.sh {shlex.quote(str(result.folder / "best.pth.tar"))}')
     return 0

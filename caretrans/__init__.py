@@ -2,7 +2,10 @@
 
     import caretrans
     model = timm.create_model('care_s1')
+    model = caretrans.get_model('care_s1', pretrained='CARETrans_S1.pth.tar')
 """
 from . import models  # noqa: F401 (registers the models)
+from .get_model import get_model
 
+__all__ = ['get_model']
 __version__ = '0.1.0'

@@ -48,7 +48,7 @@ def _build_parser() -> FlagParser:
     shard.add_argument('--seed', type=int, default=0, help='seed of the image order (default: 0)')
 
     inspect = commands.add_parser('inspect', help='say what is in a folder: images, objects, classes, odd things')
-    inspect.add_argument('data', help='folder of classes, in the format of COCO, or with images and masks')
+    inspect.add_argument('data', help='folder of classes, in the format of COCO or VOC, or with images and masks')
     inspect.add_argument('--split', dest='splits', nargs='+', default=['train', 'val'], help='(default: train val)')
 
     bench = commands.add_parser('bench-loader', help="images/s of the training loader and of timm's default loader")

@@ -21,7 +21,7 @@ from ..progress import Progress
 from ..text import escape
 from ..training.folder import describe_environment, find_run
 from ..training.run import train
-from ..training.trainer import Trainer, build_model, check_batch, check_kernels
+from ..training.classification import ClassificationTrainer, build_model, check_batch, check_kernels
 from .compare_plan import Plan, check_places, parse_plan, write_plan
 from .compare_report import (
     Comparison, ModelFigures, RunFacts, RunFigures, describe_comparison, write_comparison)
@@ -51,7 +51,7 @@ def _check_runs(plan: Plan, device: torch.device) -> dict[str, RunFacts]:
         check_batch(config, world_size=1)
     facts: dict[str, RunFacts] = {}
     for model, config in configs.items():
-        trainer = Trainer(replace(config, compile=False, kernels=False), Processes(), device)
+        trainer = ClassificationTrainer(replace(config, compile=False, kernels=False), Processes(), device)
         trainer.train_loader.close()
         facts[model] = RunFacts(trainer.describe())
     for key, config in plan.configs.items():

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from ..config import FlagParser, TrainConfig, add_flags, choose_model_args, number, parse_train_config, read_recipe
+from ..config import (
+    FlagParser, TrainConfig, choose_model_args, number, parse_train_config, peek_flags, read_recipe)
 from ..errors import ConfigError
 from ..measure.names import expand_models
 from ..measure.sample_network import SAMPLE_IMAGES
@@ -95,11 +96,8 @@ def _flag_parser() -> FlagParser:
 
 
 def _names_data(argv: Sequence[str]) -> bool:
-    parser = FlagParser(add_help=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument('data_folder', nargs='?')
-    add_flags(parser, TrainConfig)
-    given, _ = parser.parse_known_args(argv)
-    return any(getattr(given, name, None) for name in ('data_folder', 'data', 'dataset'))
+    given = peek_flags(argv, TrainConfig)
+    return any(given.get(name) for name in ('data_folder', 'data', 'dataset'))
 
 
 def _locate(settings: dict[str, Any]) -> dict[str, Any]:

@@ -29,8 +29,8 @@ from ..measure.timing import (
     compare_rounds, free_memory, is_out_of_memory, measure_peak, time_block, time_interleaved)
 from ..seeds import seed_everything
 from ..training.losses import build_task
-from ..training.steps import Step, Stepper, train_steps
-from ..training.trainer import build_mixup, build_model, put_kernels
+from ..training.steps import Step, Stepper, mix_passes, train_steps
+from ..training.classification import build_mixup, build_model, put_kernels
 from .device_rates import allow_tf32
 from .record import Record, shorten
 
@@ -227,8 +227,8 @@ class Candidate:
         self.parameters = dict(model.named_parameters())
         self.tensors = [*task.parameters(), *task.buffers(), self.images]
         passes = (Pass(self.images.clone(), targets, number) for number in count())  # mixup writes into its input
-        self.steps = train_steps(
-            task, passes, self.stepper, config.amp, build_mixup(config, NUM_CLASSES), mode.memory_format)
+        passes = mix_passes(passes, build_mixup(config, NUM_CLASSES), mode.memory_format)
+        self.steps = train_steps(task, passes, self.stepper, config.amp)
 
     def __call__(self) -> Step:
         with training_precision(self.mode):

@@ -26,7 +26,7 @@ from ..checkpoint.preparation import Preparation
 
 __all__ = [
     'UNREADABLE', 'CropTransform', 'EvalTransform', 'choose_reduction', 'decode_crop', 'describe_error', 'open_image',
-    'read_jpeg_size']
+    'read_jpeg_size', 'read_orientation']
 
 UNREADABLE = (OSError, SyntaxError, EOFError, Image.DecompressionBombError)  # how files and Pillow's decoders fail
 FAST_COLOURS = ('YCbCr', 'Gray')  # of JPEGs that libjpeg-turbo makes RGB with the same values as Pillow
@@ -56,7 +56,7 @@ TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90}
 
 
-def _read_orientation(image: Image.Image) -> int:
+def read_orientation(image: Image.Image) -> int:
     """The EXIF orientation, a key of `ORIENTATIONS`; 1, upright, if there is none or the EXIF data are damaged."""
     try:
         number = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -93,7 +93,7 @@ def open_image(source: bytes | Image.Image, orientation: str = 'ignore') -> Imag
     try:
         image = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source))
         image.load()
-        transposition = TRANSPOSITIONS.get(_read_orientation(image)) if orientation == 'exif' else None
+        transposition = TRANSPOSITIONS.get(read_orientation(image)) if orientation == 'exif' else None
         image = _reduce_to_8_bits(image).convert('RGB')
         if transposition is not None:
             image = image.transpose(transposition)
@@ -157,7 +157,7 @@ def _read_jpeg_orientation(data: bytes) -> int:
     if b'Exif\0' not in data and b'Orientation' not in data:  # neither EXIF data nor XMP
         return 1
     try:
-        return _read_orientation(Image.open(io.BytesIO(data)))
+        return read_orientation(Image.open(io.BytesIO(data)))
     except Exception:  # `open_image` would fail too, or libjpeg-turbo complains and it decides
         return 1
 

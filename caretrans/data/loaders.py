@@ -8,7 +8,8 @@ import os
 import signal
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -19,11 +20,10 @@ from timm.data.scheduled_sampler import ScheduledBatchSampler
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, SequentialSampler
 
 from ..checkpoint.preparation import Preparation
-from ..config import TrainConfig
+from ..config import RunConfig, TrainConfig
 from ..distributed import Processes
 from ..errors import DataError, list_names, require
 from ..seeds import derive_seed, seed_everything
-from .datasets import name_image
 from .decode import CropTransform, EvalTransform
 from .samples import Batch, Sample, Samples, ShardSamples, StreamedSamples, collate, start_worker
 
@@ -83,24 +83,31 @@ class PassSampler(Sampler):
                        for position in range(first, first + images)]
 
 
+Prefetch = Callable[[Iterable], Iterable]  # makes an iterable of batches one of batches on the device
+
+
+def _normalise(preparation: Preparation, device: torch.device, **erasing: Any) -> Prefetch:
+    """Move batches of images of one size to the device and normalise them there, by timm's prefetcher."""
+    channels = preparation.input_size[0]
+    if channels != 3:
+        raise DataError(f'The model takes images of {channels} channels, the loaders give 3 (RGB): in_chans=3.')
+    return partial(PrefetchLoader, mean=preparation.mean, std=preparation.std, device=device, channels=channels,
+                   **erasing)
+
+
 class _DeviceLoader:
-    """Moves batches to the device and normalises them there, by timm's prefetcher; records what was unreadable.
+    """Moves batches to the device by `prefetch`; records what was unreadable.
 
     Attributes:
         unreadable: (name, reason) of the images that could not be read so far; the caller empties it.
         waited: Seconds spent waiting for the workers so far.
     """
 
-    def __init__(
-            self, preparation: Preparation, device: torch.device, num_classes: int | None, **erasing: Any) -> None:
-        channels = preparation.input_size[0]
-        if channels != 3:
-            raise DataError(f'The model takes images of {channels} channels, the loaders give 3 (RGB): in_chans=3.')
+    def __init__(self, prefetch: Prefetch, num_classes: int | None) -> None:
         self.unreadable: list[tuple[str, str]] = []
         self.waited = 0.
         self.num_classes = num_classes  # labels are checked against it, unless it is None
-        self.prefetcher = PrefetchLoader(
-            self, mean=preparation.mean, std=preparation.std, device=device, channels=channels, **erasing)
+        self.prefetcher = prefetch(self)
 
     def _batches(self) -> Iterable[Batch]:
         raise NotImplementedError
@@ -140,12 +147,12 @@ class _DeviceLoader:
 
 
 class Pass(NamedTuple):
-    """The input of a forward pass: normalised images (B, 3, H, W) and targets (B,).
+    """The input of a forward pass: normalised images (B, 3, H, W) and targets (B,), or what another task takes.
 
     It is pass `index` of the `passes` of this process in optimizer step `step` of the epoch.
     """
-    images: torch.Tensor
-    targets: torch.Tensor
+    images: Any
+    targets: Any
     step: int
     index: int = 0
     passes: int = 1
@@ -154,15 +161,21 @@ class Pass(NamedTuple):
 class TrainLoader(_DeviceLoader):
     """Augmented training batches, one for each forward pass of this process.
 
+    Args:
+        prefetch: Moves batches to the device.
+        splits: For each training size, (images per pass and process, passes per step).
+        size_schedule: How several sizes are sampled, see `PassSampler`.
+        collate: Makes a batch of items.
     Attributes:
         steps: Optimizer steps in an epoch; images that do not fill one are skipped.
     """
 
     def __init__(
-            self, samples: Dataset, config: TrainConfig, preparation: Preparation, splits: Sequence[tuple[int, int]],
+            self, samples: Dataset, config: RunConfig, prefetch: Prefetch, splits: Sequence[tuple[int, int]],
             processes: Processes, device: torch.device, num_classes: int | None = None,
+            size_schedule: str = 'constant', collate: Callable = collate,
     ) -> None:
-        super().__init__(preparation, device, num_classes, re_prob=config.random_erasing, re_mode='pixel')
+        super().__init__(prefetch, num_classes)
         self.samples, self.seed, self.processes, self.splits = samples, config.seed, processes, list(splits)
         options: dict[str, Any] = dict(
             num_workers=config.workers, collate_fn=collate, pin_memory=device.type == 'cuda',
@@ -178,7 +191,7 @@ class TrainLoader(_DeviceLoader):
             self.steps = (samples.passes if sharded else len(samples) // images) // passes
         else:
             self.sampler = PassSampler(
-                len(samples), config.seed, config.batch_size, splits, processes, config.size_schedule, config.epochs)
+                len(samples), config.seed, config.batch_size, splits, processes, size_schedule, config.epochs)
             self.loader = DataLoader(
                 samples, batch_sampler=self.sampler, persistent_workers=config.workers > 0, **options)
             self.steps = len(samples) // config.batch_size
@@ -203,8 +216,7 @@ class TrainLoader(_DeviceLoader):
             return []
         self.sampler.set_epoch(self.epoch, step)
         passes = self.splits[self.sampler.choose_sizes(self.epoch)[step]][1]
-        dataset = self.samples.dataset
-        return [name_image(dataset, sample.index) for samples in islice(self.sampler, passes) for sample in samples]
+        return [self.samples.name_image(sample.index) for samples in islice(self.sampler, passes) for sample in samples]
 
     def close(self) -> None:
         """End the workers; otherwise they end with the program."""
@@ -267,7 +279,8 @@ def build_train_loader(
     if isinstance(dataset, IterableDataset) and len(transforms) > 1:
         raise DataError('train_img_sizes needs images by index: shards are read in order, so give one img_size.')
     samples = _make_samples(dataset, transforms, config, splits, processes)
-    return TrainLoader(samples, config, preparation, splits, processes, device, num_classes)
+    prefetch = _normalise(preparation, device, re_prob=config.random_erasing, re_mode='pixel')
+    return TrainLoader(samples, config, prefetch, splits, processes, device, num_classes, config.size_schedule)
 
 
 def _make_samples(
@@ -304,7 +317,7 @@ class EvalLoader(_DeviceLoader):
             self, samples: Dataset, preparation: Preparation, batch_size: int, workers: int, processes: Processes,
             device: torch.device, num_classes: int | None = None,
     ) -> None:
-        super().__init__(preparation, device, num_classes)
+        super().__init__(_normalise(preparation, device), num_classes)
         self.share: list[int] | None = None
         options: dict[str, Any] = dict(
             num_workers=workers, collate_fn=collate, pin_memory=device.type == 'cuda', worker_init_fn=start_worker)

@@ -19,7 +19,8 @@ from .datasets import name_image
 from .decode import UNREADABLE, describe_error
 
 __all__ = [
-    'Batch', 'Item', 'Sample', 'Samples', 'ShardSamples', 'StreamedSamples', 'collate', 'load_images', 'start_worker']
+    'Batch', 'Item', 'Sample', 'Samples', 'SeededSamples', 'ShardSamples', 'StreamedSamples', 'collate', 'load_images',
+    'start_worker']
 
 MAX_TRIES = 50  # images in a row that cannot be read
 GRACE = 20.  # seconds that a worker stays after SIGTERM, for the last step and its checkpoint
@@ -39,7 +40,7 @@ class Batch(NamedTuple):
     unreadable: list[tuple[str, str]]
 
 
-Item = tuple[torch.Tensor | None, int, list[tuple[str, str]]]
+Item = tuple[torch.Tensor | None, Any, list[tuple[str, str]]]  # image, target, and what was unreadable
 
 
 def collate(items: Sequence[Item]) -> Batch:
@@ -103,21 +104,26 @@ def load_images(dataset: Dataset, indices: Iterable[int], transform: Callable) -
     return torch.stack([loaded[i][0] for i in indices]), torch.tensor([loaded[i][1] for i in indices])
 
 
-class Samples(Dataset):
-    """Transformed images by `Sample`.
+class SeededSamples(Dataset):
+    """Images by `Sample`, each loaded and augmented with its own seed; subclasses say how.
 
     Args:
-        dataset: Of timm's factory; its own transform is not used.
-        transforms: For each size, a function of what `read_image` returns.
         replace: Replace an unreadable image by the next readable one; otherwise skip it.
     """
 
-    def __init__(self, dataset: Dataset, transforms: Sequence[Callable], replace: bool) -> None:
-        dataset.transform = None
-        self.dataset, self.transforms, self.replace = dataset, list(transforms), replace
+    def __init__(self, replace: bool) -> None:
+        self.replace = replace
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        raise NotImplementedError
+
+    def load(self, index: int, size: int) -> tuple[torch.Tensor, Any]:
+        """Image `index`, transformed to size `size`, and its target; raises one of UNREADABLE if it cannot be read."""
+        raise NotImplementedError
+
+    def name_image(self, index: int) -> str:
+        """Image `index` in messages."""
+        raise NotImplementedError
 
     def __getitem__(self, sample: Sample) -> Item:
         unreadable: list[tuple[str, str]] = []
@@ -125,13 +131,37 @@ class Samples(Dataset):
         for _ in range(MAX_TRIES):
             try:
                 seed_sample(sample.seed)
-                return *load_image(self.dataset, index, self.transforms[sample.size]), unreadable
+                return *self.load(index, sample.size), unreadable
             except UNREADABLE as error:
-                unreadable.append((name_image(self.dataset, index), describe_error(error)))
+                unreadable.append((self.name_image(index), describe_error(error)))
             if not self.replace:
                 return None, -1, unreadable
             index = (index + 1) % len(self)
         raise DataError(f'{MAX_TRIES} images in a row cannot be read, the first is {": ".join(unreadable[0])}.')
+
+
+class Samples(SeededSamples):
+    """Transformed images of a data set by `Sample`.
+
+    Args:
+        dataset: Of timm's factory; its own transform is not used.
+        transforms: For each size, a function of what `read_image` returns.
+        replace: See `SeededSamples`.
+    """
+
+    def __init__(self, dataset: Dataset, transforms: Sequence[Callable], replace: bool) -> None:
+        super().__init__(replace)
+        dataset.transform = None
+        self.dataset, self.transforms = dataset, list(transforms)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def load(self, index: int, size: int) -> tuple[torch.Tensor, int]:
+        return load_image(self.dataset, index, self.transforms[size])
+
+    def name_image(self, index: int) -> str:
+        return name_image(self.dataset, index)
 
 
 class StreamedSamples(IterableDataset):

@@ -1,25 +1,27 @@
 """Objects in images, from JSON in the format of COCO (https://cocodataset.org/#format-data)."""
 import json
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torchvision.transforms.functional import pil_to_tensor
 
-from ..data.decode import describe_error, open_image
+from ..data.decode import UNREADABLE, describe_error, open_image
 from ..errors import DataError, list_names, require
 from ..text import read_text
 
-__all__ = ['CocoData', 'CocoImage', 'has_coco', 'read_coco']
+__all__ = ['CocoData', 'CocoImage', 'add_objects', 'encode_masks', 'has_coco', 'read_coco']
 
 LAYOUTS = (  # (annotations, images) of a split, below the folder
     ('{split}.json', '{split}'),
     ('annotations/instances_{split}2017.json', '{split}2017'),
     ('annotations/instances_{split}.json', '{split}'),
     ('{split}/_annotations.coco.json', '{split}'))
+SYNONYMS = {'val': ('val', 'valid', 'validation')}  # names of a split
+MOST_COORDINATE = 1e5  # of a polygon, in pixels; the library would run for ever on 1e30
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class CocoImage:
         id: In the file.
         path: Of the image.
         height, width: In pixels, as the file states them.
-        objects: Annotations with the keys of COCO; `category_id` as in the file, `bbox`, `area` and `iscrowd` always
-            there, `segmentation` where the file has one.
+        objects: Annotations with the keys of COCO; `id` and `category_id` as in the file, `bbox`, `area` and `iscrowd`
+            always there, `segmentation` where the file has one. Crowds and difficult objects have `iscrowd` 1.
     """
     id: int
     path: Path
@@ -39,22 +41,31 @@ class CocoImage:
     width: int
     objects: list[dict[str, Any]] = field(default_factory=list)
 
-    def load(self) -> torch.Tensor:
+    def read(self) -> torch.Tensor:
         """The pixels (3, H, W) uint8, of the size that the file states: stored or rotated upright by the EXIF data.
+
+        Raises:
+            OSError, SyntaxError, EOFError, Image.DecompressionBombError: It cannot be read.
+            DataError: It has another size.
+        """
+        data = self.path.read_bytes()
+        for orientation in ('ignore', 'exif'):
+            image = open_image(data, orientation)
+            if image.size == (self.width, self.height):
+                return pil_to_tensor(image)
+        raise DataError(f'{self.path} has {image.height} x {image.width} pixels, its annotations are for {self.height} '
+                        f'x {self.width}: annotate the image as it is.')
+
+    def load(self) -> torch.Tensor:
+        """The same where every image is needed.
 
         Raises:
             DataError: It cannot be read, or has another size.
         """
         try:
-            data = self.path.read_bytes()
-            for orientation in ('ignore', 'exif'):
-                image = open_image(data, orientation)
-                if image.size == (self.width, self.height):
-                    return pil_to_tensor(image)
-        except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
+            return self.read()
+        except UNREADABLE as error:
             raise DataError(f'{self.path} cannot be read as an image ({describe_error(error)}): remove it.') from None
-        raise DataError(f'{self.path} has {image.height} x {image.width} pixels, its annotations are for {self.height} '
-                        f'x {self.width}: annotate the image as it is.')
 
 
 @dataclass(frozen=True)
@@ -66,15 +77,22 @@ class CocoData:
         images: In the order of the file.
         categories: {id in the file: name}, by id. Labels count them from 0 in this order.
         notes: One line for each kind of odd thing that was found, and what was done about it.
+        layout: 'COCO' or 'VOC'.
     """
     file: Path
     images: list[CocoImage]
     categories: dict[int, str]
     notes: list[str]
+    layout: str = 'COCO'
 
     @property
     def classes(self) -> list[str]:
         return list(self.categories.values())
+
+    @property
+    def crowd_name(self) -> str:
+        """What objects with `iscrowd` are called in messages."""
+        return 'difficult objects' if self.layout == 'VOC' else 'crowds'
 
     def to_coco(self) -> dict[str, Any]:
         """The data as they are used, in COCO's format."""
@@ -96,8 +114,8 @@ class CocoData:
 
 def _list_places(root: str | Path, split: str) -> list[tuple[Path, Path]]:
     """Annotations and folders of images that a split may have."""
-    return [(Path(root) / file.format(split=split), Path(root) / folder.format(split=split))
-            for file, folder in LAYOUTS]
+    return [(Path(root) / file.format(split=name), Path(root) / folder.format(split=name))
+            for name in SYNONYMS.get(split, (split,)) for file, folder in LAYOUTS]
 
 
 def has_coco(root: str | Path, split: str) -> bool:
@@ -117,14 +135,14 @@ def read_coco(root: str | Path, split: str) -> CocoData:
     require('faster_coco_eval')
     file, folder = next((place for place in _list_places(root, split) if place[0].is_file()), (None, None))
     if file is None:
-        expected = list_names(place[0] for place in _list_places(root, split))
+        expected = list_names([place[0] for place in _list_places(root, split)][:len(LAYOUTS)])
         raise DataError(f'{root} has no annotations of {split}: expected {expected}.')
     try:
         content = json.loads(read_text(file, DataError))
     except json.JSONDecodeError as error:
         raise DataError(f'{file} is not JSON: {error}.') from None
     images, categories = _read_images(file, folder, content), _read_categories(file, content)
-    notes = _add_objects(file, content, images, categories)
+    notes = add_objects(file, _take(file, content, 'annotations'), images, categories)
     missing = [image.path.name for image in images.values() if not image.path.is_file()]
     if missing:
         raise DataError(f'{folder} lacks {len(missing)} images of {file}: {list_names(missing, 3)}.')
@@ -166,11 +184,12 @@ def _read_categories(file: Path, content: Any) -> dict[int, str]:
     return dict(sorted(found.items()))
 
 
-def _add_objects(
-        file: Path, content: Any, images: dict[int, CocoImage], categories: dict[int, str]) -> list[str]:
-    """Add the annotations to their images; returns notes about what was dropped or changed."""
+def add_objects(
+        file: Path, annotations: Iterable[Mapping[str, Any]], images: dict[int, CocoImage], categories: dict[int, str],
+) -> list[str]:
+    """Add annotations in the format of COCO to their images; returns notes about what was dropped or changed."""
     dropped: dict[str, list[Any]] = {}
-    for i, entry in enumerate(_take(file, content, 'annotations')):
+    for i, entry in enumerate(annotations):
         name = entry.get('id', i)
         image = images.get(entry.get('image_id'))
         if image is None:
@@ -189,9 +208,51 @@ def _add_objects(
             continue
         if (left, top, right, bottom) != (x, y, x + width, y + height):
             dropped.setdefault('boxes were clipped to their image', []).append(name)
-        kept = {key: entry[key] for key in ('segmentation',) if entry.get(key)}
+        shape = entry.get('segmentation')
+        if isinstance(shape, list):
+            long = [polygon for polygon in shape if not isinstance(polygon, list) or len(polygon) >= 6]
+            if len(long) < len(shape):
+                dropped.setdefault('polygons of fewer than 3 points were dropped', []).append(name)
+            shape = long
         image.objects.append(dict(
-            category_id=entry['category_id'], bbox=[left, top, right - left, bottom - top],
+            id=name, category_id=entry['category_id'], bbox=[left, top, right - left, bottom - top],
             area=float(entry.get('area') or (right - left) * (bottom - top)), iscrowd=int(entry.get('iscrowd') or 0),
-            **kept))
+            **dict(segmentation=shape) if shape else {}))
     return [f'{file}: {len(names)} {what}: annotations {list_names(names, 3)}' for what, names in dropped.items()]
+
+
+def encode_masks(data: CocoData) -> CocoData:
+    """The data with the segmentation of every object, polygons or RLE, as a compressed RLE of the size of its image.
+
+    Raises:
+        DataError: An object has none, or one that is no mask of its image; names the file and the annotation.
+    """
+    bare = [entry['id'] for image in data.images for entry in image.objects if 'segmentation' not in entry]
+    if bare:
+        raise DataError(f'{data.file}: {len(bare)} objects have no segmentation, which masks need: annotations '
+                        f'{list_names(bare, 3)}; add it, or take a detector of boxes.')
+    return replace(data, images=[replace(image, objects=[
+        dict(entry, segmentation=_encode_mask(data.file, image, entry)) for entry in image.objects])
+        for image in data.images])
+
+
+def _encode_mask(file: Path, image: CocoImage, entry: dict[str, Any]) -> dict[str, Any]:
+    from faster_coco_eval.core import mask
+
+    try:
+        shape = entry['segmentation']
+        if isinstance(shape, list):
+            if any(len(polygon) % 2 for polygon in shape):
+                raise ValueError('a polygon lacks a coordinate')
+            if not all(abs(value) < MOST_COORDINATE for polygon in shape for value in polygon):
+                raise ValueError('a coordinate is no number, or too large')
+        encoded = mask.segmToRle(shape, image.width, image.height)
+        if list(encoded['size']) != [image.height, image.width]:
+            raise ValueError(f'it is for {encoded["size"]}, the image is {image.height} x {image.width}')
+        if not isinstance(shape, list):
+            mask.decode(encoded)  # damaged RLE raises an error
+        return encoded
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        problem = str(error).partition('(#')[0].partition('\n')[0].strip().rstrip('.')
+        raise DataError(f'{file}: annotation {entry["id"]} has a segmentation that is no mask of its image '
+                        f'({problem}): correct it.') from None

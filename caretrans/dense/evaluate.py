@@ -1,8 +1,8 @@
 """Evaluation of detectors by COCO's average precision, and of segmenters by the mean IoU of their classes."""
 import io
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,16 +12,19 @@ import torch
 import torch.nn as nn
 
 from ..devices import autocast
-from ..distributed import Processes, find_processes, join_processes, leave_processes, shared_errors
+from ..distributed import Processes, join_processes, leave_processes, shared_errors
 from ..errors import DataError, EvaluationError, list_names
 from ..evaluation.metrics import list_non_finite
 from ..progress import Progress
-from .coco import CocoData, read_coco
+from .coco import CocoData, encode_masks
 from .load import create_from_checkpoint
-from .masks import MaskData, read_masks
+from .masks import MaskData, check_masks, read_masks
+from .objects import read_objects
 from .semantic_fpn import SemanticFpn
+from .voc_metric import voc_average_precision
 
-__all__ = ['DenseScores', 'average_precision', 'describe_scores', 'evaluate_dense', 'score_pixels']
+__all__ = [
+    'DenseScores', 'average_precision', 'describe_scores', 'evaluate_dense', 'score_model', 'score_pixels']
 
 AP_NAMES = {'AP': 'AP_all', 'AP50': 'AP_50', 'AP75': 'AP_75', 'AP_small': 'AP_small', 'AP_medium': 'AP_medium',
             'AP_large': 'AP_large', 'AR100': 'AR_third'}
@@ -38,6 +41,7 @@ class DenseScores:
         seconds: Of the evaluation.
         box, mask: {AP, AP50, AP75, AP_small, AP_medium, AP_large, AR100} of a detector; None where COCO's protocol has
             no value, as without large objects. `mask` only of Mask R-CNN.
+        voc: {AP50, AP50_11} by the rules of Pascal VOC, of data in its format.
         pixel: {mIoU, accuracy} of a segmenter.
         classes: {name: AP of boxes, or IoU}; None for a class that the data do not have.
     """
@@ -50,6 +54,7 @@ class DenseScores:
     classes: dict[str, float | None]
     box: dict[str, float | None] | None = None
     mask: dict[str, float | None] | None = None
+    voc: dict[str, float | None] | None = None
     pixel: dict[str, float | None] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,19 +72,14 @@ def average_precision(
 
     Args:
         results: Detections as COCO defines them: image_id, category_id, bbox, score, and segmentation for masks.
-        kind: 'bbox' or 'segm'.
+        kind: 'bbox' or 'segm', for data of `encode_masks`.
     """
     from faster_coco_eval import COCO, COCOeval_faster
-    from faster_coco_eval.core import mask
 
-    content = data.to_coco()
-    sizes = {image.id: (image.width, image.height) for image in data.images}
-    for entry in content['annotations'] if kind == 'segm' else ():
-        entry['segmentation'] = mask.segmToRle(entry['segmentation'], *sizes[entry['image_id']])
     if not results:
         found = dict.fromkeys(AP_NAMES, 0.)
         return found, {name: 0. for name in data.classes}
-    truth = COCO(content)
+    truth = COCO(data.to_coco())
     scorer = COCOeval_faster(truth, truth.loadRes(results), iouType=kind)
     scorer.evaluate()
     scorer.accumulate()
@@ -118,9 +118,12 @@ def _share(count: int, processes: Processes) -> range:
     return range(count * processes.rank // processes.world_size, count * (processes.rank + 1) // processes.world_size)
 
 
+Advance = Callable[[int], object]  # called with 1 after every image
+
+
 @torch.inference_mode()
 def _detect(
-        model: nn.Module, data: CocoData, device: torch.device, amp: str, share: range, progress: Progress,
+        model: nn.Module, data: CocoData, device: torch.device, amp: str, share: range, advance: Advance,
 ) -> list[dict[str, Any]]:
     """The detections in a share of the images, as COCO defines them."""
     from faster_coco_eval.core import mask as rle
@@ -140,13 +143,13 @@ def _detect(
             if 'masks' in found:
                 pixels = (found['masks'][j, 0] >= .5).to(torch.uint8).numpy()
                 results[-1]['segmentation'] = rle.encode(np.asfortranarray(pixels))
-        progress.update(1)
+        advance(1)
     return results
 
 
 @torch.inference_mode()
 def _segment(
-        model: SemanticFpn, data: MaskData, device: torch.device, amp: str, share: range, progress: Progress,
+        model: SemanticFpn, data: MaskData, device: torch.device, amp: str, share: range, advance: Advance,
 ) -> torch.Tensor:
     """Confusion of pixels (C, C) in a share of the images, at their original sizes."""
     count = model.num_classes
@@ -160,7 +163,7 @@ def _segment(
         known = labels != data.ignore
         pairs = labels[known].long() * count + logits.argmax(0).cpu()[known]
         confusion += torch.bincount(pairs, minlength=count ** 2).view(count, count)
-        progress.update(1)
+        advance(1)
     return confusion
 
 
@@ -187,38 +190,57 @@ def evaluate_dense(
 
     Args:
         checkpoint, entry: See `create_from_checkpoint`.
-        data: A folder that `read_coco` reads, for a detector; `read_masks`, for a segmenter.
+        data: A folder that `read_objects` reads, for a detector; `read_masks`, for a segmenter.
         split: Of the data.
         amp: Autocast of the forward pass: 'off', 'bf16' or 'fp16'.
     Raises:
         CheckpointError, DataError, EvaluationError: The file or the data cannot be used, or numbers are not finite.
     """
-    processes, start = find_processes(), time.perf_counter()
     with shared_errors():  # every process opens the same
-        model, opened, names, facts = _open(checkpoint, entry, data, split)
+        model, opened, names = _open(checkpoint, entry, data, split)
     try:
         processes = join_processes(device)
-        model.to(device)
-        share = _share(facts['images'], processes)
-        run = _segment if isinstance(opened, MaskData) else _detect
-        with Progress(len(share), stream=progress_stream if processes.is_primary else io.StringIO()) as progress:
-            found = processes.gather(processes.together(lambda: run(model, opened, device, amp, share, progress)))
-        facts['seconds'], = processes.largest([time.perf_counter() - start])
-        if isinstance(opened, MaskData):
-            pixel, classes = score_pixels(sum(found), names)
-            return DenseScores(**facts, classes=classes, pixel=pixel)
-        results = [entry for part in found for entry in part]
-        box, classes = average_precision(opened, results, 'bbox')
-        mask = average_precision(opened, results, 'segm')[0] if facts['task'] == 'mask_rcnn' else None
-        return DenseScores(**facts, classes=classes, box=box, mask=mask)
+        stream = progress_stream if processes.is_primary else io.StringIO()
+        with Progress(len(_share(len(opened.images), processes)), stream=stream) as progress:
+            scores = score_model(model.to(device), opened, names, device, amp, processes, progress.update)
+        return replace(scores, data=data)
     finally:
         leave_processes()
 
 
+def score_model(
+        model: nn.Module, data: CocoData | MaskData, names: Sequence[str], device: torch.device, amp: str,
+        processes: Processes, advance: Advance) -> DenseScores:
+    """The scores of a model in evaluation mode, whose work the processes share.
+
+    Args:
+        model: With its `dense_config`, on the device.
+        data: Of `read_masks` for a segmenter, of `read_objects` for a detector, and `encode_masks` for Mask R-CNN.
+        names: Of the classes.
+        advance: Called after every image; what it raises ends the evaluation.
+    Raises:
+        DataError, EvaluationError: An image cannot be used, or numbers are not finite.
+    """
+    start, config = time.perf_counter(), model.dense_config
+    share, run = _share(len(data.images), processes), _segment if isinstance(data, MaskData) else _detect
+    found = processes.gather(processes.together(lambda: run(model, data, device, amp, share, advance)))
+    box = mask = voc = pixel = None
+    if isinstance(data, MaskData):
+        pixel, classes = score_pixels(sum(found), names)
+    else:
+        results = [entry for part in found for entry in part]
+        box, classes = average_precision(data, results, 'bbox')
+        mask = average_precision(data, results, 'segm')[0] if config['task'] == 'mask_rcnn' else None
+        voc = voc_average_precision(data, results) if data.layout == 'VOC' else None
+    seconds, = processes.largest([time.perf_counter() - start])
+    return DenseScores(
+        config['task'], config['backbone'], '', len(data.images), data.notes, seconds, classes, box, mask, voc, pixel)
+
+
 def _open(
         checkpoint: str | PathLike, entry: str | None, data: str, split: str,
-) -> tuple[nn.Module, CocoData | MaskData, list[str], dict[str, Any]]:
-    """The model, the data, the names of the classes, and facts for the scores."""
+) -> tuple[nn.Module, CocoData | MaskData, list[str]]:
+    """The model, the data, and the names of the classes."""
     model, loaded = create_from_checkpoint(checkpoint, entry)
     broken = list_non_finite(model)
     if broken:
@@ -226,19 +248,18 @@ def _open(
             f'{loaded.path}: {len(broken)} tensors are not finite ({list_names(broken, 3)}): use another checkpoint.')
     config, known = model.dense_config, loaded.meta.get('class_names')
     if isinstance(model, SemanticFpn):
-        opened = read_masks(data, split, config['num_classes'])
-        images = len(opened)
+        settings = loaded.meta.get('config')
+        reduce = settings.get('reduce_zero_label') if isinstance(settings, dict) else None
+        opened = read_masks(data, split, config['num_classes'], reduce)
+        opened = replace(opened, notes=[*opened.notes, *check_masks(opened)])
     else:
-        opened = read_coco(data, split)
-        images = len(opened.images)
-        bare = sum('segmentation' not in entry for image in opened.images for entry in image.objects)
-        if bare and config['task'] == 'mask_rcnn':
-            raise DataError(f'{opened.file}: {bare} objects have no segmentation, which masks are compared with.')
+        opened = read_objects(data, split)
+        if config['task'] == 'mask_rcnn':
+            opened = encode_masks(opened)
     if opened.classes:
         _check_classes(opened.classes, known, config['num_classes'], data, loaded.path)
     names = opened.classes or known or [str(i) for i in range(config['num_classes'])]
-    return model, opened, names, dict(
-        task=config['task'], model=config['backbone'], data=data, images=images, notes=opened.notes)
+    return model, opened, names
 
 
 def describe_scores(scores: DenseScores) -> list[str]:
@@ -248,7 +269,8 @@ def describe_scores(scores: DenseScores) -> list[str]:
 
     lines = [f'{scores.task} with {scores.model} on {scores.images} images of {scores.data} '
              f'({scores.seconds:.1f} s)', *scores.notes]
-    for name, values in (('boxes', scores.box), ('masks', scores.mask), ('pixels', scores.pixel)):
+    for name, values in (
+            ('boxes', scores.box), ('masks', scores.mask), ('boxes, by VOC', scores.voc), ('pixels', scores.pixel)):
         if values is not None:
             lines.append(f'{name}: ' + ', '.join(f'{key} {show(value)}' for key, value in values.items()))
     lines += [f'  {show(value)}  {name}' for name, value in scores.classes.items()]

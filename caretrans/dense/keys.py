@@ -12,7 +12,9 @@ from os import PathLike
 import torch
 import torch.nn as nn
 
+from ..checkpoint.file import MMPRETRAIN_STEM
 from ..errors import CheckpointError, list_names
+from ..models.casvit import CasVit
 from ..models.published_keys import rename_keys
 
 __all__ = ['is_dense', 'load_published', 'load_strictly', 'publish', 'strip_backbone', 'translate_backbone']
@@ -55,9 +57,19 @@ _logger = logging.getLogger(__name__)
 # Backbone -------------------------------------------------------------------------------------------------------------
 
 def strip_backbone(weights: Weights) -> dict[str, torch.Tensor]:
-    """The entries under `backbone.`, without it; all of them if none are."""
+    """The entries under `backbone.`, without it, all of them if none are; keys of mmpretrain become published ones."""
     inside = {key.removeprefix('backbone.'): value for key, value in weights.items() if key.startswith('backbone.')}
-    return inside or dict(weights)
+    inside = inside or dict(weights)
+    full = {f'backbone.{key}': value for key, value in inside.items()}
+    if not any(key.startswith(MMPRETRAIN_STEM) for key in full):
+        return inside
+    norms = {key: value for key, value in inside.items() if DENSE_NORM.match(key)}
+    if all(key.startswith('norm3.') for key in norms):  # of a classification network
+        norms = {}
+    body = {key: value for key, value in full.items() if key.removeprefix('backbone.') not in norms}
+    return {
+        **rename_keys(body, CasVit.mmpretrain_keys, to_published=True),
+        **{f'norm{2 * int(key[4])}{key[5:]}': value for key, value in norms.items()}}
 
 
 def is_dense(weights: Weights) -> bool:

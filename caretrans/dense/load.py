@@ -12,14 +12,15 @@ import torch.nn as nn
 from ..checkpoint.file import Checkpoint, read_checkpoint, write_torch
 from ..checkpoint.layout import find_models
 from ..checkpoint.load import FORMAT_VERSION
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, list_names
 from .backbone import create_dense_backbone
 from .keys import DENSE_NORM, load_published, load_strictly, publish, strip_backbone
 from .rcnn import Rcnn
 from .retinanet import RetinaNet
 from .semantic_fpn import SemanticFpn
 
-__all__ = ['TASKS', 'convert_checkpoint', 'create_dense_model', 'create_from_checkpoint', 'save_checkpoint']
+__all__ = [
+    'TASKS', 'convert_checkpoint', 'create_dense_model', 'create_from_checkpoint', 'load_weights', 'save_checkpoint']
 
 
 class Task(NamedTuple):
@@ -36,6 +37,7 @@ TASKS = {
     'semantic_fpn': Task(SemanticFpn, (0, 1, 2, 3), {}),
 }
 BACKBONE_ARGS = tuple(inspect.signature(create_dense_backbone).parameters)[2:-1]
+CLASS_LAYERS = re.compile(r'cls_logits|box_predictor|mask_fcn_logits|classifier')
 # The last layer of each kind in published files, and its rows for each class and beside the classes.
 LAST_LAYERS = {
     'retinanet': ('bbox_head.retina_cls.bias', 9, 0),
@@ -148,12 +150,41 @@ def _describe_published(checkpoint: Checkpoint, task: str) -> dict[str, Any]:
     return options
 
 
-def save_checkpoint(path: str | PathLike, model: nn.Module, class_names: Sequence[str] = (), **rest: Any) -> None:
+def load_weights(model: nn.Module, path: str | PathLike, new_heads: bool = False) -> None:
+    """Load a detector or segmenter into another of the same kind, which may have other classes.
+
+    Args:
+        new_heads: Keep the layers of the classes of `model`, to be trained, if the file has another number of classes.
+    Raises:
+        CheckpointError: The file is of another kind, another size, or other classes without `new_heads`.
+    """
+    source, checkpoint = create_from_checkpoint(path)
+    ours, theirs = model.dense_config, source.dense_config
+    for what in ('task', 'backbone'):
+        if ours[what] != theirs[what]:
+            raise CheckpointError(f'{checkpoint.path}: is a {theirs["task"]} with {theirs["backbone"]}, not a '
+                                  f'{ours["task"]} with {ours["backbone"]}: take another file, or --model and --task.')
+    weights, shapes = source.state_dict(), {key: value.shape for key, value in model.state_dict().items()}
+    other = [key for key, shape in shapes.items() if key not in weights or weights[key].shape != shape]
+    wrong = [key for key in other if not CLASS_LAYERS.search(key)]
+    if wrong:
+        raise CheckpointError(f'{checkpoint.path}: {list_names(wrong, 3)} have other sizes: use the settings that it '
+                              f'was made with, such as --channels {theirs.get("channels", 256)}.')
+    if other and not new_heads:
+        raise CheckpointError(f'{checkpoint.path}: has {theirs["num_classes"]} classes, the data '
+                              f'{ours["num_classes"]}: add --new-heads.')
+    model.load_state_dict({key: value for key, value in weights.items() if key not in other}, strict=False)
+
+
+def save_checkpoint(
+        path: str | PathLike, model: nn.Module, class_names: Sequence[str] = (), ema: nn.Module | None = None,
+        **rest: Any) -> None:
     """Write a detector or segmenter, atomically.
 
     Args:
         model: Of `create_dense_model` or `create_from_checkpoint`.
         class_names: One per class.
+        ema: Averaged weights (EMA) of the same model, which readers prefer.
         rest: See `caretrans.checkpoint.save_checkpoint`.
     Raises:
         CheckpointError: The file cannot be written.
@@ -163,8 +194,10 @@ def save_checkpoint(path: str | PathLike, model: nn.Module, class_names: Sequenc
     if class_names and len(class_names) != config['num_classes']:
         raise ValueError(f'{len(class_names)} class names for a model of {config["num_classes"]} classes.')
     named = dict(class_names=list(class_names)) if class_names else {}
+    averaged = dict(state_dict_ema=ema.state_dict()) if ema is not None else {}
     write_torch(Path(path), dict(
-        dense=config, version=FORMAT_VERSION, state_dict=model.state_dict(), **named, **rest))
+        dense=config, num_classes=config['num_classes'], version=FORMAT_VERSION, state_dict=model.state_dict(),
+        **averaged, **named, **rest))
 
 
 def convert_checkpoint(

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
@@ -86,7 +87,7 @@ class RoiHeads(RoIHeads):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(
-            fg_iou_thresh=.5, bg_iou_thresh=.5, batch_size_per_image=512, positive_fraction=.25,
+            fg_iou_thresh=.5, bg_iou_thresh=.5, positive_fraction=.25,
             bbox_reg_weights=(10., 10., 5., 5.), **settings)
         self.proposal_matcher = MaxIouMatcher(.5, .5, min_iou=.5)
 
@@ -156,7 +157,8 @@ class Rcnn(GeneralizedRCNN):
     Called like torchvision's detectors: a list of images (3, H, W) from 0 to 1 and, in training, of targets with
     `boxes` (N, 4) in pixels, x0 y0 x1 y1, `labels` (N,) from 0 to `num_classes` - 1 and, with masks, `masks` (N, H, W)
     of 0 and 1. Training returns the losses, evaluation a dict of `boxes`, `scores`, `labels` and `masks`
-    (N, 1, H, W; probabilities) for each image, in its pixels. Targets that cannot be right raise a DataError.
+    (N, 1, H, W; probabilities) for each image, in its pixels. In training the images may also be an ImageList of a
+    normalised batch, which is not resized. Targets that cannot be right raise a DataError.
 
     Args:
         body: Dense backbone of strides 4, 8, 16, 32.
@@ -166,14 +168,15 @@ class Rcnn(GeneralizedRCNN):
         hidden: Width of the two linear layers of the box head.
         mask_convs: Convolutions of the mask head.
         proposals: Kept before NMS per level, and after NMS, at evaluation; training takes 2,000 per level.
+        rois: Proposals of an image on which the heads are trained, a quarter of them on objects.
         score_thresh, nms_thresh, detections_per_img: Of the detections.
         transform: Of torchvision's GeneralizedRCNNTransform: min_size, max_size, image_mean, image_std.
     """
 
     def __init__(
             self, body: DenseBackbone, num_classes: int, masks: bool = False, channels: int = 256, hidden: int = 1024,
-            mask_convs: int = 4, proposals: int = 1000, score_thresh: float = .05, nms_thresh: float = .5,
-            detections_per_img: int = 100, **transform: Any,
+            mask_convs: int = 4, proposals: int = 1000, rois: int = 512, score_thresh: float = .05,
+            nms_thresh: float = .5, detections_per_img: int = 100, **transform: Any,
     ) -> None:
         pyramid = Pyramid(body, channels, extra='pool')
         anchors = FixedAnchors(pyramid.strides, (8.,))
@@ -188,8 +191,8 @@ class Rcnn(GeneralizedRCNN):
             mask_predictor=MaskRCNNPredictor(channels, channels, num_classes + 1)) if masks else {}
         heads = RoiHeads(
             box_roi_pool=RoiAlign(7, strides), box_head=TwoMLPHead(channels * 49, hidden),
-            box_predictor=FastRCNNPredictor(hidden, num_classes + 1), score_thresh=score_thresh,
-            nms_thresh=nms_thresh, detections_per_img=detections_per_img, **with_masks)
+            box_predictor=FastRCNNPredictor(hidden, num_classes + 1), batch_size_per_image=rois,
+            score_thresh=score_thresh, nms_thresh=nms_thresh, detections_per_img=detections_per_img, **with_masks)
         transform = dict(min_size=800, max_size=1333, image_mean=IMAGENET_DEFAULT_MEAN,
                          image_std=IMAGENET_DEFAULT_STD) | transform
         super().__init__(pyramid, rpn, heads, GeneralizedRCNNTransform(**transform))
@@ -201,9 +204,13 @@ class Rcnn(GeneralizedRCNN):
         return dict(rpn_cls=objectness, rpn_reg=codes)
 
     def forward(
-            self, images: list[torch.Tensor], targets: list[dict[str, torch.Tensor]] | None = None) -> Any:
+            self, images: list[torch.Tensor] | ImageList, targets: list[dict[str, torch.Tensor]] | None = None) -> Any:
         check_targets(targets, self.num_classes)
         if targets is not None:  # torchvision counts from 1, background is 0
             targets = [dict(target, labels=target['labels'] + 1) for target in targets]
+        if isinstance(images, ImageList):
+            features = self.backbone(images.tensors)
+            proposals, losses = self.rpn(images, features, targets)
+            return {**losses, **self.roi_heads(features, proposals, images.image_sizes, targets)[1]}
         outputs = super().forward(images, targets)
         return outputs if self.training else [dict(found, labels=found['labels'] - 1) for found in outputs]

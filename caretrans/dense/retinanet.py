@@ -3,6 +3,7 @@ import sys
 from typing import Any
 
 import torch
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNet as TorchvisionRetinaNet
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.rpn import permute_and_flatten
@@ -59,7 +60,8 @@ class RetinaNet(TorchvisionRetinaNet):
 
     Called like torchvision's detectors: a list of images (3, H, W) from 0 to 1 and, in training, of targets with
     `boxes` (N, 4) in pixels, x0 y0 x1 y1, and `labels` (N,) from 0 to `num_classes` - 1. Training returns the losses,
-    evaluation a dict of `boxes`, `scores` and `labels` for each image, in its pixels.
+    evaluation a dict of `boxes`, `scores` and `labels` for each image, in its pixels. In training the images may also
+    be an ImageList of a normalised batch, which is not resized.
 
     Args:
         body: Dense backbone of strides 8, 16, 32.
@@ -93,6 +95,9 @@ class RetinaNet(TorchvisionRetinaNet):
         return self.head.raw(list(self.backbone(x).values()))
 
     def forward(
-            self, images: list[torch.Tensor], targets: list[dict[str, torch.Tensor]] | None = None) -> Any:
+            self, images: list[torch.Tensor] | ImageList, targets: list[dict[str, torch.Tensor]] | None = None) -> Any:
         check_targets(targets, self.head.classification_head.num_classes)
+        if isinstance(images, ImageList):
+            maps = list(self.backbone(images.tensors).values())
+            return self.compute_loss(targets, self.head(maps), self.anchor_generator(images, maps))
         return super().forward(images, targets)

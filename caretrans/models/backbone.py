@@ -170,6 +170,11 @@ class Backbone(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     @torch.jit.ignore
+    def extract_feat(self, x: torch.Tensor) -> Tuple[torch.Tensor]:
+        """Images (B, in_chans, H, W) to a tuple of the pooled features (B, num_features), as in mmpretrain."""
+        return (self.forward_head(self.forward_features(x), pre_logits=True),)
+
+    @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
         """Parameters of two or more dimensions that are exempt from weight decay: none."""
         return set()

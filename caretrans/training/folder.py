@@ -9,8 +9,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ from typing import Any
 import torch
 import yaml
 
-from ..checkpoint.load import save_checkpoint
-from ..config import TrainConfig
+from ..config import RunConfig, TrainConfig
 from ..errors import ConfigError, list_names, require
 from ..strict_json import to_json
 from ..text import open_text, read_text, utf8_path, write_text
@@ -73,7 +72,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _list_changes(saved: dict[str, Any], config: TrainConfig, free: set) -> list[str]:
+def _list_changes(saved: dict[str, Any], config: RunConfig, free: set) -> list[str]:
     return [f'{name} {saved[name]!r} there, {value!r} here' for name, value in config.to_dict().items()
             if name not in free and name in saved and saved[name] != value]
 
@@ -86,7 +85,7 @@ def choose_orientation(path: Path, config: TrainConfig) -> str:
     return 'ignore'
 
 
-def find_run(config: TrainConfig) -> tuple[Path, list[Path]]:
+def find_run(config: RunConfig) -> tuple[Path, list[Path]]:
     """The folder of a run, and the checkpoints from which it resumes, newest first; none for a new run.
 
     The folder is `config.output`, or else an unfinished run of the same settings under runs/, or else a new one there.
@@ -95,7 +94,7 @@ def find_run(config: TrainConfig) -> tuple[Path, list[Path]]:
         ConfigError: The folder contains a finished run, one of other settings, or any run if `config.resume` is off.
     """
     if not config.output:
-        stem = f'{config.model}-{Path(config.data or config.dataset).name}-'
+        stem = f'{config.run_name}-'
         runs = Path('runs')
         candidates = sorted(path for path in runs.iterdir() if path.name.startswith(stem)) if runs.is_dir() else []
         for path in reversed(candidates) if config.resume else ():
@@ -176,13 +175,17 @@ class RunFolder:
         path: From `find_run`.
         config: Settings of the run.
         facts: Facts derived from the settings, for environment.json.
+        best_score: Column of the score by which the best epoch is chosen; more is better.
+        score_title: Of the panel of curves.png with the scores.
         is_new: Whether the run starts here; else it resumes, and the caller calls `restore`.
     Raises:
         ConfigError: The folder cannot be written, or another process is training into it.
     """
 
-    def __init__(self, path: Path, config: TrainConfig, facts: dict[str, Any], is_new: bool = True) -> None:
-        self.path = path
+    def __init__(
+            self, path: Path, config: RunConfig, facts: dict[str, Any], is_new: bool = True,
+            best_score: str = 'val_top1', score_title: str = 'top-1, %') -> None:
+        self.path, self.best_score, self.score_title = path, best_score, score_title
         from torch.utils.tensorboard import SummaryWriter  # slow to import
         require('matplotlib')  # draws the curves at the end
 
@@ -210,13 +213,13 @@ class RunFolder:
     def restore(self, rows: list[dict[str, Any]], best: dict[str, Any] | None) -> None:
         """Load the rows of a checkpoint; summary.csv and TensorBoard then contain exactly these."""
         for row in rows:
-            self.rows.append(EpochRow(**row))
+            self.rows.append(EpochRow.from_dict(row))
             self._publish(self.rows[-1])
-        if best and math.isfinite(best['val_loss']):  # older versions kept scores of weights that were not finite
-            self.best = EpochRow(**best)
+        if best and math.isfinite(best.get('val_loss', 0.)):  # older versions kept scores that were not
+            self.best = EpochRow.from_dict(best)
 
     def _publish(self, row: EpochRow) -> None:
-        values = asdict(row)
+        values = row.to_dict()
         with open_text(self.path / 'summary.csv', 'a') as file:
             writer = csv.DictWriter(file, values)
             if row is self.rows[0]:
@@ -227,29 +230,30 @@ class RunFolder:
                 self.events.add_scalar(name, value, row.epoch)
         self.events.flush()
 
-    def log_epoch(self, row: EpochRow, model: torch.nn.Module, resume: dict[str, Any], **meta: Any) -> None:
-        """Finish an epoch: write best.pth.tar if its top-1 is the best so far, last.pth.tar, then table and events.
+    def log_epoch(self, row: EpochRow, write: Callable[..., None], resume: dict[str, Any]) -> None:
+        """Finish an epoch: write best.pth.tar if its score is the best so far, last.pth.tar, then table and events.
 
         Args:
-            model, meta: See `save_checkpoint`.
+            write: See `Trainer.write_checkpoint`.
             resume: Entries needed to resume, in last.pth.tar only.
         """
         self.rows.append(row)
-        if row.val_top1 is not None and (self.best is None or row.val_top1 > self.best.val_top1):
+        score = row.scores.get(self.best_score)
+        if score is not None and (self.best is None or score > self.best.scores[self.best_score]):
             self.best = row
-            save_checkpoint(self.path / 'best.pth.tar', model, **meta, metrics=self._metrics())
-        self.save_step(model, resume, **meta)
+            write(self.path / 'best.pth.tar', epoch=row.epoch, metrics=self._metrics())
+        self.save_step(row.epoch, write, resume)
         self._publish(row)  # last, so that every row of the table is in a checkpoint too
 
     def _metrics(self) -> dict[str, float]:
-        return {name: value for name, value in asdict(self.rows[-1]).items() if value is not None} if self.rows else {}
+        return {name: value for name, value in self.rows[-1].to_dict().items() if value is not None} \
+            if self.rows else {}
 
-    def save_step(self, model: torch.nn.Module, resume: dict[str, Any], **meta: Any) -> None:
+    def save_step(self, epoch: int, write: Callable[..., None], resume: dict[str, Any]) -> None:
         """Write last.pth.tar; the previous one becomes previous.pth.tar once the new one is complete."""
         new, last, previous = (self.path / name for name in CHECKPOINTS)
-        save_checkpoint(
-            new, model, **meta, metrics=self._metrics(), **resume, best=asdict(self.best) if self.best else None,
-            rows=[asdict(row) for row in self.rows])
+        write(new, epoch=epoch, metrics=self._metrics(), **resume, best=self.best.to_dict() if self.best else None,
+              rows=[row.to_dict() for row in self.rows])
         if last.exists():
             os.replace(last, previous)
         os.replace(new, last)
@@ -262,20 +266,21 @@ class RunFolder:
 
     def finish(self) -> None:
         """Mark the run as finished with result.json."""
-        result = dict(last=asdict(self.rows[-1]), best=asdict(self.best) if self.best else None)
+        result = dict(last=self.rows[-1].to_dict(), best=self.best.to_dict() if self.best else None)
         write_text(self.path / 'result.json', to_json(result, indent=2) + '\n')
 
     def draw_curves(self) -> Path:
-        """Draw loss, top-1 and learning rate over the epochs into curves.png."""
+        """Draw losses, scores and learning rate over the epochs into curves.png."""
         from matplotlib.figure import Figure  # slow to import
 
         figure = Figure(figsize=(12, 3.5), layout='constrained')
         panels = figure.subplots(1, 3)
+        columns = [row.to_dict() for row in self.rows]
         for panel, title, names in zip(
-                panels, ('loss', 'top-1, %', 'learning rate'), (('train_loss', 'val_loss'), ('val_top1',), ('lr',)),
-                strict=True):
+                panels, ('loss', self.score_title, 'learning rate'),
+                (('train_loss', 'val_loss'), (self.best_score,), ('lr',)), strict=True):
             for name in names:
-                points = [(row.epoch, getattr(row, name)) for row in self.rows if getattr(row, name) is not None]
+                points = [(row['epoch'], row[name]) for row in columns if row.get(name) is not None]
                 if points:
                     panel.plot(*zip(*points, strict=True), marker='.', label=name)
             panel.set(xlabel='epoch', title=title)

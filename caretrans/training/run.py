@@ -10,19 +10,20 @@ import torch
 from timm.utils import distribute_bn
 
 from ..checkpoint.load import read_checkpoint
-from ..config import TrainConfig
-from ..data.datasets import open_dataset
+from ..config import RunConfig
 from ..devices import resolve_device
 from ..distributed import Processes, find_processes, join_processes, leave_processes
 from ..errors import CheckpointError, ConfigError, EvaluationError, Preempted, TrainingError, list_names
-from ..evaluation.metrics import Scores, evaluate, list_non_finite
+from ..evaluation.metrics import list_non_finite
 from ..progress import Progress
 from .failures import explain_failures
-from .folder import RunFolder, choose_orientation, find_run, list_checkpoints
+from .classification import ClassificationTrainer
+from .folder import RunFolder, find_run, list_checkpoints
 from .state import (
-    Division, EpochRow, TrainScores, TrainState, describe_world_change, gather_train_state, restore_train_state)
+    Division, EpochRow, Evaluation, TrainScores, TrainState, describe_world_change, gather_train_state,
+    restore_train_state)
 from .steps import Step, train_steps
-from .trainer import Trainer, check_batch, check_kernels
+from .trainer import Trainer
 
 __all__ = ['TrainResult', 'train']
 
@@ -32,11 +33,17 @@ SETTLED, SETTLED_EARLY = 10, 50  # steps after which that share is meaningful, a
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Folder of a finished run, with its last and its best row of summary.csv, on the primary process only."""
+    """Folder of a finished run, with its last and its best row of summary.csv, on the primary process only.
+
+    Attributes:
+        best_score, score_title: See `Trainer`.
+    """
 
     folder: Path
     last: EpochRow | None = None
     best: EpochRow | None = None
+    best_score: str = ''
+    score_title: str = ''
 
 
 class StopRequest:
@@ -59,12 +66,12 @@ class StopRequest:
         return self.came
 
 
-def summarise(row: EpochRow, epochs: int) -> str:
+def summarise(row: EpochRow, trainer: Trainer) -> str:
     """One readable line about an epoch."""
-    tested = '' if row.val_top1 is None else \
-        f'  val loss {row.val_loss:.3f}  top-1 {row.val_top1:.1f} %  top-5 {row.val_top5:.1f} %'
-    return (f'epoch {row.epoch}/{epochs}  loss {row.train_loss:.3f}{tested}  lr {row.lr:.2e}'
-            f'  {row.images_per_s:.0f} images/s  {row.seconds:.0f} s')
+    is_tested = any(value is not None for value in row.scores.values())
+    return (f'epoch {row.epoch}/{trainer.epochs}  loss {row.train_loss:.3f}'
+            f'{f"  {trainer.describe_scores(row)}" if is_tested else ""}  lr {row.lr:.2e}  {row.images_per_s:.0f} '
+            f'images/s  {row.seconds:.0f} s')
 
 
 class Run:
@@ -111,8 +118,8 @@ class Run:
         first, waited = state.step, trainer.train_loader.waited
         start = time.perf_counter()
         steps = train_steps(
-            trainer.task, trainer.train_loader.run(state.epoch, state.step), trainer.stepper, self.config.amp,
-            trainer.mixup, trainer.memory_format, self.processes, self.stop)
+            trainer.task, trainer.run_passes(state.epoch, state.step), trainer.stepper, self.config.amp,
+            self.processes, self.stop)
         for step in steps:
             if not step.skipped:
                 trainer.task.update_ema(step=trainer.stepper.steps)
@@ -137,6 +144,8 @@ class Run:
         if not step.skipped:
             state.counted += step.images
             state.loss_total += step.loss * step.images
+            totals = state.term_totals or [0.] * len(step.terms)
+            state.term_totals = [total + term * step.images for total, term in zip(totals, step.terms, strict=True)]
         if self.trainer.train_loader.unreadable:
             state.unreadable = _join([state.unreadable, self.trainer.train_loader.unreadable])
             self.trainer.train_loader.unreadable.clear()
@@ -154,12 +163,14 @@ class Run:
     def _sum_up(self) -> None:
         """Combine the figures of the processes and average their BatchNorm statistics."""
         state = self.state
-        images, counted, loss = self.processes.total([state.images, state.counted, state.loss_total])
+        totals = state.term_totals or [0.] * len(self.trainer.terms)
+        images, counted, loss, *terms = self.processes.total([state.images, state.counted, state.loss_total, *totals])
         seconds, waited = self.processes.largest([state.seconds, state.waited])
         found = _join(self.processes.gather(state.unreadable))
         state.trained = TrainScores(
             loss=loss / max(counted, 1), lr=state.lr, seconds=seconds, images_per_s=images / seconds,
-            data_wait=waited / seconds)
+            data_wait=waited / seconds,
+            terms={name: term / max(counted, 1) for name, term in zip(self.trainer.terms, terms, strict=True)})
         if found and self.folder is not None:
             file = self.folder.list_images(found, f'unreadable-epoch-{state.epoch + 1}.txt')
             self.say(f'{len(found)} of {len(self.trainer.train_set)} training images could not be read and were '
@@ -190,11 +201,11 @@ class Run:
 
     # Evaluation
 
-    def _evaluate(self) -> Scores | None:
-        """The validation scores, None in an epoch without validation."""
+    def _evaluate(self) -> Evaluation:
+        """The validation scores, each None in an epoch without validation."""
         epoch, trainer = self.state.epoch + 1, self.trainer
-        if epoch % self.config.val_interval and epoch != trainer.epochs:
-            return None
+        if trainer.val_set is None or epoch % self.config.val_interval and epoch != trainer.epochs:
+            return Evaluation(trainer.empty_scores())
 
         alone = self.processes.is_alone
         if not alone:  # saved now, together: during an evaluation each process may have to leave by itself
@@ -205,33 +216,28 @@ class Run:
                 self._leave(save=alone)
 
         try:
-            scores = evaluate(
-                trainer.eval_model, trainer.val_loader, trainer.device, self.config.amp, check, self.processes,
-                trainer.num_classes)
+            found = trainer.evaluate(check)
         except EvaluationError as error:
             raise TrainingError(
                 f'{error} These are {"the averaged weights" if trainer.ema is not None else "the weights"} after epoch '
                 f'{epoch}; start a run with other settings, such as a lower rate.', is_shared=True) from error
-        trainer.val_loader.unreadable.clear()
-        if scores.unreadable:
-            self.say(f'{len(scores.unreadable)} of {len(trainer.val_set)} validation images could not be read and '
-                     f'are skipped: {list_names((name for name, _ in scores.unreadable), 5)}')
-        return scores
+        if found.unreadable:
+            self.say(f'{len(found.unreadable)} of {len(trainer.val_set)} validation images could not be read and '
+                     f'are skipped: {list_names((name for name, _ in found.unreadable), 5)}')
+        return found
 
-    def _end_epoch(self, scores: Scores | None) -> None:
+    def _end_epoch(self, found: Evaluation) -> None:
         trained = self.state.trained
-        loss, top1, top5, seconds = (scores.loss, scores.top1, scores.top5, scores.seconds) if scores else (
-            None, None, None, 0.)
         row = EpochRow(
-            epoch=self.state.epoch + 1, train_loss=trained.loss, val_loss=loss, val_top1=top1, val_top5=top5,
-            lr=trained.lr, images_per_s=trained.images_per_s, seconds=trained.seconds + seconds,
+            epoch=self.state.epoch + 1, train_loss=trained.loss,
+            terms={f'train_{name}': term for name, term in trained.terms.items()}, scores=found.scores,
+            lr=trained.lr, images_per_s=trained.images_per_s, seconds=trained.seconds + found.seconds,
             data_wait=trained.data_wait)
         self.state = TrainState(epoch=row.epoch)
         saved = self._gather_state()
         if self.folder is not None:
-            self.folder.log_epoch(
-                row, self.trainer.model, saved, epoch=row.epoch, **self.trainer.checkpoint_meta())
-        self.say(summarise(row, self.trainer.epochs))
+            self.folder.log_epoch(row, self.trainer.write_checkpoint, saved)
+        self.say(summarise(row, self.trainer))
         if any(self.processes.largest([self.stop()])) and row.epoch < self.trainer.epochs:
             self._leave(save=False)
 
@@ -251,8 +257,7 @@ class Run:
     def _save_step(self) -> None:
         state = self._gather_state()
         if self.folder is not None:
-            self.folder.save_step(
-                self.trainer.model, state, epoch=self.state.epoch, **self.trainer.checkpoint_meta())
+            self.folder.save_step(self.state.epoch, self.trainer.write_checkpoint, state)
 
     def _leave(self, save: bool = True) -> None:
         if save:
@@ -296,34 +301,18 @@ def _resume(
 
 
 def _introduce(trainer: Trainer, path: Path) -> Iterator[str]:
-    facts, config = trainer.describe(), trainer.config
-    yield f'{config.model} ({facts["parameters"] / 1e6:.2f} M parameters) on {trainer.device}, into {path}'
-    yield f'{facts["train_images"]} training, {facts["val_images"]} validation images, {trainer.num_classes} classes'
-    devices = '' if trainer.processes.is_alone else f' x {trainer.processes.world_size} processes'
-    for size, (images, passes) in zip(config.list_sizes(), trainer.splits, strict=True):
-        at_size = f' at {size} px' if config.train_img_sizes else ''
-        yield (f'batch of {config.batch_size}{at_size} = {images} images x {passes} forward pass(es){devices}, '
-               f'{facts["steps_per_epoch"]} steps per epoch, {trainer.epochs} epochs, rate up to {config.lr:g}')
-        if config.device_batch and images < config.device_batch and not at_size:
-            yield f'BatchNorm sees {images} images at a time, not {config.device_batch} as with device_batch'
-    if config.kernels:
-        yield f'kernels: {trainer.kernels}'
-    if config.teacher != 'none':
-        yield f'teacher {config.teacher}, {1 - config.task_weight:g} of the loss'
-    if config.mesa:
-        yield f'self-distillation from epoch {config.mesa_epoch + 1} on, weight {config.mesa:g}'
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    yield f'{trainer.config.model} ({parameters / 1e6:.2f} M parameters) on {trainer.device}, into {path}'
+    yield from trainer.introduce()
 
 
-def _download(config: TrainConfig) -> None:
-    for split in (config.train_split, config.val_split):
-        open_dataset(config.data, split, config.dataset, download=True)
-
-
-def train(config: TrainConfig) -> TrainResult:
+def train(config: RunConfig, kind: type[Trainer] = ClassificationTrainer) -> TrainResult:
     """Train as `config` says, or resume such a run; print progress and write everything to the run folder.
 
     Under torchrun all processes call it; the primary one prints and writes.
 
+    Args:
+        kind: Of training, which fits the config.
     Raises:
         ConfigError, DataError, CheckpointError: Before the first step; CheckpointError also if one cannot be written.
         TrainingError: Training cannot continue; the message names the last good checkpoint.
@@ -333,24 +322,24 @@ def train(config: TrainConfig) -> TrainResult:
     try:
         processes = join_processes(device)
         with StopRequest() as stop:
-            return _train(config, processes, device, stop)
+            return _train(config, kind, processes, device, stop)
     finally:
         leave_processes()
 
 
-def _train(config: TrainConfig, processes: Processes, device: torch.device, stop: StopRequest) -> TrainResult:
+def _train(
+        config: RunConfig, kind: type[Trainer], processes: Processes, device: torch.device, stop: StopRequest,
+) -> TrainResult:
     # GPUs use TF32 for float32 by default, at least in convolutions; here only if the config says so.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
-    torch.backends.cudnn.benchmark = not config.train_img_sizes
-    check_kernels(config, device)
-    check_batch(config, processes.world_size)
-    if config.dataset_download:  # once per machine
-        processes.together(lambda: _download(config) if processes.local_rank == 0 else None)
+    kind.check(config, processes, device)
     path, candidates = processes.first(lambda: find_run(config))
     if candidates:
-        config.orientation = processes.first(lambda: choose_orientation(path, config))
-    trainer = processes.together(lambda: Trainer(config, processes, device))
-    folder = processes.first(lambda: RunFolder(path, config, trainer.describe(), is_new=not candidates), keep=True)
+        vars(config).update(processes.first(lambda: kind.adopt(config, path)))
+    trainer = processes.together(lambda: kind(config, processes, device))
+    torch.backends.cudnn.benchmark = trainer.has_fixed_size
+    folder = processes.first(lambda: RunFolder(
+        path, config, trainer.describe(), not candidates, trainer.best_score, trainer.score_title), keep=True)
     trainer.distribute()  # before statistics are restored, because it copies those of the primary to all processes
     lines, state = list(_introduce(trainer, path)), TrainState()
     try:
@@ -365,7 +354,7 @@ def _train(config: TrainConfig, processes: Processes, device: torch.device, stop
         if folder is None:
             return TrainResult(path)
         folder.finish()
-        return TrainResult(path, folder.rows[-1], folder.best)
+        return TrainResult(path, folder.rows[-1], folder.best, trainer.best_score, trainer.score_title)
     except TrainingError as error:
         last = next(iter(list_checkpoints(path)), None)
         remedy = f'Last good checkpoint: {last}; the same command resumes from it.' if last else \

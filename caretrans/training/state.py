@@ -2,7 +2,7 @@
 
 Random numbers are not part of it: they depend only on seed, epoch and step (see `caretrans.seeds`).
 """
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -11,34 +11,66 @@ import torch.nn as nn
 from ..distributed import Processes
 
 __all__ = [
-    'Division', 'EpochRow', 'TrainScores', 'TrainState', 'describe_world_change', 'gather_train_state',
+    'Division', 'EpochRow', 'Evaluation', 'TrainScores', 'TrainState', 'describe_world_change', 'gather_train_state',
     'restore_train_state']
 
-OF_ONE_PROCESS = ('images', 'counted', 'loss_total', 'unreadable')
+OF_ONE_PROCESS = ('images', 'counted', 'loss_total', 'term_totals', 'unreadable')
 
 
 @dataclass(frozen=True)
 class EpochRow:
-    """A row of summary.csv, and of a checkpoint; None for what was not measured. top-1 and top-5 are in percent."""
+    """A row of summary.csv, and of a checkpoint.
+
+    Attributes:
+        terms: Parts of the training loss, and other figures of its steps, as `train_NAME`.
+        scores: Of the evaluation, as `val_NAME`, accuracies in percent; None for what was not measured.
+    """
     epoch: int
     train_loss: float
-    val_loss: float | None
-    val_top1: float | None
-    val_top5: float | None
+    terms: dict[str, float]
+    scores: dict[str, float | None]
     lr: float
     images_per_s: float
     seconds: float
     data_wait: float
 
+    def to_dict(self) -> dict[str, float | None]:
+        """The columns."""
+        return dict(
+            epoch=self.epoch, train_loss=self.train_loss, **self.terms, **self.scores, lr=self.lr,
+            images_per_s=self.images_per_s, seconds=self.seconds, data_wait=self.data_wait)
+
+    @classmethod
+    def from_dict(cls, columns: dict[str, Any]) -> 'EpochRow':
+        own = {item.name for item in fields(cls)}
+        rest = {name: value for name, value in columns.items() if name not in own}
+        return cls(
+            **{name: value for name, value in columns.items() if name in own},
+            terms={name: value for name, value in rest.items() if name.startswith('train_')},
+            scores={name: value for name, value in rest.items() if not name.startswith('train_')})
+
 
 @dataclass(frozen=True)
 class TrainScores:
-    """Scores of the training part of an epoch over all processes; `data_wait` is a share of its seconds."""
+    """Scores of the training part of an epoch over all processes; `data_wait` is a share of its seconds.
+
+    Attributes:
+        terms: Means of the parts of the loss, by name.
+    """
     loss: float
     lr: float
     seconds: float
     images_per_s: float
     data_wait: float
+    terms: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of an evaluation, by the names of their columns, its seconds, and (name, reason) of unreadable images."""
+    scores: dict[str, float | None]
+    seconds: float = 0.
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass
@@ -48,8 +80,8 @@ class TrainState:
     Attributes:
         epoch: Number of finished epochs.
         step: Number of optimizer steps in the current epoch.
-        images, counted, loss_total: Over these steps in this process: images seen, images of steps that were not
-            skipped, sum of their losses.
+        images, counted, loss_total, term_totals: Over these steps in this process: images seen, images of steps that
+            were not skipped, sum of their losses, and sums of the parts of these.
         seconds, waited: Over these steps: elapsed time, and the part of it spent waiting for data.
         lr: Learning rate of the last step.
         trained: Scores of the current epoch, once only its evaluation remains.
@@ -61,6 +93,7 @@ class TrainState:
     images: int = 0
     counted: int = 0
     loss_total: float = 0.
+    term_totals: list[float] = field(default_factory=list)
     seconds: float = 0.
     waited: float = 0.
     lr: float = 0.
@@ -111,6 +144,7 @@ def restore_train_state(saved: dict[str, Any], modules: dict[str, nn.Module], pr
         mine = dict(images=0, counted=0, loss_total=0., unreadable=[])
         if processes.is_primary:
             mine = {name: sum((part[name] for part in parts), type(parts[0][name])()) for name in mine}
+            mine['term_totals'] = list(map(sum, zip(*(part.get('term_totals', ()) for part in parts), strict=True)))
         statistics = {
             name: {key: torch.stack([part['statistics'][name][key] for part in parts]).mean(dim=0) for key in values}
             for name, values in parts[0]['statistics'].items()}
@@ -118,7 +152,7 @@ def restore_train_state(saved: dict[str, Any], modules: dict[str, nn.Module], pr
         buffers = dict(modules[name].named_buffers())
         for key, value in values.items():
             buffers[key].copy_(value)
-    state = TrainState(**common, **{name: mine[name] for name in OF_ONE_PROCESS})
+    state = TrainState(**common, **{name: mine[name] for name in OF_ONE_PROCESS if name in mine})
     state.unreadable = [tuple(entry) for entry in state.unreadable]
     state.trained = TrainScores(**state.trained) if state.trained else None
     return state

@@ -18,7 +18,7 @@ from ..devices import autocast
 from ..distributed import Processes
 from ..errors import TrainingError
 
-__all__ = ['NonFiniteError', 'Step', 'Stepper', 'train_steps']
+__all__ = ['NonFiniteError', 'Step', 'Stepper', 'mix_passes', 'train_steps']
 
 LEAST_SCALE = 2. ** -14  # loss scale in float16; reached only after a long series of steps that all overflowed
 
@@ -105,15 +105,26 @@ class Stepper:
 
 
 class Step(NamedTuple):
-    """Result of an optimizer step: its number in the epoch, this process's number of images and their mean loss, the
-    learning rate, the gradient norm, whether it was skipped, and whether any process was asked to stop."""
+    """Result of an optimizer step: its number in the epoch, this process's number of images, their mean loss and the
+    terms of the task, the learning rate, the gradient norm, whether it was skipped, and whether any process was asked
+    to stop."""
     number: int
     images: int
     loss: float
+    terms: list[float]
     lr: float
     grad_norm: float
     skipped: bool
     stop: bool
+
+
+def mix_passes(
+        passes: Iterable[Pass], mixup: Mixup | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format) -> Iterator[Pass]:
+    """Passes of a classifier with mixup or CutMix and in a memory format."""
+    for batch in passes:
+        x, target = (batch.images, batch.targets) if mixup is None else mixup(batch.images, batch.targets)
+        yield batch._replace(images=x.contiguous(memory_format=memory_format), targets=target)
 
 
 class _BufferGuard:
@@ -137,8 +148,6 @@ def train_steps(
         passes: Iterable[Pass],
         stepper: Stepper,
         amp: str = 'off',
-        mixup: Mixup | None = None,
-        memory_format: torch.memory_format = torch.contiguous_format,
         processes: Processes = Processes(),  # noqa: B008 (immutable)
         wants_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Step]:
@@ -148,7 +157,9 @@ def train_steps(
     waits for another.
 
     Args:
-        task: Forward pass and loss, from `timm.task`.
+        task: Forward pass and loss, of the form of `timm.task`; it may name, as its attribute `terms`, further scalars
+            among its results.
+        passes: With images and targets as the task takes them.
         wants_stop: Returns whether this process was asked to stop.
     Raises:
         NonFiniteError: A loss or gradient is not finite, and no more steps may be skipped.
@@ -157,20 +168,21 @@ def train_steps(
     task.train()
     stepper.optimizer.zero_grad()
     guard = _BufferGuard(task.get_trainable_module()) if stepper.max_skips else None
-    images, total = 0, 0.
+    names = ('loss', *getattr(task, 'terms', ()))
+    images, totals = 0, torch.zeros(())
     for x, target, number, index, count in passes:
-        if mixup is not None:
-            x, target = mixup(x, target)
         last = index + 1 == count
         with nullcontext() if last else task.no_sync():
-            with autocast(x.device, amp):
-                loss = task(x.contiguous(memory_format=memory_format), target)['loss']
-            stepper.backward(loss / count)
-        images, total = images + len(x), total + loss.detach().float() * len(x)
+            with autocast(task.device, amp):
+                result = task(x, target)
+            stepper.backward(result['loss'] / count)
+        images += len(target)
+        totals = totals + torch.stack([result[name].detach().float() for name in names]) * len(target)
         if not last:
             continue
         norm, lr = stepper.measure_gradient(), stepper.lr
-        mean, size = torch.stack([total / images, norm.float()]).tolist()  # waits for the device, once per step
+        # Waits for the device, once per step.
+        size, mean, *terms = torch.cat([norm.float()[None], totals / images]).tolist()
         # In float16 the scaler handles gradients that overflow.
         is_finite = math.isfinite(mean) and (math.isfinite(size) or stepper.scaler is not None)
         bad, stop = processes.largest([not is_finite, wants_stop()])
@@ -192,5 +204,5 @@ def train_steps(
                 f'The loss scale fell to {stepper.scaler.get_scale():g} at step {stepper.steps} (learning rate '
                 f'{stepper.lr:.3g}): every gradient overflows float16. Start a run with --amp bf16 or a lower rate, '
                 f'with the last checkpoint of this one as --checkpoint.')
-        yield Step(number, images, mean, lr, size, bool(bad), bool(stop))
-        images, total = 0, 0.
+        yield Step(number, images, mean, terms, lr, size, bool(bad), bool(stop))
+        images, totals = 0, torch.zeros(())

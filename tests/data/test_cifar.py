@@ -79,7 +79,7 @@ def test_cifar10_is_downloaded_and_every_family_trains_on_it(monkeypatch, server
     assert checkpoint['class_names'] == CLASSES and checkpoint['steps'] == 60 // 4
     assert (tmp_path / 'data' / CIFAR10.base_folder / 'data_batch_1').exists()
     scored = evaluate_checkpoint(EvalConfig(str(result.folder / 'last.pth.tar'), workers=0))
-    assert scored.images == 12 and scored.top1 == result.last.val_top1
+    assert scored.images == 12 and scored.top1 == result.last.scores['val_top1']
     assert 'crop_pct 1.0 (checkpoint), crop_mode squash (checkpoint)' in '\n'.join(describe_result(scored))
 
 

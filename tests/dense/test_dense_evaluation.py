@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dense_folders import annotation, write_coco, write_masks
 from photos import FRUIT
 from PIL import Image
 from validate import main
@@ -21,24 +22,6 @@ from caretrans.dense.masks import read_masks
 from caretrans.errors import DataError
 
 ROOT = Path(caretrans.__file__).parent.parent
-
-
-def write_coco(root: Path, **changes) -> Path:
-    """Four images of two categories with ids that are not contiguous; the last image has no objects."""
-    (root / 'val').mkdir(parents=True)
-    rng = np.random.RandomState(0)
-    for i in range(4):
-        Image.fromarray(rng.randint(0, 255, (64, 80, 3), np.uint8)).save(root / 'val' / f'{i}.png')
-    boxes = [(0, 3, [10, 10, 30, 40]), (0, 90, [0, 0, 20, 20]), (1, 90, [40, 20, 30, 30]), (2, 3, [5, 5, 60, 50])]
-    content = dict(
-        images=[dict(id=10 + i, file_name=f'{i}.png', height=64, width=80) for i in range(4)],
-        categories=[dict(id=90, name='pear'), dict(id=3, name='apple')],
-        annotations=[dict(id=i, image_id=10 + image, category_id=category, bbox=box, segmentation=[
-            [box[0], box[1], box[0] + box[2], box[1], box[0] + box[2], box[1] + box[3], box[0], box[1] + box[3]]])
-            for i, (image, category, box) in enumerate(boxes)])
-    content.update(changes)
-    (root / 'val.json').write_text(json.dumps(content), encoding='utf-8')
-    return root
 
 
 def results_of(data, score=.9) -> list:
@@ -85,10 +68,6 @@ def test_average_precision_is_that_of_torchmetrics(tmp_path):
     scores, _ = average_precision(data, results, 'bbox')
     assert 0 < scores['AP'] < 100
     assert abs(scores['AP'] / 100 - expected['map']) < 1e-6 and abs(scores['AP50'] / 100 - expected['map_50']) < 1e-6
-
-
-def annotation(**changes) -> dict:
-    return dict(dict(id=7, image_id=10, category_id=3, bbox=[10, 10, 30, 40]), **changes)
 
 
 @pytest.mark.parametrize('entry, objects, note', [
@@ -153,7 +132,7 @@ def test_a_folder_is_described(tmp_path, capsys):
     assert caretrans_main(['inspect', str(coco), '--split', 'val']) == 0
     lines = capsys.readouterr().out.splitlines()
     assert '4 images (3 without objects), 1 objects, 2 classes' in lines[0] and '  apple: 1 objects' in lines
-    assert 'without width or height in the image were dropped: annotations 8' in lines[-1]
+    assert any('without width or height in the image were dropped: annotations 8' in line for line in lines)
     caretrans_main(['inspect', str(write_masks(tmp_path / 'masks')), '--split', 'val'])
     lines = capsys.readouterr().out.splitlines()
     assert '3 images with masks, 3 values' in lines[0] and lines[-1].startswith('  255 (ignored): ')
@@ -165,20 +144,6 @@ def test_a_folder_is_described(tmp_path, capsys):
 
 
 # Masks ----------------------------------------------------------------------------------------------------------------
-
-def write_masks(root: Path, images='val', masks='val_masks') -> Path:
-    for folder in (root / images, root / masks):
-        folder.mkdir(parents=True)
-    rng = np.random.RandomState(0)
-    for i in range(3):
-        Image.fromarray(rng.randint(0, 255, (48, 40, 3), np.uint8)).save(root / images / f'{i}.jpg')
-        mask = Image.fromarray(rng.choice([0, 1, 255], (48, 40)).astype(np.uint8), 'L')
-        palette = mask.convert('P')
-        palette.putdata(list(mask.getdata()))
-        palette.putpalette([7, 8, 9] * 256)
-        palette.save(root / masks / f'{i}.png')
-    return root
-
 
 def test_palette_masks_are_indices_and_zero_is_reduced_once(tmp_path):
     data = read_masks(write_masks(tmp_path), 'val', 2)

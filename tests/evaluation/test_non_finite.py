@@ -11,6 +11,7 @@ from launch import configure
 from photos import copy_images
 from validate import main as validate
 
+import caretrans.training.classification
 import caretrans.training.run
 from caretrans.__main__ import main as caretrans_main
 from caretrans.checkpoint import save_checkpoint
@@ -140,7 +141,8 @@ def test_no_checkpoint_is_written_from_an_average_that_is_not_finite(tmp_path, d
             key = 'stem.conv.weight' if part == 'ema' else 'stem.norm.running_mean'
             dict((self.trainer.ema if part == 'ema' else self.trainer.model).state_dict())[key].fill_(NAN)
     monkeypatch.setattr(caretrans.training.run.Run, '_sum_up', spoil)
-    monkeypatch.setattr(caretrans.training.run, 'evaluate', lambda *_: Scores(1., 50., 100., 10, [], 1., 10., None))
+    monkeypatch.setattr(
+        caretrans.training.classification, 'evaluate', lambda *_: Scores(1., 50., 100., 10, [], 1., 10., None))
     with pytest.raises(TrainingError, match=message):
         train(configure(data, *FLAGS, '--output', tmp_path / 'run'))
     for name in ('best', 'last'):
@@ -167,7 +169,7 @@ def test_best_scores_of_older_runs_that_are_not_finite_do_not_stay(tmp_path):
     folder.restore([row], row)
     assert folder.best is None
     folder.restore([], dict(row, val_loss=2.))
-    assert folder.best.val_top1 == 99.
+    assert folder.best.scores['val_top1'] == 99.
     folder.close()
 
 

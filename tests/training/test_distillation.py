@@ -9,7 +9,7 @@ from caretrans.checkpoint import save_checkpoint
 from caretrans.config import TrainConfig
 from caretrans.errors import ConfigError
 from caretrans.training.losses import build_task, build_teacher
-from caretrans.training.trainer import build_mixup
+from caretrans.training.classification import build_mixup
 
 CPU = torch.device('cpu')
 CLASSES = 5

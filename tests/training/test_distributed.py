@@ -12,7 +12,7 @@ from launch import (
     ROOT, SHELL_ENVIRONMENT, configure, kill, list_differences, read_tensors, run, start, wait_for)
 
 from caretrans.distributed import Processes
-from caretrans.training import Trainer
+from caretrans.training import ClassificationTrainer
 from caretrans.training.steps import train_steps
 
 pytestmark = pytest.mark.slow
@@ -64,7 +64,7 @@ def test_statistics_are_the_mean_of_the_processes(data, tmp_path):
     two, _, _ = train(data, tmp_path / 'two', *flags, processes=2)
     halves = []
     for rank in (0, 1):  # each half of the images of every step, as the two processes take them
-        trainer = Trainer(configure(data, *FLAGS, *flags), Processes(rank, 2), torch.device('cpu'))
+        trainer = ClassificationTrainer(configure(data, *FLAGS, *flags), Processes(rank, 2), torch.device('cpu'))
         trainer.schedule.step_update(0)
         for _ in train_steps(trainer.task, trainer.train_loader.run(0), trainer.stepper):
             pass

@@ -22,7 +22,7 @@ from caretrans.errors import TrainingError
 from caretrans.training.folder import RunFolder
 from caretrans.training.run import train
 from caretrans.training.steps import Stepper, train_steps
-from caretrans.training.trainer import Trainer
+from caretrans.training.classification import ClassificationTrainer
 
 FLAGS = [
     '--recipe', 'care_s0_fruit14', '--epochs', 1, '--warmup-epochs', 0, '--batch-size', 4, '--img-size', 32,
@@ -39,7 +39,7 @@ def run(data, folder, *flags):
 
 
 def build(data, *flags):
-    return Trainer(configure(data, *FLAGS, *flags), Processes(), torch.device('cpu'))
+    return ClassificationTrainer(configure(data, *FLAGS, *flags), Processes(), torch.device('cpu'))
 
 
 # Images that cannot be read -------------------------------------------------------------------------------------------
@@ -122,12 +122,12 @@ def test_some_steps_may_be_skipped(data, tmp_path, monkeypatch, capsys):
 
 
 def test_weights_that_are_not_finite_are_never_saved(data, tmp_path, monkeypatch):
-    original = Trainer.__init__
+    original = ClassificationTrainer.__init__
 
     def spoil(self, *arguments):
         original(self, *arguments)
         self.stepper.optimizer.step = lambda: self.model.stem.conv.weight.data.fill_(float('nan'))
-    monkeypatch.setattr(Trainer, '__init__', spoil)
+    monkeypatch.setattr(ClassificationTrainer, '__init__', spoil)
     with pytest.raises(TrainingError, match=r'\(stem.conv.weight\); no checkpoint|loss is nan'):
         run(data, tmp_path / 'run', '--save-steps', 1)
     assert not (tmp_path / 'run' / 'last.pth.tar').exists()
@@ -230,8 +230,7 @@ def train_one_step(data, *flags):
     trainer.schedule.step_update(0)
     if trainer.stepper.scaler is not None:  # low enough that the first step does not overflow
         trainer.stepper.scaler = torch.amp.GradScaler('cpu', init_scale=16.)
-    next(train_steps(trainer.task, trainer.train_loader.run(0), trainer.stepper, trainer.config.amp, trainer.mixup,
-                     trainer.memory_format))
+    next(train_steps(trainer.task, trainer.run_passes(0, 0), trainer.stepper, trainer.config.amp))
     return trainer
 
 
@@ -270,7 +269,7 @@ def test_the_average_of_the_weights_is_kept_and_evaluated(data, tmp_path):
     checkpoint = read_checkpoint(tmp_path / 'run' / 'last.pth.tar')
     assert checkpoint.entry == 'state_dict_ema'
     out, _ = run_script('validate.py', tmp_path / 'run' / 'last.pth.tar', '--json')
-    assert f'"top1": {result.last.val_top1}' in out
+    assert f'"top1": {result.last.scores["val_top1"]}' in out
 
 
 def test_a_teacher_from_a_file_trains_the_second_head(data, tmp_path, capsys):

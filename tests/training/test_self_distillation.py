@@ -12,7 +12,7 @@ from torch import nn
 from caretrans.config import TrainConfig
 from caretrans.training.losses import SelfDistillationTask, build_task
 from caretrans.training.run import train
-from caretrans.training.trainer import build_mixup
+from caretrans.training.classification import build_mixup
 
 pytestmark = pytest.mark.slow
 

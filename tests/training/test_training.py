@@ -20,7 +20,7 @@ from caretrans.checkpoint import read_checkpoint
 from caretrans.config import TrainConfig
 from caretrans.training.losses import build_task
 from caretrans.training.run import train
-from caretrans.training.trainer import build_model
+from caretrans.training.classification import build_model
 
 FLOOR = 25  # percent top-1 after three short epochs; chance is 7
 

@@ -9,13 +9,13 @@ from launch import configure
 from photos import FRUIT
 
 import caretrans.training.run
-import caretrans.training.trainer
+import caretrans.training.classification
 from caretrans.checkpoint import read_checkpoint
 from caretrans.config import TrainConfig
 from caretrans.errors import ConfigError
 from caretrans.kernels import KernelModule
 from caretrans.training.run import train
-from caretrans.training.trainer import build_model, check_kernels, put_kernels
+from caretrans.training.classification import ClassificationTrainer, build_model, check_kernels, put_kernels
 
 CPU = torch.device('cpu')
 FLAGS = ['--recipe', 'care_s0_fruit14', '--epochs', '2', '--warmup-epochs', '0', '--batch-size', '24', '--img-size',
@@ -25,7 +25,7 @@ FLAGS = ['--recipe', 'care_s0_fruit14', '--epochs', '2', '--warmup-epochs', '0',
 @pytest.fixture
 def pretend(monkeypatch):
     """Pretend that kernels run everywhere; on the CPU, modules with kernels call PyTorch."""
-    for module in (caretrans.kernels, caretrans.training.trainer):
+    for module in (caretrans.kernels, caretrans.training.classification):
         monkeypatch.setattr(module, 'why_unavailable', lambda device: '')
 
 
@@ -47,8 +47,8 @@ def assert_same(a, b):
 # Refused --------------------------------------------------------------------------------------------------------------
 
 def test_a_device_without_kernels_is_refused_before_data_are_read(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(caretrans.training.run, 'Trainer', None)
-    monkeypatch.setattr(caretrans.training.run, '_download', None)
+    monkeypatch.setattr(ClassificationTrainer, '__init__', None)
+    monkeypatch.setattr(caretrans.training.classification, '_download', None)
     with pytest.raises(ConfigError, match='kernels with device=cpu: the kernels run on CUDA GPUs, not on cpu: omit'):
         train(prepare(data, tmp_path / 'run', '--kernels', '--dataset-download'))
     monkeypatch.setattr(caretrans.kernels, 'find_spec', lambda name: None)
@@ -94,7 +94,7 @@ def test_weights_and_average_equal_those_of_a_run_without_kernels(data, plain, t
 
 
 def test_model_and_average_have_the_kernels(data, tmp_path, pretend):
-    trainer = caretrans.training.trainer.Trainer(
+    trainer = ClassificationTrainer(
         prepare(data, tmp_path / 'run', '--kernels'), caretrans.training.run.find_processes(), CPU)
     trainer.train_loader.close()
     for module in trainer.modules.values():

@@ -1,0 +1,3 @@
+_base_ = 'casvit.py'
+
+model = dict(backbone=dict(arch='tiny'), head=dict(in_channels=512))
