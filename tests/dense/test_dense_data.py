@@ -414,7 +414,7 @@ def test_masks_of_nested_folders_belong_to_their_images(tmp_path):
             (tmp_path / folder / town).mkdir(parents=True)
         Image.new('RGB', (12, 8)).save(tmp_path / 'train' / town / 'x.jpg')
         Image.fromarray(halves(value, value)).save(tmp_path / 'train_masks' / town / 'x.png')
-    (tmp_path / 'train' / 'notes.md').write_text('')
+    (tmp_path / 'train' / 'notes.md').write_text('', encoding='utf-8')
     data = read_masks(tmp_path, 'train', 2)
     assert [int(data.load(i)[1].max()) for i in range(2)] == [0, 1] and 'notes.md' in data.notes[0]
 

@@ -108,9 +108,11 @@ def break_object(**changes):
     (break_object(size=('<width>80', '<width>wide')), r'a\.xml has a <size> that is no number'),
     (lambda root: (root / 'Annotations' / 'a.xml').unlink(), r'lacks the annotations of 1 of its images: a\.xml'),
     (lambda root: (root / 'JPEGImages' / 'a.jpg').unlink(), r'lacks the images of 1 of its images: a'),
-    (lambda root: (root / 'ImageSets' / 'Main' / 'train.txt').write_text('\n'), r'train\.txt lists no images'),
-    (lambda root: (root / 'classes.txt').write_text('cat\n'), r'classes\.txt lacks the classes dog of the objects'),
-    (lambda root: (root / 'classes.txt').write_text('dog\ndog\n'), r'classes\.txt has a class twice')])
+    (lambda root: (root / 'ImageSets' / 'Main' / 'train.txt').write_text('\n', encoding='utf-8'),
+     r'train\.txt lists no images'),
+    (lambda root: (root / 'classes.txt').write_text('cat\n', encoding='utf-8'),
+     r'classes\.txt lacks the classes dog of the objects'),
+    (lambda root: (root / 'classes.txt').write_text('dog\ndog\n', encoding='utf-8'), r'classes\.txt has a class twice')])
 def test_broken_voc_data_are_refused_in_one_line(tmp_path, change, message):
     change(write_voc(tmp_path, dict(a=[DOG])))
     with pytest.raises(DataError, match=message) as caught:
