@@ -112,7 +112,8 @@ def break_object(**changes):
      r'train\.txt lists no images'),
     (lambda root: (root / 'classes.txt').write_text('cat\n', encoding='utf-8'),
      r'classes\.txt lacks the classes dog of the objects'),
-    (lambda root: (root / 'classes.txt').write_text('dog\ndog\n', encoding='utf-8'), r'classes\.txt has a class twice')])
+    (lambda root: (root / 'classes.txt').write_text('dog\ndog\n', encoding='utf-8'),
+     r'classes\.txt has a class twice')])
 def test_broken_voc_data_are_refused_in_one_line(tmp_path, change, message):
     change(write_voc(tmp_path, dict(a=[DOG])))
     with pytest.raises(DataError, match=message) as caught:
