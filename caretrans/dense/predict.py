@@ -1,4 +1,5 @@
 """Prediction of detectors and segmenters: boxes, masks and maps of classes, as JSON and drawn into images."""
+import colorsys
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from os import PathLike
@@ -83,6 +84,11 @@ def predict_images(
         yield dict(image=path, drawing=str(drawing), **found)
 
 
+def _color(label: int) -> tuple[int, ...]:
+    """A bright colour of a class, far from those of its neighbours."""
+    return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(.6 + label * .618034, 1., 1.))
+
+
 @torch.inference_mode()
 def _detect(
         model: nn.Module, pixels: torch.Tensor, names: list[str], score: float, device: torch.device,
@@ -101,7 +107,9 @@ def _detect(
         if masks is not None:
             pixels = draw_segmentation_masks(pixels, masks[shown], alpha=.5)
         texts = [f'{objects[i]["category"]} {objects[i]["score"]:.2f}' for i in shown.nonzero()[:, 0].tolist()]
-        pixels = draw_bounding_boxes(pixels, found['boxes'][shown], texts, width=2)
+        colors = [_color(label) for label in found['labels'][shown].tolist()]
+        width = max(2, max(pixels.shape[1:]) // 250)
+        pixels = draw_bounding_boxes(pixels, found['boxes'][shown], texts, colors, width=width)
     return dict(objects=objects), to_pil_image(pixels)
 
 
@@ -116,5 +124,5 @@ def _segment(
     shares = torch.bincount(classes.flatten(), minlength=len(names)) / classes.numel()
     masks = F.one_hot(classes, len(names)).permute(2, 0, 1).bool()
     present = shares.nonzero()[:, 0].tolist()
-    picture = draw_segmentation_masks(pixels, masks[present], alpha=.6)
+    picture = draw_segmentation_masks(pixels, masks[present], alpha=.5, colors=[_color(i) for i in present])
     return dict(pixels={names[i]: shares[i].item() for i in present}), to_pil_image(picture)
