@@ -21,6 +21,15 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope='module')
+def no_curves():
+    """Runs of this process do not draw their curves, which takes a third of the time of a tiny run."""
+    from caretrans.training.folder import RunFolder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, 'draw_curves', lambda self: None)
+        yield
+
+
 @pytest.fixture
 def call(monkeypatch, capsys):
     """Run benchmark.py in this process: its exit code, stdout and stderr."""

@@ -7,6 +7,7 @@ import atexit
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import resource
 import runpy
 import signal
 import socket
@@ -30,7 +31,7 @@ class Running:
 
     Attributes:
         pid: Process ID of the first process.
-        returncode: None while it runs; of several processes 0, or 1 if one failed, as torchrun returns it.
+        returncode: None while it runs; of several processes 0, or the code of one that failed.
     """
 
     def __init__(self, processes: list[multiprocessing.Process]) -> None:
@@ -39,7 +40,7 @@ class Running:
     def poll(self) -> int | None:
         codes = [process.exitcode for process in self.processes]
         if self.returncode is None and None not in codes:
-            self.returncode = codes[0] if len(codes) == 1 else int(any(codes))
+            self.returncode = max(filter(None, codes), default=0)
         elif self.returncode is None and any(codes):  # torchrun ends the others
             for number in (None, signal.SIGTERM, signal.SIGKILL):
                 if number:
@@ -70,8 +71,12 @@ class Running:
 
 
 def start_script(
-        script: str, flags: Sequence[str], stdout: Path, stderr: Path, processes: int = 1) -> Running:
-    """Start a Python script of the repository, or '-m' and a module; both outputs are appended to files."""
+        script: str, flags: Sequence[str], stdout: Path, stderr: Path, processes: int = 1,
+        file_size: int | None = None) -> Running:
+    """Start a Python script of the repository, or '-m' and a module; both outputs are appended to files.
+
+    `file_size`: bytes that the largest file may have, as on a full disk.
+    """
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(PRELOADED)
     before = dict(os.environ)
@@ -92,13 +97,20 @@ def start_script(
                 RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
                 MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
         process = context.Process(
-            target=_run_script, args=(script, list(flags), str(stdout), str(stderr), dict(environment)), daemon=True)
+            target=_run_script, args=(script, list(flags), str(stdout), str(stderr), dict(environment), file_size),
+            daemon=True)
         process.start()
         started.append(process)
     return Running(started)
 
 
-def _run_script(script: str, flags: list[str], stdout: str, stderr: str, environment: dict[str, str]) -> None:
+def _run_script(
+        script: str, flags: list[str], stdout: str, stderr: str, environment: dict[str, str],
+        file_size: int | None) -> None:
+    if file_size is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    # A third of the time of a tiny run; test_training.py has the curves of a new interpreter.
+    sys.modules['caretrans.training.folder'].RunFolder.draw_curves = lambda self: None
     multiprocessing.current_process()._config['daemon'] = False  # so that it can have children
     multiprocessing.set_start_method(None, force=True)  # of these, as in a new interpreter
     os.chdir(ROOT)

@@ -51,20 +51,20 @@ def run(script: str, *flags: Any, processes: int = 1, code: int = 0, **variables
     return out, err
 
 
-def start(script: str, *flags: Any, log: Path, processes: int = 1) -> Running:
+def start(script: str, *flags: Any, log: Path, processes: int = 1, file_size: int | None = None) -> Running:
     """Start a script, with both outputs appended to `log`."""
     Path(log).touch()
-    return start_script(script, [str(flag) for flag in flags], log, log, processes)
+    return start_script(script, [str(flag) for flag in flags], log, log, processes, file_size)
 
 
-def wait_for(condition: Callable[[], Any], process: Any, timeout: float = 120.) -> bool:
-    """Whether `condition` became true while the process ran."""
+def wait_for(condition: Callable[[], Any], process: Any, timeout: float = 120., pause: float = 0.005) -> bool:
+    """Whether `condition`, asked every `pause` seconds, became true while the process ran."""
     end = time.monotonic() + timeout
     while process.poll() is None:
         if condition():
             return True
         assert time.monotonic() < end, 'waited too long'
-        time.sleep(0.0005)
+        time.sleep(pause)
     return False
 
 
