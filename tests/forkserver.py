@@ -4,6 +4,7 @@ Each is a process of its own, with its command line, environment and output, and
 other. Several processes of one run get the variables that torchrun sets.
 """
 import atexit
+import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -111,6 +112,7 @@ def _run_script(
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     # A third of the time of a tiny run; test_training.py has the curves of a new interpreter.
     sys.modules['caretrans.training.folder'].RunFolder.draw_curves = lambda self: None
+    gc.freeze()  # the modules of the server, which stay
     multiprocessing.current_process()._config['daemon'] = False  # so that it can have children
     multiprocessing.set_start_method(None, force=True)  # of these, as in a new interpreter
     os.chdir(ROOT)
