@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -73,10 +73,12 @@ class Running:
 
 def start_script(
         script: str, flags: Sequence[str], stdout: Path, stderr: Path, processes: int = 1,
-        file_size: int | None = None) -> Running:
+        file_size: int | None = None, variables: Mapping[str, str] | None = None) -> Running:
     """Start a Python script of the repository, or '-m' and a module; both outputs are appended to files.
 
-    `file_size`: bytes that the largest file may have, as on a full disk.
+    Args:
+        file_size: Bytes that the largest file may have, as on a full disk.
+        variables: Of the environment, beside `ENVIRONMENT`.
     """
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(PRELOADED)
@@ -87,7 +89,7 @@ def start_script(
     finally:
         os.environ.clear()
         os.environ.update(before)
-    environment = dict(ENVIRONMENT)
+    environment = {**ENVIRONMENT, **(variables or {})}
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]

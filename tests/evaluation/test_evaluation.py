@@ -35,9 +35,10 @@ FIGURES = ('images', 'top1', 'top5')
 def save_model(path: Path, classes, **rest) -> str:
     """A checkpoint of random weights whose predictions vary from image to image."""
     torch.manual_seed(0)
-    model = timm.create_model('care_s0', num_classes=len(classes))
+    depths = dict(depths=[1, 1, 1, 1])
+    model = timm.create_model('care_s0', num_classes=len(classes), **depths)
     torch.nn.init.normal_(model.head.fc.weight, std=1.)
-    save_checkpoint(path, model, arch='care_s0', class_names=classes, **rest)
+    save_checkpoint(path, model, arch='care_s0', model_args=depths, class_names=classes, **rest)
     return str(path)
 
 
