@@ -112,7 +112,7 @@ def _run_script(
         file_size: int | None) -> None:
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    # A third of the time of a tiny run; test_training.py has the curves of a new interpreter.
+    # Up to half of the time of a tiny run; test_training.py has the curves of a new interpreter.
     sys.modules['caretrans.training.folder'].RunFolder.draw_curves = lambda self: None
     gc.freeze()  # the modules of the server, which stay
     multiprocessing.current_process()._config['daemon'] = False  # so that it can have children
