@@ -290,7 +290,7 @@ def test_a_folder_in_use_or_finished_is_refused(data, undisturbed, half_way, tmp
 
 def test_without_a_folder_the_same_command_finds_its_unfinished_run(data, tmp_path, monkeypatch, stop_after):
     monkeypatch.chdir(tmp_path)
-    flags = [*FLAGS, *NARROW, '--recipe', ROOT / 'caretrans/recipes/care_s0_fruit14.yaml', '--epochs', 2]
+    flags = [*FLAGS, '--recipe', ROOT / 'caretrans/recipes/care_s0_fruit14.yaml', '--epochs', 2]
     config = configure(data, *flags)
     stop_after(0)
     with pytest.raises(Preempted):
