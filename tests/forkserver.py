@@ -4,9 +4,11 @@ Each is a process of its own, with its command line, environment and output, and
 other. Several processes of one run get the variables that torchrun sets.
 """
 import atexit
+import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import resource
 import runpy
 import signal
 import socket
@@ -14,7 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +32,7 @@ class Running:
 
     Attributes:
         pid: Process ID of the first process.
-        returncode: None while it runs; of several processes 0, or 1 if one failed, as torchrun returns it.
+        returncode: None while it runs; of several processes 0, or the code of one that failed.
     """
 
     def __init__(self, processes: list[multiprocessing.Process]) -> None:
@@ -39,7 +41,7 @@ class Running:
     def poll(self) -> int | None:
         codes = [process.exitcode for process in self.processes]
         if self.returncode is None and None not in codes:
-            self.returncode = codes[0] if len(codes) == 1 else int(any(codes))
+            self.returncode = max(filter(None, codes), default=0)
         elif self.returncode is None and any(codes):  # torchrun ends the others
             for number in (None, signal.SIGTERM, signal.SIGKILL):
                 if number:
@@ -70,8 +72,14 @@ class Running:
 
 
 def start_script(
-        script: str, flags: Sequence[str], stdout: Path, stderr: Path, processes: int = 1) -> Running:
-    """Start a Python script of the repository, or '-m' and a module; both outputs are appended to files."""
+        script: str, flags: Sequence[str], stdout: Path, stderr: Path, processes: int = 1,
+        file_size: int | None = None, variables: Mapping[str, str] | None = None) -> Running:
+    """Start a Python script of the repository, or '-m' and a module; both outputs are appended to files.
+
+    Args:
+        file_size: Bytes that the largest file may have, as on a full disk.
+        variables: Of the environment, beside `ENVIRONMENT`.
+    """
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(PRELOADED)
     before = dict(os.environ)
@@ -81,7 +89,7 @@ def start_script(
     finally:
         os.environ.clear()
         os.environ.update(before)
-    environment = dict(ENVIRONMENT)
+    environment = {**ENVIRONMENT, **(variables or {})}
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
@@ -92,13 +100,21 @@ def start_script(
                 RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
                 MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
         process = context.Process(
-            target=_run_script, args=(script, list(flags), str(stdout), str(stderr), dict(environment)), daemon=True)
+            target=_run_script, args=(script, list(flags), str(stdout), str(stderr), dict(environment), file_size),
+            daemon=True)
         process.start()
         started.append(process)
     return Running(started)
 
 
-def _run_script(script: str, flags: list[str], stdout: str, stderr: str, environment: dict[str, str]) -> None:
+def _run_script(
+        script: str, flags: list[str], stdout: str, stderr: str, environment: dict[str, str],
+        file_size: int | None) -> None:
+    if file_size is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    # Up to half of the time of a tiny run; test_training.py has the curves of a new interpreter.
+    sys.modules['caretrans.training.folder'].RunFolder.draw_curves = lambda self: None
+    gc.freeze()  # the modules of the server, which stay
     multiprocessing.current_process()._config['daemon'] = False  # so that it can have children
     multiprocessing.set_start_method(None, force=True)  # of these, as in a new interpreter
     os.chdir(ROOT)

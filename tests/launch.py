@@ -35,9 +35,9 @@ def command(script: str, *flags: Any) -> list[str]:
 def run(script: str, *flags: Any, processes: int = 1, code: int = 0, **variables: str) -> tuple[str, str]:
     """Run a script to its end; its exit code must be `code`. Returns (stdout, stderr).
 
-    Code ('-c') and `variables`, which imports may depend on, get a new interpreter.
+    Code ('-c') and pytest get a new interpreter; imports may depend on their `variables` of the environment.
     """
-    if script == '-c' or variables:
+    if script == '-c' or flags[:1] == ('pytest',):
         done = subprocess.run(
             command(script, *flags), cwd=ROOT, capture_output=True, text=True, timeout=600,
             env=dict(ENVIRONMENT, **variables), encoding='utf-8')
@@ -45,26 +45,27 @@ def run(script: str, *flags: Any, processes: int = 1, code: int = 0, **variables
         return done.stdout, done.stderr
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ('stdout', 'stderr')]
-        found = start_script(script, [str(flag) for flag in flags], *files, processes).wait(timeout=600)
+        found = start_script(
+            script, [str(flag) for flag in flags], *files, processes, variables=variables).wait(timeout=600)
         out, err = (file.read_text(encoding='utf-8') if file.exists() else '' for file in files)
     assert found == code, out + err
     return out, err
 
 
-def start(script: str, *flags: Any, log: Path, processes: int = 1) -> Running:
+def start(script: str, *flags: Any, log: Path, processes: int = 1, file_size: int | None = None) -> Running:
     """Start a script, with both outputs appended to `log`."""
     Path(log).touch()
-    return start_script(script, [str(flag) for flag in flags], log, log, processes)
+    return start_script(script, [str(flag) for flag in flags], log, log, processes, file_size)
 
 
-def wait_for(condition: Callable[[], Any], process: Any, timeout: float = 120.) -> bool:
-    """Whether `condition` became true while the process ran."""
+def wait_for(condition: Callable[[], Any], process: Any, timeout: float = 120., pause: float = 0.005) -> bool:
+    """Whether `condition`, asked every `pause` seconds, became true while the process ran."""
     end = time.monotonic() + timeout
     while process.poll() is None:
         if condition():
             return True
         assert time.monotonic() < end, 'waited too long'
-        time.sleep(0.0005)
+        time.sleep(pause)
     return False
 
 

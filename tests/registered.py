@@ -26,6 +26,8 @@ def one_of_each_file() -> tuple[str, ...]:
 
 
 each_model = pytest.mark.parametrize('name', MODELS)
+each_model_some_later = pytest.mark.parametrize('name', [  # the others in the second tier
+    name if name in one_of_each_file() else pytest.param(name, marks=pytest.mark.slow) for name in MODELS])
 each_file = pytest.mark.parametrize('name', one_of_each_file())
 each_care_model = pytest.mark.parametrize('name', CARE)
 

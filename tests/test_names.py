@@ -21,6 +21,7 @@ from caretrans.training.run import train
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures('no_curves'),
     pytest.mark.skipif(sys.platform != 'linux', reason='other systems refuse names that are not UTF-8')]
 
 CLASSES = {  # folder: class of the bundled images

@@ -106,7 +106,7 @@ def test_a_network_with_kernels_runs_once_before_it_is_compiled_or_captured(netw
     assert runs_before == [0, 1]
 
 
-def test_table_and_records_name_the_kernels(call, tmp_path, pretend):
+def test_table_and_records_name_the_kernels(call, tmp_path, pretend, small):
     code, out, err = call('--model', 'mobilenetv2_035', 'care_s0', '--backend', 'eager', 'fused', '--output', tmp_path,
                           *QUICK)
     assert code == 0, err
@@ -121,7 +121,7 @@ def test_table_and_records_name_the_kernels(call, tmp_path, pretend):
     assert "mobilenetv2_035: no part has Triton kernels, so PyTorch's kernels run" in out
 
 
-def test_profiles_are_of_each_choice_and_say_so(call, tmp_path, pretend, monkeypatch):
+def test_profiles_are_of_each_choice_and_say_so(call, tmp_path, pretend, small, monkeypatch):
     monkeypatch.setattr(run, 'profile_call', functools.partial(run.profile_call, runs=1, warmup=1))
     monkeypatch.setattr(run, 'measure_rates', lambda device, dtype: DeviceRates(1e10, 2e10, 1e11, 5e10, 1e-6))
     code, _, err = call('--bench', 'profile', '--model', 'care_s0', '--backend', 'fused', '--img-size', 64, '--kernels',

@@ -2,10 +2,8 @@
 import csv
 import json
 import re
-from types import SimpleNamespace
 
 import pytest
-import timm
 import torch
 from launch import run
 from reference import published_state_dict
@@ -27,14 +25,6 @@ from caretrans.measure.timing import is_out_of_memory
 CPU = torch.device('cpu')
 QUICK = ['--device', 'cpu', '--img-size', '64', '--runs', '2', '--warmup', '1']
 CARE = ['--model', 'care_s0', *QUICK]
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """Build networks of CARE with one block per stage, where the figures of the full network are not the subject."""
-    def create(name, **kwargs):
-        return timm.create_model(name, **(dict(depths=(1, 1, 1, 1)) if name.startswith('care') else {}), **kwargs)
-    monkeypatch.setattr(infer, 'timm', SimpleNamespace(create_model=create))
 
 
 def read(folder):

@@ -21,7 +21,7 @@ from caretrans.errors import ConfigError, TrainingError
 from caretrans.measure.sample_network import SAMPLE_IMAGES
 from caretrans.models.backbone import find_family
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('no_curves')]
 
 MODELS = ('care_s0', 'casvit_xs', 'mlla_t')
 TINY = [

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from checkpoints import TINY, error_of, hollow_checkpoint, make_tiny, publish, same
 from reference import published_state_dict
-from registered import MODELS
+from registered import MODELS, each_model_some_later
 from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg
 from timm.models import load_state_dict as timm_load_state_dict
@@ -162,7 +162,7 @@ def test_every_key_that_does_not_fit_is_named_as_in_the_file(tmp_path, published
     assert same(model.state_dict(), make_tiny(2).state_dict()), 'nothing may be loaded in part'
 
 
-@pytest.mark.parametrize('name', MODELS)
+@each_model_some_later
 def test_checkpoint_of_another_model_is_identified(tmp_path, name):
     path = hollow_checkpoint(tmp_path / 'x.pth', name, num_classes=7)
     other = MODELS[MODELS.index(name) - 1]
@@ -296,7 +296,7 @@ def test_published_file_creates_its_model(published_file, caplog):
         caplog.messages
 
 
-@pytest.mark.parametrize('name', MODELS)
+@each_model_some_later
 @pytest.mark.parametrize('published', [False, True])
 @pytest.mark.filterwarnings('ignore:.*to a meta parameter')
 def test_every_model_is_recognised_by_its_shapes(tmp_path, name, published):

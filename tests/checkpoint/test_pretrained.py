@@ -53,7 +53,10 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def outcomes(data, tmp_path_factory):
-    """{name: (code, stdout, stderr)} of the commands with the hub, then from its cache without it; and the folder."""
+    """{name: (code, stdout, stderr)} of the commands with the hub, then from its cache without it; and the folder.
+
+    Among those without it are the `REFUSED`.
+    """
     folder = tmp_path_factory.mktemp('out')
     weights = folder / 'CARETrans_S0.pth.tar'
     torch.save(published_state_dict('care_s0'), weights)
@@ -81,6 +84,7 @@ def outcomes(data, tmp_path_factory):
                    '-m', 'caretrans', 'predict', IMAGES[0], '--pretrained', '--model', 'resnet10t'],
                'no cache for training': [
                    'train.py', data, '--pretrained', '--model', 'care_s2', *small, '--output', folder / 'none']}
+    offline.update({' '.join(flags): flags for flags, _ in REFUSED})
     found.update(zip(offline, run_all(offline.values(), environment(
         'http://127.0.0.1:9', folder / 'home', HF_HUB_OFFLINE='1')), strict=True))
     return found, folder
@@ -162,17 +166,9 @@ REFUSED = [
 
 
 @pytest.mark.parametrize('flags, message', REFUSED)
-def test_commands_say_what_the_kinds_of_weights_are(said, flags, message):
-    code, out, err = said[' '.join(flags)]
+def test_commands_say_what_the_kinds_of_weights_are(outcomes, flags, message):
+    code, out, err = outcomes[0][' '.join(flags)]
     assert code == 2 and out == '' and err.count('\n') == 1 and message in err, err
-
-
-@pytest.fixture(scope='module')
-def said():
-    """Outcomes of the commands of the test above, in one process."""
-    commands = [flags for flags, _ in REFUSED]
-    outcomes = run_all(commands, environment('http://127.0.0.1:9', '/nowhere'))
-    return dict(zip(map(' '.join, commands), outcomes, strict=True))
 
 
 def test_kinds_of_weights_exclude_each_other():

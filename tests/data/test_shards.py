@@ -3,13 +3,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
-import time
 from collections import Counter
 from pathlib import Path
 
+import launch
 import pytest
 import torch
 from photos import FRUIT, copy_images
@@ -127,13 +125,10 @@ def test_writing_resumes_after_a_kill(tmp_path):
     """The result is the same to the last bit, and what was finished is not written again."""
     whole, killed = tmp_path / 'whole', tmp_path / 'killed' / 'whole'
     write_shards(str(FRUIT), str(whole), images_per_shard=5)
-    process = subprocess.Popen(
-        [sys.executable, '-m', 'caretrans', 'shard', FRUIT, killed, '--images-per-shard', '5', '--workers', '1'],
-        cwd=FRUIT.parent.parent, stdout=subprocess.DEVNULL)
-    while len(list(killed.glob('*.tar'))) < 3 and process.poll() is None:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process = launch.start(
+        '-m', 'caretrans', 'shard', FRUIT, killed, '--images-per-shard', 5, '--workers', 1, log=tmp_path / 'log.txt')
+    assert launch.wait_for(lambda: len(list(killed.glob('*.tar'))) >= 3, process, pause=0.001)
+    assert launch.kill(process) == -signal.SIGKILL
     finished = {path: path.stat().st_mtime_ns for path in killed.glob('*.tar')}
     assert 3 <= len(finished) < len(list(whole.glob('*.tar'))) and not (killed / '_info.json').exists()
     sorted(finished)[0].write_bytes(b'damaged')

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from launch import run
 from photos import FRUIT, copy_images
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform
@@ -34,21 +35,16 @@ FIGURES = ('images', 'top1', 'top5')
 def save_model(path: Path, classes, **rest) -> str:
     """A checkpoint of random weights whose predictions vary from image to image."""
     torch.manual_seed(0)
-    model = timm.create_model('care_s0', num_classes=len(classes))
+    depths = dict(depths=[1, 1, 1, 1])
+    model = timm.create_model('care_s0', num_classes=len(classes), **depths)
     torch.nn.init.normal_(model.head.fc.weight, std=1.)
-    save_checkpoint(path, model, arch='care_s0', class_names=classes, **rest)
+    save_checkpoint(path, model, arch='care_s0', model_args=depths, class_names=classes, **rest)
     return str(path)
 
 
-def validate(*flags, processes: int = 1, code: int = 0) -> subprocess.CompletedProcess:
-    """A run of validate.py at the root, in several processes by torchrun; it must exit with `code`."""
-    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', processes] if processes > 1 else []
-    command = [sys.executable, *launcher, 'validate.py', *flags, '--device', 'cpu', '--img-size', SIZE]
-    done = subprocess.run(
-        list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'}, encoding='utf-8')
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
+def validate(*flags, processes: int, code: int = 0) -> tuple[str, str]:
+    """(stdout, stderr) of validate.py in several processes, of which the failed ones must exit with `code`."""
+    return run('validate.py', *flags, '--device', 'cpu', '--img-size', SIZE, processes=processes, code=code)
 
 
 def predict_one_by_one(checkpoint: str, paths):
@@ -77,9 +73,9 @@ def test_one_process_and_two_return_the_same_figures(fruit, tmp_path):
     options = dict(batch_size=64, workers=0, expect=661, worst=3)
     one = evaluate_checkpoint(EvalConfig(
         fruit, str(FRUIT), img_size=SIZE, per_class=str(tmp_path / 'one.csv'), **options), sys.stderr)
-    done = validate(fruit, FRUIT, '--json', '--expect', 661, '--confusion', 3, '--workers', 1,
-                    '--per-class', tmp_path / 'two.csv', processes=2)
-    two = json.loads(done.stdout)
+    out, err = validate(fruit, FRUIT, '--json', '--expect', 661, '--confusion', 3, '--workers', 1,
+                        '--per-class', tmp_path / 'two.csv', processes=2)
+    two = json.loads(out)
     whole = one.to_dict()
     assert {key: two[key] for key in FIGURES} == {key: whole[key] for key in FIGURES} and one.images == 661
     assert two['loss'] == pytest.approx(one.loss, rel=1e-12) and two.keys() == whole.keys()
@@ -88,7 +84,7 @@ def test_one_process_and_two_return_the_same_figures(fruit, tmp_path):
     assert sum(row.images for row in one.per_class) == 661
     assert one.top1 == pytest.approx(sum(row.images * row.top1 for row in one.per_class) / 661)
     assert one.top5 == pytest.approx(sum(row.images * row.top5 for row in one.per_class) / 661)
-    assert done.stderr.count('Loaded ') == 1, 'only the primary process prints'
+    assert err.count('Loaded ') == 1, 'only the primary process prints'
 
 
 @pytest.fixture(scope='module')
@@ -177,10 +173,9 @@ def test_arguments_without_a_flag_are_the_checkpoint_and_the_data(argv, checkpoi
 
 @pytest.mark.slow
 def test_an_error_is_one_line_of_the_primary_process(two_kinds):
-    done = validate(two_kinds[0], two_kinds[1], '--expect', 50000, processes=2, code=1)  # the code is torchrun's
-    lines = [line for line in done.stderr.splitlines() if line.startswith('validate.py: ')]
-    assert len(lines) == 1 and lines[0].endswith('has 22 images, but 50000 are expected.')
-    assert 'exitcode  : 2 ' in done.stderr and done.stdout == ''
+    out, err = validate(two_kinds[0], two_kinds[1], '--expect', 50000, processes=2, code=2)
+    lines = [line for line in err.splitlines() if line.startswith('validate.py: ')]
+    assert len(lines) == 1 and lines[0].endswith('has 22 images, but 50000 are expected.') and out == ''
 
 
 @pytest.mark.parametrize('flags, message', [
@@ -238,7 +233,7 @@ def test_process_without_images_takes_part(small_imagenet):
     """Nine images in one batch for two processes."""
     checkpoint, folder, files, (top1, top5) = small_imagenet
     flags = ['--batch-size', 9, '--workers', 0, '--real-labels', folder / 'real.json']
-    result = json.loads(validate(checkpoint, folder, '--json', *flags, processes=2).stdout)
+    result = json.loads(validate(checkpoint, folder, '--json', *flags, processes=2)[0])
     alone = evaluate_checkpoint(EvalConfig(checkpoint, str(folder), img_size=SIZE, workers=0, batch_size=9))
     assert [result[key] for key in FIGURES] == [alone.images, alone.top1, alone.top5]
     assert result['loss'] == pytest.approx(alone.loss, rel=1e-12) and result['processes'] == 2

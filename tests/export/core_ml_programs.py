@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.mil import types
-from exports import little_garbage
 
 
 logging.getLogger('coremltools').setLevel(logging.ERROR)
@@ -36,13 +35,12 @@ def build_program(operation: Callable, target: Any = ct.target.iOS17, half: bool
 
 def save_operation(operation: Callable, path: Path, target: Any = ct.target.iOS17, half: bool = False) -> Path:
     """One operation as a package or network, by the suffix of the path."""
-    with little_garbage():
-        if path.suffix == '.mlmodel':
-            model = ct.convert(build_program(operation, ct.target.iOS15), convert_to='neuralnetwork')
-        else:
-            model = ct.convert(
-                build_program(operation, target, half), convert_to='mlprogram', minimum_deployment_target=target,
-                compute_precision=ct.precision.FLOAT32, pass_pipeline=ct.PassPipeline.EMPTY)
+    if path.suffix == '.mlmodel':
+        model = ct.convert(build_program(operation, ct.target.iOS15), convert_to='neuralnetwork')
+    else:
+        model = ct.convert(
+            build_program(operation, target, half), convert_to='mlprogram', minimum_deployment_target=target,
+            compute_precision=ct.precision.FLOAT32, pass_pipeline=ct.PassPipeline.EMPTY)
     model.save(str(path))
     return path
 
@@ -64,10 +62,9 @@ def split_cases(cases: dict[str, Case], row: torch.Tensor, x: torch.Tensor) -> d
 
 def compress_operation(operation: Callable, path: Path, target: Any, compress: Callable) -> Path:
     """One operation in float32 as a package, its weights compressed by a function of models."""
-    with little_garbage():
-        model = ct.convert(
-            build_program(operation, target), convert_to='mlprogram', minimum_deployment_target=target,
-            compute_precision=ct.precision.FLOAT32)
+    model = ct.convert(
+        build_program(operation, target), convert_to='mlprogram', minimum_deployment_target=target,
+        compute_precision=ct.precision.FLOAT32)
     compress(model).save(str(path))
     return path
 

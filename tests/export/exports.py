@@ -2,7 +2,6 @@
 import contextlib
 import copy
 import dataclasses
-import gc
 import io
 import json
 import shutil
@@ -69,16 +68,6 @@ def run_reference(images: torch.Tensor, name: str = 'care') -> torch.Tensor:
         return make_source(name).model(images)
 
 
-@contextlib.contextmanager
-def little_garbage():
-    """Converters collect garbage many times, among all objects of the process; not among those of now."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
 class Programs:
     """Programs on disk, each converted once per session, by the process that asks first. Do not change the files."""
 
@@ -95,7 +84,7 @@ class Programs:
         with FileLock(f'{path}.lock'):
             if not notes.exists():
                 text = io.StringIO()
-                with little_garbage(), contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+                with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
                     found = job.kind.load_module().write(source, job, path)
                 assert job.format not in COREML or text.getvalue() == '', 'conversion is quiet'
                 notes.write_text(json.dumps(found), encoding='utf-8')

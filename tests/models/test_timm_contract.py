@@ -51,6 +51,7 @@ def timm_tests(pytestconfig) -> ModuleType:
     spec = importlib.util.spec_from_file_location('timm_test_models', SOURCE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.create_model = partial(timm.create_model, depths=SHALLOW)  # blocks after these repeat them
     yield module
     torch._C._jit_set_profiling_mode(True)  # which importing it switches off
 
@@ -74,22 +75,20 @@ def run(module: ModuleType, test: str, name: str) -> None:
     function(**{key: arguments[key] for key in inspect.signature(function).parameters})
 
 
-FULL = one_of_each_file()  # the other models run the cheap tests with few blocks of their own widths
+FIRST = one_of_each_file()  # the other models run the cheap tests
 CHEAP = [test for test in FOR_ALL_MODELS if not any(word in test for word in ('backward', 'torchscript', 'fx'))]
 
 
 @pytest.mark.parametrize('name, test', [
-    (name, test) for name in MODELS for test in (FOR_ALL_MODELS if name in FULL else CHEAP)])
-def test_timm(timm_tests, monkeypatch, name, test):
-    if name not in FULL:
-        monkeypatch.setattr(timm_tests, 'create_model', partial(timm.create_model, depths=SHALLOW))
+    (name, test) for name in MODELS for test in (FOR_ALL_MODELS if name in FIRST else CHEAP)])
+def test_timm(timm_tests, name, test):
     if test == 'test_model_default_cfgs':
         name = f'{name}.{get_pretrained_cfg(name).tag}'
     run(timm_tests, test, name)
 
 
 @pytest.mark.parametrize('test', FOR_SOME_MODELS)
-@pytest.mark.parametrize('name', one_of_each_file())
+@pytest.mark.parametrize('name', FIRST)
 def test_timm_beyond_its_own_models(timm_tests, name, test):
     model = timm.create_model(name, device='meta')
     if test == 'test_forward_after_prune_intermediate_layers' and not isinstance(model.norm, torch.nn.Identity):

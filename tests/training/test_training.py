@@ -78,9 +78,7 @@ def test_evaluation_of_the_best_checkpoint_reproduces_its_score(sample_run):
     assert result['images'] == 661 and result['eval_config']['input_size'] == [3, 64, 64]
     assert result['top1'] == pytest.approx(float(best['val_top1']), abs=0.16)  # one borderline image of 661
     assert result['loss'] == pytest.approx(float(best['val_loss']), rel=1e-4)
-    printed = subprocess.run(
-        command('validate.py', folder / 'best.pth.tar', FRUIT), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE,
-        text=True, check=True, encoding='utf-8').stdout
+    printed, _ = run('validate.py', folder / 'best.pth.tar', FRUIT)
     assert f'top-1 {result["top1"]:.3f} %' in printed and '661 images' in printed and 'crop_pct 1.0' in printed
 
 
