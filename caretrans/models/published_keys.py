@@ -1,5 +1,6 @@
 """Rename the keys of a state dict between the published layout of a model and the layout of this package."""
 import re
+from functools import lru_cache
 from typing import Any, Dict, Iterable, Sequence, Tuple
 
 import torch.nn as nn
@@ -17,6 +18,22 @@ def _match_part(part: str) -> str:
     return rf'{front}{re.escape(part)}(?=\.|$)'
 
 
+@lru_cache
+def _compile_row(old: str, new: str) -> Tuple[Any, Any, str]:
+    """Expressions for the part to replace and, if the new one contains it, for the part that is there already."""
+    done = re.compile(_match_part(new)) if old.lstrip('^') in new else None
+    return re.compile(_match_part(old)), done, new.lstrip('^')
+
+
+@lru_cache(maxsize=2 ** 16)  # keys are compared with every model when a file does not say whose it is
+def _rename_key(key: str, rows: Tuple[Tuple[str, str], ...]) -> str:
+    for row in rows:
+        old, done, new = _compile_row(*row)
+        if done is None or not done.search(key):
+            key = old.sub(rf'\g<1>{new}', key)
+    return key
+
+
 def rename_keys(
         state_dict: Dict[str, Any], table: Table, to_published: bool = False,
         drop: Sequence[str] = ()) -> Dict[str, Any]:
@@ -28,19 +45,11 @@ def rename_keys(
     Args:
         drop: Endings of keys to omit.
     """
-    rows = [(ours, published) if to_published else (published, ours) for published, ours in table]
-    renames = []
-    for old, new in reversed(rows) if to_published else rows:
-        done = re.compile(_match_part(new)) if old.lstrip('^') in new else None
-        renames.append((re.compile(_match_part(old)), done, new.lstrip('^')))
+    rows = tuple((ours, published) if to_published else (published, ours) for published, ours in table)
     renamed = {}
     for key, value in state_dict.items():
-        if drop and key.endswith(tuple(drop)):
-            continue
-        for old, done, new in renames:
-            if done is None or not done.search(key):
-                key = old.sub(rf'\g<1>{new}', key)
-        renamed[key] = value
+        if not (drop and key.endswith(tuple(drop))):
+            renamed[_rename_key(key, rows[::-1] if to_published else rows)] = value
     return renamed
 
 
