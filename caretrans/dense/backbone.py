@@ -42,6 +42,8 @@ class DenseBackbone(nn.Module):
         norm: Name of a norm in `NORMS`, for each level.
         frozen_bn: Keep every BatchNorm in evaluation mode during training; its scale and shift still learn.
         pad_to: Images are padded with zeros, right and at the bottom, to multiples of it.
+    Attributes:
+        last_map: Which map of the last stage the network gives, see `create_dense_backbone`.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class DenseBackbone(nn.Module):
         self.network, self.make_norm = network, NORMS[norm]
         self.norms = nn.ModuleList(map(self.make_norm, channels))
         self.indices, self.levels, self.channels = list(indices), tuple(levels), tuple(channels)
-        self.norm, self.frozen_bn, self.pad_to = norm, frozen_bn, pad_to
+        self.norm, self.frozen_bn, self.pad_to, self.last_map = norm, frozen_bn, pad_to, 'expanded'
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -92,7 +94,7 @@ def create_dense_backbone(
         out_indices: Sequence[int] = (0, 1, 2, 3),
         norm: str = 'layer',
         frozen_bn: bool | None = None,
-        last_map: str = 'expanded',
+        last_map: str | None = None,
         pad_to: int = 32,
         **model_args: Any,
 ) -> DenseBackbone:
@@ -107,8 +109,8 @@ def create_dense_backbone(
         norm: 'layer' (LayerNorm over the channels), 'batch' or 'none', of each level.
         frozen_bn: See `DenseBackbone`. By default only with pretrained weights, whose statistics batches of a few
             large images would spoil; give False for 16 or more images per device.
-        last_map: The last map of CARE: 'expanded', the 4 times wider one that its heads see, or 'residual', that of the
-            block before.
+        last_map: The last map of CARE: 'residual', that of the block before the last one (default), or 'expanded', the
+            4 times wider one that its heads see.
         pad_to: See `DenseBackbone`.
         model_args: For `timm.create_model`, e.g. drop_path_rate.
     Raises:
@@ -116,9 +118,9 @@ def create_dense_backbone(
         ConfigError: An unknown model, level, norm or map.
     """
     levels = _check_levels(name, out_indices)
-    for what, value, known in (('norm', norm, NORMS), ('last_map', last_map, LAST_MAPS)):
+    for what, value, known in (('norm', norm, NORMS), ('last_map', last_map, (None, *LAST_MAPS))):
         if value not in known:
-            raise ConfigError(f'{what} is {value!r}: choose from {", ".join(known)}.')
+            raise ConfigError(f'{what} is {value!r}: choose from {list_names(filter(None, known))}.')
     frozen = (checkpoint is not None or pretrained) if frozen_bn is None else frozen_bn
     if resolve_alias(name).partition('.')[0] not in list_models():
         network, indices, channels = _create_timm(name, checkpoint, pretrained, levels, last_map, model_args)
@@ -130,15 +132,18 @@ def create_dense_backbone(
         network = timm.create_model(name, pretrained=pretrained, **model_args)
     else:
         network, loaded = create_from_checkpoint(checkpoint, name, **model_args)
-        unused = ['its heads', 'the norm before them'] if network.dense_norms else ['its heads']
-        _logger.info('Of %s the backbone does not use %s', loaded.path, ' and '.join(unused))
     try:
-        network.use_for_dense_tasks(last_map)
+        last_map = network.use_for_dense_tasks(last_map)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if checkpoint is not None and not dense:
+        unused = ['its heads', *['the norm before them'] * bool(network.dense_norms),
+                  *['its last block'] * (last_map == 'residual')]
+        _logger.info('Of %s the backbone does not use %s', loaded.path, ', '.join(unused))
     network.prune_intermediate_layers(list(levels), prune_norm=True)
     channels = [network.feature_info[i]['num_chs'] for i in levels]
     backbone = DenseBackbone(network, levels, levels, channels, norm, frozen, pad_to)
+    backbone.last_map = last_map
     if dense:
         load_strictly(backbone, dense.path, *translate_backbone(backbone, strip_backbone(dense.state_dict)))
     return backbone
@@ -156,10 +161,10 @@ def _check_levels(name: str, out_indices: Sequence[int]) -> tuple[int, ...]:
 # Networks of timm -----------------------------------------------------------------------------------------------------
 
 def _create_timm(
-        name: str, checkpoint: PathLike | None, pretrained: bool, levels: tuple[int, ...], last_map: str,
+        name: str, checkpoint: PathLike | None, pretrained: bool, levels: tuple[int, ...], last_map: str | None,
         model_args: dict[str, Any]) -> tuple[nn.Module, list[int], list[int]]:
     """A network of timm with `features_only`, the indices of its maps, and their channels."""
-    if last_map != 'expanded':
+    if last_map not in (None, 'expanded'):
         raise ConfigError(f'last_map is {last_map!r}, which only CARE has, not {name}: omit it.')
     try:
         info = timm.create_model(name, features_only=True).feature_info.info

@@ -48,7 +48,9 @@ class DenseConfig(RunConfig):
     frozen_bn: bool | None = setting(
         None, 'BatchNorm of the backbone keeps its statistics (default: with pretrained weights and fewer than 16 '
         'images per device)')
-    last_map: str = setting('expanded', 'last map of CARE', choices=list(LAST_MAPS))
+    last_map: str | None = setting(
+        None, 'last map of CARE: before its last block, or as its heads see it (default: residual)',
+        choices=list(LAST_MAPS))
 
     min_sizes: list[int] = setting(
         [800], 'short sides of training images in pixels, one drawn per image; the last one also for evaluation',

@@ -82,7 +82,7 @@ def create_dense_model(
     body_options.pop('pretrained', None)
     model.dense_config = dict(
         task=task, backbone=backbone, num_classes=num_classes, model_args=model_args, **head_options,
-        **dict(body_options, frozen_bn=body.frozen_bn))
+        **dict(body_options, frozen_bn=body.frozen_bn, last_map=body.last_map))
     return model
 
 
@@ -120,7 +120,7 @@ def create_from_checkpoint(path: str | PathLike, entry: str | None = None) -> tu
 def _check_config(checkpoint: Checkpoint, config: Any) -> dict[str, Any]:
     if not isinstance(config, Mapping) or not {'task', 'backbone', 'num_classes'} <= set(config):
         raise CheckpointError(f'{checkpoint.path}: its entry `dense` is {config!r}, not a task and a backbone.')
-    return dict(config)
+    return dict(dict(last_map='expanded'), **config)  # the only one of older files that do not name it
 
 
 def _find_task(weights: Mapping[str, torch.Tensor]) -> str | None:

@@ -238,16 +238,19 @@ class Backbone(nn.Module):
         return x, intermediates
 
     @torch.jit.ignore
-    def use_for_dense_tasks(self, last_map: str = 'expanded') -> None:
+    def use_for_dense_tasks(self, last_map: Optional[str] = None) -> str:
         """Prepare for detection and segmentation, which use the maps after the stages.
 
         Args:
-            last_map: 'expanded'; CARE also has 'residual'.
+            last_map: None or 'expanded'; CARE also has 'residual'.
+        Returns:
+            Which last map it has now.
         Raises:
             ValueError: The network has no such map.
         """
-        if last_map != 'expanded':
+        if last_map not in (None, 'expanded'):
             raise ValueError(f'{type(self).__name__} has no {last_map!r} map, only CARE has: omit last_map.')
+        return 'expanded'
 
     def prune_intermediate_layers(
             self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True) -> List[int]:

@@ -339,19 +339,24 @@ class CareTransformer(Backbone):
         self.apply(self.init_module)
 
     @torch.jit.ignore
-    def use_for_dense_tasks(self, last_map: str = 'expanded') -> None:
+    def use_for_dense_tasks(self, last_map: Optional[str] = None) -> str:
         """Prepare for detection and segmentation.
 
         Args:
-            last_map: The map after the last stage: 'expanded', as the heads see it, now without drop path, which would
-                zero the whole map of a sample; or 'residual', the narrower one before the last block, which goes.
+            last_map: The map after the last stage: 'residual', the narrower one before the last block, which goes (the
+                default: see docs/dense.md); or 'expanded', as the heads see it, now without drop path, which would zero
+                the whole map of a sample.
+        Returns:
+            Which last map it has now.
         """
+        last_map = last_map or 'residual'
         blocks, info = self.stages[-1].blocks, self.feature_info[-1]
         if last_map == 'residual':
             info['num_chs'] = blocks[-1].in_chs
             self.stages[-1].blocks = blocks[:-1]
         else:
             blocks[-1].drop_path = nn.Identity()
+        return last_map
 
     def make_head(self, num_classes: int, **dd: Any) -> nn.Module:
         return ClassifierHead(self.num_features, num_classes, self.drop_rate, **dd)

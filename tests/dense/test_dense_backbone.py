@@ -58,7 +58,7 @@ def test_a_classification_file_fills_the_backbone(name, tmp_path, caplog):
     model = timm.create_model(name, num_classes=5, **args).eval()
     save_checkpoint(tmp_path / 'x.pth', model, arch=name, **dict(model_args=args) if args else {})
     with caplog.at_level(logging.INFO, 'caretrans'):
-        backbone = create_dense_backbone(name, tmp_path / 'x.pth', norm='none').eval()
+        backbone = create_dense_backbone(name, tmp_path / 'x.pth', norm='none', last_map='expanded').eval()
     assert 'the backbone does not use' in caplog.text and ('heads' in caplog.text or 'fc.weight' in caplog.text)
     x = torch.randn(1, 3, 96, 64)
     expected = model.forward_intermediates(x, intermediates_only=True)[-4:]
@@ -80,6 +80,7 @@ def test_batch_norm_is_frozen_for_pretrained_weights_only(published):
 @pytest.mark.parametrize('last_map, channels', [('expanded', 1024), ('residual', 256)])
 def test_both_last_maps_of_care(last_map, channels):
     model = create_dense_backbone('care_s0', last_map=last_map, drop_path_rate=.5).train()
+    assert model.last_map == last_map and create_dense_backbone('care_s0').last_map == 'residual'
     assert model.channels == (32, 64, 128, channels)
     torch.manual_seed(0)
     maps = model(torch.randn(8, 3, 32, 32))
