@@ -222,17 +222,19 @@ def _export_job(source: Source, job: Job, cases: Cases, config: ExportConfig, pr
     return result
 
 
-def export(config: ExportConfig, stream: TextIO | None = None) -> tuple[Facts, list[Export]]:
+def export(
+        config: ExportConfig, stream: TextIO | None = None, source: Source | None = None) -> tuple[Facts, list[Export]]:
     """Write and verify all programs of a config; one that fails leaves no file, and the others continue.
 
     Args:
         stream: For progress; stdout if not given.
+        source: The result of `load_source(config)`, if it is loaded already.
     Returns:
         What all programs share, and the result of each. A report, as JSON, is written beside each program.
     Raises:
         CheckpointError, ConfigError, DataError: Something cannot work, found before anything was written.
     """
-    source = load_source(config)
+    source = source or load_source(config)
     jobs = config.list_jobs(source.size)
     channels = source.eval_config.input_size[0]
     if channels != 3 and any(job.input == 'image' for job in jobs):
