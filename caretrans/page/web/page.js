@@ -1,4 +1,5 @@
 // The page: checks a network on opening, classifies photos, and measures networks in rounds.
+import { describeBrowser, listBackends } from './device.js';
 import { describeRow, drawPlot, formatMs, makeCSV, makeJSON, summarise } from './results.js';
 
 const RULES = { rounds: 10, runs: 5, seconds: 0.5, pause: 500 }; // of a measurement; per round, ms between rounds
@@ -34,6 +35,7 @@ class Job {
   }
 
   call(action, options = {}, report = () => {}) {
+    if (this.isEnded) return Promise.reject(new Error(stopped || 'stopped'));
     const id = this.pending.size;
     return new Promise((resolve, reject) => {
       this.pending.set(id, { resolve, reject, report });
@@ -42,6 +44,7 @@ class Job {
   }
 
   end() {
+    this.isEnded = true;
     this.worker.terminate();
     for (const { reject } of this.pending.values()) reject(new Error(stopped || 'stopped'));
   }
@@ -81,7 +84,8 @@ function setState(element, text, kind = '') {
 // 1. Check -------------------------------------------------------------------------------------------------------------
 
 async function checkFirst() {
-  const program = manifest.programs.reduce((best, other) => (other.bytes < best.bytes ? other : best));
+  const program = manifest.programs.reduce((best, other) => (
+    (other.precision === best.precision ? other.bytes < best.bytes : other.precision === 'fp32') ? other : best));
   const bar = find('check-progress');
   const state = find('check');
   setState(state, `Loading the smallest network, ${program.model}, ${megabytes(program.bytes)}, ` +
@@ -223,7 +227,8 @@ async function prepareRows(report) {
       const { job, loaded, check } = await open(
         row.program, row.backend, (share) => report(`Loading ${name}: ${Math.round(100 * share)} %`));
       Object.assign(row, { job, loaded, check });
-      if (!check.isRight || !check.samePixels) throw new Error(`WRONG: ${explainWrong(row.program, check)}`);
+      row.isWrong = !check.isRight || !check.samePixels;
+      if (row.isWrong) throw new Error(explainWrong(row.program, check));
       if (row.backend.isSoftware) {
         throw new Error('Right, but computed by a software stand-in for a GPU, whose times mean nothing: not timed.');
       }
@@ -270,8 +275,9 @@ async function finishRows() {
     if (!row.failure) {
       try {
         row.check = await row.job.call('check');
-        if (row.check.isRight) row.summary = summarise(row.rounds);
-        else row.failure = `WRONG after the last run: ${explainWrong(row.program, row.check)}`;
+        row.isWrong = !row.check.isRight;
+        if (row.isWrong) row.failure = `After the last run, ${explainWrong(row.program, row.check)}`;
+        else row.summary = summarise(row.rounds);
       } catch (error) {
         row.failure = error.message;
       }
@@ -286,8 +292,8 @@ function readRules() {
     const value = Number(query.get(name));
     if (query.has(name) && value >= 0) rules[name] = value;
   }
-  const isOwn = Object.keys(RULES).some((name) => rules[name] !== RULES[name]);
-  return [rules, isOwn ? `own protocol: ${Object.entries(rules).map((pair) => pair.join(' ')).join(', ')}` : ''];
+  const own = Object.entries(rules).filter(([name, value]) => value !== RULES[name]).map((pair) => pair.join(' '));
+  return [rules, own.length ? `not the standard protocol: ${own.join(', ')}` : ''];
 }
 
 async function measure() {
@@ -330,6 +336,7 @@ function stop(reason) {
 
 function showRows() {
   find('results').hidden = false;
+  const titles = [...document.querySelectorAll('#results th[scope=col]')].map(({ textContent }) => textContent);
   find('rows').replaceChildren(...rows.filter((row) => row.summary || row.failure).map((row) => {
     const line = document.createElement('tr');
     line.append(...describeRow(row).map(({ text, kind }, i) => {
@@ -337,11 +344,12 @@ function showRows() {
       if (!i) cell.scope = 'row';
       cell.textContent = text;
       cell.className = kind ?? '';
+      cell.dataset.label = titles[i];
       return cell;
     }));
     return line;
   }));
-  find('plot').replaceChildren(...drawPlot(rows));
+  find('plot').replaceChildren(...drawPlot(rows, find('plot').clientWidth));
   showRowsToSend();
 }
 
@@ -360,7 +368,9 @@ function showRowsToSend() {
     URL.revokeObjectURL(find(id).href);
     find(id).href = URL.createObjectURL(new Blob([text], { type }));
   }
-  const missing = ['device', 'os', 'reporter'].filter((name) => !sender[name]);
+  const missing = [
+    !sender.device && 'the device', !/\d/.test(sender.os) && 'the system with its version', !sender.reporter && 'your name',
+  ].filter(Boolean);
   setState(find('send-state'), missing.length ? `Fill in ${missing.join(', ')} before you send the rows.` : '');
 }
 
@@ -376,45 +386,6 @@ function prepareSending() {
 }
 
 // This browser ---------------------------------------------------------------------------------------------------------
-
-async function describeBrowser() {
-  const wanted = ['model', 'platformVersion', 'fullVersionList'];
-  const data = await navigator.userAgentData?.getHighEntropyValues(wanted).catch(() => undefined);
-  const brand = data?.fullVersionList.findLast(({ brand: name }) => !/not.?a.?brand/i.test(name));
-  const agent = navigator.userAgent;
-  const [, name, version] = agent.match(/(Firefox|Edg|Chrome)\/([\d.]+)/) ?? agent.match(/(Version)\/([\d.]+).*Safari/) ?? [];
-  facts.Browser = brand ? `${brand.brand} ${brand.version}` : name ? `${name.replace('Version', 'Safari')} ${version}` : agent;
-  const ios = agent.match(/(?:iPhone|CPU) OS (\d+)_(\d+)/);
-  find('device').value = data?.model ?? (agent.match(/iPhone|iPad/) ?? [''])[0];
-  if (data?.platform) find('os').value = `${data.platform} ${data.platformVersion}`.trim();
-  else if (ios) find('os').value = `iOS ${ios[1]}.${ios[2]}`;
-}
-
-/** What can run programs here. */
-async function listBackends() {
-  const cores = navigator.hardwareConcurrency || 1;
-  const threads = Math.min(4, Math.ceil(cores / 2));
-  const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
-  Object.assign(facts, {
-    'CPU cores': `${cores}, as the browser says`,
-    Threads: !self.crossOriginIsolated ? 'one: the page is not isolated, see docs/browser.md' : `up to ${threads}`,
-    'Secure context': self.isSecureContext ? 'yes' : 'no: no camera, no WebGPU, no offline use, files are not hashed',
-  });
-  const list = [{ name: 'wasm', provider: 'wasm', threads: 1, label: 'CPU, 1 thread' }];
-  if (self.crossOriginIsolated && threads > 1) {
-    list.push({ name: 'threads', provider: 'wasm', threads, label: `CPU, ${threads} threads` });
-  }
-  if (adapter) {
-    const { vendor, architecture, isFallbackAdapter } = adapter.info;
-    const isSoftware = Boolean(isFallbackAdapter ?? adapter.isFallbackAdapter) || /swiftshader|llvmpipe/.test(architecture);
-    facts.WebGPU = [vendor, architecture, isSoftware ? 'software only' : '',
-      adapter.features.has('shader-f16') ? 'float16' : 'no float16'].filter(Boolean).join(', ');
-    list.push({ name: 'webgpu', provider: 'webgpu', label: 'GPU, by WebGPU', isSoftware });
-  } else {
-    facts.WebGPU = 'not offered';
-  }
-  return list;
-}
 
 function showFacts() {
   find('facts').replaceChildren(...Object.entries(facts).flatMap(([name, value]) => {
@@ -465,6 +436,7 @@ function prepareMeasure() {
     'slow as the first, the device was hot or busy. Hiding the page voids the measurement.';
   find('start').onclick = measure;
   find('stop').onclick = () => stop('stopped');
+  self.addEventListener('resize', () => find('plot').replaceChildren(...drawPlot(rows, find('plot').clientWidth)));
   document.addEventListener('visibilitychange', () => document.hidden && stop(LOST));
   find('start').disabled = false;
 }
@@ -504,8 +476,11 @@ async function start() {
   if (!response.ok) throw new Error(`manifest.json: the server answers ${response.status}`);
   manifest = await response.json();
   await cleanCache();
-  await describeBrowser();
-  backends = await listBackends();
+  const { device, os, browser } = await describeBrowser();
+  facts.Browser = browser;
+  Object.assign(find('device'), { value: device });
+  Object.assign(find('os'), { value: os });
+  backends = await listBackends(facts);
   showFacts();
   find('version').textContent = `caretrans ${manifest.version}, ${manifest.runtime.name} (MIT licence). Bundled test ` +
     'images: Grocery Store Dataset, M. Klasson et al., MIT licence.';

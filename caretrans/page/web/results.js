@@ -43,11 +43,11 @@ export function describeRow(row) {
       { text: formatMs(row.warm.first_ms), kind: 'number' },
       { text: formatMs(row.loaded.load_ms), kind: 'number' });
   } else {
-    cells.push(...Array(4).fill({ text: '–', kind: 'number' }));
+    cells.push(...Array(4).fill({ text: '' }));
   }
-  cells.push({ text: row.check ? formatError(row.check.error) : '–', kind: 'number' });
+  cells.push({ text: row.check ? formatError(row.check.error) : '', kind: 'number' });
   const remarks = summary ? listRemarks(row) : [row.failure];
-  cells.push({ text: remarks.join('; '), kind: summary ? (remarks.length ? 'warn' : '') : 'bad' });
+  cells.push({ text: remarks.join('; '), kind: row.isWrong ? 'bad' : 'warn' });
   return cells;
 }
 
@@ -112,13 +112,13 @@ function svg(name, attributes, text = '') {
 }
 
 /** Published accuracy against the measured median; an empty list where no accuracy is published. */
-export function drawPlot(rows) {
+export function drawPlot(rows, width) {
   const points = rows.filter((row) => row.summary && row.program.top1)
     .map((row) => ({ row, x: Math.log10(row.summary.median), y: row.program.top1 }));
   if (!points.length) return [];
-  const [width, height, left, bottom] = [600, 340, 44, 44];
-  const span = (values, margin) => [Math.min(...values) - margin, Math.max(...values) + margin];
-  const [x0, x1] = span(points.map(({ x }) => x), 0.12);
+  const [height, left, bottom] = [Math.min(360, 0.8 * width), 34, 44];
+  const span = (values, low, high = low) => [Math.min(...values) - low, Math.max(...values) + high];
+  const [x0, x1] = span(points.map(({ x }) => x), 0.08, 0.12);
   const [y0, y1] = span(points.map(({ y }) => y), 1.5);
   const toX = (x) => left + ((x - x0) / (x1 - x0)) * (width - left - 12);
   const toY = (y) => height - bottom - ((y - y0) / (y1 - y0)) * (height - bottom - 14);
@@ -140,15 +140,18 @@ export function drawPlot(rows) {
   picture.append(svg(
     'text', { x: (left + width) / 2, y: height - 8, 'text-anchor': 'middle', class: 'soft' },
     'Median latency in this browser, ms'));
+  const taken = [];
   for (const { row, x, y } of points) {
-    const place = `translate(${toX(x)} ${toY(y)})`;
-    const atRight = toX(x) > width - 150;
-    const label = svg(
-      'text', { x: atRight ? -9 : 9, y: 4, 'text-anchor': atRight ? 'end' : 'start' },
-      row.program.model + (row.program.precision === 'fp32' ? '' : ` ${row.program.precision}`));
-    const group = svg('g', { transform: place });
-    group.append(svg('path', { d: SHAPES[row.backend.name], class: 'mark' }), label);
-    picture.append(group);
+    const text = row.program.model + (row.program.precision === 'fp32' ? '' : ` ${row.program.precision}`);
+    const [atX, atY, length] = [toX(x), toY(y), 6.6 * text.length];
+    const places = [4, -8, 16, -20, 28].flatMap((dy) => [[9, dy], [-9 - length, dy]])
+      .filter(([dx]) => atX + dx > left && atX + dx + length < width);
+    const [dx, dy] = places.find(([dx, dy]) => !taken.some(([otherX, otherY, otherLength]) => (
+      Math.abs(atY + dy - otherY) < 12 && atX + dx < otherX + otherLength && otherX < atX + dx + length))) ?? [9, 4];
+    taken.push([atX + dx, atY + dy, length]);
+    picture.append(
+      svg('path', { d: SHAPES[row.backend.name], transform: `translate(${atX} ${atY})`, class: 'mark' }),
+      svg('text', { x: atX + dx, y: atY + dy }, text));
   }
   const caption = document.createElement('figcaption');
   const notes = new Set(points.filter(({ row }) => row.program.top1_note)
