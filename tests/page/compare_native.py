@@ -1,6 +1,9 @@
 """Time the programs of a page in Chromium and in native ONNX Runtime, one thread each, in turns: for docs/browser.md.
 
-    python tests/page/compare_native.py [FOLDER OF A PAGE] [--rounds 10] [--runs 5]
+    python tests/page/compare_native.py [FOLDER OF A PAGE] [--rounds 10] [--seconds 0.5]
+
+Blocks of both last equally long, and the ratio is that of their means: on a machine that others use too, short runs fit
+between the turns of other processes, long ones do not.
 """
 import argparse
 import json
@@ -44,7 +47,7 @@ class Candidate:
         self.facts = {
             **self.call('load', manifest=manifest, wanted=program, backend='wasm', threads=1), **self.call('check'),
             **self.call('warmUp')}
-        self.time_native(10)
+        self.typical = np.median(self.time_native(10)), self.facts['typical']
 
     def call(self, action: str, **options):
         return self.page.evaluate(CALL, [self.program['file'], action, options])
@@ -52,14 +55,15 @@ class Candidate:
     def time_native(self, runs: int) -> list[float]:
         return [1e3 * seconds for seconds in time_block(lambda: self.session.run(None, self.feed), runs, CPU)]
 
-    def time(self, runs: int) -> None:
-        self.times[0].append(self.time_native(runs))
-        self.times[1].append(self.call('time', count=runs, block=1))
+    def time(self, seconds: float) -> None:
+        native, browser = (max(2, round(1e3 * seconds / typical)) for typical in self.typical)
+        self.times[0].append(self.time_native(native))
+        self.times[1].append(self.call('time', count=browser, block=1))
 
     def describe(self) -> list[str]:
-        native, browser = map(np.array, self.times)
-        ratio = np.median(np.median(browser, axis=1) / np.median(native, axis=1))
-        medians = ['{1:.1f} [{0:.1f}, {2:.1f}]'.format(*np.percentile(times, (10, 50, 90))) for times in self.times]
+        ratio = np.median([np.mean(browser) / np.mean(native) for native, browser in zip(*self.times, strict=True)])
+        runs = [np.concatenate(rounds) for rounds in self.times]
+        medians = ['{1:.1f} [{0:.1f}, {2:.1f}]'.format(*np.percentile(times, (10, 50, 90))) for times in runs]
         side = self.program['size'][0]
         return [
             f'{self.program["model"]} {self.program["precision"]} {side}', *medians, f'{ratio:.1f}',
@@ -71,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('folder', nargs='?', type=Path, default=ROOT / 'runs' / 'page')
     parser.add_argument('--rounds', type=int, default=10)
-    parser.add_argument('--runs', type=int, default=5)
+    parser.add_argument('--seconds', type=float, default=0.5)
     args = parser.parse_args()
     manifest = json.loads((args.folder / 'manifest.json').read_text(encoding='utf-8'))
     with serving(args.folder) as address, sync_playwright() as driver:
@@ -81,7 +85,7 @@ def main() -> None:
         candidates = [Candidate(page, args.folder, manifest, program) for program in manifest['programs']]
         for _ in range(args.rounds):
             for i in np.random.permutation(len(candidates)):
-                candidates[i].time(args.runs)
+                candidates[i].time(args.seconds)
     print('\n'.join(format_table(HEADER, [candidate.describe() for candidate in candidates], markdown=True)))
 
 
