@@ -35,7 +35,8 @@ from .vendor import RUNTIME, VERSION, fetch_runtime, unpack_runtime
 __all__ = ['PageProgram', 'build_page', 'main']
 
 WEB = Path(__file__).parent / 'web'
-WEB_FILES = ('index.html', 'style.css', 'page.js', 'device.js', 'results.js', 'worker.js', 'prepare.js', 'sw.js')
+WEB_FILES = (
+    'index.html', 'style.css', 'page.js', 'device.js', 'job.js', 'results.js', 'worker.js', 'prepare.js', 'sw.js')
 CROP_MODES, INTERPOLATIONS = ('center', 'squash'), ('bicubic', 'bilinear')  # of prepare.js
 TEST_IMAGES = ('orange/orange_001.jpg', 'watermelon/watermelon_001.jpg')  # of the bundled validation images
 SHORT = 12  # hexadecimal digits of a hash in a name

@@ -111,7 +111,7 @@ def open_tab(browser):
 def test_page_checks_itself_and_is_isolated(open_tab, address):
     tab = open_tab(address)
     text = tab.wait()
-    assert 'care_s0 computes what PyTorch computes' in text and 'its file is the one that was built' in text
+    assert 'care_s0 computes what PyTorch computes' in text and 'from the file that was built' in text
     error = float(re.search(r'error ([\d.e-]+) of', text)[1])
     assert 0 < error < 1e-4
     assert tab.page.evaluate('crossOriginIsolated') is True
@@ -144,7 +144,7 @@ def test_program_that_computes_something_else_is_told_in_red_and_has_no_time(ope
         assert 'computes something else here: error 1.0e-3 of the largest logit, 0.0001 is allowed' in tab.wait('bad')
         wrong, right = tab.wait_measured()
         assert wrong[2:6] == [''] * 4 and 'computes something else here' in wrong[7]
-        assert right[0] == 'care_s0 fp16' and float(right[2]) > 0
+        assert right[0] == 'care_s0, fp16' and float(right[2]) > 0
         assert tab.page.locator('#rows tr').first.locator('td.bad').count() == 1
         assert tab.page.input_value('#csv').count('\n') == 0  # the fp16 row alone
 
@@ -259,7 +259,7 @@ def test_rows_are_shown_and_accepted_as_results(open_tab, address, tmp_path):
     tab.wait()
     rows = tab.wait_measured()
     labels = [row[1] for row in rows]
-    assert [row[0] for row in rows[::len(rows) // 2]] == ['care_s0', 'care_s0 fp16']
+    assert [row[0] for row in rows[::len(rows) // 2]] == ['care_s0', 'care_s0, fp16']
     assert labels[0] == 'CPU, 1 thread' and re.fullmatch(r'CPU, \d threads', labels[1])
     for name, text in dict(device='Pixel, 8', os='Android 15', reporter='Nobody', note='"warm"').items():
         tab.page.fill(f'#{name}', text)
@@ -341,7 +341,7 @@ def test_https_with_its_own_certificate_is_secure_and_isolated(open_tab, built):
 def test_plain_http_in_a_network_works_with_less(open_tab, built):
     with serving(built) as address:
         tab = open_tab(f'{address.replace("localhost", "phone.test")}?auto=1&models=care_s0&backends=wasm&{QUICK}')
-        assert 'its file' not in tab.wait()  # no hash without a secure context
+        assert 'from the file' not in tab.wait()  # no hash without a secure context
         assert tab.page.evaluate('[isSecureContext, crossOriginIsolated]') == [False, False]
         row = tab.wait_measured()[0]
         assert 'hash not checked' in row[7] and float(row[2]) > 0

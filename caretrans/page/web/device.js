@@ -8,12 +8,13 @@ export async function describeBrowser() {
   const data = await navigator.userAgentData?.getHighEntropyValues(wanted).catch(() => undefined);
   const brand = data?.fullVersionList.findLast(({ brand: name }) => !/not.?a.?brand/i.test(name));
   const agent = navigator.userAgent;
-  const [, name, version] = agent.match(/(Firefox|Edg|Chrome)\/([\d.]+)/) ?? agent.match(/(Version)\/([\d.]+).*Safari/) ?? [];
+  const [, name, version] = agent.match(/(Firefox|Edg|Chrome|Version)\/([\d.]+)/) ?? [];
+  const label = name ? `${name.replace('Version', 'Safari')} ${version}` : agent;
   const ios = agent.match(/(?:iPhone|CPU) OS (\d+)_(\d+)/);
   return {
     device: data?.model || (agent.match(/iPhone|iPad/) ?? [''])[0],
     os: data?.platform ? nameSystem(data) : ios ? `iOS ${ios[1]}.${ios[2]}` : '',
-    browser: brand ? `${brand.brand} ${brand.version}` : name ? `${name.replace('Version', 'Safari')} ${version}` : agent,
+    browser: brand ? `${brand.brand} ${brand.version}` : label,
   };
 }
 
@@ -39,7 +40,7 @@ export async function listBackends(facts) {
   }
   if (adapter) {
     const { vendor, architecture, isFallbackAdapter } = adapter.info;
-    const isSoftware = Boolean(isFallbackAdapter ?? adapter.isFallbackAdapter) || /swiftshader|llvmpipe/.test(architecture);
+    const isSoftware = Boolean(isFallbackAdapter) || /swiftshader|llvmpipe/.test(architecture);
     facts.WebGPU = [vendor, architecture, isSoftware ? 'software only' : '',
       adapter.features.has('shader-f16') ? 'float16' : 'no float16'].filter(Boolean).join(', ');
     list.push({ name: 'webgpu', provider: 'webgpu', label: 'GPU, by WebGPU', isSoftware });

@@ -1,4 +1,5 @@
 // The page: checks a network on opening, classifies photos, and measures networks in rounds.
+import { describeError, explainWrong, open } from './job.js';
 import { describeBrowser, listBackends } from './device.js';
 import { describeRow, drawPlot, formatMs, makeCSV, makeJSON, summarise } from './results.js';
 
@@ -15,64 +16,15 @@ let rows = []; // of the last measurement
 let stopped = ''; // why a measurement ends early
 const facts = {};
 
-// Workers --------------------------------------------------------------------------------------------------------------
-
-/** A worker with one program. */
-class Job {
-  constructor() {
-    this.worker = new Worker(new URL('worker.js', import.meta.url), { type: 'module' });
-    this.pending = new Map();
-    this.worker.onmessage = ({ data: { id, result, error, progress } }) => {
-      const { resolve, reject, report } = this.pending.get(id);
-      if (progress !== undefined) report(progress);
-      else if (error === undefined) resolve(result);
-      else reject(new Error(error));
-    };
-    this.worker.onerror = (event) => {
-      const error = new Error(event.message || 'The worker could not be started.');
-      for (const { reject } of this.pending.values()) reject(error);
-    };
-  }
-
-  call(action, options = {}, report = () => {}) {
-    if (this.isEnded) return Promise.reject(new Error(stopped || 'stopped'));
-    const id = this.pending.size;
-    return new Promise((resolve, reject) => {
-      this.pending.set(id, { resolve, reject, report });
-      this.worker.postMessage({ id, action, options });
-    });
-  }
-
-  end() {
-    this.isEnded = true;
-    this.worker.terminate();
-    for (const { reject } of this.pending.values()) reject(new Error(stopped || 'stopped'));
-  }
-}
-
-/** Load a program and check it; throws where it computes something else. */
-async function open(program, backend, report) {
-  const job = new Job();
-  try {
-    const loaded = await job.call(
-      'load', { manifest, wanted: program, backend: backend.provider, threads: backend.threads ?? 1 }, report);
-    const check = await job.call('check');
-    return { job, loaded, check };
-  } catch (error) {
-    job.end();
-    throw error;
-  }
-}
-
-function describeError({ error }) {
-  return Number.isFinite(error) ? `${error.toExponential(1)} of the largest logit` : 'outputs that are not numbers';
-}
-
-function explainWrong(program, check) {
-  const pixels = check.samePixels ? '' : ' Its images are prepared differently here: an extension or a privacy setting ' +
-    'may change what pages read from images.';
-  return `${program.model} computes something else here: error ${describeError(check)}, ` +
-    `${program.tolerance} is allowed.${pixels}`;
+/** Name programs for people: the model, and what sets it apart from others of the same model. */
+function nameProgram(program) {
+  const isTwin = (other) => other !== program && other.model === program.model;
+  const twins = manifest.programs.filter(isTwin);
+  const parts = [program.model];
+  if (program.precision !== 'fp32') parts.push(program.precision);
+  if (twins.some(({ size }) => size[0] !== program.size[0])) parts.push(`${program.size[0]} px`);
+  if (twins.some(({ weights }) => weights !== program.weights)) parts.push(program.weights || 'random weights');
+  return parts.join(', ');
 }
 
 function setState(element, text, kind = '') {
@@ -81,7 +33,7 @@ function setState(element, text, kind = '') {
   element.classList.toggle('bad', kind === 'bad');
 }
 
-// 1. Check -------------------------------------------------------------------------------------------------------------
+// 1. Check ------------------------------------------------------------------------------------------------------------
 
 async function checkFirst() {
   const program = manifest.programs.reduce((best, other) => (
@@ -92,14 +44,14 @@ async function checkFirst() {
     `and the runtime, ${megabytes(manifest.runtime.files['ort-wasm-simd-threaded.wasm'].bytes)}…`);
   const start = performance.now();
   try {
-    const { job, loaded, check } = await open(program, backends[0], (share) => { bar.value = share; });
+    const { job, loaded, check } = await open(manifest, program, backends[0], (share) => { bar.value = share; });
     const seconds = ((performance.now() - start) / 1000).toFixed(1);
     if (!check.isRight || !check.samePixels) {
       setState(state, explainWrong(program, check), 'bad');
     } else {
-      const hashed = loaded.isHashed ? 'its file is the one that was built, ' : '';
-      setState(state, `Yes: ${program.model} computes what PyTorch computes. Both images are prepared to the same ` +
-        `pixels, ${hashed}error ${describeError(check)}. First result after ${seconds} s.`, 'good');
+      const hashed = loaded.isHashed ? ', from the file that was built' : '';
+      setState(state, `Yes: ${program.label} computes what PyTorch computes (error ${describeError(check)}), on the ` +
+        `same pixels${hashed}. First result after ${seconds} s.`, 'good');
     }
     job.end();
   } catch (error) {
@@ -108,7 +60,7 @@ async function checkFirst() {
   bar.hidden = true;
 }
 
-// 2. Classify ----------------------------------------------------------------------------------------------------------
+// 2. Classify ---------------------------------------------------------------------------------------------------------
 
 function softmax(logits) {
   const largest = Math.max(...logits);
@@ -147,7 +99,7 @@ async function openClassifier(program) {
   classifier?.job.end();
   classifier = undefined;
   const state = find('classify-state');
-  const { job, check } = await open(program, backends[0], (share) => {
+  const { job, check } = await open(manifest, program, backends[0], (share) => {
     setState(state, `Loading ${program.model}: ${Math.round(100 * share)} % of ${megabytes(program.bytes)}`);
   });
   if (!check.isRight || !check.samePixels) {
@@ -169,8 +121,8 @@ async function classify(blob) {
     showClasses(result.logits, manifest.class_lists[program.classes]);
     find('prediction').hidden = false;
     find('prediction').dataset.digest = result.digest ?? '';
-    setState(state, `Prepared in ${formatMs(result.prepare_ms)} ms, classified in ${formatMs(result.run_ms)} ms, once ` +
-      'and without warm-up. The picture is what the network sees, rotated upright as its EXIF data say.');
+    setState(state, `Prepared in ${formatMs(result.prepare_ms)} ms, classified in ${formatMs(result.run_ms)} ms, ` +
+      'once and without warm-up. The picture is what the network sees, rotated upright as its EXIF data say.');
   } catch (error) {
     const unread = error.name === 'InvalidStateError' || /decode/.test(error.message);
     setState(state, unread ? 'This file cannot be read as an image here: choose a JPEG or PNG.' : error.message, 'bad');
@@ -207,7 +159,7 @@ function prepareClassify() {
   find('classify-none').hidden = able.length > 0;
   find('classify-tools').hidden = able.length === 0;
   find('classify-model').replaceChildren(...able.map(([i, program]) => new Option(
-    `${program.model} ${program.precision}, ${program.weights}, ${megabytes(program.bytes)}`, i)));
+    program.label.includes(program.weights) ? program.label : `${program.label}, ${program.weights}`, i)));
   find('camera').hidden = !navigator.mediaDevices?.getUserMedia;
   find('photo').onchange = ({ target }) => target.files[0] && classify(target.files[0]);
   find('sample').onclick = async () => classify(await (await fetch(manifest.images[0])).blob());
@@ -217,16 +169,17 @@ function prepareClassify() {
   if (able.length) find('sample').click();
 }
 
-// 3. Measure -----------------------------------------------------------------------------------------------------------
+// 3. Measure ----------------------------------------------------------------------------------------------------------
 
 /** Load, check and warm up each row; those that fail say why and are not timed. */
 async function prepareRows(report) {
   for (const row of rows) {
-    const name = `${row.program.model}, ${row.backend.label}`;
+    const name = `${row.program.label}, ${row.backend.label}`;
     try {
       const { job, loaded, check } = await open(
-        row.program, row.backend, (share) => report(`Loading ${name}: ${Math.round(100 * share)} %`));
+        manifest, row.program, row.backend, (share) => report(`Loading ${name}: ${Math.round(100 * share)} %`));
       Object.assign(row, { job, loaded, check });
+      if (stopped) throw new Error(stopped);
       row.isWrong = !check.isRight || !check.samePixels;
       if (row.isWrong) throw new Error(explainWrong(row.program, check));
       if (row.backend.isSoftware) {
@@ -331,7 +284,7 @@ async function measure() {
 function stop(reason) {
   if (find('stop').hidden || stopped) return;
   stopped = reason;
-  for (const row of rows) row.job?.end();
+  for (const row of rows) row.job?.end(reason);
 }
 
 function showRows() {
@@ -353,7 +306,7 @@ function showRows() {
   showRowsToSend();
 }
 
-// Sending --------------------------------------------------------------------------------------------------------------
+// Sending -------------------------------------------------------------------------------------------------------------
 
 function showRowsToSend() {
   const sender = { browser: facts.Browser };
@@ -369,7 +322,8 @@ function showRowsToSend() {
     find(id).href = URL.createObjectURL(new Blob([text], { type }));
   }
   const missing = [
-    !sender.device && 'the device', !/\d/.test(sender.os) && 'the system with its version', !sender.reporter && 'your name',
+    !sender.device && 'the device', !/\d/.test(sender.os) && 'the system with its version',
+    !sender.reporter && 'your name',
   ].filter(Boolean);
   setState(find('send-state'), missing.length ? `Fill in ${missing.join(', ')} before you send the rows.` : '');
 }
@@ -385,7 +339,7 @@ function prepareSending() {
   find('share').onclick = () => navigator.share({ text: find('csv').value }).catch(() => {}); // closed by the user
 }
 
-// This browser ---------------------------------------------------------------------------------------------------------
+// This browser --------------------------------------------------------------------------------------------------------
 
 function showFacts() {
   find('facts').replaceChildren(...Object.entries(facts).flatMap(([name, value]) => {
@@ -412,8 +366,8 @@ function addChoices(id, choices) {
 function prepareMeasure() {
   const wanted = (name) => query.get(name)?.split(',');
   const [rules] = readRules();
-  addChoices('models', manifest.programs.map(({ model, precision, bytes, top1, weights }, i) => ({
-    text: precision === 'fp32' ? model : `${model} ${precision}`,
+  addChoices('models', manifest.programs.map(({ model, label, bytes, top1, weights }, i) => ({
+    text: label,
     hint: [megabytes(bytes), top1 && `top-1 ${top1} %`, weights ? '' : 'speed only'].filter(Boolean).join(', '),
     isChecked: wanted('models')?.includes(model) ?? i < 3,
   })));
@@ -425,15 +379,16 @@ function prepareMeasure() {
     isChecked: wanted('backends')?.includes(name) ?? i === 0,
   })));
   find('protocol').textContent =
-    'Batches of one image, 32-bit floating point unless the network says fp16. Each network runs in a worker of its own: ' +
-    'its file is checked, then its outputs; 10 to 50 runs warm it up, until two medians of 5 agree within 5 %. Then ' +
-    `${rules.rounds} rounds: in each, all networks take turns in random order, with ${rules.runs} runs or ` +
-    `${rules.seconds} s each, whichever is longer, and ${rules.pause / 1000} s of rest after the round. A run lasts from the image as ` +
-    'numbers to the outputs in memory; preparing the image is not part of it. Where the clock of the browser is too ' +
-    'coarse, several runs are timed together. The table shows the median and the 10th and 90th percentile; the first run, ' +
-    'which compiles or fills caches, is apart; load is the time to make the program ready, without the download. Outputs are ' +
-    'checked again at the end, and a wrong network gets no time. If the last fifth of the rounds is more than 1.15 times as ' +
-    'slow as the first, the device was hot or busy. Hiding the page voids the measurement.';
+    'One image at a time, in 32-bit floating point unless the network says fp16. Each network runs in a worker of ' +
+    'its own: its file is checked, then its outputs; 10 to 50 runs warm it up, until two medians of 5 agree within 5 %. ' +
+    `Then come ${rules.rounds} rounds: in each, all networks take turns in random order, with ${rules.runs} runs or ` +
+    `${rules.seconds} s each, whichever is longer, and ${rules.pause / 1000} s of rest after the round. A run lasts ` +
+    'from the image as numbers to the outputs in memory; preparing the image is not part of it. Where the clock of ' +
+    'the browser is too coarse, several runs are timed together. The table shows the median and the 10th and 90th ' +
+    'percentile; the first run, which compiles or fills caches, is apart; load is the time to make the program ' +
+    'ready, without the download. Outputs are checked again at the end, and a wrong network gets no time. If the last fifth ' +
+    'of the rounds is more than 1.15 times as slow as the first, the device was hot or busy. Hiding the page voids ' +
+    'the measurement.';
   find('start').onclick = measure;
   find('stop').onclick = () => stop('stopped');
   self.addEventListener('resize', () => find('plot').replaceChildren(...drawPlot(rows, find('plot').clientWidth)));
@@ -441,7 +396,7 @@ function prepareMeasure() {
   find('start').disabled = false;
 }
 
-// Start ----------------------------------------------------------------------------------------------------------------
+// Start ---------------------------------------------------------------------------------------------------------------
 
 /** Use the service worker: offline, and isolated after one reload where the host sends no headers. */
 async function startOffline() {
@@ -475,6 +430,7 @@ async function start() {
   const response = await fetch('manifest.json');
   if (!response.ok) throw new Error(`manifest.json: the server answers ${response.status}`);
   manifest = await response.json();
+  for (const program of manifest.programs) program.label = nameProgram(program);
   await cleanCache();
   const { device, os, browser } = await describeBrowser();
   facts.Browser = browser;

@@ -33,8 +33,7 @@ function formatError(value) {
 
 /** Cells of a row of the table: {text, kind} in the order of the columns. */
 export function describeRow(row) {
-  const name = row.program.precision === 'fp32' ? row.program.model : `${row.program.model} ${row.program.precision}`;
-  const cells = [{ text: name }, { text: row.backend.label }];
+  const cells = [{ text: row.program.label }, { text: row.backend.label }];
   const summary = row.summary;
   if (summary) {
     cells.push(
@@ -68,9 +67,9 @@ function makeCells(row, manifest, sender) {
   const [runtime, version] = manifest.runtime.name.split(' ');
   const remarks = listRemarks(row);
   return {
-    date: row.date, reporter: sender.reporter, device: sender.device, os: sender.os, model: program.model, form: 'fused',
-    size: program.size.join('x'), batch: 1, format: 'onnx', precision: program.precision, compress: 'none',
-    input: 'tensor', target: '', version: manifest.version, tool: 'browser', tool_version: sender.browser,
+    date: row.date, reporter: sender.reporter, device: sender.device, os: sender.os, model: program.model,
+    form: 'fused', size: program.size.join('x'), batch: 1, format: 'onnx', precision: program.precision,
+    compress: 'none', input: 'tensor', target: '', version: manifest.version, tool: 'browser', tool_version: sender.browser,
     runtime: `${runtime} ${version} ${isGPU ? 'webgpu' : 'wasm'}`, compute_units: isGPU ? 'gpu_only' : 'cpu_only',
     threads: isGPU ? '' : backend.threads, statistic: 'median', runs: summary.runs, warm_up: warm.warm_up,
     latency_ms: summary.median.toFixed(3), p10_ms: summary.p10.toFixed(3), p90_ms: summary.p90.toFixed(3),
@@ -122,14 +121,16 @@ export function drawPlot(rows, width) {
   const [y0, y1] = span(points.map(({ y }) => y), 1.5);
   const toX = (x) => left + ((x - x0) / (x1 - x0)) * (width - left - 12);
   const toY = (y) => height - bottom - ((y - y0) / (y1 - y0)) * (height - bottom - 14);
-  const picture = svg('svg', { viewBox: `0 0 ${width} ${height}`, role: 'img', 'aria-label': 'Accuracy against latency' });
+  const picture = svg(
+    'svg', { viewBox: `0 0 ${width} ${height}`, role: 'img', 'aria-label': 'Accuracy against latency' });
   for (let power = -1; power < 5; power++) {
-    for (const digit of [1, 2, 5]) {
-      const x = Math.log10(digit * 10 ** power);
+    for (const digit of x1 - x0 < 1 ? [1, 1.5, 2, 3, 5, 7] : [1, 2, 5]) {
+      const tick = digit * 10 ** power;
+      const x = Math.log10(tick);
       if (x < x0 || x > x1) continue;
       picture.append(
         svg('path', { d: `M${toX(x)} 10V${height - bottom}`, class: 'line' }),
-        svg('text', { x: toX(x), y: height - bottom + 16, 'text-anchor': 'middle', class: 'soft' }, digit * 10 ** power));
+        svg('text', { x: toX(x), y: height - bottom + 16, 'text-anchor': 'middle', class: 'soft' }, tick));
     }
   }
   for (let y = Math.ceil(y0); y <= y1; y += y1 - y0 > 8 ? 2 : 1) {
@@ -140,11 +141,12 @@ export function drawPlot(rows, width) {
   picture.append(svg(
     'text', { x: (left + width) / 2, y: height - 8, 'text-anchor': 'middle', class: 'soft' },
     'Median latency in this browser, ms'));
-  const taken = [];
+  const taken = points.map(({ x, y }) => [toX(x) - 6, toY(y) + 4, 12]); // left, baseline and length of texts and marks
   for (const { row, x, y } of points) {
-    const text = row.program.model + (row.program.precision === 'fp32' ? '' : ` ${row.program.precision}`);
+    const { model, precision } = row.program;
+    const text = precision === 'fp32' ? model : `${model} ${precision}`;
     const [atX, atY, length] = [toX(x), toY(y), 6.6 * text.length];
-    const places = [4, -8, 16, -20, 28].flatMap((dy) => [[9, dy], [-9 - length, dy]])
+    const places = [4, -8, 17, -20, 30].flatMap((dy) => [[9, dy], [-9 - length, dy]])
       .filter(([dx]) => atX + dx > left && atX + dx + length < width);
     const [dx, dy] = places.find(([dx, dy]) => !taken.some(([otherX, otherY, otherLength]) => (
       Math.abs(atY + dy - otherY) < 12 && atX + dx < otherX + otherLength && otherX < atX + dx + length))) ?? [9, 4];
@@ -157,7 +159,7 @@ export function drawPlot(rows, width) {
   const notes = new Set(points.filter(({ row }) => row.program.top1_note)
     .map(({ row }) => `${row.program.model}: ${row.program.top1_note}`));
   caption.textContent = [
-    'Top-1 accuracy on ImageNet-1K in %, as published by the authors, against the time measured here. Circle: one CPU ' +
-    'thread, square: several, triangle: WebGPU', ...notes].join('. ') + '.';
+    'Top-1 accuracy on ImageNet-1K in %, as published by the authors, against the time measured here. Circle: one ' +
+    'CPU thread, square: several, triangle: WebGPU', ...notes].join('. ') + '.';
   return [picture, caption];
 }

@@ -2,7 +2,8 @@
 // version never change and come from the cache; everything else comes from the network while there is one.
 const CACHE = 'caretrans-page';
 const FIXED = /\/(models|images|vendor)\//;
-const CORE = ['./', 'style.css', 'page.js', 'device.js', 'results.js', 'worker.js', 'prepare.js', 'manifest.json'];
+const CORE = [
+  './', 'manifest.json', 'style.css', 'page.js', 'device.js', 'job.js', 'results.js', 'worker.js', 'prepare.js'];
 const HEADERS = {
   'Cross-Origin-Opener-Policy': 'same-origin',
   'Cross-Origin-Embedder-Policy': 'require-corp',
