@@ -4,6 +4,7 @@ import { describeBrowser, listBackends } from './device.js';
 import { describeRow, drawPlot, formatMs, makeCSV, makeJSON, summarise } from './results.js';
 
 const RULES = { rounds: 10, runs: 5, seconds: 0.5, pause: 500 }; // of a measurement; per round, ms between rounds
+const PATIENCE = 2000; // ms for the service worker to take the page over
 const LOST = 'the page was hidden or left during the measurement, so its times are void: measure again';
 const find = (id) => document.getElementById(id);
 const megabytes = (bytes) => `${(bytes / 1e6).toFixed(1)} MB`;
@@ -45,6 +46,8 @@ async function checkFirst() {
   const start = performance.now();
   try {
     const { job, loaded, check } = await open(manifest, program, backends[0], (share) => { bar.value = share; });
+    facts['Step of the clock'] = `${Number(loaded.clock.toPrecision(2))} ms`;
+    showFacts();
     const seconds = ((performance.now() - start) / 1000).toFixed(1);
     if (!check.isRight || !check.samePixels) {
       setState(state, explainWrong(program, check), 'bad');
@@ -404,6 +407,11 @@ async function startOffline() {
   try {
     await navigator.serviceWorker.register('sw.js');
     await navigator.serviceWorker.ready;
+    const taken = new Promise((resolve) => {
+      if (navigator.serviceWorker.controller) resolve();
+      else navigator.serviceWorker.addEventListener('controllerchange', resolve, { once: true });
+    });
+    await Promise.race([taken, new Promise((resolve) => { setTimeout(resolve, PATIENCE); })]); // not after a forced reload
   } catch (error) {
     facts['Offline use'] = `no (${error.message})`;
     return;
