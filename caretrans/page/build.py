@@ -2,7 +2,6 @@
 import copy
 import hashlib
 import io
-import json
 import logging
 import shutil
 import sys
@@ -11,12 +10,12 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 
 from .. import __version__
+from ..checkpoint.preparation import Preparation
 from ..data.decode import EvalTransform, open_image
 from ..errors import ConfigError, DataError, ExportError, require
 from ..export.config import ExportConfig
@@ -82,13 +81,13 @@ class PageProgram:
     classes: int
     tolerance: float
     error: float
-    preparation: dict[str, Any]
+    preparation: Preparation
     checks: list[Check]
 
 
 @dataclass
 class Page:
-    """What a manifest holds besides the programs' shared facts."""
+    """Programs of a page, and the lists of class names that they share."""
     programs: list[PageProgram] = field(default_factory=list)
     class_lists: list[list[str]] = field(default_factory=list)
 
@@ -168,13 +167,12 @@ def _describe_program(
         escape(Path(source.checkpoint).name if source.sha256 else source.checkpoint),
         published and published.top1, published.accuracy_note.partition(':')[0] if published else '',
         page.add_classes(source.class_names), item.job.tolerance, verified.max_error / verified.largest,
-        source.eval_config.to_dict(), checks)
+        source.eval_config, checks)
 
 
-def _add_network(config: ExportConfig, folder: Path, page: Page, images: Sequence[bytes]) -> None:
+def _add_network(config: ExportConfig, source: Source, folder: Path, page: Page, images: Sequence[bytes]) -> None:
     """Export a network, verified, and move its programs into the folder of the page."""
-    source = load_source(config)
-    _check_source(source)
+    _logger.info('Exporting %s.', config.checkpoint or config.model)
     _, exports = export(config, sys.stderr, source)
     checks = _check_images(source, images)
     for item in exports:
@@ -222,9 +220,12 @@ def build_page(config: PageConfig) -> Page:
         new = Path(unfinished) / 'page'
         (new / 'models').mkdir(parents=True)
         (new / 'images').mkdir()
-        for export_config in config.list_exports(str(Path(unfinished) / 'exports')):
-            _logger.info('Exporting %s.', export_config.model or export_config.checkpoint)
-            _add_network(export_config, new, page, images)
+        exports = config.list_exports(str(Path(unfinished) / 'exports'))
+        sources = [load_source(item) for item in exports]
+        for source in sources:
+            _check_source(source)
+        for item, source in zip(exports, sources, strict=True):
+            _add_network(item, source, new, page, images)
         names = [f'images/test-{number}-{hash_bytes(image)[:SHORT]}.png' for number, image in enumerate(images, 1)]
         for name, image in zip(names, images, strict=True):
             (new / name).write_bytes(image)
@@ -242,9 +243,7 @@ def build_page(config: PageConfig) -> Page:
 def _describe_page(folder: Path, page: Page) -> list[str]:
     lines = [f'{program.bytes / 1e6:6.1f} MB  {program.model} {program.precision}, '
              f'{program.weights or "random weights: speed only"}' for program in page.programs]
-    manifest = json.loads((folder / MANIFEST).read_text(encoding='utf-8'))
-    lines += [f'{item["bytes"] / 1e6:6.1f} MB  {name}' for name, item in manifest['runtime']['files'].items()
-              if name.endswith('.wasm')]
+    lines += [f'{path.stat().st_size / 1e6:6.1f} MB  {path.name}' for path in sorted(folder.glob('vendor/*/*.wasm'))]
     return [f'{folder}:', *lines]
 
 

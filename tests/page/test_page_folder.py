@@ -13,7 +13,7 @@ from pages import SIDE, serving
 
 from caretrans.__main__ import main
 from caretrans.data import EvalTransform
-from caretrans.errors import ConfigError
+from caretrans.errors import CheckpointError, ConfigError
 from caretrans.evaluation import load_for_evaluation
 from caretrans.export.phone_results import NAMES
 from caretrans.page import server, vendor
@@ -127,6 +127,13 @@ def test_a_preparation_that_the_page_cannot_do_is_refused(tmp_path, monkeypatch,
     with pytest.raises(ConfigError, match='care_s0: the page does not support crop mode center'):
         build_page(PageConfig(checkpoint=[str(shared / 'page.pth.tar')], output=str(tmp_path / 'new')))
     assert list((tmp_path / 'new').iterdir()) == []
+
+
+def test_a_wrong_checkpoint_is_found_before_any_export(tmp_path, monkeypatch, shared, built):
+    monkeypatch.setattr('caretrans.page.build.export', None)
+    files = [str(shared / 'page.pth.tar'), str(tmp_path / 'missing.pth')]
+    with pytest.raises(CheckpointError, match='missing.pth'):
+        build_page(PageConfig(checkpoint=files, output=str(tmp_path / 'new')))
 
 
 def test_a_port_in_use_is_named(built):
