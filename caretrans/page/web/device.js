@@ -6,7 +6,8 @@ const MOST_THREADS = 4; // more are rarely faster for single images, and phones 
 export async function describeBrowser() {
   const wanted = ['model', 'platformVersion', 'fullVersionList'];
   const data = await navigator.userAgentData?.getHighEntropyValues(wanted).catch(() => undefined);
-  const brand = data?.fullVersionList.findLast(({ brand: name }) => !/not.?a.?brand/i.test(name));
+  const brands = data?.fullVersionList.filter(({ brand: name }) => !/not.?a.?brand/i.test(name));
+  const brand = brands?.find(({ brand: name }) => name !== 'Chromium') ?? brands?.[0];
   const agent = navigator.userAgent;
   const [, name, version] = agent.match(/(Firefox|Edg|Chrome|Version)\/([\d.]+)/) ?? [];
   const label = name ? `${name.replace('Version', 'Safari')} ${version}` : agent;

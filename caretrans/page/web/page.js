@@ -13,6 +13,7 @@ const query = new URLSearchParams(location.search);
 let manifest;
 let backends;
 let classifier; // {program, job} of the last photo
+let classifying = Promise.resolve(); // until the last photo is done
 let rows = []; // of the last measurement
 let stopped = ''; // why a measurement ends early
 const facts = {};
@@ -113,13 +114,19 @@ async function openClassifier(program) {
   return job;
 }
 
-async function classify(blob) {
+/** Classify one photo, or the promise of one, after the other. */
+function classify(blob) {
+  classifying = classifying.then(() => classifyNow(blob));
+  return classifying;
+}
+
+async function classifyNow(blob) {
   const state = find('classify-state');
   const program = manifest.programs[find('classify-model').value];
   try {
     const job = await openClassifier(program);
     setState(state, 'Classifying…');
-    const result = await job.call('classify', { blob });
+    const result = await job.call('classify', { blob: await blob });
     showPixels(result.pixels);
     showClasses(result.logits, manifest.class_lists[program.classes]);
     find('prediction').hidden = false;
@@ -127,6 +134,7 @@ async function classify(blob) {
     setState(state, `Prepared in ${formatMs(result.prepare_ms)} ms, classified in ${formatMs(result.run_ms)} ms, ` +
       'once and without warm-up. The picture is what the network sees, rotated upright as its EXIF data say.');
   } catch (error) {
+    find('prediction').hidden = true;
     const unread = error.name === 'InvalidStateError' || /decode/.test(error.message);
     setState(state, unread ? 'This file cannot be read as an image here: choose a JPEG or PNG.' : error.message, 'bad');
   }
@@ -165,11 +173,12 @@ function prepareClassify() {
     program.label.includes(program.weights) ? program.label : `${program.label}, ${program.weights}`, i)));
   find('camera').hidden = !navigator.mediaDevices?.getUserMedia;
   find('photo').onchange = ({ target }) => target.files[0] && classify(target.files[0]);
-  find('sample').onclick = async () => classify(await (await fetch(manifest.images[0])).blob());
+  const classifySample = () => classify(fetch(manifest.images[0]).then((response) => response.blob()));
+  find('sample').onclick = classifySample;
   find('camera').onclick = startCamera;
   find('camera-stop').onclick = stopCamera;
   find('shoot').onclick = takePhoto;
-  if (able.length) find('sample').click();
+  if (able.length) classifySample();
 }
 
 // 3. Measure ----------------------------------------------------------------------------------------------------------
@@ -264,19 +273,22 @@ async function measure() {
     setState(state, 'Choose at least one network and what runs it.', 'bad');
     return;
   }
-  classifier?.job.end();
-  classifier = undefined;
   stopped = '';
   const bar = find('measure-progress');
   const report = (text, share = 0) => { setState(state, text); bar.value = share; };
   for (const id of ['start', 'stop']) find(id).hidden = id === 'start';
   bar.hidden = false;
+  find('classify-tools').inert = true; // nothing else runs meanwhile
+  await classifying;
+  classifier?.job.end();
+  classifier = undefined;
   const lock = await navigator.wakeLock?.request('screen').catch(() => undefined); // low battery refuses it
   await prepareRows(report);
   await timeRounds(rules, report);
   report('Checking the outputs again', 1);
   await finishRows();
   await lock?.release();
+  find('classify-tools').inert = false;
   bar.hidden = true;
   for (const id of ['start', 'stop']) find(id).hidden = id === 'stop';
   const failed = rows.filter(({ failure }) => failure).length;

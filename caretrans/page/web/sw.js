@@ -16,18 +16,20 @@ function isolate(response) {
   return new Response(response.body, { status: response.status, statusText: response.statusText, headers });
 }
 
-async function fetchAndKeep(cache, request) {
-  const response = await fetch(request);
-  if (response.status === 200) await cache.put(request, response.clone());
+/** From the network, handed on while it streams; kept where there is room. */
+async function fetchAndKeep(cache, event) {
+  const response = await fetch(event.request);
+  if (response.status === 200) event.waitUntil(cache.put(event.request, response.clone()).catch(() => {}));
   return response;
 }
 
-async function answer(request) {
+async function answer(event) {
+  const { request } = event;
   const cache = await caches.open(CACHE);
   const kept = await cache.match(request, { ignoreSearch: true });
   if (kept && FIXED.test(request.url)) return isolate(kept);
   try {
-    return isolate(await fetchAndKeep(cache, request));
+    return isolate(await fetchAndKeep(cache, event));
   } catch (error) {
     if (kept) return isolate(kept);
     throw error;
@@ -47,6 +49,6 @@ self.addEventListener('install', (event) => event.waitUntil(install()));
 self.addEventListener('activate', (event) => event.waitUntil(self.clients.claim()));
 self.addEventListener('fetch', (event) => {
   if (event.request.method === 'GET' && new URL(event.request.url).origin === self.location.origin) {
-    event.respondWith(answer(event.request));
+    event.respondWith(answer(event));
   }
 });
