@@ -34,7 +34,7 @@ FLAGS = ['--no-sandbox', '--disable-quic', '--no-first-run', '--disable-backgrou
          '--use-fake-device-for-media-stream', '--use-fake-ui-for-media-stream']
 ON_CPU, ON_GPU = ['--disable-gpu'], ['--enable-unsafe-webgpu', '--use-webgpu-adapter=swiftshader']
 QUICK = 'rounds=2&runs=5&seconds=0&pause=0'
-WAIT = 90_000  # ms
+WAIT = 180_000  # ms, for busy machines
 
 
 @pytest.fixture(scope='module')

@@ -86,7 +86,7 @@ def test_https_is_served_while_a_connection_is_idle(built, shared):
         port = int(address.rsplit(':', 1)[1].rstrip('/'))
         with socket.create_connection(('localhost', port)):  # never sends anything
             context = ssl.create_default_context(cafile=shared / 'page-tls' / 'certificate.pem')
-            with urllib.request.urlopen(address, timeout=10, context=context) as response:
+            with urllib.request.urlopen(address, timeout=60, context=context) as response:
                 assert response.status == 200
     assert (shared / 'page-tls').stat().st_mode & 0o077 == 0
 
