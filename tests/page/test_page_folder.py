@@ -5,6 +5,7 @@ import socket
 import ssl
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,18 @@ def manifest(built):
     return json.loads((built / 'manifest.json').read_text(encoding='utf-8'))
 
 
+@pytest.fixture
+def small(tmp_path) -> Path:
+    """A folder that the server takes for a page."""
+    folder = tmp_path / 'page'
+    folder.mkdir()
+    for name in ('index.html', 'page.js', 'manifest.json', 'program.wasm'):
+        (folder / name).write_text(name, encoding='utf-8')
+    (tmp_path / 'secret.txt').write_text('beside the page', encoding='utf-8')
+    return folder
+
+
+@pytest.mark.slow
 def test_every_file_has_the_size_and_hash_of_the_manifest(built, manifest):
     folder = manifest['runtime']['folder']
     listed = {folder + name: facts for name, facts in manifest['runtime']['files'].items()}
@@ -39,6 +52,7 @@ def test_every_file_has_the_size_and_hash_of_the_manifest(built, manifest):
     assert 'Microsoft' in (built / folder / 'LICENSE.txt').read_text(encoding='utf-8')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('index, precision, limit', [(0, 'fp32', 1e-4), (1, 'fp16', 2e-2)])
 def test_expected_logits_are_those_of_the_checkpoint_and_of_the_program(
         built, shared, manifest, index, precision, limit):
@@ -59,10 +73,12 @@ def test_expected_logits_are_those_of_the_checkpoint_and_of_the_program(
         assert 0 < abs(found - expected).max() <= limit * abs(expected).max()
 
 
+@pytest.mark.slow
 def test_manifest_names_the_columns_of_results(manifest):
     assert manifest['columns'] == NAMES
 
 
+@pytest.mark.slow
 def test_headers_of_server_service_worker_and_hosts_agree(built):
     worker = (WEB / 'sw.js').read_text(encoding='utf-8')
     hosts = (built / '_headers').read_text(encoding='utf-8')
@@ -70,25 +86,26 @@ def test_headers_of_server_service_worker_and_hosts_agree(built):
         assert f"'{name}': '{value}'" in worker and f'  {name}: {value}\n' in hosts
 
 
-def test_server_sends_isolation_and_types(built):
-    with serving(built) as address:
-        for name, kind in (('', 'text/html'), ('page.js', 'text/javascript'), ('manifest.json', 'application/json'), (
-                f'vendor/onnxruntime-web-{vendor.VERSION}/ort-wasm-simd-threaded.wasm', 'application/wasm')):
+def test_server_sends_isolation_and_types(small):
+    with serving(small) as address:
+        for name, kind in (('', 'text/html'), ('page.js', 'text/javascript'), ('manifest.json', 'application/json'),
+                           ('program.wasm', 'application/wasm')):
             with urllib.request.urlopen(address + name) as response:
                 assert response.headers.get_content_type() == kind
                 assert {response.headers[name] for name in server.HEADERS} == {'same-origin', 'require-corp'}
         with pytest.raises(urllib.error.HTTPError, match='404'):
-            urllib.request.urlopen(address + '../page.pth.tar')
+            urllib.request.urlopen(address + '../secret.txt')
 
 
-def test_https_is_served_while_a_connection_is_idle(built, shared):
-    with serving(built, tls=True) as address:
+def test_https_is_served_while_a_connection_is_idle(small):
+    keys = small.with_name('page-tls')
+    with serving(small, tls=True) as address:
         port = int(address.rsplit(':', 1)[1].rstrip('/'))
         with socket.create_connection(('localhost', port)):  # never sends anything
-            context = ssl.create_default_context(cafile=shared / 'page-tls' / 'certificate.pem')
+            context = ssl.create_default_context(cafile=keys / 'certificate.pem')
             with urllib.request.urlopen(address, timeout=60, context=context) as response:
                 assert response.status == 200
-    assert (shared / 'page-tls').stat().st_mode & 0o077 == 0
+    assert keys.stat().st_mode & 0o077 == 0
 
 
 # Mistakes -------------------------------------------------------------------------------------------------------------
@@ -122,6 +139,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
         server.make_server(tmp_path, ServerConfig())
 
 
+@pytest.mark.slow
 def test_a_preparation_that_the_page_cannot_do_is_refused(tmp_path, monkeypatch, shared, built):
     monkeypatch.setattr('caretrans.page.build.CROP_MODES', CROP_MODES[1:])
     with pytest.raises(ConfigError, match='care_s0: the page does not support crop mode center'):
@@ -129,6 +147,7 @@ def test_a_preparation_that_the_page_cannot_do_is_refused(tmp_path, monkeypatch,
     assert list((tmp_path / 'new').iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_wrong_checkpoint_is_found_before_any_export(tmp_path, monkeypatch, shared, built):
     monkeypatch.setattr('caretrans.page.build.export', None)
     files = [str(shared / 'page.pth.tar'), str(tmp_path / 'missing.pth')]
@@ -136,11 +155,11 @@ def test_a_wrong_checkpoint_is_found_before_any_export(tmp_path, monkeypatch, sh
         build_page(PageConfig(checkpoint=files, output=str(tmp_path / 'new')))
 
 
-def test_a_port_in_use_is_named(built):
-    with serving(built) as address:
+def test_a_port_in_use_is_named(small):
+    with serving(small) as address:
         port = int(address.rsplit(':', 1)[1].rstrip('/'))
         with pytest.raises(ConfigError, match=f'--port {port}: .*in use; choose another'):
-            server.make_server(built, ServerConfig(port=port))
+            server.make_server(small, ServerConfig(port=port))
 
 
 def test_a_damaged_archive_and_a_missing_npm_are_named(tmp_path, monkeypatch):
