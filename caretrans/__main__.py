@@ -1,5 +1,9 @@
-"""Small commands, each with --help: python -m caretrans predict|convert|inspect|shard|bench-loader|compare."""
+"""Small commands, each with --help.
+
+python -m caretrans predict|convert|inspect|shard|bench-loader|compare|page|serve|results
+"""
 import dataclasses
+import importlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +15,12 @@ from .flags import DEVICE_HELP, FlagParser, add_checkpoint_flags, add_weights_fl
 from .progress import show_messages
 from .text import escape
 from .strict_json import to_json
+
+MAINS = {  # commands that parse their own flags: module with the main function, help
+    'compare': ('bench.compare', 'train models under equal conditions: accuracy against latency'),
+    'page': ('page.build', 'write a page that measures and runs exported networks in a browser'),
+    'serve': ('page.server', 'serve such a page'),
+    'results': ('page.results', 'check, print and draw latencies measured on phones and in browsers')}
 
 
 def _build_parser() -> FlagParser:
@@ -62,7 +72,8 @@ def _build_parser() -> FlagParser:
         "policies by timm's names, '' for crop and flip only (default: '' and rand-m9-mstd0.5-inc1)"))
     for command in (predict, bench):
         command.add_argument('--json', action='store_true', help='print JSON objects')
-    commands.add_parser('compare', add_help=False, help='train models under equal conditions: accuracy against latency')
+    for name, (_, text) in MAINS.items():
+        commands.add_parser(name, add_help=False, help=text)
     return parser
 
 
@@ -110,9 +121,8 @@ def _predict(as_json: bool, device: str, **options: Any) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    if argv[:1] == ['compare']:  # its flags include those of train.py
-        from .bench.compare import main as compare
-        return compare(argv[1:])
+    if argv and argv[0] in MAINS:
+        return importlib.import_module(f'.{MAINS[argv[0]][0]}', __package__).main(argv[1:])
     options = vars(_build_parser().parse_args(argv))
     command, as_json = options.pop('command'), options.pop('json', False)
     if command == 'predict':

@@ -168,14 +168,17 @@ def add_flags(parser: argparse.ArgumentParser, config_type: type) -> None:
         parser.add_argument('--' + item.name.replace('_', '-'), **options)
 
 
-def parse_flags(config_type: type, argv: Sequence[str] | None = None, description: str = '') -> Any:
+def parse_flags(
+        config_type: type, argv: Sequence[str] | None = None, description: str = '', prog: str | None = None) -> Any:
     """An instance of a settings class from a command line.
 
+    Args:
+        prog: The command as --help shows it, if not the script.
     Raises:
         ConfigError: An unknown flag or an invalid value.
         SystemExit: After --help.
     """
-    parser = FlagParser(description=description, argument_default=argparse.SUPPRESS)
+    parser = FlagParser(prog=prog, description=description, argument_default=argparse.SUPPRESS)
     add_flags(parser, config_type)
     return config_type(**vars(parser.parse_args(argv)))
 

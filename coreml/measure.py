@@ -19,7 +19,7 @@ from caretrans.errors import run_command  # noqa: E402
 from caretrans.export.config import Job  # noqa: E402
 from caretrans.export.coreml import apple  # noqa: E402
 from caretrans.export.coreml.convert import read_facts  # noqa: E402
-from caretrans.export.coreml.phone_results import format_row, make_row  # noqa: E402
+from caretrans.export.phone_results import format_row, make_row  # noqa: E402
 
 
 def main() -> int:

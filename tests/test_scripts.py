@@ -28,7 +28,8 @@ def environment(tmp_path):
 
 @pytest.mark.parametrize('script, command', [
     ('cmd/train.sh', ['train.py']), ('cmd/eval.sh', ['validate.py']), ('cmd/export.sh', ['coreml/export.py']),
-    ('cmd/compare.sh', ['-m', 'caretrans', 'compare']), ('cmd/benchmark.sh', ['benchmark.py']),
+    ('cmd/compare.sh', ['-m', 'caretrans', 'compare']), ('cmd/page.sh', ['-m', 'caretrans', 'page', '--serve']),
+    ('cmd/benchmark.sh', ['benchmark.py']),
     ('data/extract_ILSVRC.sh', ['-m', 'caretrans.data.imagenet'])])
 def test_arguments_arrive_as_they_were_given(environment, script, command):
     done = subprocess.run(['bash', script, *ODD], cwd=ROOT, env=environment, capture_output=True)

@@ -14,7 +14,7 @@ from caretrans.data.datasets import open_dataset
 from caretrans.data.shards import write_shards
 from caretrans.errors import ConfigError, DataError, ResultsError, run_command
 from caretrans.export.config import ExportConfig
-from caretrans.export.coreml.phone_results import read_results
+from caretrans.export.phone_results import read_results
 from caretrans.export.source import name_classes
 from caretrans.text import escape, open_text, read_text, write_text
 

@@ -12,7 +12,7 @@ from ..measure.published import find_published
 from .profile import KINDS
 from .record import Record
 
-__all__ = ['draw_accuracy_by_gmacs', 'draw_accuracy_by_latency', 'draw_growth', 'draw_parts']
+__all__ = ['draw_accuracies', 'draw_accuracy_by_gmacs', 'draw_accuracy_by_latency', 'draw_growth', 'draw_parts']
 
 FACTS = {'device': '{}', 'dtype': '{}', 'batch': 'batch {}', 'height': '{} px', 'threads': 'threads {}'}
 CORNERS = ((1, -1), (-1, 1), (1, 1))  # of a point, where its label can be
@@ -78,8 +78,12 @@ def _plot_families(axes: Any, points: Sequence[tuple[str, float]], styles: dict[
                       weight='bold' if family == 'CARE' else 'normal')
 
 
-def _draw_accuracies(panels: Mapping[str, Sequence[tuple[str, float]]], title: str, xlabel: str, path: Path) -> Path:
-    """Plot published accuracy against x: a panel for each name, with points (model, x), a colour for each family."""
+def draw_accuracies(panels: Mapping[str, Sequence[tuple[str, float]]], title: str, xlabel: str, path: Path) -> Path:
+    """Plot published accuracy against x: a panel for each name, with points (model, x), a colour for each family.
+
+    Args:
+        panels: At least one, each with points of models whose accuracy is published.
+    """
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     columns = math.ceil(math.sqrt(len(panels)))
@@ -129,7 +133,7 @@ def draw_accuracy_by_latency(records: Sequence[Record], path: Path) -> Path:
         panels[', '.join([record.backend, record.dtype, record.layout, *kernels])].append(
             (record.model, record.median_ms))
     batch = 'one image' if drawn[0].batch == 1 else f'a batch of {drawn[0].batch}'
-    return _draw_accuracies(
+    return draw_accuracies(
         panels, f'Accuracy against latency: {_describe_facts(drawn)}', f'latency of {batch}, median, ms', path)
 
 
@@ -144,7 +148,7 @@ def draw_accuracy_by_gmacs(gmacs: Mapping[str, float], path: Path) -> Path:
     points = [(model, value) for model, value in gmacs.items() if find_published(model)]
     if not points:
         raise PlotError(f'No accuracy is published for {", ".join(gmacs) or "no model"}: nothing to plot.')
-    return _draw_accuracies(
+    return draw_accuracies(
         {"one image, counted by PyTorch's FlopCounterMode": points}, 'Accuracy against multiply-adds', 'GMACs', path)
 
 

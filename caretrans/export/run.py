@@ -225,11 +225,13 @@ def _export_job(source: Source, job: Job, cases: Cases, config: ExportConfig, pr
     return result
 
 
-def export(config: ExportConfig, stream: TextIO | None = None) -> tuple[Facts, list[Export]]:
+def export(
+        config: ExportConfig, stream: TextIO | None = None, source: Source | None = None) -> tuple[Facts, list[Export]]:
     """Write and verify all programs of a config; one that fails leaves no file, and the others continue.
 
     Args:
         stream: For progress; stdout if not given.
+        source: The result of `load_source(config)`, if it is loaded already.
     Returns:
         What all programs share, and the result of each. A report, as JSON, is written beside each program.
     Raises:
@@ -237,7 +239,7 @@ def export(config: ExportConfig, stream: TextIO | None = None) -> tuple[Facts, l
     """
     dense = is_dense_config(config)
     config = restrict_config(config) if dense else config
-    source = load_dense_source(config) if dense else load_source(config)
+    source = source or (load_dense_source(config) if dense else load_source(config))
     jobs = config.list_jobs(source.size)
     channels = source.eval_config.input_size[0]
     if channels != 3 and any(job.input == 'image' for job in jobs):

@@ -13,7 +13,8 @@ from .quiet import quiet
 from .tracing import trace_network
 
 __all__ = [
-    'INPUT', 'OPSET', 'convert', 'export_onnx', 'import_onnxruntime', 'make_session', 'quantize', 'split_batches']
+    'INPUT', 'OPSET', 'convert', 'export_onnx', 'halve', 'import_onnxruntime', 'make_session', 'quantize',
+    'split_batches']
 
 OPSET = 20  # the first with its own Gelu
 INPUT = 'input_1'
@@ -70,6 +71,18 @@ def quantize(program: bytes, batches: Sequence[np.ndarray]) -> bytes:
             str(shaped), str(target), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
         return target.read_bytes()
+
+
+def halve(model: Any) -> Any:
+    """An ONNX model that stores its weights and computes in float16; input and output stay float32."""
+    import_onnxruntime()
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    with quiet(''):
+        halved = OnnxModel(convert_float_to_float16(model, keep_io_types=True))
+        halved.topological_sort()  # the casts of input and output are appended
+    return halved.model
 
 
 def import_onnxruntime() -> Any:

@@ -20,7 +20,7 @@ from caretrans.errors import ExportError
 from caretrans.export import run
 from caretrans.export.config import ExportConfig
 from caretrans.export.coreml import apple, convert
-from caretrans.export.coreml.phone_results import COLUMNS, read_results
+from caretrans.export.phone_results import COLUMNS, read_results
 from caretrans.export.report import describe_exports
 
 PATH = Path('program.mlpackage')

@@ -1,14 +1,14 @@
 """The file of latencies on phones: its schema holds for what is committed, and refuses what is wrong."""
 import datetime
 import re
-import runpy
-import sys
 
 import pytest
 from launch import ROOT
 
-from caretrans.errors import ResultsError
-from caretrans.export.coreml.phone_results import COLUMNS, describe_results, format_row, make_row, read_results
+from caretrans.__main__ import main
+from caretrans.errors import PlotError, ResultsError
+from caretrans.export.phone_results import COLUMNS, NAMES, describe_results, format_row, make_row, read_results
+from caretrans.page.results import draw_results
 
 FILE = ROOT / 'coreml' / 'results.csv'
 HEADER = ','.join(column.name for column in COLUMNS)
@@ -16,8 +16,14 @@ HEADER = ','.join(column.name for column in COLUMNS)
 ROW = dict(
     date='2026-01-31', reporter='Nobody', device='iPhone 15 Pro', os='iOS 18.1', model='care_s0', form='phone',
     size='224x224', batch='1', format='mlpackage', precision='fp16', compress='none', input='image', target='iOS16',
-    version='0.1.0', tool='xcode', tool_version='16.0', compute_units='all', statistic='median', runs='500',
-    warm_up='50', latency_ms='1.25', load_ms='', note='')
+    version='0.1.0', tool='xcode', tool_version='16.0', runtime='', compute_units='all', threads='', statistic='median',
+    runs='500', warm_up='50', latency_ms='1.25', p10_ms='', p90_ms='', first_ms='', load_ms='', drift='', error='',
+    program='', note='')
+IN_BROWSER = dict(
+    ROW, device='Pixel 8', os='Android 15.0.0', form='fused', format='onnx', precision='fp32', input='tensor',
+    target='', tool='browser', tool_version='Google Chrome 140.0.1.2', runtime='onnxruntime-web 1.30.0 wasm',
+    compute_units='cpu_only', threads='1', p10_ms='1.2', p90_ms='1.40', first_ms='3.000', load_ms='500.0',
+    drift='1.010', error='2.4e-6', program='0134d9ca90cc')
 
 
 def write(tmp_path, *rows, header=HEADER):
@@ -27,15 +33,9 @@ def write(tmp_path, *rows, header=HEADER):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(capsys):
     """The exit code, stdout and stderr of the command."""
-    def call(*args):
-        monkeypatch.setattr('sys.argv', ['results.py', *map(str, args)])
-        monkeypatch.setattr('sys.path', list(sys.path))
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / 'coreml' / 'results.py'), run_name='__main__')
-        return end.value.code, *capsys.readouterr()
-    return call
+    return lambda *args: (main(['results', *map(str, args)]), *capsys.readouterr())
 
 
 def test_committed_file_follows_its_schema():
@@ -45,8 +45,9 @@ def test_committed_file_follows_its_schema():
 
 def test_rows_are_read_as_they_were_written(tmp_path):
     other = dict(ROW, note='in a case, "warm"', format='mlmodel', target='', warm_up='', load_ms='80')
-    path = write(tmp_path, format_row(ROW), format_row(other))
-    assert read_results(path) == [ROW, other]
+    rows = [ROW, other, IN_BROWSER]
+    assert read_results(write(tmp_path, *map(format_row, rows))) == rows
+    assert list(ROW) == NAMES
 
 
 @pytest.mark.parametrize('cells, said', [
@@ -70,7 +71,7 @@ def test_rows_are_read_as_they_were_written(tmp_path):
     (dict(format='mlmodel'), "target is 'iOS16' with format mlmodel"),
     (dict(version='new'), 'version .* e.g. 0.1.0'),
     (dict(tool='watch'), 'tool .* one of xcode, coremltools, app'),
-    (dict(compute_units='ne'), 'compute_units .* one of all, cpu_and_ne, cpu_and_gpu, cpu_only'),
+    (dict(compute_units='gpu_only'), 'compute_units .* one of all, cpu_and_ne, cpu_and_gpu, cpu_only'),
     (dict(statistic='best'), 'statistic .* one of median, mean'),
     (dict(runs='3'), 'runs .* a whole number from 10'),
     (dict(runs='1e3'), 'runs .* a whole number'),
@@ -87,8 +88,33 @@ def test_wrong_cell_is_named_with_its_line_and_remedy(cells, said, tmp_path):
         read_results(write(tmp_path, format_row(ROW), line))
 
 
+@pytest.mark.parametrize('cells, said', [
+    (dict(device=''), "device .* is '', it must be some text"),
+    (dict(os='Linux'), 'os .*a system and its version'),
+    (dict(form='phone'), "form .* is 'phone', it must be one of fused"),
+    (dict(format='mlmodel'), 'format .* one of onnx'),
+    (dict(target='iOS16'), "target .* is 'iOS16', it must be empty"),
+    (dict(runtime=''), 'runtime .* e.g. onnxruntime-web 1.30.0 wasm'),
+    (dict(compute_units='all'), 'compute_units .* one of cpu_only, gpu_only'),
+    (dict(compute_units='gpu_only'), 'wasm is cpu_only and has threads'),
+    (dict(threads=''), 'wasm is cpu_only and has threads'),
+    (dict(runtime='onnxruntime-web 1.30.0 webgpu'), 'webgpu is gpu_only and has none'),
+    (dict(p10_ms='1.3'), 'the median, between the two percentiles'),
+    (dict(p90_ms=''), 'p90_ms .* a number'),
+    (dict(statistic='mean'), 'a browser reports the median'),
+    (dict(runs='9'), 'runs .* a whole number from 10'),
+    (dict(error='3e-4'), 'error is 3e-4, more than 0.0001'),
+    (dict(error='NaN'), 'error .* a number such as 2.4e-6'),
+    (dict(program='0134'), 'program .* 12 hexadecimal digits')])
+def test_wrong_cell_of_a_browser_is_named(cells, said, tmp_path):
+    with pytest.raises(ResultsError, match=said):
+        format_row(dict(IN_BROWSER, **cells))
+    with pytest.raises(ResultsError, match="compute_units .* is 'gpu_only', it must be one of all"):
+        format_row(dict(ROW, compute_units='gpu_only'))
+
+
 @pytest.mark.parametrize('lines, message', [
-    ([HEADER, 'a,b,c'], 'line 2: 3 cells for 23 columns'),
+    ([HEADER, 'a,b,c'], f'line 2: 3 cells for {len(NAMES)} columns'),
     ([HEADER, format_row(ROW), format_row(ROW)], 'line 3: it repeats an earlier row'),
     ([HEADER, '"never closed'], 'line 2: unexpected end of data'),
     ([HEADER.replace('latency_ms', 'latency')],
@@ -121,9 +147,18 @@ def test_command_checks_and_prints(run, tmp_path):
     code, text, _ = run(write(tmp_path, format_row(ROW)))
     assert code == 0 and 'iPhone 15 Pro' in text
     code, text, error = run(write(tmp_path, 'wrong'))
-    assert (code, text) == (2, '') and error.startswith('results.py: ') and error.count('\n') == 1
-    code, text, _ = run()  # the committed file
+    assert (code, text) == (2, '') and error.startswith('caretrans results: ') and error.count('\n') == 1
+    code, text, _ = run(FILE)
     assert code == 0 and text
+
+
+def test_rows_are_drawn_a_panel_for_each_device_and_runtime(run, tmp_path):
+    picture = tmp_path / 'plot.png'
+    rows = [ROW, IN_BROWSER, dict(IN_BROWSER, model='casvit_xs'), dict(IN_BROWSER, latency_ms='1.300', reporter='B')]
+    code, text, _ = run(write(tmp_path, *map(format_row, rows)), '--plot', picture)
+    assert code == 0 and f'written to {picture}' in text and picture.read_bytes()[:4] == b'\x89PNG'
+    with pytest.raises(PlotError, match='No accuracy is published'):
+        draw_results([dict(ROW, model='resnet18')], picture)
 
 
 def test_readme_describes_every_column():

@@ -1,11 +1,12 @@
-"""ONNX programs, run by ONNX Runtime, in float32 and quantized to int8."""
+"""ONNX programs, run by ONNX Runtime, in float32, in float16 with float32 input and output, and quantized to int8."""
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...runtimes.onnx import INPUT, OPSET, convert, import_onnxruntime, make_session, quantize, split_batches
+from ...runtimes.onnx import (
+    INPUT, OPSET, convert, halve, import_onnxruntime, make_session, quantize, split_batches)
 from ...runtimes.tracing import trace_any_size
 from ..config import Job
 from ..metadata import describe, read_class_names
@@ -41,6 +42,8 @@ def write(source: Source, job: Job, path: Path) -> list[str]:
     if job.precision == 'int8':
         batches = split_batches(source.make_calibration(job), job.batch)
         model = onnx.load_from_string(quantize(model.SerializeToString(), batches))
+    elif job.precision == 'fp16':
+        model = halve(model)
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, describe(source, job))
     model.producer_name = 'caretrans'

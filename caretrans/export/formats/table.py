@@ -50,7 +50,7 @@ _ONNX = {'onnx': 'onnx', 'onnxscript': 'onnxscript'}
 FORMATS: dict[str, Format] = {item.name: item for item in [
     Format('mlpackage', 'coreml.convert', '.mlpackage', **_COREML),
     Format('mlmodel', 'coreml.convert', '.mlmodel', **_COREML),
-    Format('onnx', 'formats.onnx', '.onnx', ('fp32', 'int8'), {**_ONNX, 'onnxruntime': 'onnxruntime'}),
+    Format('onnx', 'formats.onnx', '.onnx', ('fp32', 'fp16', 'int8'), {**_ONNX, 'onnxruntime': 'onnxruntime'}),
     Format('openvino', 'formats.openvino', '.openvino', ('fp32', 'fp16', 'int8'), {
         **_ONNX, 'openvino': 'openvino'}, precision_packages={'int8': {'nncf': 'nncf'}}),
     Format('torch', 'formats.torch_export', '.pt2', ('fp32',), {}),

@@ -1,0 +1,1 @@
+"""A static page that checks, measures and runs exported networks in a browser."""

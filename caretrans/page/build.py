@@ -1,0 +1,260 @@
+"""The folder of a page: verified ONNX programs, the browser runtime, test images with their logits, and a manifest."""
+import copy
+import hashlib
+import io
+import logging
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from .. import __version__
+from ..checkpoint.preparation import Preparation
+from ..data.decode import EvalTransform, open_image
+from ..errors import ConfigError, DataError, ExportError, require
+from ..export.config import ExportConfig
+from ..export.phone_results import NAMES
+from ..export.run import Export, export
+from ..export.source import Source, load_source
+from ..flags import parse_flags
+from ..measure.published import find_published
+from ..measure.sample_network import SAMPLE_IMAGES
+from ..strict_json import to_json
+from ..text import escape, write_text
+from .config import PageConfig
+from .server import HEADERS, MANIFEST, serve
+from .vendor import RUNTIME, VERSION, fetch_runtime, unpack_runtime
+
+__all__ = ['PageProgram', 'build_page', 'main']
+
+WEB = Path(__file__).parent / 'web'
+WEB_FILES = (
+    'index.html', 'style.css', 'page.js', 'device.js', 'job.js', 'results.js', 'worker.js', 'prepare.js', 'sw.js')
+CROP_MODES, INTERPOLATIONS = ('center', 'squash'), ('bicubic', 'bilinear')  # of prepare.js
+TEST_IMAGES = ('orange/orange_001.jpg', 'watermelon/watermelon_001.jpg')  # of the bundled validation images
+SHORT = 12  # hexadecimal digits of a hash in a name
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A test image as a network sees it.
+
+    Attributes:
+        pixels: SHA-256 of its prepared pixels, (H, W, 3) uint8.
+        logits: Of the original network in float64.
+    """
+    pixels: str
+    logits: list[float]
+
+
+@dataclass(frozen=True)
+class PageProgram:
+    """A program of the page.
+
+    Attributes:
+        file: Path in the folder; its name contains the start of its SHA-256.
+        weights: The file or publication, for people; '' for random weights, which do not classify.
+        top1: Published accuracy on ImageNet-1K of this model, %; None where none is known, or for other classes.
+        top1_note: How that accuracy was reached, where it was not by plain training.
+        classes: Number of its list of class names in the manifest.
+        tolerance: Largest error of a logit that rounding explains, as a share of the largest logit.
+        error: Largest error of native ONNX Runtime on the images it was verified on, likewise.
+        checks: One for each test image.
+    """
+    model: str
+    precision: str
+    file: str
+    bytes: int
+    sha256: str
+    size: tuple[int, int]
+    weights: str
+    top1: float | None
+    top1_note: str
+    classes: int
+    tolerance: float
+    error: float
+    preparation: Preparation
+    checks: list[Check]
+
+
+@dataclass
+class Page:
+    """Programs of a page, and the lists of class names that they share."""
+    programs: list[PageProgram] = field(default_factory=list)
+    class_lists: list[list[str]] = field(default_factory=list)
+
+    def add_classes(self, names: list[str]) -> int:
+        if names not in self.class_lists:
+            self.class_lists.append(names)
+        return self.class_lists.index(names)
+
+
+def hash_bytes(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+def _check_source(source: Source) -> None:
+    """Refuse networks whose images the page cannot prepare."""
+    preparation = source.eval_config
+    problems = [
+        (source.size[0] != source.size[1], f'images of {source.size[0]} x {source.size[1]} pixels, not square'),
+        (preparation.input_size[0] != 3, f'{preparation.input_size[0]} input channels'),
+        (preparation.crop_mode not in CROP_MODES, f'crop mode {preparation.crop_mode}'),
+        (preparation.interpolation not in INTERPOLATIONS, f'interpolation {preparation.interpolation}')]
+    for found, problem in problems:
+        if found:
+            raise ConfigError(f'{source.name}: the page does not support {problem}: leave this network out.')
+
+
+def _check_output(folder: Path) -> None:
+    """Create the folder; refuse one with anything else in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f'--output {folder} cannot be written: {error.strerror}; name another.') from None
+    if any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise ConfigError(f'--output {folder} holds other files: name an empty folder, or one of an earlier page.')
+
+
+def _load_test_images() -> list[bytes]:
+    """Two bundled images as PNG, which every browser decodes to the same pixels."""
+    if not SAMPLE_IMAGES.is_dir():
+        raise DataError(f'No images at {SAMPLE_IMAGES}: build the page in a checkout of the repository.')
+    images = []
+    for name in TEST_IMAGES:
+        content = io.BytesIO()
+        pixels = open_image((SAMPLE_IMAGES / 'val' / name).read_bytes())
+        Image.frombytes('RGB', pixels.size, pixels.tobytes()).save(content, 'png')  # without metadata
+        images.append(content.getvalue())
+    return images
+
+
+@torch.no_grad()
+def _check_images(source: Source, images: Sequence[bytes]) -> list[Check]:
+    """Prepared pixels and float64 logits of the test images."""
+    transform = EvalTransform(source.eval_config, as_uint8=True)
+    model = copy.deepcopy(source.model).double()
+    checks = []
+    for image in images:
+        pixels = transform(image)
+        logits = model(source.normalise(pixels[None], torch.float64))[0]
+        checks.append(Check(
+            hash_bytes(pixels.permute(1, 2, 0).contiguous().numpy().tobytes()),
+            [float(f'{value:.9g}') for value in logits.tolist()]))
+    return checks
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+def _describe_program(
+        source: Source, item: Export, file: str, digest: str, page: Page, checks: list[Check]) -> PageProgram:
+    published = find_published(source.name) if source.model.num_classes == 1000 else None
+    verified = item.verification
+    return PageProgram(
+        source.name, item.job.precision, file, item.path.stat().st_size, digest, source.size,
+        escape(Path(source.checkpoint).name if source.sha256 else source.checkpoint),
+        published and published.top1, published.accuracy_note.partition(':')[0] if published else '',
+        page.add_classes(source.class_names), item.job.tolerance, verified.max_error / verified.largest,
+        source.eval_config, checks)
+
+
+def _add_network(config: ExportConfig, source: Source, folder: Path, page: Page, images: Sequence[bytes]) -> None:
+    """Export a network, verified, and move its programs into the folder of the page."""
+    _logger.info('Exporting %s.', config.checkpoint or config.model)
+    _, exports = export(config, sys.stderr, source)
+    checks = _check_images(source, images)
+    for item in exports:
+        if item.failure:
+            raise ExportError(f'{source.name}: {item.failure}')
+        digest = hash_bytes(item.path.read_bytes())
+        file = f'models/{source.name}-{item.job.precision}-{digest[:SHORT]}.onnx'
+        page.programs.append(_describe_program(source, item, file, digest, page, checks))
+        shutil.move(item.path, folder / file)
+
+
+def _write_manifest(folder: Path, page: Page, images: Sequence[str], runtime: Sequence[Path]) -> None:
+    content = dict(
+        version=__version__, columns=NAMES, images=images, runtime=dict(
+            name=RUNTIME, folder=f'vendor/onnxruntime-web-{VERSION}/',
+            files={path.name: dict(bytes=path.stat().st_size, sha256=hash_bytes(path.read_bytes()))
+                   for path in runtime}),
+        class_lists=page.class_lists, programs=[asdict(program) for program in page.programs])
+    write_text(folder / MANIFEST, to_json(content) + '\n')
+
+
+def _write_web(folder: Path) -> None:
+    """Our own files, and the headers in the form that Netlify and Cloudflare Pages read."""
+    for name in WEB_FILES:
+        shutil.copy(WEB / name, folder / name)
+    lines = [f'  {name}: {value}' for name, value in HEADERS.items()]
+    write_text(folder / '_headers', '\n'.join(['/*', *lines]) + '\n')
+
+
+def build_page(config: PageConfig) -> Page:
+    """Write the folder of a page; programs of an earlier page in it are removed at the end.
+
+    Raises:
+        CheckpointError, ConfigError, DataError: Something cannot work, found before anything is exported.
+        ExportError: A program could not be made or does not compute what the network does; no page is written then.
+    """
+    for package in ('onnx', 'onnxruntime', 'onnxscript'):
+        require(package)
+    folder = Path(config.output)
+    _check_output(folder)
+    archive = fetch_runtime()
+    images = _load_test_images()
+    page = Page()
+    with tempfile.TemporaryDirectory(prefix='.unfinished-', dir=folder) as unfinished:
+        new = Path(unfinished) / 'page'
+        (new / 'models').mkdir(parents=True)
+        (new / 'images').mkdir()
+        exports = config.list_exports(str(Path(unfinished) / 'exports'))
+        sources = [load_source(item) for item in exports]
+        for source in sources:
+            _check_source(source)
+        for item, source in zip(exports, sources, strict=True):
+            _add_network(item, source, new, page, images)
+        names = [f'images/test-{number}-{hash_bytes(image)[:SHORT]}.png' for number, image in enumerate(images, 1)]
+        for name, image in zip(names, images, strict=True):
+            (new / name).write_bytes(image)
+        runtime = unpack_runtime(archive, new / f'vendor/onnxruntime-web-{VERSION}')
+        _write_manifest(new, page, names, runtime)
+        _write_web(new)
+        for path in new.iterdir():
+            target = folder / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            path.replace(target)
+    return page
+
+
+def _describe_page(folder: Path, page: Page) -> list[str]:
+    lines = [f'{program.bytes / 1e6:6.1f} MB  {program.model} {program.precision}, '
+             f'{program.weights or "random weights: speed only"}' for program in page.programs]
+    lines += [f'{path.stat().st_size / 1e6:6.1f} MB  {path.name}' for path in sorted(folder.glob('vendor/*/*.wasm'))]
+    return [f'{folder}:', *lines]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command `python -m caretrans page`."""
+    logging.getLogger('torch').setLevel(logging.ERROR)
+    warnings.filterwarnings('ignore', module='torch')
+    config = parse_flags(PageConfig, argv, __doc__, 'python -m caretrans page')
+    folder = Path(config.output)
+    print('\n'.join(_describe_page(folder, build_page(config))))
+    if not config.serve:
+        print(f'Serve it: python -m caretrans serve {folder}')
+        return 0
+    return serve(folder, config)

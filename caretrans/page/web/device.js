@@ -1,0 +1,52 @@
+// What the browser says about itself and its device, and what can run programs in it.
+
+const MOST_THREADS = 4; // more are rarely faster for single images, and phones have few fast cores
+
+/** Names of device, system and browser, as far as they are told. Only Chromium tells the model of a phone. */
+export async function describeBrowser() {
+  const wanted = ['model', 'platformVersion', 'fullVersionList'];
+  const data = await navigator.userAgentData?.getHighEntropyValues(wanted).catch(() => undefined);
+  const brands = data?.fullVersionList.filter(({ brand: name }) => !/not.?a.?brand/i.test(name));
+  const brand = brands?.find(({ brand: name }) => name !== 'Chromium') ?? brands?.[0];
+  const agent = navigator.userAgent;
+  const [, name, version] = agent.match(/(Firefox|Edg|Chrome|Version)\/([\d.]+)/) ?? [];
+  const label = name ? `${name.replace('Version', 'Safari')} ${version}` : agent;
+  const ios = agent.match(/(?:iPhone|CPU) OS (\d+)_(\d+)/);
+  return {
+    device: data?.model || (agent.match(/iPhone|iPad/) ?? [''])[0],
+    os: data?.platform ? nameSystem(data) : ios ? `iOS ${ios[1]}.${ios[2]}` : '',
+    browser: brand ? `${brand.brand} ${brand.version}` : label,
+  };
+}
+
+/** Windows counts its platform versions otherwise: 13 and later are Windows 11. */
+function nameSystem({ platform, platformVersion }) {
+  if (platform !== 'Windows') return `${platform} ${platformVersion}`.trim();
+  return parseInt(platformVersion, 10) >= 13 ? 'Windows 11' : 'Windows 10';
+}
+
+/** What can run programs here; adds to the facts that are shown. */
+export async function listBackends(facts) {
+  const cores = navigator.hardwareConcurrency || 1;
+  const threads = Math.min(MOST_THREADS, cores);
+  const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
+  Object.assign(facts, {
+    'CPU cores': `${cores}, as the browser says`,
+    Threads: !self.crossOriginIsolated ? 'one: the page is not isolated, see docs/browser.md' : `up to ${threads}`,
+    'Secure context': self.isSecureContext ? 'yes' : 'no: no camera, no WebGPU, no offline use, files are not hashed',
+  });
+  const list = [{ name: 'wasm', provider: 'wasm', threads: 1, label: 'CPU, 1 thread' }];
+  if (self.crossOriginIsolated && threads > 1) {
+    list.push({ name: 'threads', provider: 'wasm', threads, label: `CPU, ${threads} threads` });
+  }
+  if (adapter) {
+    const { vendor, architecture, isFallbackAdapter } = adapter.info;
+    const isSoftware = Boolean(isFallbackAdapter) || /swiftshader|llvmpipe/.test(architecture);
+    facts.WebGPU = [vendor, architecture, isSoftware ? 'software only' : '',
+      adapter.features.has('shader-f16') ? 'float16' : 'no float16'].filter(Boolean).join(', ');
+    list.push({ name: 'webgpu', provider: 'webgpu', label: 'GPU, by WebGPU', isSoftware });
+  } else {
+    facts.WebGPU = 'not offered';
+  }
+  return list;
+}

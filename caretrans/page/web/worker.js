@@ -1,0 +1,175 @@
+// One program in one runtime. The page starts a worker for each, because only ending it frees all its memory.
+// Messages: {id, action, options}; replies: {id, result}, {id, error} or {id, progress}.
+import { decode, normalise, prepare } from './prepare.js';
+
+const WARM_UP = { least: 10, most: 50, window: 5, change: 0.05 }; // runs, until medians of two windows agree
+const CLOCK_STEPS = 20; // a timed block lasts at least as many steps of the clock
+
+let ort;
+let clock; // smallest step of the clock, ms
+let session;
+let program; // of the manifest
+let tensor; // the first test image
+let tests; // decoded test images
+
+function median(values) {
+  const sorted = [...values].sort((a, b) => a - b);
+  const middle = sorted.length >> 1;
+  return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
+}
+
+/** The smallest step of the clock, ms, of some that are seen. */
+function measureClock() {
+  let least = Infinity;
+  for (let i = 0; i < 20; i++) {
+    const start = performance.now();
+    let now = start;
+    while (now === start) now = performance.now();
+    least = Math.min(least, now - start);
+  }
+  return least;
+}
+
+async function hash(bytes) {
+  if (!crypto.subtle) return null; // not a secure context
+  const digest = new Uint8Array(await crypto.subtle.digest('SHA-256', bytes));
+  return Array.from(digest, (byte) => byte.toString(16).padStart(2, '0')).join('');
+}
+
+/** The bytes of a file, reported while they stream; its hash is checked where the browser can. */
+async function download({ file, bytes, sha256 }, report) {
+  const response = await fetch(file);
+  if (!response.ok) throw new Error(`${file}: the server answers ${response.status} ${response.statusText}`);
+  const content = new Uint8Array(bytes);
+  let count = 0;
+  for (const reader = response.body.getReader(); ;) {
+    const { done, value } = await reader.read();
+    if (done) break;
+    if (count + value.length <= bytes) content.set(value, count);
+    count += value.length;
+    report(count / bytes);
+  }
+  const found = await hash(content);
+  if (count !== bytes || (found !== null && found !== sha256)) {
+    for (const name of self.caches ? await caches.keys() : []) await (await caches.open(name)).delete(file);
+    throw new Error(`${file} is damaged: it is not the file that was built. Copy the folder again and reload.`);
+  }
+  return { content, isHashed: found !== null };
+}
+
+async function checkWebGPU(precision) {
+  const adapter = await navigator.gpu?.requestAdapter();
+  if (!adapter) throw new Error('This browser offers no WebGPU here.');
+  if (precision === 'fp16' && !adapter.features.has('shader-f16')) {
+    throw new Error('This GPU does not compute in float16 (shader-f16): choose the fp32 file.');
+  }
+}
+
+/** Load the runtime and the program. */
+async function load({ manifest, wanted, backend, threads }, report) {
+  program = wanted;
+  const isGPU = backend === 'webgpu';
+  if (isGPU) await checkWebGPU(program.precision);
+  const script = isGPU ? ('Suspending' in WebAssembly ? 'ort.jspi.min.mjs' : 'ort.webgpu.min.mjs') : 'ort.wasm.min.mjs';
+  const folder = new URL(manifest.runtime.folder, self.location.href).href;
+  ort = await import(folder + script);
+  ort.env.wasm.wasmPaths = folder;
+  ort.env.wasm.numThreads = threads;
+  ort.env.logLevel = 'error';
+  const start = performance.now();
+  const { content, isHashed } = await download(program, report);
+  const downloaded = performance.now();
+  session = await ort.InferenceSession.create(content, {
+    executionProviders: [backend],
+    freeDimensionOverrides: { batch: 1, height: program.size[0], width: program.size[1] },
+  });
+  const created = performance.now();
+  tests = [];
+  for (const name of manifest.images) tests.push(await decode(await (await fetch(name)).blob()));
+  tensor = makeTensor(prepare(tests[0], program.preparation));
+  clock = measureClock();
+  return { download_ms: downloaded - start, load_ms: created - downloaded, isHashed, clock };
+}
+
+function makeTensor(pixels) {
+  return new ort.Tensor('float32', normalise(pixels, program.preparation), [1, 3, ...program.size]);
+}
+
+/** Logits on the CPU: waiting for them belongs to the time of a run. */
+async function run(input) {
+  const output = (await session.run({ [session.inputNames[0]]: input }))[session.outputNames[0]];
+  const logits = Float32Array.from(await output.getData());
+  output.dispose();
+  return logits;
+}
+
+/** Compare both test images with PyTorch in float64. */
+async function check() {
+  let error = 0;
+  let samePixels = true;
+  for (const [i, { logits, pixels: digest }] of program.checks.entries()) {
+    const pixels = prepare(tests[i], program.preparation);
+    const found = await hash(pixels.data);
+    samePixels &&= found === null || found === digest;
+    const outputs = await run(makeTensor(pixels));
+    const largest = Math.max(...logits.map(Math.abs));
+    for (const [k, expected] of logits.entries()) {
+      const difference = Math.abs(outputs[k] - expected) / largest;
+      error = difference <= error ? error : difference; // NaN stays
+      if (Number.isNaN(difference)) return { error: NaN, samePixels, isRight: false };
+    }
+  }
+  return { error, samePixels, isRight: error <= program.tolerance };
+}
+
+async function timeBlock(count) {
+  const start = performance.now();
+  for (let i = 0; i < count; i++) await run(tensor);
+  return (performance.now() - start) / count;
+}
+
+/** Run until times are stable. The first run, apart, compiles shaders or fills caches. */
+async function warmUp() {
+  const times = [await timeBlock(1)];
+  const { least, most, window, change } = WARM_UP;
+  let isStable = false;
+  while (times.length < most && !isStable) {
+    times.push(await timeBlock(1));
+    const [before, after] = [median(times.slice(-2 * window, -window)), median(times.slice(-window))];
+    isStable = times.length >= least && Math.abs(after / before - 1) <= change;
+  }
+  const typical = median(times.slice(-window));
+  return {
+    first_ms: times[0], warm_up: times.length, typical, isStable,
+    block: Math.max(1, Math.ceil((CLOCK_STEPS * clock) / typical)),
+  };
+}
+
+/** Milliseconds of `count` runs, each the mean of a block where the clock is too coarse for one. */
+async function time({ count, block }) {
+  const times = [];
+  for (let i = 0; i < count; i++) times.push(await timeBlock(block));
+  return times;
+}
+
+/** Logits of an image file, and the milliseconds of preparing and running it. */
+async function classify({ blob }) {
+  const start = performance.now();
+  const pixels = prepare(await decode(blob), program.preparation);
+  const prepared = performance.now();
+  const logits = await run(makeTensor(pixels));
+  return {
+    logits, pixels, prepare_ms: prepared - start, run_ms: performance.now() - prepared, digest: await hash(pixels.data),
+  };
+}
+
+const actions = { load, check, warmUp, time, classify };
+
+self.onmessage = async ({ data: { id, action, options } }) => {
+  try {
+    const result = await actions[action](options, (progress) => self.postMessage({ id, progress }));
+    self.postMessage({ id, result });
+  } catch (error) {
+    self.postMessage({ id, error: error.message || String(error) });
+  }
+};

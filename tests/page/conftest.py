@@ -1,0 +1,48 @@
+"""Fixtures of the tests of the page: its folder with a small network, built once for all processes."""
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from pages import write_checkpoint
+
+from caretrans.errors import ConfigError
+from caretrans.page.build import build_page
+from caretrans.page.config import PageConfig
+from caretrans.page.vendor import fetch_runtime
+
+
+@pytest.fixture(scope='session')
+def shared(tmp_path_factory) -> Path:
+    """A folder that all processes of pytest-xdist share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if 'PYTEST_XDIST_WORKER' in os.environ else folder
+
+
+@pytest.fixture(scope='session')
+def runtime() -> Path:
+    """The archive of the browser runtime."""
+    try:
+        return fetch_runtime()
+    except ConfigError as error:
+        pytest.skip(f'no browser runtime: {error}')
+
+
+@pytest.fixture(scope='session')
+def built(shared, runtime) -> Path:
+    """The folder of a page with a checkpoint in fp32 and fp16. Do not change it."""
+    folder = shared / 'page'
+    with FileLock(f'{folder}.lock'):
+        if not (folder / 'manifest.json').exists():
+            torch.manual_seed(0)
+            checkpoint = write_checkpoint(shared / 'page.pth.tar')
+            build_page(PageConfig(checkpoint=[str(checkpoint)], precision=['fp32', 'fp16'], output=str(folder)))
+    return folder
+
+
+@pytest.fixture
+def copied(built, tmp_path) -> Path:
+    """A copy of the folder, to be changed."""
+    return Path(shutil.copytree(built, tmp_path / 'page'))

@@ -1,0 +1,42 @@
+"""Shared by tests of the page: a small checkpoint, and a server."""
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from photos import FRUIT
+
+from caretrans.checkpoint import save_checkpoint
+from caretrans.measure.sample_network import load_sample_images, randomize
+from caretrans.page.config import ServerConfig
+from caretrans.page.server import make_server
+
+SIDE = 64
+CLASSES = sorted(path.name for path in (FRUIT / 'val').iterdir())
+
+
+def write_checkpoint(path: Path) -> Path:
+    """A care_s0 of few blocks for images of 64 pixels, with random weights that spread its predictions."""
+    depths = (1, 1, 1, 1)
+    model = timm.create_model('care_s0', num_classes=len(CLASSES), depths=depths).eval()
+    randomize(model, load_sample_images(model, (SIDE, SIDE), 8))
+    torch.nn.init.normal_(model.head.fc.weight, std=0.5)
+    save_checkpoint(path, model, arch='care_s0', class_names=CLASSES, model_args=dict(depths=depths), eval_config={
+        'input_size': [3, SIDE, SIDE], 'crop_pct': 0.875, 'orientation': 'exif'})
+    return path
+
+
+@contextmanager
+def serving(folder: Path, **settings: Any) -> Iterator[str]:
+    """The address of a server of a folder while it runs."""
+    server = make_server(folder, ServerConfig(port=0, **settings))
+    thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.05), daemon=True)
+    thread.start()
+    try:
+        yield f'http{"s" * bool(settings.get("tls"))}://localhost:{server.server_port}/'
+    finally:
+        server.shutdown()
+        server.server_close()
