@@ -2,6 +2,7 @@
 import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .checkpoint import LAYOUTS, convert_checkpoint, is_dense, read_checkpoint
@@ -46,6 +47,7 @@ def _build_parser() -> FlagParser:
     size.add_argument('--shard-size', type=number(float, 0.01), default=100., help='megabytes (default: 100)')
     shard.add_argument('--workers', type=number(int, 1), default=4, help='shards written in parallel (default: 4)')
     shard.add_argument('--seed', type=int, default=0, help='seed of the image order (default: 0)')
+    shard.add_argument('--lmdb', action='store_true', help='one LMDB file per split instead, not shuffled')
 
     inspect = commands.add_parser('inspect', help='say what is in a folder: images, objects, classes, odd things')
     inspect.add_argument('data', help='folder of classes, in the format of COCO or VOC, or with images and masks')
@@ -117,7 +119,12 @@ def _run(argv: Sequence[str]) -> int:
     command, as_json = options.pop('command'), options.pop('json', False)
     if command == 'predict':
         return _predict(as_json, **options)
-    if command == 'shard':
+    if command == 'shard' and options.pop('lmdb'):
+        from .data.lmdb_reader import write_lmdb
+        for split in options['splits']:
+            target = Path(options['target']) / f'{split}.lmdb'
+            print(escape(f'{split}: {write_lmdb(Path(options["source"]) / split, target)} images in {target}'))
+    elif command == 'shard':
         from .data.shards import write_shards
         for split, info in write_shards(**options).items():
             print(f'{split}: {info["num_samples"]} images in {len(info["filenames"])} shards')

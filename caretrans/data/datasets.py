@@ -1,4 +1,4 @@
-"""Data sets: folders, tars and shards of ours, and those of timm's factory; refuses what cannot be used."""
+"""Data sets: folders, tars, LMDB files and shards of ours, and those of timm's factory; refuses what cannot be used."""
 import json
 import logging
 import tarfile
@@ -10,7 +10,7 @@ from urllib.error import URLError
 from timm.data import ImageDataset, ImageNetInfo, IterableImageDataset, create_dataset
 from torch.utils.data import Dataset
 
-from ..errors import DataError, list_names
+from ..errors import DataError, list_names, require
 from ..text import read_text
 from .folders import ClassReader, FolderReader, TarReader
 
@@ -27,10 +27,10 @@ def _list_synonyms(split: str) -> list[str]:
 
 
 def _split_folder(root: Path, split: str) -> Path:
-    """The folder or tar of a split: `root`/`split`, or `root` itself if it has the name of the split."""
+    """The folder, tar or LMDB file of a split: `root`/`split`, or `root` itself if it has the name of the split."""
     synonyms = _list_synonyms(split)
     for name in synonyms:
-        for path in (root / name, root / f'{name}.tar'):
+        for path in (root / name, root / f'{name}.tar', root / f'{name}.lmdb'):
             if path.exists():
                 return path
     if root.name in synonyms:
@@ -64,7 +64,12 @@ def _open_shards(root: str, split: str, **options: Any) -> IterableImageDataset:
 
 
 def _open_images(path: Path, is_training: bool) -> ImageDataset:
-    """The images of a folder or a tar with class folders."""
+    """The images of a folder or a tar with class folders, or of an LMDB file."""
+    if path.suffix == '.lmdb' and path.is_file():
+        for package in ('lmdb', 'pyarrow'):
+            require(package)
+        from .lmdb_reader import LmdbReader  # both packages are needed for such files only
+        return ImageDataset(str(path), reader=LmdbReader(path))
     try:
         reader = FolderReader(path, is_training) if path.is_dir() else TarReader(path, is_training)
     except tarfile.TarError as error:
@@ -127,8 +132,8 @@ def open_dataset(
     Args:
         root: Folder of the data.
         split: 'train', 'val', or a name that the data set knows.
-        name: '' for folders and tars of images and for shards of ours, else a name of timm's factory (torch/cifar10).
-            The shards of any wds/NAME are those in `root`.
+        name: '' for folders, tars and LMDB files of images and for shards of ours, else a name of timm's factory
+            (torch/cifar10). The shards of any wds/NAME are those in `root`.
         classes: The expected classes in the order of their labels, from a checkpoint or another split.
         is_training, download, batch_size, seed: As in `timm.data.create_dataset`; every class of a folder or tar to be
             trained on must have an image.

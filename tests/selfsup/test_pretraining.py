@@ -87,22 +87,22 @@ def watch(module) -> dict:
     return seen
 
 
-def train(module, name, steps=None, offset=0, every=4, **options) -> dict:
-    """The errors of a golden run: of its first step in detail, then of losses, and of the state after the last step."""
+def train(module, name, steps=None, offset=0, every=4, details=True, **options) -> dict:
+    """The errors of a golden run: of its first step in detail, of all losses, and of the state after the last step."""
     arrays, errors = golden(name), {}
     total, first, steps = int(arrays['total_iters']), int(arrays['first_iter']), steps or len(arrays['losses'])
     sgd = build_optimizer(module.student, lr=1., **options)
     seen = watch(module)
     for k in range(steps):
         module.update_teacher(first + k + offset, total)
-        if k == 0:
+        if k == 0 and details:
             errors['teacher_0'] = error(norms(find(module.teacher), arrays['teacher_keys']), arrays['teacher_norms_0'])
         losses = module(*views(arrays, k))
         found = torch.stack([losses[name] for name in ('loss', 'c', 't', 'attention')])
         errors[f'losses_{k}'] = error(found, arrays['losses'][k])
         sgd.zero_grad()
         losses['loss'].backward()
-        if k == 0:
+        if k == 0 and details:
             errors.update(output_errors(seen, arrays, every), **gradient_errors(module, arrays))
             errors['bn'] = error(norms(statistics(module), arrays['bn_keys']), arrays['bn_norms'])
         for group in sgd.param_groups:
@@ -165,6 +165,6 @@ def decay_matrices_only(monkeypatch):
 def test_an_error_is_noticed(change, options, steps, noticed, small, monkeypatch):
     if change is not None:
         change(monkeypatch)
-    errors = train(deepcopy(small), 'care_r18_small', steps, **options)
+    errors = train(deepcopy(small), 'care_r18_small', steps, details=steps == 1, **options)
     print({key: f'{value:.1e}' for key, value in errors.items()})
-    assert errors[noticed] > 1e3 * BOUND
+    assert errors[noticed] > 10 * BOUND
