@@ -1,17 +1,21 @@
-"""Small commands, each with --help: python -m caretrans predict|convert|inspect|shard|bench-loader|compare."""
+"""Small commands, each with --help: python -m caretrans
+predict|convert|features|probe|inspect|shard|bench-loader|compare.
+"""
 import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import LAYOUTS, convert_checkpoint, is_dense, read_checkpoint
+from .checkpoint import LAYOUTS, convert_checkpoint, is_dense, is_pretraining, read_checkpoint
 from .devices import resolve_device
 from .errors import run_command
 from .flags import DEVICE_HELP, FlagParser, add_checkpoint_flags, add_weights_flags, check_weights, keep_flags, number
 from .progress import show_messages
 from .text import escape
 from .strict_json import to_json
+
+PLAIN_CONVERSION = ('source', 'target', 'layout', 'overwrite', 'entry')  # flags without those of classifiers
 
 
 def _build_parser() -> FlagParser:
@@ -31,7 +35,8 @@ def _build_parser() -> FlagParser:
     convert = commands.add_parser('convert', help='write a checkpoint in another layout or format')
     convert.add_argument('source')
     convert.add_argument('target', help='output file: .pth, .pth.tar or .safetensors')
-    convert.add_argument('--to', dest='layout', required=True, choices=LAYOUTS, help='layout of the keys')
+    convert.add_argument('--to', dest='layout', required=True, choices=(*LAYOUTS, 'detectron2'), help=(
+        'layout of the keys; detectron2 for the trunk of a pre-training'))
     add_checkpoint_flags(convert, convert.add_argument_group(
         'preparation of images', 'recorded by --to caretrans, which also turns a network for BGR images into one for '
         'RGB images; --to published accepts only --img-size, on which MLLA checkpoints depend'))
@@ -65,6 +70,8 @@ def _build_parser() -> FlagParser:
     for command in (predict, bench):
         command.add_argument('--json', action='store_true', help='print JSON objects')
     commands.add_parser('compare', add_help=False, help='train models under equal conditions: accuracy against latency')
+    commands.add_parser('features', add_help=False, help='write features of images, and a sheet of nearest neighbours')
+    commands.add_parser('probe', add_help=False, help='score features by nearest neighbours and a linear classifier')
     return parser
 
 
@@ -115,6 +122,9 @@ def _run(argv: Sequence[str]) -> int:
     if argv[:1] == ['compare']:  # its flags include those of train.py
         from .bench.compare import main as compare
         return compare(argv[1:])
+    if argv[:1] in (['features'], ['probe']):
+        from .selfsup.commands import run_features, run_probe
+        return (run_features if argv[0] == 'features' else run_probe)(argv[1:])
     options = vars(_build_parser().parse_args(argv))
     command, as_json = options.pop('command'), options.pop('json', False)
     if command == 'predict':
@@ -137,10 +147,12 @@ def _run(argv: Sequence[str]) -> int:
         from .bench.loaders import bench_loader, describe_bench
         result = bench_loader(**options)
         print(to_json(dataclasses.asdict(result)) if as_json else describe_bench(result))
-    elif is_dense(read_checkpoint(options['source'], options['entry'])):
+    elif is_dense(checkpoint := read_checkpoint(options['source'], options['entry'])):
         from .dense import convert_checkpoint as convert_dense
-        print(convert_dense(
-            **keep_flags(options, ('source', 'target', 'layout', 'overwrite', 'entry'), 'a detector or segmenter')))
+        print(convert_dense(**keep_flags(options, PLAIN_CONVERSION, 'a detector or segmenter')))
+    elif is_pretraining(checkpoint):
+        from .selfsup import convert_pretraining
+        print(convert_pretraining(**keep_flags(options, PLAIN_CONVERSION, 'a pre-training')))
     else:
         print(convert_checkpoint(**options))
     return 0

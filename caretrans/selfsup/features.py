@@ -13,22 +13,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from ..checkpoint.file import read_checkpoint
+from ..checkpoint import create_from_checkpoint, create_pretrained, read_checkpoint
 from ..checkpoint.preparation import Preparation, resolve_eval_config, resolve_settings
 from ..data.decode import EvalTransform, describe_error
 from ..devices import autocast
 from ..distributed import Processes
 from ..errors import ConfigError, DataError
-from ..evaluation.evaluate import load_for_evaluation
 from ..evaluation.predict import find_images
+from ..flags import check_weights
 from ..text import escape, open_text
 from .knn import find_nearest
 from .pretraining import create_trunk
 from .weights import is_pretraining, load_pretraining
 
 __all__ = [
-    'CPU', 'Features', 'estimate_statistics', 'extract_features', 'extract_folder', 'load_trunk', 'write_features',
-    'write_sheet']
+    'CPU', 'Features', 'check_ending', 'estimate_statistics', 'extract_features', 'extract_folder', 'load_trunk',
+    'write_features', 'write_sheet']
 
 CPU = torch.device('cpu')
 ENDINGS = ('.npz', '.csv')
@@ -49,39 +49,61 @@ class Features(nn.Module):
         return self.trunk.forward_head(self.trunk.forward_features(x), pre_logits=True)
 
 
+@torch.no_grad()
+def _check(trunk: nn.Module, preparation: Preparation) -> None:
+    """Run a trunk on one empty image, so that what it cannot take is named before any work.
+
+    Raises:
+        ConfigError: It does not take images of this size, or has no features before its classifier.
+    """
+    name, shape = type(trunk).__name__, preparation.input_size
+    try:
+        features = Features(trunk).eval()(torch.zeros(1, *shape))
+    except AttributeError:
+        raise ConfigError(f'{name} has no forward_head, which returns its features: use another model.') from None
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f'{name} does not take images of {shape[1]} x {shape[2]} pixels '
+                          f'({" ".join(str(error).split())[:200]}): use another size.') from error
+    if features.ndim != 2:
+        raise ConfigError(f'{name} does not pool its features: omit global_pool.')
+
+
 def load_trunk(
         checkpoint: str = '', model_name: str | None = None, entry: str | None = None, pretrained: bool = False,
         random_weights: bool = False, teacher: bool = False, **overrides: Any) -> tuple[nn.Module, Preparation]:
     """A trunk in evaluation mode, and the preparation of its images.
 
     Args:
-        checkpoint: A file of pre-training, published or ours, or any classification file.
+        checkpoint: A file of pre-training, published or ours, or of a classifier.
         model_name, entry, pretrained: See `caretrans.evaluation.load_for_evaluation`.
         random_weights: Initialise `model_name` randomly instead, for comparison.
         teacher: Take the teacher's trunk of a file of pre-training instead of the student's.
         overrides: Image settings, see `load_for_evaluation`; None is no override.
     Raises:
-        CheckpointError, ConfigError: The weights cannot be loaded.
+        CheckpointError, ConfigError: The weights cannot be loaded, or do not take images of this size.
     """
+    check_weights(checkpoint, pretrained, model_name, entry, random_weights)
     given = {name: value for name, value in overrides.items() if value is not None}
-    if random_weights:
-        if not model_name or checkpoint or pretrained:
-            raise ConfigError('--random-weights needs --model, and no --checkpoint or --pretrained.')
-        trunk = create_trunk(model_name)
-        return trunk.eval(), resolve_eval_config(trunk, **given)
     loaded = read_checkpoint(checkpoint, entry) if checkpoint else None
-    if loaded is not None and is_pretraining(loaded):
+    if teacher and (loaded is None or not is_pretraining(loaded)):
+        raise ConfigError(f'{checkpoint or model_name} has no teacher: omit --teacher.')
+    if random_weights:
+        trunk = create_trunk(model_name)
+        preparation = resolve_eval_config(trunk, **given)
+    elif loaded is not None and is_pretraining(loaded):
         module = load_pretraining(checkpoint, entry)
         trunk = (module.teacher if teacher else module.student).trunk
-        stored = {} if 'eval_config' in loaded.meta else dict(PUBLISHED, img_size=module.design.img_size)
-        return trunk.eval(), resolve_settings(trunk, loaded, None, **{**stored, **given})
-    if teacher:
-        raise ConfigError(f'{checkpoint or model_name} has no teacher: omit --teacher.')
-    model, _, preparation = load_for_evaluation(checkpoint, model_name, entry, pretrained=pretrained, **given)
-    return model, preparation
+        usual = {} if 'eval_config' in loaded.meta else dict(PUBLISHED, img_size=module.design.img_size)
+        preparation = resolve_settings(trunk, loaded, None, **{**usual, **given})
+    else:
+        trunk, loaded = create_pretrained(model_name) if pretrained else \
+            create_from_checkpoint(checkpoint, model_name, entry)
+        preparation = resolve_settings(trunk, loaded, model_name, **given)
+    _check(trunk.eval(), preparation)
+    return trunk, preparation
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def extract_features(
         trunk: nn.Module, batches: Batches, amp: str = 'off', processes: Processes = Processes(),  # noqa: B008
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,6 +176,16 @@ def extract_folder(
     return features, read, unreadable
 
 
+def check_ending(path: str | Path) -> None:
+    """Refuse a file of features that `write_features` cannot write.
+
+    Raises:
+        ConfigError: Another ending.
+    """
+    if Path(path).suffix not in ENDINGS:
+        raise ConfigError(f'{path}: let the name end in {" or ".join(ENDINGS)}.')
+
+
 def write_features(path: str | Path, features: torch.Tensor, names: Sequence[str]) -> None:
     """Write features and the names of their images.
 
@@ -163,9 +195,8 @@ def write_features(path: str | Path, features: torch.Tensor, names: Sequence[str
         ConfigError: Another ending.
         DataError: The file cannot be written.
     """
+    check_ending(path)
     path = Path(path)
-    if path.suffix not in ENDINGS:
-        raise ConfigError(f'{path}: let the name end in {" or ".join(ENDINGS)}.')
     names = [escape(name) for name in names]
     try:
         if path.suffix == '.npz':

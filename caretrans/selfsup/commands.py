@@ -1,0 +1,60 @@
+"""Command lines of `python -m caretrans probe | features`."""
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..devices import resolve_device
+from ..errors import DataError
+from ..flags import DEVICE_HELP, FlagParser, add_checkpoint_flags, add_flags, add_weights_flags
+from ..strict_json import to_json
+from ..text import escape
+from .features import check_ending, extract_folder, load_trunk, write_features, write_sheet
+from .probing import ProbeConfig, describe_probe, probe_trunk
+
+__all__ = ['run_features', 'run_probe']
+
+
+def run_probe(argv: Sequence[str]) -> int:
+    """Score a trunk by nearest neighbours and a linear classifier, and print the result."""
+    parser = FlagParser(
+        prog='python -m caretrans probe', description=run_probe.__doc__, argument_default=argparse.SUPPRESS)
+    parser.add_argument('data_folder', nargs='?', metavar='DATA', help='same as --data')
+    parser.add_argument('--json', action='store_true', default=False, help='print a JSON object')
+    add_flags(parser, ProbeConfig)
+    flags = vars(parser.parse_args(argv))
+    as_json, folder = flags.pop('json'), flags.pop('data_folder', None)
+    config = ProbeConfig(**dict(flags, **dict(data=folder) if folder else {}))
+    report = probe_trunk(config)
+    print(to_json(report.to_dict(), indent=2) if as_json else '\n'.join(map(escape, describe_probe(report))))
+    return 0
+
+
+def run_features(argv: Sequence[str]) -> int:
+    """Write the features of images, and draw some images with those whose features are nearest."""
+    parser = FlagParser(prog='python -m caretrans features', description=run_features.__doc__)
+    parser.add_argument('images', nargs='+', help='image files and folders of images')
+    add_weights_flags(parser)
+    add_checkpoint_flags(parser)
+    parser.add_argument('--teacher', action='store_true', help='use the teacher of a pre-training, not the student')
+    parser.add_argument('--output', default='features.npz', help='.npz or .csv (default: features.npz)')
+    parser.add_argument('--sheet', help='PNG of nearest neighbours (default: beside the output; none for no sheet)')
+    parser.add_argument('--device', default='auto', help=DEVICE_HELP)
+    flags = vars(parser.parse_args(argv))
+    images, output, sheet = flags.pop('images'), Path(flags.pop('output')), flags.pop('sheet')
+    sheet = output.with_suffix('.png') if sheet is None else None if sheet == 'none' else Path(sheet)
+    device = resolve_device(flags.pop('device'))
+    for path in (output, sheet):
+        if path is not None and not path.parent.is_dir():
+            raise DataError(f'{path} cannot be written: there is no folder {path.parent}.')
+    check_ending(output)
+    trunk, preparation = load_trunk(**flags)
+    features, names, unreadable = extract_folder(trunk, preparation, images, device)
+    write_features(output, features, names)
+    print(f'{output}: {features.shape[1]} features of {len(names)} images')
+    if sheet is not None:
+        write_sheet(sheet, features, names, preparation)
+        print(f'{sheet}: images with their nearest neighbours')
+    for name, reason in unreadable:
+        print(f'{escape(name)}: cannot be read as an image ({reason})', file=sys.stderr)
+    return int(bool(unreadable))
