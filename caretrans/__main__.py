@@ -1,5 +1,5 @@
 """Small commands, each with --help: python -m caretrans
-predict|convert|features|probe|inspect|shard|bench-loader|compare.
+predict|convert|pretrain|probe|features|inspect|shard|bench-loader|compare.
 """
 import dataclasses
 import sys
@@ -9,6 +9,7 @@ from typing import Any
 
 from .checkpoint import LAYOUTS, convert_checkpoint, is_dense, is_pretraining, read_checkpoint
 from .devices import resolve_device
+from .distributed import is_primary
 from .errors import run_command
 from .flags import DEVICE_HELP, FlagParser, add_checkpoint_flags, add_weights_flags, check_weights, keep_flags, number
 from .progress import show_messages
@@ -70,6 +71,7 @@ def _build_parser() -> FlagParser:
     for command in (predict, bench):
         command.add_argument('--json', action='store_true', help='print JSON objects')
     commands.add_parser('compare', add_help=False, help='train models under equal conditions: accuracy against latency')
+    commands.add_parser('pretrain', add_help=False, help='pre-train a network on images without labels')
     commands.add_parser('features', add_help=False, help='write features of images, and a sheet of nearest neighbours')
     commands.add_parser('probe', add_help=False, help='score features by nearest neighbours and a linear classifier')
     return parser
@@ -122,9 +124,9 @@ def _run(argv: Sequence[str]) -> int:
     if argv[:1] == ['compare']:  # its flags include those of train.py
         from .bench.compare import main as compare
         return compare(argv[1:])
-    if argv[:1] in (['features'], ['probe']):
-        from .selfsup.commands import run_features, run_probe
-        return (run_features if argv[0] == 'features' else run_probe)(argv[1:])
+    if argv[:1] in (['features'], ['pretrain'], ['probe']):  # with flags of their own
+        from .selfsup.commands import run_features, run_pretrain, run_probe
+        return dict(features=run_features, pretrain=run_pretrain, probe=run_probe)[argv[0]](argv[1:])
     options = vars(_build_parser().parse_args(argv))
     command, as_json = options.pop('command'), options.pop('json', False)
     if command == 'predict':
@@ -160,8 +162,8 @@ def _run(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
-    show_messages()
-    return run_command(' '.join(['caretrans', *argv[:1]]), lambda: _run(argv))
+    show_messages(is_primary())
+    return run_command(' '.join(['caretrans', *argv[:1]]), lambda: _run(argv), is_primary())
 
 
 if __name__ == '__main__':

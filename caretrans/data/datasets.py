@@ -1,6 +1,7 @@
 """Data sets: folders, tars, LMDB files and shards of ours, and those of timm's factory; refuses what cannot be used."""
 import json
 import logging
+import os
 import tarfile
 from http.client import HTTPException
 from pathlib import Path
@@ -12,9 +13,10 @@ from torch.utils.data import Dataset
 
 from ..errors import DataError, list_names, require
 from ..text import read_text
-from .folders import ClassReader, FolderReader, TarReader
+from .folders import ClassReader, FolderReader, TarReader, UnlabelledReader
 
-__all__ = ['check_labels', 'describe_classes', 'find_labels', 'list_classes', 'name_image', 'open_dataset']
+__all__ = [
+    'check_labels', 'describe_classes', 'find_labels', 'list_classes', 'name_image', 'open_dataset', 'open_unlabelled']
 
 _logger = logging.getLogger(__name__)
 
@@ -157,6 +159,33 @@ def open_dataset(
             f'The classes of {root} are not those expected ({len(found)} against {len(classes)}): '
             f'missing {list_names(missing) or "none"}; unknown {list_names(extra) or "none"}.')
     return dataset
+
+
+def open_unlabelled(root: str, split: str, name: str = '', **options: Any) -> tuple[Dataset, bool]:
+    """A data set whose labels are not needed, and whether it has labels all the same.
+
+    Of a folder, the images are those below `root`/`split`, or without such a folder all below `root`. They have labels
+    if there is a folder for the split, and folders of two or more classes in it hold all of them.
+
+    Args:
+        options: See `open_dataset`.
+    Raises:
+        DataError: There are no images, or they cannot be read.
+    """
+    path = Path(root or '')
+    if name or not root or not path.is_dir() or (path / INFO).is_file():
+        return open_dataset(root, split, name, is_training=True, **options), True
+    found = next((part for part in (path / synonym for synonym in _list_synonyms(split)) if part.is_dir()), None)
+    if found is None and any((path / f'{synonym}{ending}').is_file() for synonym in _list_synonyms(split)
+                             for ending in ('.tar', '.lmdb')):
+        return open_dataset(root, split, is_training=True, **options), True
+    reader = UnlabelledReader(found or path)
+    inside = [image.removeprefix(reader.root).lstrip(os.sep).split(os.sep) for image in reader.images]
+    if found is not None and all(len(parts) > 1 for parts in inside) and len({parts[0] for parts in inside}) > 1:
+        return open_dataset(root, split, **options), True
+    for note in reader.notes:
+        _logger.warning(note)
+    return ImageDataset(str(path), reader=reader), False
 
 
 def list_classes(dataset: Dataset) -> list[str] | None:

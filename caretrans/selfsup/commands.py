@@ -1,18 +1,50 @@
-"""Command lines of `python -m caretrans probe | features`."""
+"""Command lines of `python -m caretrans pretrain | probe | features`."""
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..config import parse_train_config, read_recipe
 from ..devices import resolve_device
-from ..errors import DataError
+from ..distributed import find_processes, shared_errors
+from ..errors import DataError, Preempted
 from ..flags import DEVICE_HELP, FlagParser, add_checkpoint_flags, add_flags, add_weights_flags
 from ..strict_json import to_json
 from ..text import escape
+from ..training.run import train
+from .config import PretrainConfig
 from .features import check_ending, extract_folder, load_trunk, write_features, write_sheet
 from .probing import ProbeConfig, describe_probe, probe_trunk
+from .training import PretrainTrainer
 
-__all__ = ['run_features', 'run_probe']
+__all__ = ['run_features', 'run_pretrain', 'run_probe']
+
+
+def run_pretrain(argv: Sequence[str]) -> int:
+    """Pre-train a network on images without labels: pretrain DATA [--recipe NAME] [flags]. Recipes: selfsup_*."""
+    processes = find_processes()
+    with shared_errors():  # all processes have the same command line
+        config = parse_train_config(argv, run_pretrain.__doc__, PretrainConfig)
+    try:
+        result = train(config, PretrainTrainer)
+    except Preempted as stop:
+        if processes.is_primary:
+            print(stop)
+        return 0
+    except KeyboardInterrupt:
+        if processes.is_primary:
+            print('pretrain: stopped; the same command resumes from the last checkpoint', file=sys.stderr)
+        return 130
+    if processes.is_primary:
+        last = shlex.quote(str(result.folder / 'last.pth.tar'))
+        if result.best is not None:
+            print(f'nearest neighbours: last {result.last.scores["val_knn"]:.1f} %, best '
+                  f'{result.best.scores["val_knn"]:.1f} % after epoch {result.best.epoch}')
+        print(f'curves: {result.folder / "curves.png"}   table: {result.folder / "summary.csv"}')
+        print(f'next: bash cmd/probe.sh DATA --checkpoint {last}   python -m caretrans features DATA --checkpoint '
+              f'{last}   bash cmd/train.sh DATA --model {config.model} --checkpoint {last} --new-heads')
+    return 0
 
 
 def run_probe(argv: Sequence[str]) -> int:
@@ -20,11 +52,13 @@ def run_probe(argv: Sequence[str]) -> int:
     parser = FlagParser(
         prog='python -m caretrans probe', description=run_probe.__doc__, argument_default=argparse.SUPPRESS)
     parser.add_argument('data_folder', nargs='?', metavar='DATA', help='same as --data')
+    parser.add_argument('--recipe', help='bundled recipe or YAML file; flags override its settings')
     parser.add_argument('--json', action='store_true', default=False, help='print a JSON object')
     add_flags(parser, ProbeConfig)
     flags = vars(parser.parse_args(argv))
-    as_json, folder = flags.pop('json'), flags.pop('data_folder', None)
-    config = ProbeConfig(**dict(flags, **dict(data=folder) if folder else {}))
+    as_json, folder, recipe = flags.pop('json'), flags.pop('data_folder', None), flags.pop('recipe', None)
+    settings = read_recipe(recipe, ProbeConfig) if recipe else {}
+    config = ProbeConfig(**{**settings, **flags, **(dict(data=folder) if folder else {})})
     report = probe_trunk(config)
     print(to_json(report.to_dict(), indent=2) if as_json else '\n'.join(map(escape, describe_probe(report))))
     return 0

@@ -171,6 +171,7 @@ class Run:
             loss=loss / max(counted, 1), lr=state.lr, seconds=seconds, images_per_s=images / seconds,
             data_wait=waited / seconds,
             terms={name: term / max(counted, 1) for name, term in zip(self.trainer.terms, terms, strict=True)})
+        self.trainer.check_terms(state.epoch + 1, state.trained.terms)
         if found and self.folder is not None:
             file = self.folder.list_images(found, f'unreadable-epoch-{state.epoch + 1}.txt')
             self.say(f'{len(found)} of {len(self.trainer.train_set)} training images could not be read and were '
@@ -278,7 +279,7 @@ def _resume(
     problems = []
     for path in candidates:
         try:
-            loaded = read_checkpoint(path, 'state_dict')
+            loaded = read_checkpoint(path, trainer.weights_entry)
             averaged = read_checkpoint(path, 'state_dict_ema').state_dict if trainer.ema is not None else None
         except CheckpointError as error:
             problems.append(str(error))
