@@ -18,15 +18,18 @@ import caretrans.selfsup.training
 from caretrans import config
 from caretrans.__main__ import main
 from caretrans.config import parse_train_config, read_recipe
+from caretrans.data import EvalTransform, open_dataset
 from caretrans.data.lmdb_reader import write_lmdb
 from caretrans.data.loaders import Pass
+from caretrans.data.samples import load_images
 from caretrans.distributed import Processes
 from caretrans.errors import ConfigError, DataError, TrainingError
-from caretrans.selfsup import Pretraining
+from caretrans.selfsup import Pretraining, demo
 from caretrans.selfsup.config import PretrainConfig
+from caretrans.selfsup.features import load_trunk
 from caretrans.selfsup.optimizer import build_optimizer, build_schedule
 from caretrans.selfsup.probe import ProbeSettings
-from caretrans.selfsup.probing import ProbeConfig
+from caretrans.selfsup.probing import ProbeConfig, score_neighbours
 from caretrans.selfsup.training import PretrainTask, PretrainTrainer
 from caretrans.training.run import train
 from caretrans.training.steps import Stepper, train_steps
@@ -162,6 +165,30 @@ def test_a_run_computes_the_published_steps(tmp_path):
     difference = (torch.tensor(found) - torch.from_numpy(arrays['losses'][:steps])).abs().max()
     print(f'largest difference {difference:.1e}')
     assert difference < 1e-5  # the loop sums figures in float32
+
+
+def test_a_run_in_bf16_with_accumulation_and_lars(data, tmp_path):
+    pretrain(data, *FLAGS, '--epochs', 1, '--warmup-epochs', 0, '--amp', 'bf16', '--device-batch', 4, '--opt', 'lars',
+             '--channels-last', '--output', tmp_path / 'run')
+    row, = read_rows(tmp_path / 'run')
+    assert 0 < float(row['train_c']) < 16 and 0 < float(row['train_spread_c']) < 1.5
+    parts = read_tensors(tmp_path / 'run' / 'last.pth.tar', 'pretraining')
+    assert all(value.dtype == torch.float32 for key, value in parts.items() if 'tracked' not in key)
+
+
+def test_the_demonstration_scores_every_kind_of_features(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, 'PROBE', ProbeSettings(epochs=2, batch_size=16))
+    rows = [demo._run(str(data), tmp_path, name, 0, 1) for name in (demo.COLOUR, demo.RANDOM, *demo.METHODS)]
+    lines = list(demo._tabulate(rows))
+    assert [row.features for row in rows] == [line.split('  ')[0] for line in lines[1:]]
+    assert all(0 <= row.neighbours <= 100 and 0 <= row.linear <= 100 for row in rows)
+    assert f'{rows[2].neighbours:.1f} %' in lines[3] and 'epoch 1/1' in (tmp_path / 'care-0.txt').read_text()
+    preparation = load_trunk('', 'test_resnet', random_weights=True, img_size=64, orientation='exif')[1]
+    colours = []
+    for dataset in (open_dataset(str(data), split) for split in ('train', 'val')):
+        pixels, labels = load_images(dataset, range(len(dataset)), EvalTransform(preparation))
+        colours.append((pixels.mean((2, 3)), labels))
+    assert rows[0].neighbours == pytest.approx(score_neighbours(*colours, 2).top1, abs=2.1)  # one image of 48
 
 
 # Data -----------------------------------------------------------------------------------------------------------------
