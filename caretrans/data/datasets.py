@@ -3,12 +3,14 @@ import json
 import logging
 import os
 import tarfile
+from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.error import URLError
 
 from timm.data import ImageDataset, ImageNetInfo, IterableImageDataset, create_dataset
+from timm.data.readers.reader import Reader
 from torch.utils.data import Dataset
 
 from ..errors import DataError, list_names, require
@@ -16,7 +18,8 @@ from ..text import read_text
 from .folders import ClassReader, FolderReader, TarReader, UnlabelledReader
 
 __all__ = [
-    'check_labels', 'describe_classes', 'find_labels', 'list_classes', 'name_image', 'open_dataset', 'open_unlabelled']
+    'check_labels', 'describe_classes', 'find_labels', 'list_classes', 'name_image', 'open_dataset', 'open_unlabelled',
+    'thin_out']
 
 _logger = logging.getLogger(__name__)
 
@@ -186,6 +189,31 @@ def open_unlabelled(root: str, split: str, name: str = '', **options: Any) -> tu
     for note in reader.notes:
         _logger.warning(note)
     return ImageDataset(str(path), reader=reader), False
+
+
+class _PartReader(Reader):
+    """Some images of another reader."""
+
+    def __init__(self, reader: Reader, places: Sequence[int]) -> None:
+        super().__init__()
+        self.reader, self.places = reader, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        return self.reader[self.places[index]]
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        return self.reader.filename(self.places[index], basename, absolute)
+
+
+def thin_out(dataset: Dataset, most: int) -> Dataset:
+    """At most `most` images, evenly spaced, of a folder, tar or LMDB file; other data sets as they are."""
+    if not isinstance(dataset, ImageDataset) or len(dataset) <= most:
+        return dataset
+    places = [i * len(dataset) // most for i in range(most)]
+    return ImageDataset('', reader=_PartReader(dataset.reader, places))
 
 
 def list_classes(dataset: Dataset) -> list[str] | None:

@@ -25,6 +25,7 @@ class PretrainConfig(RunConfig):
 
     data: str = setting('', 'folder of images, with or without train/ and classes, or LMDB files or shards')
     dataset: str = setting('', "data set of timm's factory, e.g. torch/cifar10; '' for folders", off='')
+    dataset_download: bool = setting(False, 'download the data set if it is missing')
     val_split: str = setting('val', 'split that nearest neighbours classify, where data have labels')
 
     model: str = setting('resnet50', 'any model of timm or caretrans with a map before its last stage')
@@ -60,6 +61,7 @@ class PretrainConfig(RunConfig):
     knn_k: int = setting(NEIGHBOURS, 'nearest neighbours that vote', bounds=(1, None))
     knn_temperature: float = setting(
         TEMPERATURE, 'a neighbour votes with exp(cosine / temperature)', positive=True)
+    knn_bank: int = setting(100_000, 'most training images among which they are found', bounds=(1, None))
     val_interval: int = setting(5, 'epochs between scores of nearest neighbours; the last is scored', bounds=(1, None))
     collapse: float = setting(
         .1, 'stop if the outputs spread less in an epoch: 1 is evenly, 0 is all the same; 0 never stops',

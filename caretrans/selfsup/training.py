@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import create_pretrained, load_checkpoint, read_checkpoint
 from ..checkpoint.preparation import resolve_eval_config
-from ..data.datasets import list_classes, open_dataset, open_unlabelled
+from ..data.datasets import list_classes, open_dataset, open_unlabelled, thin_out
 from ..data.loaders import Pass, TrainLoader, build_eval_loader, make_samples, normalise
 from ..distributed import Processes
 from ..errors import ConfigError, DataError, TrainingError
@@ -87,6 +87,9 @@ class PretrainTrainer(Trainer):
                 f'A forward pass of 1 image leaves BatchNorm of the heads one value per channel (batch_size='
                 f'{config.batch_size}, device_batch={config.device_batch}, {processes.world_size} process(es)): use 2 '
                 f'or more per pass and process.')
+        if config.dataset_download:  # once per machine
+            processes.together(lambda: open_dataset(
+                config.data, config.train_split, config.dataset, download=True) if processes.local_rank == 0 else None)
 
     def open_data(self) -> None:
         config = self.config
@@ -105,7 +108,8 @@ class PretrainTrainer(Trainer):
         classes = list_classes(self.train_set)
         try:
             self.val_set = open_dataset(config.data, config.val_split, classes=classes, **options)
-            self.bank_set = open_dataset(config.data, config.train_split, classes=classes, **options)
+            self.bank_set = thin_out(
+                open_dataset(config.data, config.train_split, classes=classes, **options), config.knn_bank)
         except DataError as error:
             self.val_set, self.no_scores = None, str(error)
 
@@ -221,8 +225,8 @@ class PretrainTrainer(Trainer):
         yield f'{config.method}: {len(self.train_set)} images without labels, two views of {config.img_size} pixels'
         if self.val_set is not None:
             yield (f'every {config.val_interval} epochs {config.knn_k} nearest neighbours (temperature '
-                   f'{config.knn_temperature:g}) among them classify the {len(self.val_set)} images of '
-                   f'{config.val_split}')
+                   f'{config.knn_temperature:g}) among {len(self.bank_set)} of them classify the {len(self.val_set)} '
+                   f'images of {config.val_split}')
         else:
             yield f'no scores while training: {getattr(self, "no_scores", "the images have no labels")}'
         yield from super().introduce()

@@ -18,10 +18,10 @@ import caretrans.selfsup.training
 from caretrans import config
 from caretrans.__main__ import main
 from caretrans.config import parse_train_config, read_recipe
-from caretrans.data import EvalTransform, open_dataset
+from caretrans.data import EvalTransform, name_image, open_dataset
 from caretrans.data.lmdb_reader import write_lmdb
 from caretrans.data.loaders import Pass
-from caretrans.data.samples import load_images
+from caretrans.data.samples import load_images, read_image
 from caretrans.distributed import Processes
 from caretrans.errors import ConfigError, DataError, TrainingError
 from caretrans.selfsup import Pretraining, demo
@@ -214,9 +214,19 @@ def test_images_of_any_kind_are_pre_trained_on(kind, data, tmp_path, capsys):
     count = 20 if kind in ('flat', 'split without classes') else 48
     assert f'byol: {count} images without labels, two views of 32 pixels' in out
     labelled = kind in ('lmdb', 'shards')
-    assert ('20 nearest neighbours (temperature 0.07) among them classify the 48 images of val' in out) == labelled
+    scored = '20 nearest neighbours (temperature 0.07) among 48 of them classify the 48 images of val'
+    assert (scored in out) == labelled
     assert ('no scores while training: the images have no labels' in out) == (not labelled)
     assert (read_rows(tmp_path / 'run')[0]['val_knn'] != '') == labelled
+
+
+def test_the_bank_of_neighbours_is_thinned_out(data):
+    trainer = PretrainTrainer(configure(data, *FLAGS, '--knn-bank', 10), Processes(), torch.device('cpu'))
+    trainer.train_loader.close()
+    assert len(trainer.train_set) == 48 and len(trainer.bank_set) == 10
+    loaded = [read_image(trainer.bank_set, i) for i in range(10)]
+    assert [label for _, label in loaded] == 5 * [0] + 5 * [1] and len({data for data, _ in loaded}) == 10
+    assert name_image(trainer.bank_set, 9) == name_image(trainer.train_set, 43)
 
 
 @pytest.mark.parametrize('flags, error, message', [
