@@ -2,17 +2,18 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from ..config import parse_train_config, read_recipe
 from ..devices import resolve_device
-from ..distributed import find_processes, shared_errors
-from ..errors import DataError, Preempted
+from ..distributed import shared_errors
+from ..errors import DataError
 from ..flags import DEVICE_HELP, FlagParser, add_checkpoint_flags, add_flags, add_weights_flags
 from ..strict_json import to_json
 from ..text import escape
-from ..training.run import train
+from ..training.run import TrainResult, run_training
 from .config import PretrainConfig
 from .features import check_ending, extract_folder, load_trunk, write_features, write_sheet
 from .probing import ProbeConfig, describe_probe, probe_trunk
@@ -23,28 +24,23 @@ __all__ = ['run_features', 'run_pretrain', 'run_probe']
 
 def run_pretrain(argv: Sequence[str]) -> int:
     """Pre-train a network on images without labels: pretrain DATA [--recipe NAME] [flags]. Recipes: selfsup_*."""
-    processes = find_processes()
     with shared_errors():  # all processes have the same command line
         config = parse_train_config(argv, run_pretrain.__doc__, PretrainConfig)
-    try:
-        result = train(config, PretrainTrainer)
-    except Preempted as stop:
-        if processes.is_primary:
-            print(stop)
-        return 0
-    except KeyboardInterrupt:
-        if processes.is_primary:
-            print('pretrain: stopped; the same command resumes from the last checkpoint', file=sys.stderr)
-        return 130
-    if processes.is_primary:
-        last = shlex.quote(str(result.folder / 'last.pth.tar'))
-        if result.best is not None:
-            print(f'nearest neighbours: last {result.last.scores["val_knn"]:.1f} %, best '
-                  f'{result.best.scores["val_knn"]:.1f} % after epoch {result.best.epoch}')
-        print(f'curves: {result.folder / "curves.png"}   table: {result.folder / "summary.csv"}')
-        print(f'next: bash cmd/probe.sh DATA --checkpoint {last}   python -m caretrans features DATA --checkpoint '
-              f'{last}   bash cmd/train.sh DATA --model {config.model} --checkpoint {last} --new-heads')
-    return 0
+    return run_training('pretrain', config, PretrainTrainer, partial(_report, config.model))
+
+
+def _report(model: str, result: TrainResult) -> Iterator[str]:
+    """Lines about a finished run."""
+    last = shlex.quote(str(result.folder / 'last.pth.tar'))
+    if result.best is not None:
+        name = result.best_score
+        yield (f'nearest neighbours: last {result.last.scores[name]:.1f} %, best {result.best.scores[name]:.1f} % '
+               f'after epoch {result.best.epoch}')
+    yield f'curves: {result.folder / "curves.png"}   table: {result.folder / "summary.csv"}'
+    yield 'next:'
+    yield f'  bash cmd/probe.sh DATA --checkpoint {last}'
+    yield f'  python -m caretrans features FOLDER --checkpoint {last}'
+    yield f'  bash cmd/train.sh DATA --model {model} --checkpoint {last} --new-heads'
 
 
 def run_probe(argv: Sequence[str]) -> int:
