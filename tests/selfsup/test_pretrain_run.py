@@ -101,7 +101,7 @@ def test_a_killed_run_resumes_to_the_bit(data, undisturbed, tmp_path):
     flags = ['-m', 'caretrans', 'pretrain', data, *FLAGS, '--output', folder]
     for line in ('epoch 1/3', 'epoch 2/3'):
         process = start(*flags, log=log)
-        assert wait_for(lambda line=line: line in log.read_text(encoding='utf-8'), process), log.read_text()
+        assert wait_for(lambda line=line: line in log.read_text(encoding='utf-8'), process)
         kill(process)
     out, _ = run(*flags)
     assert 'resumes from' in out
@@ -182,7 +182,8 @@ def test_the_demonstration_scores_every_kind_of_features(data, tmp_path, monkeyp
     lines = list(demo._tabulate(rows))
     assert [row.features for row in rows] == [line.split('  ')[0] for line in lines[1:]]
     assert all(0 <= row.neighbours <= 100 and 0 <= row.linear <= 100 for row in rows)
-    assert f'{rows[2].neighbours:.1f} %' in lines[3] and 'epoch 1/1' in (tmp_path / 'care-0.txt').read_text()
+    assert f'{rows[2].neighbours:.1f} %' in lines[3]
+    assert 'epoch 1/1' in (tmp_path / 'care-0.txt').read_text(encoding='utf-8')
     preparation = load_trunk('', 'test_resnet', random_weights=True, img_size=64, orientation='exif')[1]
     colours = []
     for dataset in (open_dataset(str(data), split) for split in ('train', 'val')):
