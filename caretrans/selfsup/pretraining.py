@@ -111,13 +111,12 @@ def _measure(trunk: nn.Module, design: Design) -> Maps:
     """
     name, x = design.model, torch.zeros(1, 3, design.img_size, design.img_size)
     training = trunk.training
+    if design.method == 'care' and not hasattr(trunk, 'forward_intermediates'):
+        raise ConfigError(f'{name} has no forward_intermediates, from which the T-stream takes a map: use another '
+                          f'model, or --method byol.')
     try:
         features = trunk.eval().forward_head(trunk.forward_features(x), pre_logits=True)
         maps = trunk.forward_intermediates(x, intermediates_only=True)[-2:] if design.method == 'care' else []
-    except (AttributeError, NotImplementedError):
-        raise ConfigError(
-            f'{name} has no forward_intermediates, from which the T-stream takes a map: use --method byol, or another '
-            f'model.') from None
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
         reason = ' '.join(str(error).split())[:200]
         raise ConfigError(f'{name} does not take images of {design.img_size} pixels ({reason}).') from error

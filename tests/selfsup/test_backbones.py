@@ -1,5 +1,6 @@
 """Any backbone is pre-trained: shapes, gradients of every weight, and refusals that name the reason."""
 import pytest
+import timm
 import torch
 from reference import SHALLOW
 
@@ -79,6 +80,13 @@ def test_spread_tells_a_collapse():
 def test_what_cannot_be_is_named(design, message):
     with pytest.raises(ConfigError, match=message):
         Pretraining(Design(**{**SIZES, **design}))
+
+
+def test_a_model_without_maps_is_named(monkeypatch):
+    monkeypatch.delattr(timm.models.ResNet, 'forward_intermediates')
+    with pytest.raises(ConfigError, match='test_resnet has no forward_intermediates, from which the T-stream takes'):
+        Pretraining(Design(model='test_resnet', **SIZES))
+    assert Pretraining(Design(model='test_resnet', method='byol', **SIZES)).student.fc1
 
 
 def test_a_plain_transformer_learns_without_t_stream():
