@@ -11,15 +11,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..devices import autocast
 from ..errors import ConfigError
 from ..evaluation.metrics import Scores, evaluate
 from ..seeds import derive_seed, seed_everything
-from .features import Features
 from .optimizer import build_optimizer, build_schedule
 
 __all__ = [
-    'FeatureBatches', 'LinearProbe', 'ProbeResult', 'ProbeSettings', 'build_classifier', 'probe_features',
+    'FeatureBatches', 'ProbeResult', 'ProbeSettings', 'build_classifier', 'probe_features',
     'train_probe']
 
 RATE_BATCH = 256  # images that the rate is for
@@ -73,28 +71,10 @@ def build_classifier(features: int, num_classes: int, batch_norm: bool = True) -
     return nn.Sequential(linear, *([nn.BatchNorm1d(num_classes)] if batch_norm else []))
 
 
-class LinearProbe(nn.Module):
-    """A frozen trunk in evaluation mode and a classifier, of which alone the parameters learn."""
-
-    def __init__(self, trunk: nn.Module, classifier: nn.Sequential) -> None:
-        super().__init__()
-        self.features, self.classifier = Features(trunk).requires_grad_(False), classifier
-        self.num_classes = classifier[0].out_features
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> 'LinearProbe':
-        super().train(mode)
-        self.features.eval()
-        return self
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            features = self.features(x)
-        return self.classifier(features)
-
-
 class FeatureBatches:
-    """Features in memory in place of images: `run` shuffles them by seed and epoch; without epoch they are in order.
+    """Features in memory in place of images, for training and for `evaluate`.
+
+    `run` shuffles them by seed and epoch; without an epoch they come in order.
 
     Args:
         features, labels: (N, D) and (N,).
@@ -116,16 +96,16 @@ class FeatureBatches:
 
 
 def train_probe(
-        model: nn.Module, batches: Callable[[int], Batches], steps: int, test: Callable[[], Batches],
-        settings: ProbeSettings = ProbeSettings(), amp: str = 'off',  # noqa: B008 (immutable)
+        classifier: nn.Sequential, batches: Callable[[int], Batches], steps: int, test: FeatureBatches,
+        settings: ProbeSettings = ProbeSettings(),  # noqa: B008 (immutable)
         report: Callable[[int, float, Scores | None], None] = lambda epoch, loss, scores: None,
 ) -> ProbeResult:
-    """Train a `LinearProbe` on images, or a classifier of `build_classifier` on features.
+    """Train a classifier of `build_classifier` on the features of a frozen trunk.
 
     Args:
-        batches: The training batches of an epoch, counted from 0: images or features, and labels, on the device.
+        batches: The training batches of an epoch, counted from 0: features (B, D) and labels (B,), on the device.
         steps: Batches in an epoch.
-        test: All test batches.
+        test: Features and labels of the test images.
         report: Called after every epoch with its number, counted from 1, the mean loss, and the scores, if evaluated.
     Raises:
         ConfigError: The training images do not fill a batch.
@@ -133,36 +113,26 @@ def train_probe(
     """
     if steps < 1:
         raise ConfigError(f'The training images do not fill a batch of {settings.batch_size}: use a smaller one.')
-    classifier = model.classifier if isinstance(model, LinearProbe) else model
     device, classes = classifier[0].weight.device, classifier[0].out_features
     optimizer = build_optimizer(classifier, settings.lr * settings.batch_size / RATE_BATCH, weight_decay=0.)
     schedule = build_schedule(optimizer, settings.epochs, 0, steps)
     best, best_epoch, step = None, 0, 0
     for epoch in range(1, settings.epochs + 1):
-        model.train()
+        classifier.train()
         total = torch.zeros((), device=device)
-        for x, labels in batches(epoch - 1):
-            with autocast(device, amp):
-                loss = F.cross_entropy(model(x).float(), labels)
+        for features, labels in batches(epoch - 1):
+            loss = F.cross_entropy(classifier(features), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             step += 1
             schedule.step_update(step)
             total += loss.detach()
-        scores = evaluate(model, _Loader(test), device, amp, num_classes=classes) if settings.is_evaluated(epoch) \
-            else None
+        scores = evaluate(classifier, test, device, num_classes=classes) if settings.is_evaluated(epoch) else None
         if scores is not None and (best is None or scores.top1 > best.top1):
             best, best_epoch = scores, epoch
         report(epoch, total.item() / steps, scores)
     return ProbeResult(scores, best, best_epoch, settings.epochs)
-
-
-class _Loader:
-    """Test batches as `evaluate` takes them."""
-
-    def __init__(self, run: Callable[[], Batches]) -> None:
-        self.run = run
 
 
 def probe_features(
@@ -173,4 +143,4 @@ def probe_features(
     classifier = build_classifier(train[0].shape[1], num_classes, settings.batch_norm).to(train[0].device)
     batches = FeatureBatches(*train, settings.batch_size, settings.seed)
     return train_probe(
-        classifier, batches.run, batches.steps, FeatureBatches(*test, settings.batch_size).run, settings)
+        classifier, batches.run, batches.steps, FeatureBatches(*test, settings.batch_size), settings)

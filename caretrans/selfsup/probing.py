@@ -1,5 +1,6 @@
 """Scores of a trunk on labelled data: nearest neighbours and the linear probe, with every choice stated."""
 import dataclasses
+import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,18 +14,20 @@ from ..checkpoint.preparation import Preparation
 from ..config import TrainConfig
 from ..data.datasets import check_labels, list_classes, open_dataset
 from ..data.loaders import EvalLoader, build_eval_loader, build_train_loader
-from ..devices import count_cores, resolve_device
-from ..errors import ConfigError
+from ..devices import autocast, count_cores, resolve_device
+from ..errors import ConfigError, list_names
 from ..evaluation.metrics import Scores, evaluate
 from ..flags import DEVICE_HELP, check_settings, setting
 from ..progress import Progress
 from ..seeds import seed_everything
-from .features import estimate_statistics, extract_features, load_trunk
+from .features import Features, estimate_statistics, extract_features, load_trunk
 from .knn import NEIGHBOURS, TEMPERATURE, KnnClassifier
 from .probe import (
-    FeatureBatches, LinearProbe, ProbeResult, ProbeSettings, build_classifier, probe_features, train_probe)
+    FeatureBatches, ProbeResult, ProbeSettings, build_classifier, probe_features, train_probe)
 
 __all__ = ['ProbeConfig', 'ProbeReport', 'describe_probe', 'probe_trunk', 'score_neighbours']
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -99,14 +102,7 @@ def score_neighbours(
         k: int = NEIGHBOURS, temperature: float = TEMPERATURE) -> Scores:
     """Scores of the nearest neighbours among labelled features; both are features (N, D) and labels (N,)."""
     model = KnnClassifier(nn.Identity(), *bank, num_classes, k, temperature).to(bank[0].device)
-    return evaluate(model, _Batches(FeatureBatches(*test, 1024)), bank[0].device)
-
-
-class _Batches:
-    """Features in memory, in order, as `evaluate` takes them."""
-
-    def __init__(self, features: FeatureBatches) -> None:
-        self.run = features.run
+    return evaluate(model, FeatureBatches(*test, 1024), bank[0].device)
 
 
 def _open(config: ProbeConfig) -> tuple[Dataset, Dataset, int]:
@@ -142,13 +138,13 @@ def _train_on_crops(
         batch_size=config.batch_size, epochs=config.epochs, warmup_epochs=0, workers=config.workers, seed=config.seed)
     loader = build_train_loader(
         data, crops, preparation, [(config.batch_size, 1)], device=device, num_classes=num_classes)
-    model = LinearProbe(trunk, classifier)
+    network = Features(trunk).eval()
     with Progress(config.epochs * loader.steps * config.batch_size, stream=sys.stderr) as progress:
         def run(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             progress.describe(f'epoch {epoch + 1}/{config.epochs}')
             for batch in loader.run(epoch):
-                with torch.no_grad():
-                    features = model.features(batch.images)
+                with torch.no_grad(), autocast(device, config.amp):
+                    features = network(batch.images).float()
                 yield features, batch.targets
                 progress.update(len(batch.images))
 
@@ -156,8 +152,10 @@ def _train_on_crops(
             if scores is not None:
                 progress.write(f'epoch {epoch}/{config.epochs}  loss {loss:.3f}  top-1 {scores.top1:.2f} %')
 
-        return train_probe(
-            classifier, run, loader.steps, FeatureBatches(*test, config.batch_size).run, config.probe, report=report)
+        result = train_probe(
+            classifier, run, loader.steps, FeatureBatches(*test, config.batch_size), config.probe, report)
+    loader.close()
+    return result
 
 
 def probe_trunk(config: ProbeConfig) -> ProbeReport:
@@ -180,6 +178,10 @@ def probe_trunk(config: ProbeConfig) -> ProbeReport:
     bank, queries = (
         tuple(part.to(device) for part in extract_features(trunk, _load(loader, label, len(data)), config.amp))
         for loader, label, data in zip(loaders, ('training images', 'test images'), (train, test), strict=True))
+    for name, loader in (('training', loaders[0]), ('test', loaders[1])):
+        if loader.unreadable:
+            names = list_names({name for name, _ in loader.unreadable}, 5)
+            _logger.warning(f'{len(loader.unreadable)} {name} images could not be read and are skipped: {names}')
     found = score_neighbours(bank, queries, num_classes, config.k, config.temperature)
     linear = None
     if config.linear and config.crops:
