@@ -128,7 +128,7 @@ def extract_features(
 
 @torch.no_grad()
 def estimate_statistics(trunk: nn.Module, batches: Batches) -> None:
-    """Set the running statistics of every BatchNorm to their mean over the batches; the weights stay the same.
+    """Set the running statistics of every BatchNorm to their mean over whole batches; the weights stay the same.
 
     Random weights need it before they are compared with trained ones: at 0 and 1 they score several points lower, and
     the difference would be taken for something learned.
@@ -138,9 +138,11 @@ def estimate_statistics(trunk: nn.Module, batches: Batches) -> None:
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the mean of all batches
-    network = Features(trunk).train()
+    network, whole = Features(trunk).train(), 0
     for images, _ in batches:
-        network(images)
+        whole = whole or len(images)
+        if len(images) == whole:
+            network(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     trunk.train(training)

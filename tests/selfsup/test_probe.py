@@ -109,7 +109,7 @@ def test_statistics_of_random_weights_come_from_the_data():
     trunk = create_trunk('test_resnet').eval()
     batches = [(3 + 2 * torch.randn(16, 3, 32, 32), torch.zeros(16, dtype=torch.int64)) for _ in range(3)]
     weights = {key: p.clone() for key, p in trunk.named_parameters()}
-    estimate_statistics(trunk, batches)
+    estimate_statistics(trunk, [*batches, (torch.randn(1, 3, 32, 32), torch.zeros(1))])
     first = next(module for module in trunk.modules() if isinstance(module, nn.BatchNorm2d))
     convolution = next(module for module in trunk.modules() if isinstance(module, nn.Conv2d))
     means = torch.stack([convolution(x).mean((0, 2, 3)) for x, _ in batches]).mean(0)
