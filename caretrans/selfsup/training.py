@@ -147,7 +147,7 @@ class PretrainTrainer(Trainer):
     def synchronise(self, model: nn.Module) -> nn.Module:
         """BatchNorm over all devices in trunks and heads, but not in the T-stream, as published."""
         for encoder in (model.student, model.teacher):
-            for name, part in encoder.named_children():
+            for name, part in list(encoder.named_children()):
                 if name != 'trans':
                     setattr(encoder, name, convert_sync_batchnorm(part))
         return model

@@ -221,6 +221,19 @@ def test_images_of_any_kind_are_pre_trained_on(kind, data, tmp_path, capsys):
     assert (read_rows(tmp_path / 'run')[0]['val_knn'] != '') == labelled
 
 
+def test_batch_norm_spans_devices_but_not_in_the_t_stream(data):
+    trainer = PretrainTrainer(configure(data, *FLAGS, '--sync-bn'), Processes(), torch.device('cpu'))
+    trainer.train_loader.close()
+    for encoder in (trainer.model.student, trainer.model.teacher):
+        kinds = {name: {type(part) for part in child.modules() if 'BatchNorm' in type(part).__name__}
+                 for name, child in encoder.named_children()}
+        spanning = {torch.nn.SyncBatchNorm}
+        assert kinds['fc1'] == kinds['fc2'] == spanning and kinds['trans'] == {torch.nn.BatchNorm2d}
+        assert all(issubclass(kind, torch.nn.SyncBatchNorm) for kind in kinds['trunk']) and kinds['trunk']
+    optimized = [p for group in trainer.stepper.optimizer.param_groups for p in group['params']]
+    assert {id(p) for p in optimized} == {id(p) for p in trainer.model.student.parameters()}
+
+
 def test_the_bank_of_neighbours_is_thinned_out(data):
     trainer = PretrainTrainer(configure(data, *FLAGS, '--knn-bank', 10), Processes(), torch.device('cpu'))
     trainer.train_loader.close()
