@@ -56,16 +56,22 @@ def is_pretraining(checkpoint: Checkpoint) -> bool:
     return 'selfsup' in checkpoint.meta or any(key.startswith(STUDENT) for key in checkpoint.state_dict)
 
 
+def _refuse_students(checkpoint: Checkpoint) -> None:
+    """CheckpointError for a published pre-training, in which a trunk is among other parts."""
+    if any(key.startswith(STUDENT) for key in checkpoint.state_dict):
+        path = checkpoint.path
+        raise CheckpointError(
+            f'{path}: is a published self-supervised pre-training: `python -m caretrans convert {path} NEW.pth.tar '
+            f'--to caretrans` writes a file whose trunk can be loaded.')
+
+
 def choose_model(checkpoint: Checkpoint, model_name: str | None = None) -> str:
     """The requested model name, or that of the file, or the one inferred from the shapes; aliases are resolved."""
     path, args = checkpoint.path, checkpoint.meta.get('args')
     if is_dense(checkpoint):
         raise CheckpointError(
             f'{path}: is a detector or segmenter, not a classifier: use caretrans.dense.create_from_checkpoint.')
-    if any(key.startswith(STUDENT) for key in checkpoint.state_dict):
-        raise CheckpointError(
-            f'{path}: is a published self-supervised pre-training: `python -m caretrans convert {path} NEW.pth.tar '
-            f'--to caretrans` writes a file whose trunk can be loaded.')
+    _refuse_students(checkpoint)
     stated = checkpoint.meta.get('arch') or (args.get('model') if isinstance(args, dict) else None)
     stated = resolve_alias(stated).partition('.')[0] if isinstance(stated, str) and timm.is_model(stated) else None
     if model_name:
@@ -198,6 +204,7 @@ def create_pretrained(
 
 
 def _load(model: nn.Module, checkpoint: Checkpoint, new_heads: bool) -> None:
+    _refuse_students(checkpoint)
     checkpoint.log_remarks()
     model = unwrap_model(model)
     layout = Layout.of(model)

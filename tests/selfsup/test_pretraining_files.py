@@ -102,6 +102,8 @@ def test_other_commands_say_what_a_pre_training_is(files, capsys):
     assert 'has no classes: train it first (train.py --checkpoint FILE --new-heads)' in capsys.readouterr().err
     assert main(['predict', '--checkpoint', str(files['published']), image]) == 2
     assert 'is a published self-supervised pre-training: `python -m caretrans convert' in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match='is a published self-supervised pre-training'):
+        load_checkpoint(timm.create_model('resnet18', num_classes=5), files['published'], new_heads=True)
 
 
 @pytest.mark.parametrize('teacher', [False, True])
