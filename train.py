@@ -4,6 +4,7 @@ With --task, a recipe of a detector or segmenter, or data for one (COCO, Pascal 
 """
 import shlex
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import caretrans  # noqa: F401 (registers the models)
@@ -11,10 +12,10 @@ from caretrans.config import TrainConfig, parse_train_config
 from caretrans.dense.config import SAMPLE_RECIPES, DenseConfig, find_dense_task
 from caretrans.dense.training import DenseTrainer
 from caretrans.distributed import find_processes, is_primary, shared_errors
-from caretrans.errors import Preempted, run_command
+from caretrans.errors import run_command
 from caretrans.progress import show_messages
 from caretrans.training.classification import ClassificationTrainer
-from caretrans.training.run import train
+from caretrans.training.run import TrainResult, run_training
 from caretrans.training.trainer import Trainer
 
 
@@ -26,28 +27,21 @@ def parse(argv: list[str]) -> tuple[Any, type[Trainer]]:
     return parse_train_config(argv, __doc__, DenseConfig, SAMPLE_RECIPES[task]), DenseTrainer
 
 
+def report(result: TrainResult) -> Iterator[str]:
+    """Lines about a finished run."""
+    name, title = result.best_score, result.score_title.split(',')[0]
+    yield (f'best {title} {result.best.scores[name]:.1f} % after epoch {result.best.epoch}, '
+           f'last {result.last.scores[name]:.1f} %')
+    yield f'curves: {result.folder / "curves.png"}   table: {result.folder / "summary.csv"}'
+    yield f'next: bash cmd/eval.sh {shlex.quote(str(result.folder / "best.pth.tar"))}'
+
+
 def run() -> int:
     processes = find_processes()
     show_messages(processes.is_primary)
     with shared_errors():  # all processes have the same command line
         config, kind = parse(sys.argv[1:])
-    try:
-        result = train(config, kind)
-    except Preempted as stop:
-        if processes.is_primary:
-            print(stop)
-        return 0
-    except KeyboardInterrupt:
-        if processes.is_primary:
-            print('train.py: stopped; the same command resumes from the last checkpoint', file=sys.stderr)
-        return 130
-    if processes.is_primary:
-        name, title = result.best_score, result.score_title.split(',')[0]
-        print(f'best {title} {result.best.scores[name]:.1f} % after epoch {result.best.epoch}, '
-              f'last {result.last.scores[name]:.1f} %')
-        print(f'curves: {result.folder / "curves.png"}   table: {result.folder / "summary.csv"}')
-        print(f'next: bash cmd/eval.sh {shlex.quote(str(result.folder / "best.pth.tar"))}')
-    return 0
+    return run_training('train.py', config, kind, report)
 
 
 def main() -> int:

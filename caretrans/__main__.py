@@ -1,26 +1,32 @@
 """Small commands, each with --help.
 
-python -m caretrans predict|convert|inspect|shard|bench-loader|compare|page|serve|results
+python -m caretrans predict|convert|inspect|shard|bench-loader|compare|pretrain|features|probe|page|serve|results
 """
 import dataclasses
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from .checkpoint import LAYOUTS, convert_checkpoint, is_dense, read_checkpoint
+from .checkpoint import LAYOUTS, convert_checkpoint, is_dense, is_pretraining, read_checkpoint
 from .devices import resolve_device
+from .distributed import is_primary
 from .errors import run_command
 from .flags import DEVICE_HELP, FlagParser, add_checkpoint_flags, add_weights_flags, check_weights, keep_flags, number
 from .progress import show_messages
 from .text import escape
 from .strict_json import to_json
 
-MAINS = {  # commands that parse their own flags: module with the main function, help
-    'compare': ('bench.compare', 'train models under equal conditions: accuracy against latency'),
-    'page': ('page.build', 'write a page that measures and runs exported networks in a browser'),
-    'serve': ('page.server', 'serve such a page'),
-    'results': ('page.results', 'check, print and draw latencies measured on phones and in browsers')}
+PLAIN_CONVERSION = ('source', 'target', 'layout', 'overwrite', 'entry')  # flags without those of classifiers
+MAINS = {  # commands that parse their own flags: module, function, help
+    'compare': ('bench.compare', 'main', 'train models under equal conditions: accuracy against latency'),
+    'pretrain': ('selfsup.commands', 'run_pretrain', 'pre-train a network on images without labels'),
+    'features': ('selfsup.commands', 'run_features', 'write features of images, and a sheet of nearest neighbours'),
+    'probe': ('selfsup.commands', 'run_probe', 'score features by nearest neighbours and a linear classifier'),
+    'page': ('page.build', 'main', 'write a page that measures and runs exported networks in a browser'),
+    'serve': ('page.server', 'main', 'serve such a page'),
+    'results': ('page.results', 'main', 'check, print and draw latencies measured on phones and in browsers')}
 
 
 def _build_parser() -> FlagParser:
@@ -40,7 +46,8 @@ def _build_parser() -> FlagParser:
     convert = commands.add_parser('convert', help='write a checkpoint in another layout or format')
     convert.add_argument('source')
     convert.add_argument('target', help='output file: .pth, .pth.tar or .safetensors')
-    convert.add_argument('--to', dest='layout', required=True, choices=LAYOUTS, help='layout of the keys')
+    convert.add_argument('--to', dest='layout', required=True, choices=(*LAYOUTS, 'detectron2'), help=(
+        'layout of the keys; detectron2 for the trunk of a pre-training'))
     add_checkpoint_flags(convert, convert.add_argument_group(
         'preparation of images', 'recorded by --to caretrans, which also turns a network for BGR images into one for '
         'RGB images; --to published accepts only --img-size, on which MLLA checkpoints depend'))
@@ -56,6 +63,7 @@ def _build_parser() -> FlagParser:
     size.add_argument('--shard-size', type=number(float, 0.01), default=100., help='megabytes (default: 100)')
     shard.add_argument('--workers', type=number(int, 1), default=4, help='shards written in parallel (default: 4)')
     shard.add_argument('--seed', type=int, default=0, help='seed of the image order (default: 0)')
+    shard.add_argument('--lmdb', action='store_true', help='one LMDB file per split instead, not shuffled')
 
     inspect = commands.add_parser('inspect', help='say what is in a folder: images, objects, classes, odd things')
     inspect.add_argument('data', help='folder of classes, in the format of COCO or VOC, or with images and masks')
@@ -72,7 +80,7 @@ def _build_parser() -> FlagParser:
         "policies by timm's names, '' for crop and flip only (default: '' and rand-m9-mstd0.5-inc1)"))
     for command in (predict, bench):
         command.add_argument('--json', action='store_true', help='print JSON objects')
-    for name, (_, text) in MAINS.items():
+    for name, (*_, text) in MAINS.items():
         commands.add_parser(name, add_help=False, help=text)
     return parser
 
@@ -122,12 +130,18 @@ def _predict(as_json: bool, device: str, **options: Any) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     if argv and argv[0] in MAINS:
-        return importlib.import_module(f'.{MAINS[argv[0]][0]}', __package__).main(argv[1:])
+        module, function, _ = MAINS[argv[0]]
+        return getattr(importlib.import_module(f'.{module}', __package__), function)(argv[1:])
     options = vars(_build_parser().parse_args(argv))
     command, as_json = options.pop('command'), options.pop('json', False)
     if command == 'predict':
         return _predict(as_json, **options)
-    if command == 'shard':
+    if command == 'shard' and options.pop('lmdb'):
+        from .data.lmdb_reader import write_lmdb
+        for split in options['splits']:
+            target = Path(options['target']) / f'{split}.lmdb'
+            print(escape(f'{split}: {write_lmdb(Path(options["source"]) / split, target)} images in {target}'))
+    elif command == 'shard':
         from .data.shards import write_shards
         for split, info in write_shards(**options).items():
             print(f'{split}: {info["num_samples"]} images in {len(info["filenames"])} shards')
@@ -140,10 +154,12 @@ def _run(argv: Sequence[str]) -> int:
         from .bench.loaders import bench_loader, describe_bench
         result = bench_loader(**options)
         print(to_json(dataclasses.asdict(result)) if as_json else describe_bench(result))
-    elif is_dense(read_checkpoint(options['source'], options['entry'])):
+    elif is_dense(checkpoint := read_checkpoint(options['source'], options['entry'])):
         from .dense import convert_checkpoint as convert_dense
-        print(convert_dense(
-            **keep_flags(options, ('source', 'target', 'layout', 'overwrite', 'entry'), 'a detector or segmenter')))
+        print(convert_dense(**keep_flags(options, PLAIN_CONVERSION, 'a detector or segmenter')))
+    elif is_pretraining(checkpoint):
+        from .selfsup import convert_pretraining
+        print(convert_pretraining(**keep_flags(options, PLAIN_CONVERSION, 'a pre-training')))
     else:
         print(convert_checkpoint(**options))
     return 0
@@ -151,8 +167,8 @@ def _run(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
-    show_messages()
-    return run_command(' '.join(['caretrans', *argv[:1]]), lambda: _run(argv))
+    show_messages(is_primary())
+    return run_command(' '.join(['caretrans', *argv[:1]]), lambda: _run(argv), is_primary())
 
 
 if __name__ == '__main__':

@@ -19,6 +19,7 @@ EXTRAS = {  # import name of an optional package: the extra that installs it
     **dict.fromkeys(['matplotlib', 'simplejpeg', 'tensorboard', 'torchmetrics', 'tqdm', 'webdataset'], 'train'),
     **dict.fromkeys(['scipy'], 'imagenet'),
     **dict.fromkeys(['faster_coco_eval'], 'dense'),
+    **dict.fromkeys(['lmdb', 'pyarrow'], 'lmdb'),
     **dict.fromkeys(['nncf', 'onnx', 'onnxruntime', 'onnxscript', 'openvino'], 'benchmark'),
     **dict.fromkeys(['coremltools', 'sklearn'], 'export')}
 

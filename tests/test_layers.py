@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (  # from the bottom up; the packages of one layer do not know each other
     ('text',), ('errors',), ('devices', 'flags', 'seeds', 'progress', 'strict_json'), ('distributed',), ('models',),
     ('fuse', 'config'), ('kernels', 'runtimes'), ('checkpoint',), ('data', 'get_model'), ('evaluation', 'measure'),
-    ('training',), ('dense',), ('bench', 'export'), ('page',), ('__main__', 'openmm'))
+    ('training',), ('dense', 'selfsup'), ('bench', 'export'), ('page',), ('__main__', 'openmm'))
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 

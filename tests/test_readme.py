@@ -39,12 +39,12 @@ def test_requirements_and_package_ask_for_the_same():
         requirement, reason = (part.strip() for part in line.split('#', 1))
         wanted.setdefault(reason.split(':')[0], set()).add(requirement)
     package = (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
-    for name in 'core', 'train', 'imagenet', 'dense', 'benchmark', 'export':
+    for name in 'core', 'train', 'imagenet', 'dense', 'lmdb', 'benchmark', 'export':
         key = 'dependencies' if name == 'core' else name
         block = re.search(rf'^{key} = \[(.*?)^\]', package, re.MULTILINE | re.DOTALL)[1]
         found = {item for item in re.findall(r'"(.+?)"', block) if not item.startswith('caretrans[')}
         assert found and found == wanted[name], name
-    assert set(wanted) == {'core', 'train', 'imagenet', 'dense', 'benchmark', 'export', 'tests'}
+    assert set(wanted) == {'core', 'train', 'imagenet', 'dense', 'lmdb', 'benchmark', 'export', 'tests'}
 
 
 def test_a_folder_named_like_a_standard_module_is_no_package():

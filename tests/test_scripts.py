@@ -29,6 +29,7 @@ def environment(tmp_path):
 @pytest.mark.parametrize('script, command', [
     ('cmd/train.sh', ['train.py']), ('cmd/eval.sh', ['validate.py']), ('cmd/export.sh', ['coreml/export.py']),
     ('cmd/compare.sh', ['-m', 'caretrans', 'compare']), ('cmd/page.sh', ['-m', 'caretrans', 'page', '--serve']),
+    ('cmd/pretrain.sh', ['-m', 'caretrans', 'pretrain']), ('cmd/probe.sh', ['-m', 'caretrans', 'probe']),
     ('cmd/benchmark.sh', ['benchmark.py']),
     ('data/extract_ILSVRC.sh', ['-m', 'caretrans.data.imagenet'])])
 def test_arguments_arrive_as_they_were_given(environment, script, command):
@@ -40,12 +41,15 @@ def test_arguments_arrive_as_they_were_given(environment, script, command):
     assert arguments[:len(command)] == wanted
 
 
-def test_several_processes_get_them_too(environment):
+@pytest.mark.parametrize('script, command', [
+    ('cmd/eval.sh', [str(ROOT / 'validate.py')]), ('cmd/train.sh', [str(ROOT / 'train.py')]),
+    ('cmd/pretrain.sh', ['-m', 'caretrans', 'pretrain'])])
+def test_several_processes_get_them_too(environment, script, command):
     done = subprocess.run(
-        ['bash', 'cmd/eval.sh', *ODD], cwd=ROOT, env=dict(environment, NPROC='2', OMP_NUM_THREADS='1'),
+        ['bash', script, *ODD], cwd=ROOT, env=dict(environment, NPROC='2', OMP_NUM_THREADS='1'),
         capture_output=True)
     arguments = [os.fsdecode(argument) for argument in done.stdout.split(b'\0')[:-1]]
-    assert done.returncode == 0 and arguments[-len(ODD) - 1:] == [str(ROOT / 'validate.py'), *ODD]
+    assert done.returncode == 0 and arguments[-len(ODD) - len(command):] == [*command, *ODD]
 
 
 def test_a_data_folder_of_the_gpu_benchmark_is_one_argument(environment, tmp_path):

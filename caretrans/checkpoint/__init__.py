@@ -6,8 +6,8 @@ from ..errors import CheckpointError
 from .convert import convert_checkpoint
 from .file import Checkpoint, read_checkpoint
 from .load import (
-    LAYOUTS, create_from_checkpoint, create_pretrained, is_dense, load_checkpoint, save_checkpoint)
+    LAYOUTS, create_from_checkpoint, create_pretrained, is_dense, is_pretraining, load_checkpoint, save_checkpoint)
 
 __all__ = [
     'LAYOUTS', 'Checkpoint', 'CheckpointError', 'convert_checkpoint', 'create_from_checkpoint', 'create_pretrained',
-    'is_dense', 'load_checkpoint', 'read_checkpoint', 'save_checkpoint']
+    'is_dense', 'is_pretraining', 'load_checkpoint', 'read_checkpoint', 'save_checkpoint']

@@ -27,8 +27,8 @@ from .file import Checkpoint, read_checkpoint, write_torch
 from .layout import Layout, Shapes, find_models, get_shapes, match_layout
 
 __all__ = [
-    'Checkpoint', 'CheckpointError', 'create_from_checkpoint', 'create_pretrained', 'is_dense', 'load_checkpoint',
-    'read_checkpoint', 'save_checkpoint']
+    'Checkpoint', 'CheckpointError', 'create_from_checkpoint', 'create_pretrained', 'is_dense', 'is_pretraining',
+    'load_checkpoint', 'load_strictly', 'read_checkpoint', 'save_checkpoint']
 
 TORCH_ENDINGS = ('.pth', '.pth.tar', '.pt')
 FORMAT_VERSION = 1  # timm's convention: `epoch`, if present, is the number of finished epochs
@@ -36,6 +36,7 @@ NOT_ARCHITECTURE = ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'c
 LAYOUTS = ('published', 'caretrans', 'mmpretrain')
 COUNTS = ('no head', 'one head', 'two heads')
 DENSE_HEADS = ('bbox_head.', 'decode_head.', 'roi_head.')  # keys of detectors and segmenters of mmdet and mmseg
+STUDENT = 'student_encoder.'  # begins the keys of a published self-supervised pre-training
 MIN_FIT = 0.9  # minimum share of equal keys and shapes to infer the model of the weights
 
 PathLike = str | os.PathLike
@@ -50,12 +51,27 @@ def is_dense(checkpoint: Checkpoint) -> bool:
     return 'dense' in checkpoint.meta or any(key.startswith(DENSE_HEADS) for key in checkpoint.state_dict)
 
 
+def is_pretraining(checkpoint: Checkpoint) -> bool:
+    """Whether a file holds a self-supervised pre-training, of `caretrans.selfsup` or published."""
+    return 'selfsup' in checkpoint.meta or any(key.startswith(STUDENT) for key in checkpoint.state_dict)
+
+
+def _refuse_students(checkpoint: Checkpoint) -> None:
+    """CheckpointError for a published pre-training, in which a trunk is among other parts."""
+    if any(key.startswith(STUDENT) for key in checkpoint.state_dict):
+        path = checkpoint.path
+        raise CheckpointError(
+            f'{path}: is a published self-supervised pre-training: `python -m caretrans convert {path} NEW.pth.tar '
+            f'--to caretrans` writes a file whose trunk can be loaded.')
+
+
 def choose_model(checkpoint: Checkpoint, model_name: str | None = None) -> str:
     """The requested model name, or that of the file, or the one inferred from the shapes; aliases are resolved."""
     path, args = checkpoint.path, checkpoint.meta.get('args')
     if is_dense(checkpoint):
         raise CheckpointError(
             f'{path}: is a detector or segmenter, not a classifier: use caretrans.dense.create_from_checkpoint.')
+    _refuse_students(checkpoint)
     stated = checkpoint.meta.get('arch') or (args.get('model') if isinstance(args, dict) else None)
     stated = resolve_alias(stated).partition('.')[0] if isinstance(stated, str) and timm.is_model(stated) else None
     if model_name:
@@ -188,6 +204,7 @@ def create_pretrained(
 
 
 def _load(model: nn.Module, checkpoint: Checkpoint, new_heads: bool) -> None:
+    _refuse_students(checkpoint)
     checkpoint.log_remarks()
     model = unwrap_model(model)
     layout = Layout.of(model)
@@ -263,6 +280,26 @@ def _describe_misfit(layout: Layout, files: dict[str, str], found: Shapes, wante
             f'{files[key]} (is {found[key]}, should be {wanted[key]})' for key in found
             if found[key] != wanted.get(key, found[key])]}
     return '; '.join(f'{len(keys)} {kind}: {", ".join(keys)}' for kind, keys in kinds.items() if keys)
+
+
+def load_strictly(
+        model: nn.Module, path: PathLike, found: dict[str, torch.Tensor], unused: Sequence[str] = ()) -> None:
+    """Load `found` into `model` if it is exactly what the model has; log the keys that are not used.
+
+    Raises:
+        CheckpointError: Keys are missing, unexpected or of wrong shape.
+    """
+    wanted = model.state_dict()
+    problems = {
+        'missing': [key for key in wanted if key not in found],
+        'unexpected': [key for key in found if key not in wanted],
+        'of wrong shape': [f'{key} (is {tuple(found[key].shape)}, should be {tuple(wanted[key].shape)})'
+                           for key in found if key in wanted and found[key].shape != wanted[key].shape]}
+    text = '; '.join(f'{len(keys)} {kind}: {list_names(keys)}' for kind, keys in problems.items() if keys)
+    if text:
+        raise CheckpointError(f'{path}: does not fit: {text}: take another file or model.')
+    model.load_state_dict(found)
+    _logger.info('Loaded %s%s', path, f'; not used: {list_names(unused)}' if unused else '')
 
 
 # Writing --------------------------------------------------------------------------------------------------------------

@@ -1,20 +1,25 @@
-"""Data sets: folders, tars and shards of ours, and those of timm's factory; refuses what cannot be used."""
+"""Data sets: folders, tars, LMDB files and shards of ours, and those of timm's factory; refuses what cannot be used."""
 import json
 import logging
+import os
 import tarfile
+from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.error import URLError
 
 from timm.data import ImageDataset, ImageNetInfo, IterableImageDataset, create_dataset
+from timm.data.readers.reader import Reader
 from torch.utils.data import Dataset
 
-from ..errors import DataError, list_names
+from ..errors import DataError, list_names, require
 from ..text import read_text
-from .folders import ClassReader, FolderReader, TarReader
+from .folders import ClassReader, FolderReader, TarReader, UnlabelledReader
 
-__all__ = ['check_labels', 'describe_classes', 'find_labels', 'list_classes', 'name_image', 'open_dataset']
+__all__ = [
+    'check_labels', 'describe_classes', 'find_labels', 'list_classes', 'name_image', 'open_dataset', 'open_unlabelled',
+    'thin_out']
 
 _logger = logging.getLogger(__name__)
 
@@ -27,10 +32,10 @@ def _list_synonyms(split: str) -> list[str]:
 
 
 def _split_folder(root: Path, split: str) -> Path:
-    """The folder or tar of a split: `root`/`split`, or `root` itself if it has the name of the split."""
+    """The folder, tar or LMDB file of a split: `root`/`split`, or `root` itself if it has the name of the split."""
     synonyms = _list_synonyms(split)
     for name in synonyms:
-        for path in (root / name, root / f'{name}.tar'):
+        for path in (root / name, root / f'{name}.tar', root / f'{name}.lmdb'):
             if path.exists():
                 return path
     if root.name in synonyms:
@@ -64,7 +69,12 @@ def _open_shards(root: str, split: str, **options: Any) -> IterableImageDataset:
 
 
 def _open_images(path: Path, is_training: bool) -> ImageDataset:
-    """The images of a folder or a tar with class folders."""
+    """The images of a folder or a tar with class folders, or of an LMDB file."""
+    if path.suffix == '.lmdb' and path.is_file():
+        for package in ('lmdb', 'pyarrow'):
+            require(package)
+        from .lmdb_reader import LmdbReader  # both packages are needed for such files only
+        return ImageDataset(str(path), reader=LmdbReader(path))
     try:
         reader = FolderReader(path, is_training) if path.is_dir() else TarReader(path, is_training)
     except tarfile.TarError as error:
@@ -127,8 +137,8 @@ def open_dataset(
     Args:
         root: Folder of the data.
         split: 'train', 'val', or a name that the data set knows.
-        name: '' for folders and tars of images and for shards of ours, else a name of timm's factory (torch/cifar10).
-            The shards of any wds/NAME are those in `root`.
+        name: '' for folders, tars and LMDB files of images and for shards of ours, else a name of timm's factory
+            (torch/cifar10). The shards of any wds/NAME are those in `root`.
         classes: The expected classes in the order of their labels, from a checkpoint or another split.
         is_training, download, batch_size, seed: As in `timm.data.create_dataset`; every class of a folder or tar to be
             trained on must have an image.
@@ -152,6 +162,58 @@ def open_dataset(
             f'The classes of {root} are not those expected ({len(found)} against {len(classes)}): '
             f'missing {list_names(missing) or "none"}; unknown {list_names(extra) or "none"}.')
     return dataset
+
+
+def open_unlabelled(root: str, split: str, name: str = '', **options: Any) -> tuple[Dataset, bool]:
+    """A data set whose labels are not needed, and whether it has labels all the same.
+
+    Of a folder, the images are those below `root`/`split`, or without such a folder all below `root`. They have labels
+    if there is a folder for the split, and folders of two or more classes in it hold all of them.
+
+    Args:
+        options: See `open_dataset`.
+    Raises:
+        DataError: There are no images, or they cannot be read.
+    """
+    path = Path(root or '')
+    if name or not root or not path.is_dir() or (path / INFO).is_file():
+        return open_dataset(root, split, name, is_training=True, **options), True
+    found = next((part for part in (path / synonym for synonym in _list_synonyms(split)) if part.is_dir()), None)
+    if found is None and any((path / f'{synonym}{ending}').is_file() for synonym in _list_synonyms(split)
+                             for ending in ('.tar', '.lmdb')):
+        return open_dataset(root, split, is_training=True, **options), True
+    reader = UnlabelledReader(found or path)
+    inside = [image.removeprefix(reader.root).lstrip(os.sep).split(os.sep) for image in reader.images]
+    if found is not None and all(len(parts) > 1 for parts in inside) and len({parts[0] for parts in inside}) > 1:
+        return open_dataset(root, split, **options), True
+    for note in reader.notes:
+        _logger.warning(note)
+    return ImageDataset(str(path), reader=reader), False
+
+
+class _PartReader(Reader):
+    """Some images of another reader."""
+
+    def __init__(self, reader: Reader, places: Sequence[int]) -> None:
+        super().__init__()
+        self.reader, self.places = reader, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        return self.reader[self.places[index]]
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        return self.reader.filename(self.places[index], basename, absolute)
+
+
+def thin_out(dataset: Dataset, most: int) -> Dataset:
+    """At most `most` images, evenly spaced, of a folder, tar or LMDB file; other data sets as they are."""
+    if not isinstance(dataset, ImageDataset) or len(dataset) <= most:
+        return dataset
+    places = [i * len(dataset) // most for i in range(most)]
+    return ImageDataset('', reader=_PartReader(dataset.reader, places))
 
 
 def list_classes(dataset: Dataset) -> list[str] | None:

@@ -21,7 +21,8 @@ from timm.utils.misc import natural_key
 from ..errors import DataError, list_names
 from ..text import to_utf8
 
-__all__ = ['ClassReader', 'FolderReader', 'Found', 'TarReader', 'list_images', 'is_image', 'list_endings']
+__all__ = [
+    'ClassReader', 'FolderReader', 'Found', 'TarReader', 'UnlabelledReader', 'list_images', 'is_image', 'list_endings']
 
 # Formats that Pillow opens but does not decode by itself, or that are no images
 UNDECODED = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'WMF'}
@@ -218,6 +219,35 @@ class ClassReader(Reader):
 
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         path = self.samples[index][0]
+        return os.path.basename(path) if basename else path if absolute else path.removeprefix(self.root)[1:]
+
+
+class UnlabelledReader(Reader):
+    """All images below a folder, at any depth, without labels (-1), for timm's `ImageDataset`.
+
+    Attributes:
+        notes: Lines about what was skipped.
+    Raises:
+        DataError: There are no images.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        super().__init__()
+        found = list_images(root)
+        self.root, self.images = found.root, found.images
+        skipped = found.describe_skipped()
+        if not self.images:
+            raise DataError(f'No images in {root}. {skipped}'.strip())
+        self.notes = [skipped] if skipped else []
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        return open(self.images[index], 'rb'), -1
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        path = self.images[index]
         return os.path.basename(path) if basename else path if absolute else path.removeprefix(self.root)[1:]
 
 

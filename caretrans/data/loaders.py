@@ -27,7 +27,8 @@ from ..seeds import derive_seed, seed_everything
 from .decode import CropTransform, EvalTransform
 from .samples import Batch, Sample, Samples, ShardSamples, StreamedSamples, collate, start_worker
 
-__all__ = ['EvalLoader', 'Pass', 'TrainLoader', 'build_eval_loader', 'build_train_loader']
+__all__ = [
+    'EvalLoader', 'Pass', 'TrainLoader', 'build_eval_loader', 'build_train_loader', 'make_samples', 'normalise']
 
 _workers: weakref.WeakSet = weakref.WeakSet()  # processes that the loaders of this module started
 
@@ -86,7 +87,7 @@ class PassSampler(Sampler):
 Prefetch = Callable[[Iterable], Iterable]  # makes an iterable of batches one of batches on the device
 
 
-def _normalise(preparation: Preparation, device: torch.device, **erasing: Any) -> Prefetch:
+def normalise(preparation: Preparation, device: torch.device, **erasing: Any) -> Prefetch:
     """Move batches of images of one size to the device and normalise them there, by timm's prefetcher."""
     channels = preparation.input_size[0]
     if channels != 3:
@@ -278,15 +279,23 @@ def build_train_loader(
             f'The {len(dataset)} training images do not fill a batch of {config.batch_size}: use a smaller one.')
     if isinstance(dataset, IterableDataset) and len(transforms) > 1:
         raise DataError('train_img_sizes needs images by index: shards are read in order, so give one img_size.')
-    samples = _make_samples(dataset, transforms, config, splits, processes)
-    prefetch = _normalise(preparation, device, re_prob=config.random_erasing, re_mode='pixel')
+    samples = make_samples(dataset, transforms, config, splits, processes)
+    prefetch = normalise(preparation, device, re_prob=config.random_erasing, re_mode='pixel')
     return TrainLoader(samples, config, prefetch, splits, processes, device, num_classes, config.size_schedule)
 
 
-def _make_samples(
-        dataset: Dataset, transforms: Sequence[Any], config: TrainConfig, splits: Sequence[tuple[int, int]],
+def make_samples(
+        dataset: Dataset, transforms: Sequence[Any], config: RunConfig, splits: Sequence[tuple[int, int]],
         processes: Processes,
 ) -> Dataset:
+    """Training samples of a data set of any kind: by index, as a stream, or from shards.
+
+    Args:
+        transforms: For each training size, of what `samples.read_image` returns; streams have one size.
+        splits: See `build_train_loader`.
+    Raises:
+        DataError: Shards have fewer images than there are workers.
+    """
     if not isinstance(dataset, IterableDataset):
         return Samples(dataset, transforms, replace=True)
     if not hasattr(dataset.reader, 'read_mixed'):
@@ -317,7 +326,7 @@ class EvalLoader(_DeviceLoader):
             self, samples: Dataset, preparation: Preparation, batch_size: int, workers: int, processes: Processes,
             device: torch.device, num_classes: int | None = None,
     ) -> None:
-        super().__init__(_normalise(preparation, device), num_classes)
+        super().__init__(normalise(preparation, device), num_classes)
         self.share: list[int] | None = None
         options: dict[str, Any] = dict(
             num_workers=workers, collate_fn=collate, pin_memory=device.type == 'cuda', worker_init_fn=start_worker)

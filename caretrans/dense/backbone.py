@@ -18,9 +18,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..checkpoint import create_from_checkpoint
 from ..checkpoint.file import Checkpoint, PathLike, read_checkpoint
 from ..checkpoint.layout import list_models
+from ..checkpoint.load import load_strictly
 from ..errors import CheckpointError, ConfigError, list_names
 from ..models.backbone import Backbone, resolve_alias
-from .keys import is_dense, load_strictly, strip_backbone, translate_backbone
+from .keys import is_dense, strip_backbone, translate_backbone
 
 __all__ = ['LAST_MAPS', 'NORMS', 'STRIDES', 'DenseBackbone', 'create_dense_backbone']
 

@@ -4,7 +4,6 @@
 mmdet's and mmseg's. mmdet counts background as the last class, torchvision as the first; where torchvision has rows for
 background that mmdet lacks, they are zeros, which no output depends on.
 """
-import logging
 import re
 from collections.abc import Mapping
 from os import PathLike
@@ -13,11 +12,12 @@ import torch
 import torch.nn as nn
 
 from ..checkpoint.file import MMPRETRAIN_STEM
-from ..errors import CheckpointError, list_names
+from ..checkpoint.load import load_strictly
+from ..errors import CheckpointError
 from ..models.casvit import CasVit
 from ..models.published_keys import rename_keys
 
-__all__ = ['is_dense', 'load_published', 'load_strictly', 'publish', 'strip_backbone', 'translate_backbone']
+__all__ = ['is_dense', 'load_published', 'publish', 'strip_backbone', 'translate_backbone']
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -50,8 +50,6 @@ HEADS = (  # (part of a key of mmdet or mmseg, part of a key of ours)
 )
 ROLLED = ('roi_heads.box_predictor.cls_score.',)  # background is the first row, in mmdet the last
 PADDED = {'roi_heads.box_predictor.bbox_pred.': 4, 'roi_heads.mask_predictor.mask_fcn_logits.': 1}  # rows of background
-
-_logger = logging.getLogger(__name__)
 
 
 # Backbone -------------------------------------------------------------------------------------------------------------
@@ -159,23 +157,3 @@ def publish(model: nn.Module) -> dict[str, torch.Tensor]:
             if key.startswith(prefix):
                 rest[key] = value[rows:]
     return {**weights, **rename_keys(rest, _table(model), to_published=True)}
-
-
-def load_strictly(
-        model: nn.Module, path: str | PathLike, found: dict[str, torch.Tensor], unused: list[str]) -> None:
-    """Load `found` into `model` if it is exactly what the model has; log the keys that are not used.
-
-    Raises:
-        CheckpointError: Keys are missing, unexpected or of wrong shape.
-    """
-    wanted = model.state_dict()
-    problems = {
-        'missing': [key for key in wanted if key not in found],
-        'unexpected': [key for key in found if key not in wanted],
-        'of wrong shape': [f'{key} (is {tuple(found[key].shape)}, should be {tuple(wanted[key].shape)})'
-                           for key in found if key in wanted and found[key].shape != wanted[key].shape]}
-    text = '; '.join(f'{len(keys)} {kind}: {list_names(keys)}' for kind, keys in problems.items() if keys)
-    if text:
-        raise CheckpointError(f'{path}: does not fit: {text}: take another file or model.')
-    model.load_state_dict(found)
-    _logger.info('Loaded %s%s', path, f'; not used: {list_names(unused)}' if unused else '')

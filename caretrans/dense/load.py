@@ -11,10 +11,10 @@ import torch.nn as nn
 
 from ..checkpoint.file import Checkpoint, read_checkpoint, write_torch
 from ..checkpoint.layout import find_models
-from ..checkpoint.load import FORMAT_VERSION
+from ..checkpoint.load import FORMAT_VERSION, load_strictly
 from ..errors import CheckpointError, ConfigError, list_names
 from .backbone import create_dense_backbone
-from .keys import DENSE_NORM, load_published, load_strictly, publish, strip_backbone
+from .keys import DENSE_NORM, load_published, publish, strip_backbone
 from .rcnn import Rcnn
 from .retinanet import RetinaNet
 from .semantic_fpn import SemanticFpn

@@ -180,10 +180,13 @@ def check_forward(model: nn.Module, shape: tuple[int, int, int], device: torch.d
         model: Left in the mode that it is in; run in evaluation mode.
         shape: (C, H, W) of the image.
     Raises:
-        ConfigError: It does not take this size, or does not return one number per class.
+        ConfigError: It has no classes, does not take this size, or does not return one number per class.
     """
     name, training = type(unwrap_model(model)).__name__, model.training
     size = f'images of {shape[1]} x {shape[2]} pixels'
+    if not unwrap_model(model).num_classes:
+        raise ConfigError(f'This {name} has no classes: train it first (train.py --checkpoint FILE --new-heads); '
+                          f'`python -m caretrans features` needs none.')
     try:
         logits = model.eval()(torch.zeros(1, *shape, device=device))
     except torch.OutOfMemoryError:

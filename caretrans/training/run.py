@@ -1,7 +1,8 @@
 """A training run: epochs, evaluation and checkpoints, from a config to a run folder."""
 import signal
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from .state import (
 from .steps import Step, train_steps
 from .trainer import Trainer
 
-__all__ = ['TrainResult', 'train']
+__all__ = ['TrainResult', 'run_training', 'train']
 
 MOST_WAITING = 0.1  # largest share of the time that the device may wait for data without a warning
 SETTLED, SETTLED_EARLY = 10, 50  # steps after which that share is meaningful, at the end of an epoch and before
@@ -171,6 +172,7 @@ class Run:
             loss=loss / max(counted, 1), lr=state.lr, seconds=seconds, images_per_s=images / seconds,
             data_wait=waited / seconds,
             terms={name: term / max(counted, 1) for name, term in zip(self.trainer.terms, terms, strict=True)})
+        self.trainer.check_terms(state.epoch + 1, state.trained.terms)
         if found and self.folder is not None:
             file = self.folder.list_images(found, f'unreadable-epoch-{state.epoch + 1}.txt')
             self.say(f'{len(found)} of {len(self.trainer.train_set)} training images could not be read and were '
@@ -278,7 +280,7 @@ def _resume(
     problems = []
     for path in candidates:
         try:
-            loaded = read_checkpoint(path, 'state_dict')
+            loaded = read_checkpoint(path, trainer.weights_entry)
             averaged = read_checkpoint(path, 'state_dict_ema').state_dict if trainer.ema is not None else None
         except CheckpointError as error:
             problems.append(str(error))
@@ -325,6 +327,35 @@ def train(config: RunConfig, kind: type[Trainer] = ClassificationTrainer) -> Tra
             return _train(config, kind, processes, device, stop)
     finally:
         leave_processes()
+
+
+def run_training(
+        name: str, config: RunConfig, kind: type[Trainer], report: Callable[[TrainResult], Iterable[str]]) -> int:
+    """The body of a command that trains.
+
+    Args:
+        name: What the command is called in messages.
+        config, kind: See `train`.
+        report: Lines about a finished run.
+    Returns:
+        The exit code: 0 also after SIGTERM, 130 after Ctrl-C.
+    Raises:
+        CaretransError: See `train`.
+    """
+    is_primary = find_processes().is_primary
+    try:
+        result = train(config, kind)
+    except Preempted as stop:
+        if is_primary:
+            print(stop)
+        return 0
+    except KeyboardInterrupt:
+        if is_primary:
+            print(f'{name}: stopped; the same command resumes from the last checkpoint', file=sys.stderr)
+        return 130
+    if is_primary:
+        print('\n'.join(report(result)))
+    return 0
 
 
 def _train(

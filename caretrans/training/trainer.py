@@ -39,6 +39,7 @@ class Trainer:
     Attributes:
         best_score: Column of the score by which the best epoch is chosen; more is better.
         score_title: Of the panel of curves.png that shows the scores.
+        weights_entry: Entry of a checkpoint with the weights of `model`, from which a run resumes.
         has_fixed_size: Whether all training images of a run have the same size.
         model: The trained weights, without wrappers.
         ema: Their average over the steps, or None.
@@ -53,6 +54,7 @@ class Trainer:
 
     best_score: str
     score_title: str
+    weights_entry = 'state_dict'
     has_fixed_size = False
     model: nn.Module
     task: TrainingTask
@@ -84,7 +86,7 @@ class Trainer:
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         model = self.build_model()
         if config.sync_bn:
-            model = convert_sync_batchnorm(model)
+            model = self.synchronise(model)
         self.model = model.to(device, memory_format=self.memory_format)
         self.build_parts()
         if not self.train_loader.steps:
@@ -94,7 +96,7 @@ class Trainer:
             self.ema = self.task.setup_ema(config.ema_decay, use_warmup=config.ema_warmup).module
         self.compile()
         self.eval_model = self.task.get_eval_model(ema=config.ema)
-        optimizer = create_optimizer_v2(self.model, **config.optimizer_options())
+        optimizer = create_optimizer_v2(self.trained, **config.optimizer_options())
         self.schedule, self.epochs = build_schedule(config, optimizer, self.train_loader.steps)
         self.stepper = Stepper(
             optimizer, self.schedule, torch.amp.GradScaler(device.type) if config.amp == 'fp16' else None,
@@ -120,6 +122,15 @@ class Trainer:
         """The model, with the weights that the config asks for."""
         raise NotImplementedError
 
+    def synchronise(self, model: nn.Module) -> nn.Module:
+        """The model with a BatchNorm over the images of all devices."""
+        return convert_sync_batchnorm(model)
+
+    @property
+    def trained(self) -> nn.Module:
+        """The part of the model whose parameters the optimizer has."""
+        return self.model
+
     def build_parts(self) -> None:
         """Set `train_loader` and `task`, and what `evaluate` needs; the model is on its device."""
         raise NotImplementedError
@@ -135,6 +146,13 @@ class Trainer:
     def run_passes(self, epoch: int, start_step: int) -> Iterator[Pass]:
         """The forward passes of an epoch from a step on."""
         return self.train_loader.run(epoch, start_step)
+
+    def check_terms(self, epoch: int, terms: dict[str, float]) -> None:
+        """Stop the run if the terms of an epoch, counted from 1, show that it cannot succeed.
+
+        Raises:
+            TrainingError: They do.
+        """
 
     def evaluate(self, check: Callable[[int], None]) -> Evaluation:
         """Scores of the evaluation images, equal on all processes.

@@ -74,7 +74,9 @@ def test_the_rate_of_the_paper():
         pytest.approx(1.2595e-4 * 1.5, rel=1e-2)
 
 
-@pytest.mark.parametrize('path', sorted(RECIPES.glob('*.yaml')), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    'path', sorted(path for path in RECIPES.glob('*.yaml') if not path.stem.startswith('selfsup')),
+    ids=lambda path: path.stem)
 def test_every_recipe_is_valid_and_described(path):
     text = path.read_text(encoding='utf-8')
     for word in ('command', 'hardware', 'time', 'top-1'):
