@@ -30,10 +30,14 @@ def parse(argv: list[str]) -> tuple[Any, type[Trainer]]:
 def report(result: TrainResult) -> Iterator[str]:
     """Lines about a finished run."""
     name, title = result.best_score, result.score_title.split(',')[0]
-    yield (f'best {title} {result.best.scores[name]:.1f} % after epoch {result.best.epoch}, '
-           f'last {result.last.scores[name]:.1f} %')
+    if result.best is None or result.last.scores[name] is None:
+        yield f'no {title}: the evaluation images have nothing to score'
+    else:
+        yield (f'best {title} {result.best.scores[name]:.1f} % after epoch {result.best.epoch}, '
+               f'last {result.last.scores[name]:.1f} %')
     yield f'curves: {result.folder / "curves.png"}   table: {result.folder / "summary.csv"}'
-    yield f'next: bash cmd/eval.sh {shlex.quote(str(result.folder / "best.pth.tar"))}'
+    file = 'last.pth.tar' if result.best is None else 'best.pth.tar'
+    yield f'next: bash cmd/eval.sh {shlex.quote(str(result.folder / file))}'
 
 
 def run() -> int:

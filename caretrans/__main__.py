@@ -15,7 +15,7 @@ from .distributed import is_primary
 from .errors import run_command
 from .flags import DEVICE_HELP, FlagParser, add_checkpoint_flags, add_weights_flags, check_weights, keep_flags, number
 from .progress import show_messages
-from .text import escape
+from .text import escape, write_text
 from .strict_json import to_json
 
 PLAIN_CONVERSION = ('source', 'target', 'layout', 'overwrite', 'entry')  # flags without those of classifiers
@@ -86,12 +86,14 @@ def _build_parser() -> FlagParser:
 
 
 def _predict_dense(as_json: bool, device: str, options: dict[str, Any]) -> int:
-    from .dense.predict import predict_images
+    from .dense.predict import list_results, predict_images
 
     given = keep_flags(
         options, ('checkpoint', 'images', 'output', 'score', 'entry'), 'a detector or segmenter', dict(topk=5))
-    failed = False
-    for result in predict_images(device=resolve_device(device), **dict(dict(output='runs/predict'), **given)):
+    failed, given = False, dict(dict(output='runs/predict'), **given)
+    results: list[dict[str, Any]] = []
+    for i, result in enumerate(predict_images(device=resolve_device(device), **given), start=1):
+        results += list_results(i, result)
         if as_json:
             print(to_json(result))
         elif 'error' not in result:
@@ -104,6 +106,8 @@ def _predict_dense(as_json: bool, device: str, options: dict[str, Any]) -> int:
         if 'error' in result:
             failed = True
             print(f'{escape(result["image"])}: {result["error"]}', file=sys.stderr)
+    if results:
+        write_text(Path(given['output']) / 'results.json', to_json(results) + '\n')
     return int(failed)
 
 

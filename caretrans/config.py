@@ -305,7 +305,8 @@ def choose_model_args(args: dict[str, Any], recipe: dict[str, Any], model: str) 
 
 def peek_flags(argv: Sequence[str], *config_types: type[RunConfig]) -> dict[str, Any]:
     """The flags of a command line whose kind of training is not known yet, `data_folder` and `recipe` among them."""
-    parser = FlagParser(add_help=False, argument_default=argparse.SUPPRESS, conflict_handler='resolve')
+    parser = FlagParser(
+        add_help=False, argument_default=argparse.SUPPRESS, conflict_handler='resolve', allow_abbrev=False)
     for config_type in config_types:
         _add_arguments(parser, config_type)
     return vars(parser.parse_known_args(argv)[0])

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Evaluate a checkpoint: top-1, top-5, loss, images, images/s. Runs one process per visible GPU, or NPROC of them.
+# Evaluate a checkpoint: top-1 and top-5, average precision of a detector, mean IoU of a segmenter. Runs one process per visible GPU, or NPROC of them.
 #   bash cmd/eval.sh CHECKPOINT [DATA] [flags of validate.py, e.g. --json]
 #   bash cmd/eval.sh --pretrained --model care_s0 DATA      published weights, from their hub or its cache
 #   NPROC=2 bash cmd/eval.sh CHECKPOINT [DATA] --device cpu

@@ -14,8 +14,8 @@ __all__ = ['FixedAnchors', 'MaxIouMatcher', 'check_targets']
 class FixedAnchors(AnchorGenerator):
     """Anchors that are not rounded to whole pixels, at fixed strides, in float32 or wider.
 
-    torchvision rounds them, and divides the size of the image by that of the map for a stride: 61 instead of 64 pixels
-    for the 13 rows of P6 at 800.
+    torchvision rounds them, and divides the size of the image by that of the map for a stride, for example 61 instead
+    of 64 for P6 (13 rows) at 800 pixels.
 
     Args:
         strides: Of the maps, in pixels.

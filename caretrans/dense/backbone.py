@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..checkpoint import create_from_checkpoint
+from ..checkpoint import create_from_checkpoint, create_pretrained
 from ..checkpoint.file import Checkpoint, PathLike, read_checkpoint
 from ..checkpoint.layout import list_models
 from ..checkpoint.load import load_strictly
@@ -130,7 +130,7 @@ def create_dense_backbone(
     dense = checkpoint and read_checkpoint(checkpoint)
     dense = dense if dense and is_dense(strip_backbone(dense.state_dict)) else None
     if checkpoint is None or dense:
-        network = timm.create_model(name, pretrained=pretrained, **model_args)
+        network = create_pretrained(name, **model_args)[0] if pretrained else timm.create_model(name, **model_args)
     else:
         network, loaded = create_from_checkpoint(checkpoint, name, **model_args)
     try:

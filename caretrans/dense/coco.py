@@ -1,5 +1,6 @@
 """Objects in images, from JSON in the format of COCO (https://cocodataset.org/#format-data)."""
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -49,7 +50,7 @@ class CocoImage:
             DataError: It has another size.
         """
         data = self.path.read_bytes()
-        for orientation in ('ignore', 'exif'):
+        for orientation in ('exif', 'ignore'):
             image = open_image(data, orientation)
             if image.size == (self.width, self.height):
                 return pil_to_tensor(image)
@@ -157,14 +158,30 @@ def _take(file: Path, content: Any, key: str) -> list[Mapping[str, Any]]:
     return entries
 
 
+def _whole(file: Path, what: str, value: Any, least: float = -math.inf) -> int:
+    """A whole number of the file.
+
+    Raises:
+        DataError: It is something else, or below `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value % 1 != 0 or value < least:
+        raise DataError(f'{file}: {what} is {value!r}: it must be a whole number'
+                        f'{"" if least == -math.inf else f" of at least {least}"}.')
+    return int(value)
+
+
 def _read_images(file: Path, folder: Path, content: Any) -> dict[int, CocoImage]:
     images: dict[int, CocoImage] = {}
     for i, entry in enumerate(_take(file, content, 'images')):
-        try:
-            image = CocoImage(
-                entry['id'], folder / entry['file_name'], int(entry['height']), int(entry['width']))
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f'{file}: image {i} lacks {error}: it needs id, file_name, height and width.') from None
+        missing = [key for key in ('id', 'file_name', 'height', 'width') if entry.get(key) is None]
+        if missing:
+            raise DataError(
+                f'{file}: image {i} lacks {list_names(map(repr, missing))}: it needs id, file_name, height and width.')
+        if not isinstance(entry['file_name'], str):
+            raise DataError(f'{file}: file_name of image {i} is {entry["file_name"]!r}: it must be a text.')
+        image = CocoImage(
+            _whole(file, f'id of image {i}', entry['id']), folder / entry['file_name'],
+            *(_whole(file, f'{key} of image {i}', entry[key], 1) for key in ('height', 'width')))
         if image.id in images:
             raise DataError(f'{file}: two images have the id {image.id}.')
         images[image.id] = image
@@ -176,12 +193,18 @@ def _read_images(file: Path, folder: Path, content: Any) -> dict[int, CocoImage]
 def _read_categories(file: Path, content: Any) -> dict[int, str]:
     entries = _take(file, content, 'categories')
     try:
-        found = {entry['id']: str(entry['name']) for entry in entries}
+        found = {_whole(file, 'id of a category', entry['id']): str(entry['name']) for entry in entries}
     except KeyError as error:
         raise DataError(f'{file}: a category lacks {error}: it needs id and name.') from None
     if not found or len(found) < len(entries) or len(set(found.values())) < len(entries):
         raise DataError(f'{file}: categories are missing, or ids or names are repeated: {list_names(found.values())}.')
     return dict(sorted(found.items()))
+
+
+def _read_area(file: Path, name: Any, area: Any) -> float:
+    if area is not None and (isinstance(area, bool) or not isinstance(area, (int, float))):
+        raise DataError(f'{file}: area of annotation {name} is {area!r}: it must be a number, or missing.')
+    return float(area or 0)
 
 
 def add_objects(
@@ -191,15 +214,17 @@ def add_objects(
     dropped: dict[str, list[Any]] = {}
     for i, entry in enumerate(annotations):
         name = entry.get('id', i)
-        image = images.get(entry.get('image_id'))
+        image = images.get(_whole(file, f'image_id of annotation {name}', entry.get('image_id')))
         if image is None:
             dropped.setdefault('annotations of unknown images were skipped', []).append(name)
             continue
-        if entry.get('category_id') not in categories:
+        if _whole(file, f'category_id of annotation {name}', entry.get('category_id')) not in categories:
             raise DataError(f'{file}: annotation {name} has the category {entry.get("category_id")!r}, which is not '
                             f'among the categories: add it, or remove the annotation.')
         try:
             x, y, width, height = map(float, entry['bbox'])
+            if isinstance(entry['bbox'], str):
+                raise TypeError
         except (KeyError, TypeError, ValueError):
             raise DataError(f'{file}: annotation {name} has no bbox [x, y, width, height].') from None
         left, top, right, bottom = max(x, 0.), max(y, 0.), min(x + width, image.width), min(y + height, image.height)
@@ -216,7 +241,8 @@ def add_objects(
             shape = long
         image.objects.append(dict(
             id=name, category_id=entry['category_id'], bbox=[left, top, right - left, bottom - top],
-            area=float(entry.get('area') or (right - left) * (bottom - top)), iscrowd=int(entry.get('iscrowd') or 0),
+            area=_read_area(file, name, entry.get('area')) or (right - left) * (bottom - top),
+            iscrowd=_whole(file, f'iscrowd of annotation {name}', entry.get('iscrowd') or 0, 0),
             **dict(segmentation=shape) if shape else {}))
     return [f'{file}: {len(names)} {what}: annotations {list_names(names, 3)}' for what, names in dropped.items()]
 

@@ -32,7 +32,7 @@ class DenseConfig(RunConfig):
 
     task: str = setting('mask_rcnn', 'detector or segmenter to train', choices=list(TASKS))
     num_classes: int | None = setting(
-        None, 'number of classes, for masks without a file classes.txt', bounds=(1, None))
+        None, 'number of classes, for masks without a file classes.txt', bounds=(1, 255))
     reduce_zero_label: bool | None = setting(
         None, 'masks: 0 is no class, 1 is the first one (default: only in the layout of ADE20K with 150 classes)')
     new_heads: bool = setting(
@@ -86,6 +86,12 @@ class DenseConfig(RunConfig):
         if self.schedule == 'step' and any(epoch >= self.epochs for epoch in self.milestones):
             raise ConfigError(
                 f'milestones={self.milestones} are not below epochs={self.epochs}: set --milestones as well.')
+        for name in ('num_classes', 'reduce_zero_label'):
+            if self.task != 'semantic_fpn' and getattr(self, name) is not None:
+                raise ConfigError(f'{name}={getattr(self, name)} is for masks, the data of {self.task} state their '
+                                  f'classes: omit it.')
+        if self.new_heads and not self.checkpoint:
+            raise ConfigError('new_heads=True without weights: all are new; name a file with --checkpoint, or omit it.')
         if self.frozen_bn and not (self.checkpoint or self.pretrained):
             raise ConfigError('frozen_bn with random weights keeps statistics that fit no image: name weights with '
                               '--checkpoint or --pretrained, or use --no-frozen-bn.')

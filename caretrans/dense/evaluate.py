@@ -75,10 +75,13 @@ def average_precision(
         kind: 'bbox' or 'segm', for data of `encode_masks`.
     """
     from faster_coco_eval import COCO, COCOeval_faster
+    from faster_coco_eval.core import mask as rle
 
-    if not results:
-        found = dict.fromkeys(AP_NAMES, 0.)
-        return found, {name: 0. for name in data.classes}
+    if not results:  # the scorer needs one: of nothing, without a score
+        image = data.images[0]
+        nothing = rle.encode(np.zeros((image.height, image.width), np.uint8, order='F'))
+        results = [dict(image_id=image.id, category_id=next(iter(data.categories)), bbox=[0., 0., 0., 0.], score=0.,
+                        **dict(segmentation=nothing) if kind == 'segm' else {})]
     truth = COCO(data.to_coco())
     scorer = COCOeval_faster(truth, truth.loadRes(results), iouType=kind)
     scorer.evaluate()

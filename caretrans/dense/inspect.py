@@ -71,7 +71,7 @@ def _judge_size(path: Path, size: tuple[int, int]) -> str:
         return UNREAD
     upright = stored[::-1] if ORIENTATIONS[orientation][0] else stored
     if orientation != 1 and size in (stored, upright):
-        how = 'stored' if size == stored else 'seen'
+        how = 'seen' if size == upright else 'stored'
         return f'have an EXIF orientation; their annotations fit them as they are {how}, so they are read like that'
     return '' if size == stored else 'have another size than their annotations; they are refused'
 

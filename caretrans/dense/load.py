@@ -37,8 +37,8 @@ TASKS = {
     'semantic_fpn': Task(SemanticFpn, (0, 1, 2, 3), {}),
 }
 BACKBONE_ARGS = tuple(inspect.signature(create_dense_backbone).parameters)[2:-1]
-CLASS_LAYERS = re.compile(r'cls_logits|box_predictor|mask_fcn_logits|classifier')
-# The last layer of each kind in published files, and its rows for each class and beside the classes.
+CLASS_LAYERS = re.compile(r'classification_head\.cls_logits|box_predictor|mask_fcn_logits|^classifier\.')
+# The last layer of each kind in published files, its rows per class, and further rows.
 LAST_LAYERS = {
     'retinanet': ('bbox_head.retina_cls.bias', 9, 0),
     'mask_rcnn': ('roi_head.mask_head.conv_logits.bias', 1, 0),
@@ -73,12 +73,12 @@ def create_dense_model(
     body_options = {name: value for name, value in options.items() if name in BACKBONE_ARGS}
     head_options = {name: value for name, value in options.items() if name not in body_options}
     model_args = dict(model_args or {})
-    body = create_dense_backbone(
-        backbone, checkpoint, **dict(dict(out_indices=chosen.out_indices), **body_options), **model_args)
     try:
+        body = create_dense_backbone(
+            backbone, checkpoint, **dict(dict(out_indices=chosen.out_indices), **body_options), **model_args)
         model = chosen.make(body, num_classes, **chosen.fixed, **head_options)
     except TypeError as error:
-        raise ConfigError(f'{task}: {error}: see its docstring for the options.') from None
+        raise ConfigError(f'{task} with {backbone}: {error}: see the docstrings for the options.') from None
     body_options.pop('pretrained', None)
     model.dense_config = dict(
         task=task, backbone=backbone, num_classes=num_classes, model_args=model_args, **head_options,
@@ -150,30 +150,40 @@ def _describe_published(checkpoint: Checkpoint, task: str) -> dict[str, Any]:
     return options
 
 
-def load_weights(model: nn.Module, path: str | PathLike, new_heads: bool = False) -> None:
+def load_weights(
+        model: nn.Module, path: str | PathLike, class_names: Sequence[str] | None = None, new_heads: bool = False,
+) -> None:
     """Load a detector or segmenter into another of the same kind, which may have other classes.
 
     Args:
-        new_heads: Keep the layers of the classes of `model`, to be trained, if the file has another number of classes.
+        class_names: Of `model`, if they are known.
+        new_heads: Keep the layers of the classes of `model`, to be trained, if the file has other classes.
     Raises:
         CheckpointError: The file is of another kind, another size, or other classes without `new_heads`.
     """
     source, checkpoint = create_from_checkpoint(path)
     ours, theirs = model.dense_config, source.dense_config
-    for what in ('task', 'backbone'):
-        if ours[what] != theirs[what]:
-            raise CheckpointError(f'{checkpoint.path}: is a {theirs["task"]} with {theirs["backbone"]}, not a '
-                                  f'{ours["task"]} with {ours["backbone"]}: take another file, or --model and --task.')
-    weights, shapes = source.state_dict(), {key: value.shape for key, value in model.state_dict().items()}
-    other = [key for key, shape in shapes.items() if key not in weights or weights[key].shape != shape]
-    wrong = [key for key in other if not CLASS_LAYERS.search(key)]
+    for what in ('task', 'backbone', 'norm', 'last_map'):
+        if ours.get(what) != theirs.get(what):
+            raise CheckpointError(f'{checkpoint.path}: its {what} is {theirs.get(what)}, not {ours.get(what)}: take '
+                                  f'another file, or change the setting.')
+    weights, own = source.state_dict(), model.state_dict()
+    other = {key for key in {*weights, *own} if key not in weights or key not in own
+             or weights[key].shape != own[key].shape}
+    wrong = sorted(key for key in other if not CLASS_LAYERS.search(key))
     if wrong:
-        raise CheckpointError(f'{checkpoint.path}: {list_names(wrong, 3)} have other sizes: use the settings that it '
-                              f'was made with, such as --channels {theirs.get("channels", 256)}.')
-    if other and not new_heads:
-        raise CheckpointError(f'{checkpoint.path}: has {theirs["num_classes"]} classes, the data '
-                              f'{ours["num_classes"]}: add --new-heads.')
-    model.load_state_dict({key: value for key, value in weights.items() if key not in other}, strict=False)
+        raise CheckpointError(
+            f'{checkpoint.path}: {list_names(wrong, 3)} are missing here or there, or have other sizes: use the '
+            f'settings that it was made with, such as --channels {theirs.get("channels", 256)}, and its --model-args '
+            f'{theirs["model_args"] or "(none)"}.')
+    known = checkpoint.meta.get('class_names')
+    if other or known and class_names and list(known) != list(class_names):
+        if not new_heads:
+            raise CheckpointError(
+                f'{checkpoint.path}: has {theirs["num_classes"]} classes ({list_names(known or (), 3)}), the data '
+                f'{ours["num_classes"]} ({list_names(class_names or (), 3)}): add --new-heads.')
+        weights = {key: own[key] if CLASS_LAYERS.search(key) else value for key, value in weights.items()}
+    model.load_state_dict(weights)
 
 
 def save_checkpoint(

@@ -52,7 +52,7 @@ class MaskData:
             DataError: Their sizes differ, or a value is no class.
         """
         labels, data = self.read_labels(index), self.images[index].read_bytes()
-        for orientation in ('ignore', 'exif'):
+        for orientation in ('exif', 'ignore'):
             image = open_image(data, orientation)
             if image.size == tuple(labels.shape[::-1]):
                 return pil_to_tensor(image), labels
@@ -167,6 +167,8 @@ def read_masks(
     num_classes = num_classes or len(classes)
     if not num_classes:
         raise DataError(f'The classes of {root} are not known: list their names in {root / "classes.txt"}, one a line.')
+    if num_classes > IGNORE:
+        raise DataError(f'{root} has {num_classes} classes: masks have at most {IGNORE}, because {IGNORE} is ignored.')
     if reduce_zero_label is None:
         reduce_zero_label = folders[1].parent.name == 'annotations' and num_classes == 150
     notes = [note for note in (found.describe_skipped(),) if note]

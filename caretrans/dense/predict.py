@@ -1,6 +1,7 @@
 """Prediction of detectors and segmenters: boxes, masks and maps of classes, as JSON and drawn into images."""
 import colorsys
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from itertools import groupby
 from os import PathLike
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..evaluation.predict import find_images
 from .load import create_from_checkpoint
 from .semantic_fpn import SemanticFpn
 
-__all__ = ['encode_mask', 'predict_images']
+__all__ = ['encode_mask', 'list_results', 'predict_images']
 
 CPU = torch.device('cpu')
 
@@ -30,6 +31,23 @@ def encode_mask(mask: torch.Tensor) -> dict[str, Any]:
     values = mask.T.flatten().tolist()
     counts = [len(list(run)) for _, run in groupby(values)]
     return dict(size=list(mask.shape), counts=[0, *counts] if values[:1] == [1] else counts)
+
+
+def list_results(number: int, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The objects of an image in the format of COCO's results, with `image_id` its number, and its `file_name`.
+
+    Masks are compressed, as scorers read them, where faster-coco-eval is installed.
+    """
+    found = [dict(image_id=number, file_name=result['image'], **{
+        name: value for name, value in entry.items() if name != 'category'}) for entry in result.get('objects', ())]
+    if find_spec('faster_coco_eval'):
+        from faster_coco_eval.core import mask as rle
+
+        for entry in found:
+            if 'segmentation' in entry:
+                packed = rle.frPyObjects(entry['segmentation'], *entry['segmentation']['size'])
+                entry['segmentation'] = dict(packed, counts=packed['counts'].decode())
+    return found
 
 
 def predict_images(

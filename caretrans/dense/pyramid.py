@@ -50,7 +50,7 @@ class Pyramid(nn.Module):
 
     def __init__(self, body: DenseBackbone, out_channels: int = 256, extra: str = '') -> None:
         super().__init__()
-        blocks = {'': None, 'pool': LastLevelMaxPool(), 'convs': None}[extra]
+        blocks: ExtraFPNBlock | None = LastLevelMaxPool() if extra == 'pool' else None
         if extra == 'convs':
             blocks = ExtraLevels(body.channels[-1], out_channels)
         self.body = body

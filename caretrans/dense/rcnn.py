@@ -11,12 +11,12 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import roi_align
 
 from .anchors import FixedAnchors, MaxIouMatcher, check_targets
 from .backbone import DenseBackbone
 from .pyramid import Pyramid, to_full_precision
+from .resize import RoundedTransform
 
 __all__ = ['Rcnn']
 
@@ -195,7 +195,7 @@ class Rcnn(GeneralizedRCNN):
             score_thresh=score_thresh, nms_thresh=nms_thresh, detections_per_img=detections_per_img, **with_masks)
         transform = dict(min_size=800, max_size=1333, image_mean=IMAGENET_DEFAULT_MEAN,
                          image_std=IMAGENET_DEFAULT_STD) | transform
-        super().__init__(pyramid, rpn, heads, GeneralizedRCNNTransform(**transform))
+        super().__init__(pyramid, rpn, heads, RoundedTransform(**transform))
         self.num_classes = num_classes
 
     def raw(self, x: torch.Tensor) -> dict[str, list[torch.Tensor]]:

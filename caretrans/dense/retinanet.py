@@ -12,6 +12,7 @@ from torchvision.ops import remove_small_boxes, sigmoid_focal_loss
 from .anchors import FixedAnchors, MaxIouMatcher, check_targets
 from .backbone import DenseBackbone
 from .pyramid import Pyramid, to_full_precision
+from .resize import RoundedTransform
 
 __all__ = ['RetinaNet']
 
@@ -82,6 +83,8 @@ class RetinaNet(TorchvisionRetinaNet):
             pyramid, num_classes, anchor_generator=anchors, head=head,
             proposal_matcher=MaxIouMatcher(.5, .4, min_iou=0.), detections_per_img=sys.maxsize, **settings)
         self.max_detections = detections_per_img
+        before = self.transform
+        self.transform = RoundedTransform(before.min_size, before.max_size, before.image_mean, before.image_std)
 
     def postprocess_detections(self, *args: Any) -> list[dict[str, torch.Tensor]]:
         """Detections of torchvision, without boxes that lost their width or height at the edge of the image."""

@@ -16,7 +16,8 @@ from torchvision.transforms.functional import normalize
 from ..checkpoint import is_dense, read_checkpoint
 from ..data.loaders import TrainLoader
 from ..distributed import Processes
-from ..errors import ConfigError, DataError
+from ..errors import CheckpointError, ConfigError, DataError
+from ..training.folder import list_checkpoints
 from ..training.state import EpochRow, Evaluation
 from ..training.trainer import Trainer
 from .coco import encode_masks
@@ -108,6 +109,17 @@ class DenseTrainer(Trainer):
     """Training of a detector or segmenter."""
 
     config: DenseConfig
+    saves_before_evaluation = True  # an image that cannot be used ends it
+
+    @classmethod
+    def adopt(cls, config: DenseConfig, path: Path) -> dict[str, Any]:
+        """Whether BatchNorm is frozen: by default it depends on the images per device, which may change."""
+        for file in list_checkpoints(path):
+            try:
+                return dict(frozen_bn=read_checkpoint(file).meta['dense']['frozen_bn'])
+            except (CheckpointError, KeyError):
+                continue
+        return {}
 
     def __init__(self, config: DenseConfig, processes: Processes, device: torch.device) -> None:
         self.scores = SCORES[config.task]
@@ -140,9 +152,6 @@ class DenseTrainer(Trainer):
                     f'{self.val_data.file} has the classes {", ".join(self.val_data.classes)}, {data.file} has '
                     f'{", ".join(self.classes)}: both splits must have the same, in one order.')
         self.val_set = self.val_data.images
-        if len(self.train_set) < config.batch_size:
-            raise DataError(f'The {len(self.train_set)} training images do not fill a batch of {config.batch_size}: '
-                            f'use a smaller one.')
 
     def build_model(self) -> nn.Module:
         config = self.config
@@ -155,7 +164,7 @@ class DenseTrainer(Trainer):
             config.task, config.model, self.num_classes, config.checkpoint if config.checkpoint and not whole else None,
             {**rates, **config.model_args}, pretrained=config.pretrained, frozen_bn=frozen, **config.model_options())
         if whole:
-            load_weights(model, config.checkpoint, config.new_heads)
+            load_weights(model, config.checkpoint, self.classes, config.new_heads)
         if config.grad_checkpointing:
             if not hasattr(model.backbone.body.network, 'set_grad_checkpointing'):
                 raise ConfigError(f'{config.model} has no gradient checkpointing: omit --grad-checkpointing.')
@@ -167,12 +176,16 @@ class DenseTrainer(Trainer):
         self.train_loader = TrainLoader(
             self.train_set, config, lambda batches: DeviceBatches(batches, self.device, self.memory_format),
             self.splits, self.processes, self.device, collate=collate)
+        steps = config.epochs * self.train_loader.steps
+        if self.train_loader.steps and config.warmup_steps >= steps:
+            raise ConfigError(f'warmup_steps={config.warmup_steps}, but the run has {steps} steps: use fewer with '
+                              f'--warmup-steps.')
         self.task = DenseTask(self.model, config.task, self.device)
 
     def evaluate(self, check: Callable[[int], None]) -> Evaluation:
-        model = (self.model if self.ema is None else self.ema).eval()
         scores = score_model(
-            model, self.val_data, self.list_names(), self.device, self.config.amp, self.processes, check)
+            (self.model if self.ema is None else self.ema).eval(), self.val_data, self.list_names(), self.device,
+            self.config.amp, self.processes, check)
         values = {name: getattr(scores, COLUMNS[name][0])[COLUMNS[name][1]] for name in self.scores}
         return Evaluation(values, scores.seconds)
 
@@ -188,7 +201,8 @@ class DenseTrainer(Trainer):
                          for name, value in row.scores.items())
 
     def write_checkpoint(self, path: Path, **entries: Any) -> None:
-        save_checkpoint(path, self.model, self.classes or (), ema=self.ema, config=self.settings, **entries)
+        settings = dict(self.settings, reduce_zero_label=getattr(self.val_data, 'reduce_zero_label', None))
+        save_checkpoint(path, self.model, self.classes or (), ema=self.ema, config=settings, **entries)
 
     def list_facts(self) -> dict[str, Any]:
         return dict(num_classes=self.num_classes, task=self.config.task, frozen_bn=self.model.backbone.body.frozen_bn)

@@ -158,6 +158,8 @@ class ClassificationTrainer(Trainer):
 
     best_score = 'val_top1'
     score_title = 'top-1, %'
+    loading_remedy = (
+        'put the data on a local disk or into shards (python -m caretrans shard), or use a lighter --auto-augment')
 
     @classmethod
     def check(cls, config: TrainConfig, processes: Processes, device: torch.device) -> None:

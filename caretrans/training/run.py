@@ -198,8 +198,7 @@ class Run:
             self.warned = True
             self.say(
                 f'The device waited for data {100 * share:.0f} % of the time: use more --workers than '
-                f'{self.config.workers} if there are cores, put the data on a local disk or into shards (python -m '
-                f'caretrans shard), or use a lighter --auto-augment.')
+                f'{self.config.workers} if there are cores, {self.trainer.loading_remedy}.')
 
     # Evaluation
 
@@ -210,7 +209,7 @@ class Run:
             return Evaluation(trainer.empty_scores())
 
         alone = self.processes.is_alone
-        if not alone:  # saved now, together: during an evaluation each process may have to leave by itself
+        if not alone or trainer.saves_before_evaluation:  # together: later each process may have to leave by itself
             self._save_step()
 
         def check(_: int) -> None:

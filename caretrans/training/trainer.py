@@ -41,6 +41,8 @@ class Trainer:
         score_title: Of the panel of curves.png that shows the scores.
         weights_entry: Entry of a checkpoint with the weights of `model`, from which a run resumes.
         has_fixed_size: Whether all training images of a run have the same size.
+        saves_before_evaluation: Write a checkpoint before an evaluation, because it can fail.
+        loading_remedy: What else helps when the device waits for data.
         model: The trained weights, without wrappers.
         ema: Their average over the steps, or None.
         task: Forward pass and loss; compiled if the config says so, and distributed after `distribute`.
@@ -56,6 +58,8 @@ class Trainer:
     score_title: str
     weights_entry = 'state_dict'
     has_fixed_size = False
+    saves_before_evaluation = False
+    loading_remedy = 'put the data on a local disk'
     model: nn.Module
     task: TrainingTask
     train_set: Sized
@@ -90,7 +94,8 @@ class Trainer:
         self.model = model.to(device, memory_format=self.memory_format)
         self.build_parts()
         if not self.train_loader.steps:
-            raise DataError(f'The {len(self.train_set)} training images do not fill a batch of {config.batch_size}.')
+            raise DataError(f'The {len(self.train_set)} training images do not fill a batch of {config.batch_size}: '
+                            f'use a smaller one.')
         self.ema: nn.Module | None = None
         if config.ema:
             self.ema = self.task.setup_ema(config.ema_decay, use_warmup=config.ema_warmup).module
@@ -247,11 +252,7 @@ class Trainer:
             scaler=scaler.state_dict() if scaler is not None else None)
 
     def load_state(self, weights: dict[str, Any], averaged: dict[str, Any] | None, meta: dict[str, Any]) -> None:
-        """Load the weights and the `resume_state` of a checkpoint of the same run.
-
-        Raises:
-            ConfigError: The run was one of other classes.
-        """
+        """Load the weights and the `resume_state` of a checkpoint of the same run."""
         self.model.load_state_dict(weights)
         if self.ema is not None:
             self.ema.load_state_dict(averaged)

@@ -15,7 +15,7 @@ import caretrans
 from caretrans.__main__ import main as caretrans_main
 from caretrans.data.samples import Sample
 from caretrans.dense.anchors import check_targets
-from caretrans.dense.coco import encode_masks, read_coco
+from caretrans.dense.coco import CocoImage, encode_masks, read_coco
 from caretrans.dense.masks import check_masks, read_masks
 from caretrans.dense.objects import select_training
 from caretrans.dense.samples import DetectionSamples, SegmentationSamples, collate
@@ -326,6 +326,25 @@ def test_broken_segmentations_are_refused_in_one_line(tmp_path, shape, message):
     with pytest.raises(DataError, match='annotation 10 has a segmentation that is no mask of its image') as caught:
         encode_masks(data)
     assert message in str(caught.value) and '\n' not in str(caught.value)
+
+
+def test_images_that_fit_both_ways_are_rotated_upright(tmp_path):
+    """As predict and classifiers do: here by 180 degrees."""
+    pixels = np.zeros((8, 10, 3), np.uint8)
+    pixels[0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(pixels).save(tmp_path / 'x.png', exif=exif)
+    image = CocoImage(1, tmp_path / 'x.png', 8, 10, []).read()
+    assert (image[:, -1] == 255).all() and not image[:, :-1].any()
+
+
+def test_masks_of_more_classes_than_values_are_refused(tmp_path):
+    for name in ('train', 'train_masks'):
+        (tmp_path / name).mkdir()
+        Image.new('L', (8, 8)).save(tmp_path / name / 'a.png')
+    with pytest.raises(DataError, match='has 300 classes: masks have at most 255'):
+        read_masks(tmp_path, 'train', 300)
 
 
 def test_inspect_says_what_will_be_done(tmp_path, capsys):

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,15 @@ def results_of(data, score=.9) -> list:
     """Detections equal to the annotations."""
     return [dict(image_id=image.id, category_id=entry['category_id'], bbox=entry['bbox'], score=score)
             for image in data.images for entry in image.objects]
+
+
+def test_what_the_data_do_not_have_has_no_score_without_detections_either(tmp_path):
+    data = read_coco(write_coco(tmp_path), 'val')
+    scores, classes = average_precision(data, [], 'bbox')
+    assert scores['AP'] == scores['AP50'] == 0 and scores['AP_large'] is None and classes == dict(apple=0., pear=0.)
+    empty = replace(data, images=[replace(image, objects=[]) for image in data.images])
+    scores, classes = average_precision(empty, [], 'bbox')
+    assert set(scores.values()) == set(classes.values()) == {None}
 
 
 def test_perfect_detections_have_full_precision_and_shifted_ones_less(tmp_path):
@@ -91,7 +101,17 @@ def test_odd_annotations_are_named_and_handled(tmp_path, entry, objects, note):
     (dict(annotations=[annotation(category_id=4)]), 'annotation 7 has the category 4'),
     (dict(annotations=[annotation(bbox=[1, 2, 3])]), 'annotation 7 has no bbox'),
     (dict(annotations=[annotation(bbox='1 2 3 4')]), 'annotation 7 has no bbox'),
+    (dict(annotations=[annotation(bbox='1234')]), 'annotation 7 has no bbox'),
+    (dict(annotations=[annotation(category_id=[1])]), r'category_id of annotation 7 is \[1\]: it must be a whole'),
+    (dict(annotations=[annotation(image_id='x')]), "image_id of annotation 7 is 'x': it must be a whole number"),
+    (dict(annotations=[annotation(iscrowd='no')]), "iscrowd of annotation 7 is 'no': it must be a whole number"),
+    (dict(annotations=[annotation(area='big')]), "area of annotation 7 is 'big': it must be a number, or missing"),
     (dict(annotations=None), "no list 'annotations'"),
+    (dict(categories=[dict(id=1, name='a'), dict(id='y', name='b')]), "id of a category is 'y': it must be a whole"),
+    (dict(images=[dict(id='im0', file_name='0.png', height=64, width=80)]), "id of image 0 is 'im0': it must be"),
+    (dict(images=[dict(id=1, file_name='0.png', height=-5, width=80)]), 'height of image 0 is -5: .* at least 1'),
+    (dict(images=[dict(id=1, file_name='0.png', height='tall', width=80)]), "height of image 0 is 'tall'"),
+    (dict(images=[dict(id=1, file_name=7, height=64, width=80)]), 'file_name of image 0 is 7: it must be a text'),
     (dict(categories=[]), 'categories are missing'),
     (dict(categories=[dict(id=1, name='a'), dict(id=1, name='b')]), 'ids or names are repeated'),
     (dict(categories=[dict(name='a')]), "a category lacks 'id'"),

@@ -2,6 +2,8 @@
 import json
 
 import pytest
+from faster_coco_eval import COCO
+from faster_coco_eval.core import mask as rle
 import timm
 import torch
 from photos import FRUIT
@@ -46,7 +48,7 @@ def test_a_detector_writes_drawings_and_objects(files, images, tmp_path, capsys)
                  '--output', str(tmp_path / 'out'), '--device', 'cpu'])
     results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert code == 1 and [('error' in result) for result in results] == [False, False, True, True]
-    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['a-2.png', 'a.png']
+    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['a-2.png', 'a.png', 'results.json']
     assert 'cannot be used at 1 x 3000 pixels' in results[3]['error']
     for result in results[:2]:
         original, drawing = Image.open(result['image']), Image.open(result['drawing'])
@@ -58,6 +60,16 @@ def test_a_detector_writes_drawings_and_objects(files, images, tmp_path, capsys)
             mask = found['segmentation']
             assert mask['size'] == [original.height, original.width]
             assert sum(mask['counts']) == original.height * original.width
+    written = json.loads((tmp_path / 'out' / 'results.json').read_text(encoding='utf-8'))
+    assert [entry['score'] for entry in written] == [found['score'] for result in results[:2]
+                                                     for found in result['objects']]
+    sizes = [Image.open(result['image']).size for result in results[:2]]
+    truth = COCO(dict(
+        images=[dict(id=i, width=width, height=height) for i, (width, height) in enumerate(sizes, start=1)],
+        categories=[dict(id=0, name='apple'), dict(id=1, name='pear')], annotations=[]))
+    read = truth.loadRes(written)  # as scorers read them
+    assert sum(rle.area(entry['segmentation']) for entry in read.anns.values()) == sum(
+        sum(found['segmentation']['counts'][1::2]) for result in results[:2] for found in result['objects'])
 
 
 def test_a_segmenter_writes_the_share_of_each_class(files, images, tmp_path, capsys):

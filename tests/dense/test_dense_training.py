@@ -17,9 +17,10 @@ from torchvision.transforms.functional import normalize
 
 import caretrans
 from caretrans.config import RECIPES, parse_train_config
-from caretrans.dense import create_dense_model, create_from_checkpoint
+from caretrans.dense import create_dense_model, create_from_checkpoint, save_checkpoint
 from caretrans.dense.config import DenseConfig, find_dense_task
 from caretrans.dense.evaluate import evaluate_dense
+from caretrans.dense.load import load_weights
 from caretrans.dense.training import DenseTask, DenseTrainer, DeviceBatches
 from caretrans.distributed import Processes
 from caretrans.errors import CheckpointError, ConfigError, DataError
@@ -269,8 +270,39 @@ def test_fine_tuning_of_a_detector_needs_new_heads_for_other_classes(small_data,
         'box_predictor.cls_score', 'box_predictor.bbox_pred', 'mask_predictor.mask_fcn_logits')}
     assert not list_differences({k: weights[k] for k in saved if k not in other},
                                 {k: saved[k] for k in saved if k not in other})
-    with pytest.raises(CheckpointError, match='have other sizes: use the settings .* --channels 16'):
-        DenseTrainer(configure(data, *flags, '--new-heads', '--channels', 32), Processes(), CPU)
+    for more, message in (
+            (['--channels', 32], 'or have other sizes: use the settings .* --channels 16'),
+            (['--model-args', 'depths=[2,1,1,1]'], r"are missing here .* --model-args .'depths': \[1, 1, 1, 1\]"),
+            (['--norm', 'batch'], 'its norm is layer, not batch'),
+            (['--last-map', 'expanded'], 'its last_map is residual, not expanded')):
+        with pytest.raises(CheckpointError, match=message):
+            DenseTrainer(configure(data, *flags, '--new-heads', *more), Processes(), CPU)
+
+
+def test_classes_of_other_names_are_other_classes(small_data, tmp_path):
+    model = create_dense_model('retinanet', 'care_s0', 2, model_args=dict(depths=[1, 1, 1, 1]), channels=16)
+    save_checkpoint(tmp_path / 'x.pth', model, ['a', 'b'])
+    other = create_dense_model('retinanet', 'care_s0', 2, model_args=dict(depths=[1, 1, 1, 1]), channels=16)
+    with pytest.raises(CheckpointError, match=r'has 2 classes \(a, b\), the data 2 \(b, a\): add --new-heads'):
+        load_weights(other, tmp_path / 'x.pth', ['b', 'a'])
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    load_weights(other, tmp_path / 'x.pth', ['b', 'a'], new_heads=True)
+    for key, value in other.state_dict().items():
+        assert torch.equal(value, (before if 'cls_logits' in key else model.state_dict())[key]), key
+    load_weights(other, tmp_path / 'x.pth', ['a', 'b'])
+    assert not list_differences(dict(other.state_dict()), dict(model.state_dict()))
+
+
+def test_a_run_resumes_with_the_batch_norm_that_it_had(small_data, tmp_path):
+    folder = tmp_path / 'run'
+    flags = [small_data / 'cards', '--task', 'faster_rcnn', *SMALL, '--epochs', 1, '--warmup-steps', 1]
+    train(configure(*flags, '--output', folder), DenseTrainer)
+    assert DenseTrainer.adopt(configure(*flags), folder) == dict(frozen_bn=False)
+    content = torch.load(folder / 'last.pth.tar', weights_only=True)
+    content['dense']['frozen_bn'] = True
+    torch.save(content, folder / 'last.pth.tar')
+    assert DenseTrainer.adopt(configure(*flags), folder) == dict(frozen_bn=True)
+    assert DenseTrainer.adopt(configure(*flags), tmp_path) == {}
 
 
 # Refused --------------------------------------------------------------------------------------------------------------
@@ -282,6 +314,9 @@ def test_fine_tuning_of_a_detector_needs_new_heads_for_other_classes(small_data,
     (['--task', 'yolo'], "invalid choice: 'yolo'"), (['--norm', 'group'], "invalid choice: 'group'"),
     (['--scale', '2', '1'], r'scale of the augmentation is \(2.0, 1.0\): it must be'),
     (['--max-size', '32'], 'max_size of the augmentation is 32'),
+    (['--num-classes', '7'], 'num_classes=7 is for masks, the data of mask_rcnn state their classes: omit it'),
+    (['--reduce-zero-label'], 'reduce_zero_label=True is for masks'),
+    (['--new-heads'], 'new_heads=True without weights'),
     (['--mixup', '1'], 'unrecognized arguments: --mixup'), (['--min-sizes', '16'], 'min_sizes is 16 but must be'),
 ])
 def test_settings_that_cannot_work_are_one_line(flags, message):
@@ -301,6 +336,8 @@ def test_data_that_cannot_be_trained_on_are_one_line(small_data, tmp_path):
     refuse(small_data / 'cards', 'semantic_fpn', 'has no images and masks of train')
     refuse(small_data / 'cards', 'mask_rcnn', r'json: \d+ objects have no segmentation')
     refuse(small_data / 'cards', 'faster_rcnn', '8 training images do not fill a batch of 16', '--batch-size', 16)
+    refuse(small_data / 'cards', 'faster_rcnn', 'warmup_steps=500, but the run has 4 steps', '--warmup-steps', 500)
+    refuse(small_data / 'cards', 'faster_rcnn', 'faster_rcnn with care_s0: .*nonsense', '--model-args', 'nonsense=1')
     refuse(small_data / 'cards', 'faster_rcnn', "No model|no model", '--model', 'care_s9')
     data = shutil.copytree(small_data / 'cards', tmp_path / 'renamed')
     content = json.loads((data / 'val.json').read_text(encoding='utf-8'))

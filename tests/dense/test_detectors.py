@@ -23,6 +23,14 @@ def models(tmp_path_factory):
     return {task: published_model(task, folder) for task in ('retinanet', 'mask_rcnn', 'semantic_fpn')}
 
 
+@pytest.mark.parametrize('size, expected', [
+    ((480, 640), (800, 1067)), ((427, 640), (800, 1199)), ((640, 427), (1199, 800))])
+def test_sides_are_rounded_as_in_mmdet(size, expected, models):
+    for model in (models['retinanet'], models['mask_rcnn']):
+        resized, _ = model.eval().transform.resize(torch.zeros(3, *size))
+        assert resized.shape[1:] == expected
+
+
 def retinanet_errors(model) -> dict:
     arrays = golden('mmdet_retina')
     features = model.backbone.merge(filled_maps()[1:])
