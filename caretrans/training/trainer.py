@@ -74,6 +74,9 @@ class Trainer:
         self.splits = config.split_steps(processes.world_size)
         self.device_batch, self.accumulation = self.splits[0]
         self.open_data()
+        if len(self.train_set) < config.batch_size:
+            raise DataError(f'The {len(self.train_set)} training images do not fill a batch of {config.batch_size}: '
+                            f'use a smaller one.')
         try:
             self._build()
         except (CheckpointError, ConfigError, DataError):
@@ -93,9 +96,6 @@ class Trainer:
             model = self.synchronise(model)
         self.model = model.to(device, memory_format=self.memory_format)
         self.build_parts()
-        if not self.train_loader.steps:
-            raise DataError(f'The {len(self.train_set)} training images do not fill a batch of {config.batch_size}: '
-                            f'use a smaller one.')
         self.ema: nn.Module | None = None
         if config.ema:
             self.ema = self.task.setup_ema(config.ema_decay, use_warmup=config.ema_warmup).module
