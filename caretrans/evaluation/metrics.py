@@ -184,7 +184,7 @@ def check_forward(model: nn.Module, shape: tuple[int, int, int], device: torch.d
     """
     name, training = type(unwrap_model(model)).__name__, model.training
     size = f'images of {shape[1]} x {shape[2]} pixels'
-    if not unwrap_model(model).num_classes:
+    if getattr(unwrap_model(model), 'num_classes', None) == 0:
         raise ConfigError(f'This {name} has no classes: train it first (train.py --checkpoint FILE --new-heads); '
                           f'`python -m caretrans features` needs none.')
     try:
