@@ -47,7 +47,7 @@ class _Backbone(BaseModule):
 
     def __init__(
             self, arch: str, out_indices: Sequence[int] = (3,), norm: str | None = None, norm_eval: bool = False,
-            last_map: str | None = None, pad_to: int = 32, init_cfg: dict | None = None, **model_args: Any) -> None:
+            last_map: str = 'expanded', pad_to: int = 32, init_cfg: dict | None = None, **model_args: Any) -> None:
         super().__init__(init_cfg)
         self.arch = arch
         try:
