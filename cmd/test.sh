@@ -2,7 +2,7 @@
 # Run the tests, timm's own tests of our models among them. With --all, install first what drives a real browser:
 # playwright, and on Debian as root chromium and npm; without them the tests of the page are skipped.
 #   bash cmd/test.sh          what every change needs
-#   bash cmd/test.sh --all    every test: 12 minutes on two shared cores
+#   bash cmd/test.sh --all    every test: 12.5 minutes on two shared cores
 #   bash cmd/test.sh [--all] [arguments of pytest, e.g. tests/training/test_engine.py, or -n 0 for a single process]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"

@@ -222,7 +222,7 @@ def score_model(
         names: Of the classes.
         advance: Called after every image; what it raises ends the evaluation.
     Raises:
-        DataError, EvaluationError: An image cannot be used, or numbers are not finite.
+        DataError, EvaluationError: An image cannot be used, or logits of a segmenter are not finite.
     """
     start, config = time.perf_counter(), model.dense_config
     share, run = _share(len(data.images), processes), _segment if isinstance(data, MaskData) else _detect

@@ -31,9 +31,9 @@ def read_objects(root: str | Path, split: str) -> CocoData:
 
 
 def select_training(data: CocoData) -> CocoData:
-    """The data to train a detector on, with notes about what is left out and what is odd.
+    """The data to train a detector on, with notes about what is excluded and what is odd.
 
-    Crowds (in VOC, difficult objects) are left out. An image that has nothing else is left out too: it would be trained
+    Crowds (in VOC, difficult objects) are excluded. An image that has nothing else is excluded too: it would be trained
     on as if it were empty. Images without objects stay, as negatives.
 
     Raises:

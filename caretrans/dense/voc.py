@@ -109,7 +109,7 @@ def _pair_images(place: Place, notes: list[str]) -> list[tuple[Path, Path]]:
         raise DataError(f'{place.source} lists no images.')
     bare = sorted(path.name for key, path in found.items() if key not in set(keys)) if place.source.is_dir() else []
     if bare:
-        notes.append(f'{place.source}: {len(bare)} images have no XML file and are left out: {list_names(bare, 3)}')
+        notes.append(f'{place.source}: {len(bare)} images have no XML file and are skipped: {list_names(bare, 3)}')
     return [(file, found[key]) for file, key in zip(files, keys, strict=True)]
 
 

@@ -28,7 +28,7 @@ from .shapes import describe_shapes
 from .source import Cases, Source, load_cases, load_source
 from .verify import Verification, VerificationError, verify
 
-__all__ = ['Export', 'Facts', 'Timing', 'export', 'name_program']
+__all__ = ['Export', 'Facts', 'Timing', 'export', 'make_folder', 'name_program']
 
 ROUNDS, RUNS = 10, 5  # of the timing
 
@@ -130,14 +130,23 @@ def name_program(source: Source, job: Job) -> str:
     return '-'.join([source.name, *(text for differs, text in named if differs)]) + kind.suffix
 
 
-def _check_folder(folder: Path, source: Source, jobs: Sequence[Job]) -> None:
-    """Create the folder, and a file in it, before any work; refuse to replace anything but an exported program."""
+def make_folder(folder: Path, flag: str) -> None:
+    """Create the folder that a flag names, and a file in it, before any work.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ConfigError(f'--output-dir {folder} cannot be written: {error.strerror}; name another.') from None
+        raise ConfigError(f'{flag} {folder} cannot be written: {error.strerror}; name another.') from None
+
+
+def _check_folder(folder: Path, source: Source, jobs: Sequence[Job]) -> None:
+    """Create the folder; refuse to replace anything but an exported program."""
+    make_folder(folder, '--output-dir')
     for target in (folder / name_program(source, job) for job in jobs):
         if target.is_symlink() or target.exists() and not Path(f'{target}.json').is_file():
             raise ConfigError(

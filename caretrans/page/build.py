@@ -20,7 +20,7 @@ from ..data.decode import EvalTransform, open_image
 from ..errors import ConfigError, DataError, ExportError, require
 from ..export.config import ExportConfig
 from ..export.phone_results import NAMES
-from ..export.run import Export, export
+from ..export.run import Export, export, make_folder
 from ..export.source import Source, load_source
 from ..flags import parse_flags
 from ..measure.published import find_published
@@ -118,12 +118,7 @@ def _check_source(source: Source) -> None:
 
 def _check_output(folder: Path) -> None:
     """Create the folder; refuse one with anything else in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(f'--output {folder} cannot be written: {error.strerror}; name another.') from None
+    make_folder(folder, '--output')
     if any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise ConfigError(f'--output {folder} holds other files: name an empty folder, or one of an earlier page.')
 

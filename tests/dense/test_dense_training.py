@@ -14,6 +14,7 @@ from launch import kill, list_differences, read_tensors, run, start, wait_for
 from timm.optim import create_optimizer_v2
 from torchvision.models.detection.image_list import ImageList
 from torchvision.transforms.functional import normalize
+from train import report
 
 import caretrans
 from caretrans.config import RECIPES, parse_train_config
@@ -24,7 +25,8 @@ from caretrans.dense.load import load_weights
 from caretrans.dense.training import DenseTask, DenseTrainer, DeviceBatches
 from caretrans.distributed import Processes
 from caretrans.errors import CheckpointError, ConfigError, DataError
-from caretrans.training.run import train
+from caretrans.training.run import TrainResult, train
+from caretrans.training.state import EpochRow
 from caretrans.training.trainer import build_schedule
 
 DATA = Path(caretrans.__file__).parent.parent / 'data'
@@ -210,6 +212,15 @@ def test_a_killed_run_ends_with_the_same_bits(small_data, tmp_path):
         {k: v for k, v in row.items() if k not in timed} for row in theirs['rows']]
     for key, entry in theirs['optimizer']['state'].items():
         assert all(torch.equal(value, mine['optimizer']['state'][key][name]) for name, value in entry.items())
+
+
+def test_a_run_without_anything_to_score_ends_with_its_last_checkpoint():
+    row = EpochRow(1, 1., {}, dict(val_AP=None), 1., 1., 1., 0.)
+    lines = list(report(TrainResult(Path('run'), row, None, 'val_AP', 'AP, %')))
+    assert lines[0] == 'no AP: the evaluation images have nothing to score' and lines[-1].endswith('run/last.pth.tar')
+    best = EpochRow(1, 1., {}, dict(val_AP=40.), 1., 1., 1., 0.)
+    assert next(report(TrainResult(Path('run'), best, best, 'val_AP', 'AP, %'))) == \
+        'best AP 40.0 % after epoch 1, last 40.0 %'
 
 
 @pytest.mark.slow

@@ -55,7 +55,7 @@ def test_a_plain_folder_has_its_own_classes_in_one_order_for_all_splits(tmp_path
     assert train.classes == val.classes == ['fig', 'pear'] and len(train.images) == 1
     (tmp_path / 'train' / '._x.y.xml').write_bytes(b'\x00\x05')  # of a Mac
     assert read_objects(tmp_path, 'train').classes == train.classes
-    assert '1 images have no XML file and are left out: z.jpg' in train.notes[0]
+    assert '1 images have no XML file and are skipped: z.jpg' in train.notes[0]
     (tmp_path / 'classes.txt').write_text('pear\nplum\nfig\n', encoding='utf-8')
     assert read_objects(tmp_path, 'train').classes == ['pear', 'plum', 'fig']
 
