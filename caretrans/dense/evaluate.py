@@ -14,10 +14,9 @@ import torch.nn as nn
 from ..devices import autocast
 from ..distributed import Processes, join_processes, leave_processes, shared_errors
 from ..errors import DataError, EvaluationError, list_names
-from ..evaluation.metrics import list_non_finite
 from ..progress import Progress
 from .coco import CocoData, encode_masks
-from .load import create_from_checkpoint
+from .load import open_model
 from .masks import MaskData, check_masks, read_masks
 from .objects import read_objects
 from .semantic_fpn import SemanticFpn
@@ -244,11 +243,7 @@ def _open(
         checkpoint: str | PathLike, entry: str | None, data: str, split: str,
 ) -> tuple[nn.Module, CocoData | MaskData, list[str]]:
     """The model, the data, and the names of the classes."""
-    model, loaded = create_from_checkpoint(checkpoint, entry)
-    broken = list_non_finite(model)
-    if broken:
-        raise EvaluationError(
-            f'{loaded.path}: {len(broken)} tensors are not finite ({list_names(broken, 3)}): use another checkpoint.')
+    model, loaded = open_model(checkpoint, entry)
     config, known = model.dense_config, loaded.meta.get('class_names')
     if isinstance(model, SemanticFpn):
         settings = loaded.meta.get('config')

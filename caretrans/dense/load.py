@@ -12,7 +12,8 @@ import torch.nn as nn
 from ..checkpoint.file import Checkpoint, read_checkpoint, write_torch
 from ..checkpoint.layout import find_models
 from ..checkpoint.load import FORMAT_VERSION, load_strictly
-from ..errors import CheckpointError, ConfigError, list_names
+from ..errors import CheckpointError, ConfigError, EvaluationError, list_names
+from ..evaluation.metrics import list_non_finite
 from .backbone import create_dense_backbone
 from .keys import DENSE_NORM, load_published, publish, strip_backbone
 from .rcnn import Rcnn
@@ -20,7 +21,8 @@ from .retinanet import RetinaNet
 from .semantic_fpn import SemanticFpn
 
 __all__ = [
-    'TASKS', 'convert_checkpoint', 'create_dense_model', 'create_from_checkpoint', 'load_weights', 'save_checkpoint']
+    'TASKS', 'convert_checkpoint', 'create_dense_model', 'create_from_checkpoint', 'load_weights', 'open_model',
+    'save_checkpoint']
 
 
 class Task(NamedTuple):
@@ -115,6 +117,20 @@ def create_from_checkpoint(path: str | PathLike, entry: str | None = None) -> tu
     if names:
         checkpoint.meta['class_names'] = list(names)
     return model.eval(), checkpoint
+
+
+def open_model(path: str | PathLike, entry: str | None = None) -> tuple[nn.Module, Checkpoint]:
+    """`create_from_checkpoint`, for use: weights must be finite.
+
+    Raises:
+        EvaluationError: Some are not.
+    """
+    model, checkpoint = create_from_checkpoint(path, entry)
+    broken = list_non_finite(model)
+    if broken:
+        raise EvaluationError(f'{checkpoint.path}: {len(broken)} tensors are not finite ({list_names(broken, 3)}): use '
+                              f'another checkpoint.')
+    return model, checkpoint
 
 
 def _check_config(checkpoint: Checkpoint, config: Any) -> dict[str, Any]:

@@ -15,10 +15,9 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from ..data.decode import describe_error, open_image
-from ..errors import DataError, EvaluationError, list_names
-from ..evaluation.metrics import list_non_finite
+from ..errors import DataError
 from ..evaluation.predict import find_images
-from .load import create_from_checkpoint
+from .load import open_model
 from .semantic_fpn import SemanticFpn
 
 __all__ = ['encode_mask', 'list_results', 'predict_images']
@@ -68,11 +67,7 @@ def predict_images(
         CheckpointError, DataError, EvaluationError: Before the first image; the last if weights are not finite.
     """
     paths = list(find_images(images))
-    model, loaded = create_from_checkpoint(checkpoint, entry)
-    broken = list_non_finite(model)
-    if broken:
-        raise EvaluationError(
-            f'{loaded.path}: {len(broken)} tensors are not finite ({list_names(broken, 3)}): use another checkpoint.')
+    model, loaded = open_model(checkpoint, entry)
     model.to(device)
     count = model.dense_config['num_classes']
     names = loaded.meta.get('class_names') or [str(i) for i in range(count)]
