@@ -19,7 +19,7 @@ from ..distributed import Processes
 from ..errors import CheckpointError, ConfigError, DataError
 from ..training.folder import list_checkpoints
 from ..training.state import EpochRow, Evaluation
-from ..training.trainer import Trainer
+from ..training.trainer import Trainer, save_memory
 from .coco import encode_masks
 from .config import DenseConfig
 from .evaluate import score_model
@@ -166,9 +166,7 @@ class DenseTrainer(Trainer):
         if whole:
             load_weights(model, config.checkpoint, self.classes, config.new_heads)
         if config.grad_checkpointing:
-            if not hasattr(model.backbone.body.network, 'set_grad_checkpointing'):
-                raise ConfigError(f'{config.model} has no gradient checkpointing: omit --grad-checkpointing.')
-            model.backbone.body.network.set_grad_checkpointing(True)
+            save_memory(model.backbone.body.network, config.model)
         return model
 
     def build_parts(self) -> None:

@@ -20,7 +20,7 @@ from ..distributed import Processes
 from ..errors import ConfigError, DataError, TrainingError
 from ..evaluation.metrics import evaluate
 from ..training.state import EpochRow, Evaluation
-from ..training.trainer import Trainer
+from ..training.trainer import Trainer, save_memory
 from .config import PretrainConfig
 from .features import Features, extract_features
 from .knn import KnnClassifier
@@ -129,9 +129,7 @@ class PretrainTrainer(Trainer):
                 trunk.load_state_dict(weights)
             model.teacher.trunk.load_state_dict(trunk.state_dict())
         if config.grad_checkpointing:
-            if not hasattr(trunk, 'set_grad_checkpointing'):
-                raise ConfigError(f'{config.model} has no gradient checkpointing: omit --grad-checkpointing.')
-            trunk.set_grad_checkpointing(True)
+            save_memory(trunk, config.model)
         return model
 
     def _copy_pretraining(self, model: Pretraining) -> None:

@@ -22,7 +22,7 @@ from .folder import choose_orientation
 from .losses import SelfDistillationTask, build_task
 from .state import EpochRow, Evaluation
 from .steps import mix_passes
-from .trainer import Trainer
+from .trainer import Trainer, save_memory
 
 __all__ = ['ClassificationTrainer', 'build_mixup', 'build_model', 'check_batch', 'check_kernels', 'put_kernels']
 
@@ -70,9 +70,7 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     if getattr(model, 'in_chans', 3) != 3:
         raise ConfigError(f'The model takes {model.in_chans} channels, but images have 3: remove in_chans.')
     if config.grad_checkpointing:
-        if not hasattr(model, 'set_grad_checkpointing'):
-            raise ConfigError(f'{config.model} has no gradient checkpointing: omit --grad-checkpointing.')
-        model.set_grad_checkpointing(True)
+        save_memory(model, config.model)
     return model
 
 

@@ -25,12 +25,23 @@ from ..seeds import seed_everything
 from .state import Division, EpochRow, Evaluation
 from .steps import Stepper
 
-__all__ = ['Trainer', 'build_schedule']
+__all__ = ['Trainer', 'build_schedule', 'save_memory']
 
 
 def build_schedule(config: RunConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int):
     """The learning rate schedule: (scheduler, total number of epochs including cool-down)."""
     return create_scheduler_v2(optimizer, **config.schedule_options(steps_per_epoch))
+
+
+def save_memory(network: nn.Module, name: str) -> None:
+    """Recompute activations in the backward pass.
+
+    Raises:
+        ConfigError: The network cannot.
+    """
+    if not hasattr(network, 'set_grad_checkpointing'):
+        raise ConfigError(f'{name} has no gradient checkpointing: omit --grad-checkpointing.')
+    network.set_grad_checkpointing(True)
 
 
 class Trainer:
