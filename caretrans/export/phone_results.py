@@ -16,6 +16,7 @@ __all__ = [
 
 
 BROWSER = 'browser'
+IN_BROWSER = {'onnx': ('fused', 'onnxruntime-web'), 'litert': ('bmm', 'LiteRT.js')}  # form of the network, and runtime
 UNITS = ('all', 'cpu_and_ne', 'cpu_and_gpu', 'cpu_only')  # of Core ML
 
 
@@ -62,11 +63,12 @@ COLUMNS: tuple[Column, ...] = (
     Column('os', 'system and version, e.g. iOS 18.1', 'a system and its version, e.g. iOS 18.1',
           rf'[A-Za-z][A-Za-z ]* {_VERSION}'),
     Column('model', 'what was exported, e.g. care_s0', 'a model, e.g. care_s0', r'[a-z0-9_]+(\.[a-z0-9_]+)?'),
-    _choice('form', 'phone, fused in browsers, or trained for programs of --unfused', 'phone', 'fused', 'trained'),
+    _choice('form', 'phone; fused (onnx) or bmm (litert) in browsers; trained for programs of --unfused', 'phone',
+            'fused', 'bmm', 'trained'),
     Column('size', 'of the images, HEIGHTxWIDTH, pixels', 'HEIGHTxWIDTH in pixels, e.g. 224x224',
           r'[1-9]\d{1,3}x[1-9]\d{1,3}'),
     _number('batch', 'images at a time', int, 1, 1024),
-    _choice('format', 'mlpackage, mlmodel or onnx', *COREML, 'onnx'),
+    _choice('format', 'mlpackage, mlmodel, onnx or litert', *COREML, *IN_BROWSER),
     _choice('precision', 'fp16 or fp32', 'fp16', 'fp32'),
     _choice('compress', 'how the weights are stored', *COMPRESSIONS),
     _choice('input', 'image or tensor', 'image', 'tensor'),
@@ -109,11 +111,11 @@ IN_CORE_ML = (
     _choice('compute_units', 'what it was allowed to run on', *UNITS))
 MEASURED = ('runs', 'warm_up', 'p10_ms', 'p90_ms', 'first_ms', 'load_ms', 'drift', 'error', 'program')
 IN_BROWSERS = (
-    _choice('form', 'of the network', 'fused'), _choice('format', 'of the program', 'onnx'),
+    _choice('form', 'of the network', 'fused', 'bmm'), _choice('format', 'of the program', *IN_BROWSER),
     _choice('compress', 'how the weights are stored', 'none'), _choice('input', 'of the program', 'tensor'),
     Column('target', 'for Core ML only', 'empty', ''),
     Column('runtime', 'what ran the program, with its version', 'a runtime, e.g. onnxruntime-web 1.30.0 wasm',
-           r'[a-z-]+ \d+(\.\d+)+ (wasm|webgpu)'),
+           r'[A-Za-z.-]+ \d+(\.\d+)+ (wasm|webgpu)'),
     _choice('compute_units', 'what it was allowed to run on', 'cpu_only', 'gpu_only'),
     *(replace(column, optional=False) for column in COLUMNS if column.name in MEASURED))
 
@@ -135,6 +137,11 @@ def _check_core_ml(row: dict[str, str]) -> None:
 
 
 def _check_browser(row: dict[str, str]) -> None:
+    form, runtime = IN_BROWSER[row['format']]
+    if row['form'] != form or row['runtime'].split()[0] != runtime:
+        raise ResultsError(
+            f'form is {row["form"]!r} and runtime {row["runtime"]!r} with format {row["format"]}: that has form {form}, '
+            f'and {runtime} runs it.')
     on_cpu = row['runtime'].endswith('wasm')
     if on_cpu != (row['compute_units'] == 'cpu_only') or on_cpu != bool(row['threads']):
         raise ResultsError(

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -28,17 +29,20 @@ from ..measure.sample_network import SAMPLE_IMAGES
 from ..strict_json import to_json
 from ..text import escape, write_text
 from .config import PageConfig
+from .litert import check_script, export_litert
 from .server import HEADERS, MANIFEST, serve
-from .vendor import RUNTIME, VERSION, fetch_runtime, unpack_runtime
+from .vendor import LITERT, ONNXRUNTIME, Runtime, fetch_package, unpack_runtime
 
 __all__ = ['PageProgram', 'build_page', 'main']
 
 WEB = Path(__file__).parent / 'web'
 WEB_FILES = (
-    'index.html', 'style.css', 'page.js', 'device.js', 'job.js', 'results.js', 'worker.js', 'prepare.js', 'sw.js')
+    'index.html', 'style.css', 'page.js', 'device.js', 'job.js', 'results.js', 'start_worker.js', 'worker.js',
+    'runtimes.js', 'prepare.js', 'sw.js')
 CROP_MODES, INTERPOLATIONS = ('center', 'squash'), ('bicubic', 'bilinear')  # of prepare.js
 TEST_IMAGES = ('orange/orange_001.jpg', 'watermelon/watermelon_001.jpg')  # of the bundled validation images
 SHORT = 12  # hexadecimal digits of a hash in a name
+SAME = 1e-3  # largest relative difference of the largest logit of equal weights in two environments
 
 _logger = logging.getLogger(__name__)
 
@@ -56,38 +60,57 @@ class Check:
 
 
 @dataclass(frozen=True)
-class PageProgram:
-    """A program of the page.
+class ProgramFile:
+    """The file of a program for a runtime.
 
     Attributes:
         file: Path in the folder; its name contains the start of its SHA-256.
+        format, form: Of the export.
+        error: Largest error of a logit on the images it was verified on, natively, as a share of the largest logit.
+    """
+    file: str
+    format: str
+    form: str
+    bytes: int
+    sha256: str
+    error: float
+
+
+@dataclass(frozen=True)
+class PageProgram:
+    """A network of the page in one precision.
+
+    Attributes:
+        files: {runtime of the manifest: its program}.
         weights: The file or publication, for people; '' for random weights, which do not classify.
         top1: Published accuracy on ImageNet-1K of this model, %; None where none is known, or for other classes.
         top1_note: How that accuracy was reached, where it was not by plain training.
         classes: Number of its list of class names in the manifest.
         tolerance: Largest error of a logit that rounding explains, as a share of the largest logit.
-        error: Largest error of native ONNX Runtime on the images it was verified on, likewise.
         checks: One for each test image.
     """
     model: str
     precision: str
-    file: str
-    bytes: int
-    sha256: str
+    files: dict[str, ProgramFile]
     size: tuple[int, int]
     weights: str
     top1: float | None
     top1_note: str
     classes: int
     tolerance: float
-    error: float
     preparation: Preparation
     checks: list[Check]
 
 
 @dataclass
 class Page:
-    """Programs of a page, and the lists of class names that they share."""
+    """What a page consists of.
+
+    Attributes:
+        runtimes: {name in the manifest: runtime}.
+        class_lists: The lists of class names that its programs share.
+    """
+    runtimes: dict[str, Runtime]
     programs: list[PageProgram] = field(default_factory=list)
     class_lists: list[list[str]] = field(default_factory=list)
 
@@ -154,15 +177,32 @@ def _check_images(source: Source, images: Sequence[bytes]) -> list[Check]:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 def _describe_program(
-        source: Source, item: Export, file: str, digest: str, page: Page, checks: list[Check]) -> PageProgram:
+        source: Source, item: Export, files: dict[str, ProgramFile], page: Page, checks: list[Check]) -> PageProgram:
     published = find_published(source.name) if source.model.num_classes == 1000 else None
-    verified = item.verification
     return PageProgram(
-        source.name, item.job.precision, file, item.path.stat().st_size, digest, source.size,
+        source.name, item.job.precision, files, source.size,
         escape(Path(source.checkpoint).name if source.sha256 else source.checkpoint),
         published and published.top1, published.accuracy_note.partition(':')[0] if published else '',
-        page.add_classes(source.class_names), item.job.tolerance, verified.max_error / verified.largest,
-        source.eval_config, checks)
+        page.add_classes(source.class_names), item.job.tolerance, source.eval_config, checks)
+
+
+def _move_program(path: Path, format: str, form: str, stem: str, error: float, folder: Path) -> ProgramFile:
+    """Move a program into the folder of the page, under a name with its hash."""
+    digest = hash_bytes(path.read_bytes())
+    file = f'models/{stem}-{digest[:SHORT]}{path.suffix}'
+    shutil.move(path, folder / file)
+    return ProgramFile(file, format, form, (folder / file).stat().st_size, digest, error)
+
+
+def _add_litert(config: ExportConfig, item: Export, stem: str, folder: Path) -> ProgramFile:
+    """Export a network for LiteRT as well."""
+    program = export_litert(config, stem)
+    largest = item.verification.largest
+    if abs(program.largest / largest - 1) > SAME:
+        raise ExportError(
+            f'{stem}: its weights differ in the other environment: largest logit {program.largest:.6g} instead of '
+            f'{largest:.6g}; random ones depend on the version of PyTorch: use --checkpoint.')
+    return _move_program(program.path, 'litert', program.form, stem, program.max_error / program.largest, folder)
 
 
 def _add_network(config: ExportConfig, source: Source, folder: Path, page: Page, images: Sequence[bytes]) -> None:
@@ -173,18 +213,26 @@ def _add_network(config: ExportConfig, source: Source, folder: Path, page: Page,
     for item in exports:
         if item.failure:
             raise ExportError(f'{source.name}: {item.failure}')
-        digest = hash_bytes(item.path.read_bytes())
-        file = f'models/{source.name}-{item.job.precision}-{digest[:SHORT]}.onnx'
-        page.programs.append(_describe_program(source, item, file, digest, page, checks))
-        shutil.move(item.path, folder / file)
+        error = item.verification.max_error / item.verification.largest
+        stem = f'{source.name}-{item.job.precision}'
+        files = {'onnxruntime': _move_program(item.path, 'onnx', item.job.get_form(), stem, error, folder)}
+        if 'litert' in page.runtimes and item.job.precision == 'fp32':
+            files['litert'] = _add_litert(config, item, stem, folder)
+        page.programs.append(_describe_program(source, item, files, page, checks))
 
 
-def _write_manifest(folder: Path, page: Page, images: Sequence[str], runtime: Sequence[Path]) -> None:
+def _unpack(runtime: Runtime, folder: Path) -> dict[str, Any]:
+    """Write a runtime into the folder of the page; what the manifest says of it."""
+    paths = unpack_runtime(runtime, folder / runtime.folder)
+    return dict(
+        name=runtime.title, licence=runtime.licence, folder=runtime.folder,
+        files={path.name: dict(bytes=path.stat().st_size, sha256=hash_bytes(path.read_bytes())) for path in paths})
+
+
+def _write_manifest(folder: Path, page: Page, images: Sequence[str]) -> None:
     content = dict(
-        version=__version__, columns=NAMES, images=images, runtime=dict(
-            name=RUNTIME, folder=f'vendor/onnxruntime-web-{VERSION}/',
-            files={path.name: dict(bytes=path.stat().st_size, sha256=hash_bytes(path.read_bytes()))
-                   for path in runtime}),
+        version=__version__, columns=NAMES, images=images,
+        runtimes={name: _unpack(runtime, folder) for name, runtime in page.runtimes.items()},
         class_lists=page.class_lists, programs=[asdict(program) for program in page.programs])
     write_text(folder / MANIFEST, to_json(content) + '\n')
 
@@ -208,9 +256,13 @@ def build_page(config: PageConfig) -> Page:
         require(package)
     folder = Path(config.output)
     _check_output(folder)
-    archive = fetch_runtime()
+    page = Page({'onnxruntime': ONNXRUNTIME})
+    if config.litert:
+        check_script()
+        page.runtimes['litert'] = LITERT
+    for package in (package for runtime in page.runtimes.values() for package in runtime.packages):
+        fetch_package(package)
     images = _load_test_images()
-    page = Page()
     with tempfile.TemporaryDirectory(prefix='.unfinished-', dir=folder) as unfinished:
         new = Path(unfinished) / 'page'
         (new / 'models').mkdir(parents=True)
@@ -224,8 +276,7 @@ def build_page(config: PageConfig) -> Page:
         names = [f'images/test-{number}-{hash_bytes(image)[:SHORT]}.png' for number, image in enumerate(images, 1)]
         for name, image in zip(names, images, strict=True):
             (new / name).write_bytes(image)
-        runtime = unpack_runtime(archive, new / f'vendor/onnxruntime-web-{VERSION}')
-        _write_manifest(new, page, names, runtime)
+        _write_manifest(new, page, names)
         _write_web(new)
         for path in new.iterdir():
             target = folder / path.name
@@ -236,8 +287,9 @@ def build_page(config: PageConfig) -> Page:
 
 
 def _describe_page(folder: Path, page: Page) -> list[str]:
-    lines = [f'{program.bytes / 1e6:6.1f} MB  {program.model} {program.precision}, '
-             f'{program.weights or "random weights: speed only"}' for program in page.programs]
+    lines = [f'{item.bytes / 1e6:6.1f} MB  {program.model} {program.precision} {item.format}, '
+             f'{program.weights or "random weights: speed only"}'
+             for program in page.programs for item in program.files.values()]
     lines += [f'{path.stat().st_size / 1e6:6.1f} MB  {path.name}' for path in sorted(folder.glob('vendor/*/*.wasm'))]
     return [f'{folder}:', *lines]
 

@@ -36,6 +36,9 @@ class PageConfig(ServerConfig):
     pretrained: bool = setting(False, PRETRAINED_HELP)
     precision: list[str] = setting(
         ['fp32'], 'of the weights; fp16 halves the download, and is not faster on the CPU', choices=['fp32', 'fp16'])
+    litert: bool = setting(False, (
+        'export the networks for LiteRT.js too, the runtime nearest to Android apps; cmd/export.sh makes the environment '
+        'of its converter, .venv-export, on first use'))
     output: str = setting('runs/page', 'folder of the page')
     serve: bool = setting(False, 'serve the folder afterwards')
     threads: int = setting(1, 'CPU threads', bounds=(1, None))
@@ -47,6 +50,8 @@ class PageConfig(ServerConfig):
                 raise ConfigError(f'{name} is {getattr(self, name)}: name each once.')
         if not self.precision:
             raise ConfigError('precision is empty, choose from fp32, fp16.')
+        if self.litert and 'fp32' not in self.precision:
+            raise ConfigError(f'--litert needs fp32 programs, but --precision is {" ".join(self.precision)}: add fp32.')
         if self.pretrained and not self.model:
             raise ConfigError('--pretrained needs a model: add --model, e.g. --model care_s0.')
         if not self.model and not self.checkpoint:

@@ -6,13 +6,14 @@ Nearest neighbours and a linear classifier score, on the validation images, the 
 with BatchNorm statistics from the data, and the weights after pre-training with and without T-stream. Random weights
 alone differ by several points between seeds, so that a single seed proves nothing.
 """
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from statistics import mean
 
@@ -116,8 +117,13 @@ def compare(data: str, folder: Path, seeds: Sequence[int], epochs: int | None = 
     jobs = [(COLOUR, seeds[0]), *((name, seed) for seed in seeds for name in (RANDOM, *METHODS))]
     with ProcessPoolExecutor(min(count_cores(), 2), get_context('spawn')) as pool:
         running = [pool.submit(_run, data, folder, name, seed, epochs) for name, seed in jobs]
-        for job in as_completed(running):
-            yield job.result()
+        try:
+            for job in as_completed(running):
+                yield job.result()
+        except BaseException:  # also a signal, whose default would leave the processes behind
+            for process in active_children():
+                process.terminate()
+            raise
 
 
 def _tabulate(rows: Sequence[Row]) -> Iterator[str]:
@@ -152,6 +158,7 @@ def _main(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     show_messages()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     return run_command('selfsup.demo', lambda: _main(sys.argv[1:] if argv is None else argv))
 
 

@@ -1,4 +1,4 @@
-"""Time the programs of a page in Chromium and in native ONNX Runtime, one thread each, in turns: for docs/browser.md.
+"""Time the programs of a page in Chromium and by native ONNX Runtime, one thread each, in turns: for docs/browser.md.
 
     python tests/page/compare_native.py [FOLDER OF A PAGE] [--rounds 10] [--seconds 0.5]
 
@@ -26,31 +26,32 @@ from caretrans.measure.timing import time_block  # noqa: E402
 from caretrans.runtimes.onnx import INPUT, make_session  # noqa: E402
 
 CPU = torch.device('cpu')
-HEADER = ['program', 'native, ms', 'browser, ms', 'ratio', 'error', 'MB', 'load, ms', 'first, ms']
+HEADER = ['program', 'runtime', 'native, ms', 'browser, ms', 'ratio', 'error', 'MB', 'load, ms', 'first, ms']
 CALL = '''([name, action, options]) => new Promise((resolve, reject) => {
     self.workers ??= {};
-    const worker = self.workers[name] ??= new Worker('worker.js', { type: 'module' });
+    const worker = self.workers[name] ??= new Worker('start_worker.js');
     worker.onmessage = ({ data }) => data.error ? reject(data.error) : 'result' in data && resolve(data.result);
     worker.postMessage({ id: 0, action, options });
 })'''
 
 
 class Candidate:
-    """A program, native and in a worker of the page."""
+    """A network in a worker of the page, and its ONNX program natively."""
 
-    def __init__(self, page: Page, folder: Path, manifest: dict, program: dict) -> None:
-        self.page, self.program = page, program
+    def __init__(self, page: Page, folder: Path, manifest: dict, program: dict, runtime: str) -> None:
+        self.page, self.program, self.file = page, program, program['files'][runtime]
+        self.runtime = manifest['runtimes'][runtime]['name']
         image = EvalTransform(Preparation(**program['preparation']))((folder / manifest['images'][0]).read_bytes())
         self.feed = {INPUT: image[None].numpy()}
-        self.session = make_session((folder / program['file']).read_bytes(), 1)
+        self.session = make_session((folder / program['files']['onnxruntime']['file']).read_bytes(), 1)
         self.times = ([], [])  # native and browser, ms, a list for each round
         self.facts = {
-            **self.call('load', manifest=manifest, wanted=program, backend='wasm', threads=1), **self.call('check'),
-            **self.call('warmUp')}
+            **self.call('load', manifest=manifest, wanted=program, backend=dict(
+                runtime=runtime, provider='wasm', threads=1)), **self.call('check'), **self.call('warmUp')}
         self.typical = np.median(self.time_native(10)), self.facts['typical']
 
     def call(self, action: str, **options):
-        return self.page.evaluate(CALL, [self.program['file'], action, options])
+        return self.page.evaluate(CALL, [self.file['file'], action, options])
 
     def time_native(self, runs: int) -> list[float]:
         return [1e3 * seconds for seconds in time_block(lambda: self.session.run(None, self.feed), runs, CPU)]
@@ -66,8 +67,8 @@ class Candidate:
         medians = ['{1:.1f} [{0:.1f}, {2:.1f}]'.format(*np.percentile(times, (10, 50, 90))) for times in runs]
         side = self.program['size'][0]
         return [
-            f'{self.program["model"]} {self.program["precision"]} {side}', *medians, f'{ratio:.1f}',
-            f'{self.facts["error"]:.1e}', f'{self.program["bytes"] / 1e6:.1f}', f'{self.facts["load_ms"]:.0f}',
+            f'{self.program["model"]} {self.program["precision"]} {side}', self.runtime, *medians, f'{ratio:.1f}',
+            f'{self.facts["error"]:.1e}', f'{self.file["bytes"] / 1e6:.1f}', f'{self.facts["load_ms"]:.0f}',
             f'{self.facts["first_ms"]:.0f}']
 
 
@@ -82,7 +83,8 @@ def main() -> None:
         page = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS + ON_CPU).new_page()
         page.goto(address)
         page.locator('#check.good').wait_for(timeout=120_000)
-        candidates = [Candidate(page, args.folder, manifest, program) for program in manifest['programs']]
+        candidates = [Candidate(page, args.folder, manifest, program, runtime) for program in manifest['programs']
+                      for runtime in program['files']]
         for _ in range(args.rounds):
             for i in np.random.permutation(len(candidates)):
                 candidates[i].time(args.seconds)

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from pages import write_checkpoint
+from pages import LITERT_CHECKPOINT, write_checkpoint, write_export_script
 
 from caretrans.errors import ConfigError
+from caretrans.page import litert
 from caretrans.page.build import build_page
 from caretrans.page.config import PageConfig
-from caretrans.page.vendor import fetch_runtime
+from caretrans.page.vendor import LITERT, ONNXRUNTIME, fetch_package
 
 
 @pytest.fixture(scope='session')
@@ -22,16 +23,18 @@ def shared(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope='session')
-def runtime() -> Path:
-    """The archive of the browser runtime."""
+def runtimes() -> None:
+    """The archives of the browser runtimes."""
     try:
-        return fetch_runtime()
+        for runtime in (ONNXRUNTIME, LITERT):
+            for package in runtime.packages:
+                fetch_package(package)
     except ConfigError as error:
         pytest.skip(f'no browser runtime: {error}')
 
 
 @pytest.fixture(scope='session')
-def built(shared, runtime) -> Path:
+def built(shared, runtimes) -> Path:
     """The folder of a page with a checkpoint in fp32 and fp16. Do not change it."""
     folder = shared / 'page'
     with FileLock(f'{folder}.lock'):
@@ -39,6 +42,17 @@ def built(shared, runtime) -> Path:
             torch.manual_seed(0)
             checkpoint = write_checkpoint(shared / 'page.pth.tar')
             build_page(PageConfig(checkpoint=[str(checkpoint)], precision=['fp32', 'fp16'], output=str(folder)))
+    return folder
+
+
+@pytest.fixture(scope='session')
+def built_litert(shared, runtimes) -> Path:
+    """The folder of a page with a program for LiteRT, of a converter that is a stand-in. Do not change it."""
+    folder = shared / 'page-litert'
+    with FileLock(f'{folder}.lock'), pytest.MonkeyPatch.context() as patch:
+        if not (folder / 'manifest.json').exists():
+            patch.setattr(litert, 'SCRIPT', write_export_script(shared))
+            build_page(PageConfig(checkpoint=[str(LITERT_CHECKPOINT)], litert=True, output=str(folder)))
     return folder
 
 

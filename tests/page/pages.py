@@ -1,4 +1,5 @@
 """Shared by tests of the page: a small checkpoint, and a server."""
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,17 +17,36 @@ from caretrans.page.server import make_server
 
 SIDE = 64
 CLASSES = sorted(path.name for path in (FRUIT / 'val').iterdir())
+LITERT_DATA = Path(__file__).parents[1] / 'data' / 'page'  # of write_litert.py
+LITERT_CHECKPOINT = LITERT_DATA / 'tiny.pth.tar'
 
 
-def write_checkpoint(path: Path) -> Path:
+def write_checkpoint(path: Path, **model_args: Any) -> Path:
     """A care_s0 of few blocks for images of 64 pixels, with random weights that spread its predictions."""
-    depths = (1, 1, 1, 1)
-    model = timm.create_model('care_s0', num_classes=len(CLASSES), depths=depths).eval()
+    model_args = model_args or dict(depths=(1, 1, 1, 1))
+    model = timm.create_model('care_s0', num_classes=len(CLASSES), **model_args).eval()
     randomize(model, load_sample_images(model, (SIDE, SIDE), 8))
     torch.nn.init.normal_(model.head.fc.weight, std=0.5)
-    save_checkpoint(path, model, arch='care_s0', class_names=CLASSES, model_args=dict(depths=depths), eval_config={
+    save_checkpoint(path, model, arch='care_s0', class_names=CLASSES, model_args=model_args, eval_config={
         'input_size': [3, SIDE, SIDE], 'crop_pct': 0.875, 'orientation': 'exif'})
     return path
+
+
+def write_export_script(folder: Path, largest: float | None = None) -> Path:
+    """A stand-in for cmd/export.sh, which "exports" the kept program into its --output-dir.
+
+    Args:
+        largest: Largest logit that it reports, if not the true one.
+    """
+    item = json.loads((LITERT_DATA / 'export.json').read_text(encoding='utf-8'))
+    item['verification']['largest'] = largest or item['verification']['largest']
+    item['path'] = str(folder / 'exported.tflite')
+    (folder / 'export.json').write_text(json.dumps(dict(programs=[item])), encoding='utf-8')
+    script = folder / 'export.sh'
+    script.write_text(
+        f'printf "%s\\n" "$@" > "{folder}/flags.txt"\ncp "{LITERT_DATA}/tiny.tflite" "{item["path"]}"\n'
+        f'cat "{folder}/export.json"\n', encoding='utf-8')
+    return script
 
 
 @contextmanager

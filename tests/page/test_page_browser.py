@@ -286,6 +286,35 @@ def test_rows_are_shown_and_accepted_as_results(open_tab, address, tmp_path):
             assert float(result[name]) == pytest.approx(np.percentile(times, share), abs=1e-3)
 
 
+def test_litert_computes_the_same_and_its_rows_are_accepted(open_tab, built_litert, tmp_path):
+    with serving(built_litert) as address:
+        tab = open_tab(f'{address}?auto=1&models=care_s0&backends=wasm,litert-wasm,litert-threads&{QUICK}')
+        tab.wait()
+        rows = tab.wait_measured()
+        assert [re.sub(r'\d threads', 'threads', row[1]) for row in rows] == [
+            'onnxruntime-web, CPU, 1 thread', 'LiteRT.js, CPU, 1 thread', 'LiteRT.js, CPU, threads']
+        assert all(0 < float(row[6]) < 1e-5 and float(row[2]) > 0 for row in rows), rows
+        assert len({row[6] for row in rows[:2]}) == 2  # another program
+        for name, text in dict(device='Pixel 8', os='Android 15', reporter='Nobody').items():
+            tab.page.fill(f'#{name}', text)
+        file = tmp_path / 'results.csv'
+        file.write_text(','.join(NAMES) + '\n' + tab.page.input_value('#csv') + '\n', encoding='utf-8')
+        assert [(row['format'], row['form'], re.sub(r'[\d.]+ ', '', row['runtime'])) for row in read_results(file)] == [
+            ('onnx', 'fused', 'onnxruntime-web wasm'), *[('litert', 'bmm', 'LiteRT.js wasm')] * 2]
+        assert 'LiteRT.js' in tab.page.inner_text('#version') and 'Apache-2.0' in tab.page.inner_text('#version')
+
+
+def test_a_damaged_program_of_litert_has_no_time(open_tab, built_litert, tmp_path):
+    folder = Path(shutil.copytree(built_litert, tmp_path / 'page'))
+    program = next((folder / 'models').glob('*.tflite'))
+    program.write_bytes(program.read_bytes()[:-1] + b'!')
+    with serving(folder) as address:
+        tab = open_tab(f'{address}?auto=1&models=care_s0&backends=wasm,litert-wasm&{QUICK}')
+        tab.wait()
+        right, damaged = tab.wait_measured()
+        assert float(right[2]) > 0 and f'models/{program.name} is damaged' in damaged[7] and damaged[2] == ''
+
+
 def test_webgpu_of_a_software_adapter_is_checked_not_timed(open_tab, address, chromium):
     with chromium.launch(executable_path=CHROMIUM, args=FLAGS + ON_GPU) as browser:
         tab = open_tab(f'{address}?auto=1&models=care_s0&backends=webgpu&{QUICK}', browser)

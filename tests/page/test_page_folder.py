@@ -1,6 +1,7 @@
 """The folder of the page, its manifest and its server, without a browser."""
 import hashlib
 import json
+import re
 import socket
 import ssl
 import urllib.error
@@ -10,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pages import SIDE, serving
+from pages import LITERT_CHECKPOINT, LITERT_DATA, SIDE, serving, write_export_script
 
 from caretrans.__main__ import main
 from caretrans.data import EvalTransform
-from caretrans.errors import CheckpointError, ConfigError
+from caretrans.errors import CheckpointError, ConfigError, ExportError
 from caretrans.evaluation import load_for_evaluation
 from caretrans.export.phone_results import NAMES
-from caretrans.page import server, vendor
+from caretrans.page import litert, server, vendor
 from caretrans.page.build import CROP_MODES, WEB, WEB_FILES, build_page
 from caretrans.page.config import MODELS, PageConfig, ServerConfig
 from caretrans.runtimes.onnx import INPUT, make_session
@@ -41,15 +42,50 @@ def small(tmp_path) -> Path:
 
 @pytest.mark.slow
 def test_every_file_has_the_size_and_hash_of_the_manifest(built, manifest):
-    folder = manifest['runtime']['folder']
-    listed = {folder + name: facts for name, facts in manifest['runtime']['files'].items()}
-    listed.update({program['file']: program for program in manifest['programs']})
+    listed = {runtime['folder'] + name: facts for runtime in manifest['runtimes'].values()
+              for name, facts in runtime['files'].items()}
+    listed.update({item['file']: item for program in manifest['programs'] for item in program['files'].values()})
     for name, facts in listed.items():
         content = (built / name).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (facts['bytes'], facts['sha256']), name
     assert {str(path.relative_to(built)) for path in built.rglob('*') if path.is_file()} == {
         *listed, *manifest['images'], *WEB_FILES, 'manifest.json', '_headers'}
-    assert 'Microsoft' in (built / folder / 'LICENSE.txt').read_text(encoding='utf-8')
+    assert list(manifest['runtimes']) == ['onnxruntime']
+    licence = built / manifest['runtimes']['onnxruntime']['folder'] / 'LICENSE.txt'
+    assert 'Microsoft' in licence.read_text(encoding='utf-8')
+
+
+@pytest.mark.slow
+def test_litert_has_a_program_a_runtime_and_its_licence(built_litert, shared):
+    manifest = json.loads((built_litert / 'manifest.json').read_text(encoding='utf-8'))
+    files = manifest['programs'][0]['files']
+    assert {name: (item['format'], item['form']) for name, item in files.items()} == {
+        'onnxruntime': ('onnx', 'fused'), 'litert': ('litert', 'bmm')}
+    assert (built_litert / files['litert']['file']).read_bytes() == (LITERT_DATA / 'tiny.tflite').read_bytes()
+    assert 0 < files['litert']['error'] < 1e-5
+    runtime = manifest['runtimes']['litert']
+    assert runtime['name'].startswith('LiteRT.js 2') and runtime['licence'] == 'Apache-2.0'
+    folder = built_litert / runtime['folder']
+    assert 'Apache License' in (folder / 'LICENSE.txt').read_text(encoding='utf-8')
+    imports = re.findall(r'^import .* from "(.*)"', (folder / 'index.js').read_text(encoding='utf-8'), re.MULTILINE)
+    assert imports == ['./wasm-utils.js']  # no name of a package, which a browser cannot resolve
+    assert (shared / 'flags.txt').read_text(encoding='utf-8').split('\n')[:4] == [
+        '--checkpoint', str(LITERT_CHECKPOINT), '--format', 'litert']
+
+
+@pytest.mark.slow
+def test_litert_of_other_weights_or_a_failed_export_makes_no_page(tmp_path, monkeypatch, runtimes):
+    config = PageConfig(checkpoint=[str(LITERT_CHECKPOINT)], litert=True, output=str(tmp_path / 'page'))
+    monkeypatch.setattr(litert, 'SCRIPT', write_export_script(tmp_path, largest=2.))
+    with pytest.raises(ExportError, match='care_s0-fp32: its weights differ in the other environment: largest logit'):
+        build_page(config)
+    litert.SCRIPT.write_text('exit 1', encoding='utf-8')
+    with pytest.raises(ExportError, match='care_s0-fp32: the export for LiteRT failed, as said above; omit --litert'):
+        build_page(config)
+    litert.SCRIPT.unlink()
+    with pytest.raises(ConfigError, match='--litert needs .*export.sh: build the page in a checkout'):
+        build_page(config)
+    assert list((tmp_path / 'page').iterdir()) == []
 
 
 @pytest.mark.slow
@@ -60,7 +96,7 @@ def test_expected_logits_are_those_of_the_checkpoint_and_of_the_program(
     assert (program['precision'], program['tolerance'], program['size']) == (precision, limit, [SIDE, SIDE])
     assert program['weights'] == 'page.pth.tar' and program['top1'] is None  # not ImageNet's classes
     model, _, preparation = load_for_evaluation(str(shared / 'page.pth.tar'))
-    session = make_session((built / program['file']).read_bytes(), 1)
+    session = make_session((built / program['files']['onnxruntime']['file']).read_bytes(), 1)
     for image, check in zip(manifest['images'], program['checks'], strict=True):
         content = (built / image).read_bytes()
         pixels = EvalTransform(preparation, as_uint8=True)(content)
@@ -115,10 +151,11 @@ def test_https_is_served_while_a_connection_is_idle(small):
     (['--model', 'care_s0', 'care_s0'], "model is ['care_s0', 'care_s0']: name each once."),
     (['--precision', 'int8'], "invalid choice: 'int8'"),
     (['--pretrained'], '--pretrained needs a model'),
+    (['--litert', '--precision', 'fp16'], '--litert needs fp32 programs, but --precision is fp16: add fp32.'),
     (['--port', '65536'], 'port is 65536 but must be at least 0, at most 65535.'),
     (['--checkpoint', 'none.pth'], 'none.pth')])
 def test_wrong_flags_are_one_line(flags, said, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr('caretrans.page.build.fetch_runtime', lambda: tmp_path)
+    monkeypatch.setattr('caretrans.page.build.fetch_package', lambda package: tmp_path)
     assert main(['page', '--output', str(tmp_path / 'page'), *flags]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count('\n') == 1
@@ -164,13 +201,14 @@ def test_a_port_in_use_is_named(small):
 
 def test_a_damaged_archive_and_a_missing_npm_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv('PATH', str(tmp_path))
+    [package] = vendor.ONNXRUNTIME.packages
     with pytest.raises(ConfigError, match=r'npm, .*is not installed: .*or copy onnxruntime-web-.*\.tgz into'):
-        vendor.fetch_runtime(tmp_path / 'cache')
+        vendor.fetch_package(package, tmp_path / 'cache')
     npm = tmp_path / 'npm'
-    npm.write_text('#!/bin/sh\nfor last; do :; done\necho damaged > "$last/' + vendor.ARCHIVE + '"\n', encoding='utf-8')
+    npm.write_text('#!/bin/sh\nfor last; do :; done\necho damaged > "$last/' + package.archive + '"\n', encoding='utf-8')
     npm.chmod(0o755)
     with pytest.raises(ConfigError, match='its SHA-512 is another'):
-        vendor.fetch_runtime(tmp_path / 'cache')
+        vendor.fetch_package(package, tmp_path / 'cache')
     npm.write_text('#!/bin/sh\necho "no network" >&2\nexit 1\n', encoding='utf-8')
     with pytest.raises(ConfigError, match='could not fetch onnxruntime-web 1.*: no network'):
-        vendor.fetch_runtime(tmp_path / 'cache')
+        vendor.fetch_package(package, tmp_path / 'cache')

@@ -26,7 +26,7 @@ function nameSystem({ platform, platformVersion }) {
 }
 
 /** What can run programs here; adds to the facts that are shown. */
-export async function listBackends(facts) {
+export async function listBackends(facts, { runtimes }) {
   const cores = navigator.hardwareConcurrency || 1;
   const threads = Math.min(MOST_THREADS, cores);
   const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
@@ -35,16 +35,20 @@ export async function listBackends(facts) {
     Threads: !self.crossOriginIsolated ? 'one: the page is not isolated, see docs/browser.md' : `up to ${threads}`,
     'Secure context': self.isSecureContext ? 'yes' : 'no: no camera, no WebGPU, no offline use, files are not hashed',
   });
-  const list = [{ name: 'wasm', provider: 'wasm', threads: 1, label: 'CPU, 1 thread' }];
-  if (self.crossOriginIsolated && threads > 1) {
-    list.push({ name: 'threads', provider: 'wasm', threads, label: `CPU, ${threads} threads` });
-  }
+  const counts = self.crossOriginIsolated && threads > 1 ? [1, threads] : [1];
+  const several = Object.keys(runtimes).length > 1;
+  const label = (runtime, text) => (several ? `${runtimes[runtime].name.split(' ')[0]}, ${text}` : text);
+  const list = Object.keys(runtimes).flatMap((runtime) => counts.map((count) => ({
+    name: (runtime === 'litert' ? 'litert-' : '') + (count > 1 ? 'threads' : 'wasm'),
+    runtime, provider: 'wasm', threads: count, label: label(runtime, `CPU, ${count} thread${count > 1 ? 's' : ''}`),
+  })));
   if (adapter) {
     const { vendor, architecture, isFallbackAdapter } = adapter.info;
     const isSoftware = Boolean(isFallbackAdapter) || /swiftshader|llvmpipe/.test(architecture);
     facts.WebGPU = [vendor, architecture, isSoftware ? 'software only' : '',
       adapter.features.has('shader-f16') ? 'float16' : 'no float16'].filter(Boolean).join(', ');
-    list.push({ name: 'webgpu', provider: 'webgpu', label: 'GPU, by WebGPU', isSoftware });
+    const runtime = 'onnxruntime';
+    list.push({ name: 'webgpu', runtime, provider: 'webgpu', label: label(runtime, 'GPU, by WebGPU'), isSoftware });
   } else {
     facts.WebGPU = 'not offered';
   }

@@ -3,7 +3,7 @@
 /** A worker with one program. */
 export class Job {
   constructor() {
-    this.worker = new Worker(new URL('worker.js', import.meta.url), { type: 'module' });
+    this.worker = new Worker(new URL('start_worker.js', import.meta.url));
     this.pending = new Map();
     this.worker.onmessage = ({ data: { id, result, error, progress } }) => {
       const { resolve, reject, report } = this.pending.get(id);
@@ -39,8 +39,7 @@ export class Job {
 export async function open(manifest, program, backend, report) {
   const job = new Job();
   try {
-    const loaded = await job.call(
-      'load', { manifest, wanted: program, backend: backend.provider, threads: backend.threads ?? 1 }, report);
+    const loaded = await job.call('load', { manifest, wanted: program, backend }, report);
     const check = await job.call('check');
     return { job, loaded, check };
   } catch (error) {

@@ -8,6 +8,8 @@ const PATIENCE = 2000; // ms for the service worker to take the page over
 const LOST = 'the page was hidden or left during the measurement, so its times are void: measure again';
 const find = (id) => document.getElementById(id);
 const megabytes = (bytes) => `${(bytes / 1e6).toFixed(1)} MB`;
+const getBytes = (program) => program.files.onnxruntime.bytes;
+const sizeRuntime = (runtime, file) => megabytes(manifest.runtimes[runtime].files[file].bytes);
 const query = new URLSearchParams(location.search);
 
 let manifest;
@@ -38,12 +40,12 @@ function setState(element, text, kind = '') {
 // 1. Check ------------------------------------------------------------------------------------------------------------
 
 async function checkFirst() {
-  const program = manifest.programs.reduce((best, other) => (
-    (other.precision === best.precision ? other.bytes < best.bytes : other.precision === 'fp32') ? other : best));
+  const single = manifest.programs.filter(({ precision }) => precision === 'fp32');
+  const [program] = (single.length ? single : [...manifest.programs]).sort((a, b) => getBytes(a) - getBytes(b));
   const bar = find('check-progress');
   const state = find('check');
-  setState(state, `Loading the smallest network, ${program.model}, ${megabytes(program.bytes)}, ` +
-    `and the runtime, ${megabytes(manifest.runtime.files['ort-wasm-simd-threaded.wasm'].bytes)}…`);
+  setState(state, `Loading the smallest network, ${program.model}, ${megabytes(getBytes(program))}, ` +
+    `and the runtime, ${sizeRuntime('onnxruntime', 'ort-wasm-simd-threaded.wasm')}…`);
   const start = performance.now();
   try {
     const { job, loaded, check } = await open(manifest, program, backends[0], (share) => { bar.value = share; });
@@ -104,7 +106,7 @@ async function openClassifier(program) {
   classifier = undefined;
   const state = find('classify-state');
   const { job, check } = await open(manifest, program, backends[0], (share) => {
-    setState(state, `Loading ${program.model}: ${Math.round(100 * share)} % of ${megabytes(program.bytes)}`);
+    setState(state, `Loading ${program.model}: ${Math.round(100 * share)} % of ${megabytes(getBytes(program))}`);
   });
   if (!check.isRight || !check.samePixels) {
     job.end();
@@ -267,10 +269,11 @@ async function measure() {
   const now = new Date();
   const date = [now.getFullYear(), now.getMonth() + 1, now.getDate()].map((n) => String(n).padStart(2, '0')).join('-');
   rows = chosen('models').flatMap((i) => chosen('backends').map((k) => (
-    { program: manifest.programs[i], backend: backends[k], rounds: [], date, protocol })));
+    { program: manifest.programs[i], backend: backends[k], rounds: [], date, protocol })))
+    .filter(({ program, backend }) => backend.runtime in program.files);
   const state = find('measure-state');
   if (!rows.length) {
-    setState(state, 'Choose at least one network and what runs it.', 'bad');
+    setState(state, 'Choose at least one network and what runs it; LiteRT runs fp32 only.', 'bad');
     return;
   }
   stopped = '';
@@ -378,20 +381,31 @@ function addChoices(id, choices) {
   }));
 }
 
+/** What choosing this backend downloads beyond the self-check. */
+function describeDownload({ runtime, provider, threads, isSoftware }) {
+  if (provider === 'webgpu') {
+    const file = `ort-wasm-simd-threaded.${'Suspending' in WebAssembly ? 'jspi' : 'asyncify'}.wasm`;
+    return `${sizeRuntime(runtime, file)} more${isSoftware ? ', software: checked, not timed' : ''}`;
+  }
+  if (runtime !== 'litert') return '';
+  const file = `litert_wasm_${threads > 1 ? 'threaded_' : ''}internal.wasm`;
+  return `${sizeRuntime(runtime, file)} more, and programs of its own`;
+}
+
 function prepareMeasure() {
   const wanted = (name) => query.get(name)?.split(',');
   const [rules] = readRules();
-  addChoices('models', manifest.programs.map(({ model, label, bytes, top1, weights }, i) => ({
-    text: label,
-    hint: [megabytes(bytes), top1 && `top-1 ${top1} %`, weights ? '' : 'speed only'].filter(Boolean).join(', '),
-    isChecked: wanted('models')?.includes(model) ?? i < 3,
+  addChoices('models', manifest.programs.map((program, i) => ({
+    text: program.label,
+    hint: [
+      megabytes(getBytes(program)), program.top1 && `top-1 ${program.top1} %`, program.weights ? '' : 'speed only',
+    ].filter(Boolean).join(', '),
+    isChecked: wanted('models')?.includes(program.model) ?? i < 3,
   })));
-  const size = (name) => megabytes(manifest.runtime.files[`ort-wasm-simd-threaded.${name}.wasm`].bytes);
-  const gpu = 'Suspending' in WebAssembly ? 'jspi' : 'asyncify';
-  addChoices('backends', backends.map(({ name, label, isSoftware }, i) => ({
-    text: label,
-    hint: name === 'webgpu' ? `${size(gpu)} more${isSoftware ? ', software: checked, not timed' : ''}` : '',
-    isChecked: wanted('backends')?.includes(name) ?? i === 0,
+  addChoices('backends', backends.map((backend) => ({
+    text: backend.label,
+    hint: describeDownload(backend),
+    isChecked: wanted('backends')?.includes(backend.name) ?? (backend.provider === 'wasm' && backend.threads === 1),
   })));
   find('protocol').textContent =
     'One image at a time, in 32-bit floating point unless the network says fp16. Each network runs in a worker of ' +
@@ -438,7 +452,8 @@ async function startOffline() {
 
 /** Forget programs of earlier pages. */
 async function cleanCache() {
-  const current = new Set(manifest.programs.map(({ file }) => new URL(file, location.href).href));
+  const files = manifest.programs.flatMap((program) => Object.values(program.files));
+  const current = new Set(files.map(({ file }) => new URL(file, location.href).href));
   for (const name of self.caches ? await caches.keys() : []) {
     const cache = await caches.open(name);
     for (const { url } of await cache.keys()) if (/\/models\//.test(url) && !current.has(url)) await cache.delete(url);
@@ -456,9 +471,10 @@ async function start() {
   facts.Browser = browser;
   Object.assign(find('device'), { value: device });
   Object.assign(find('os'), { value: os });
-  backends = await listBackends(facts);
+  backends = await listBackends(facts, manifest);
   showFacts();
-  find('version').textContent = `caretrans ${manifest.version}, ${manifest.runtime.name} (MIT licence). Bundled test ` +
+  const runtimes = Object.values(manifest.runtimes).map(({ name, licence }) => `${name} (${licence} licence)`);
+  find('version').textContent = `caretrans ${manifest.version}, ${runtimes.join(', ')}. Bundled test ` +
     'images: Grocery Store Dataset, M. Klasson et al., MIT licence.';
   prepareSending();
   await checkFirst();

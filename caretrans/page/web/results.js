@@ -3,6 +3,7 @@
 export const DRIFT = 1.15; // of the last fifth of the rounds over the first, from which a row is remarked on
 const SHAPES = {
   wasm: 'M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0', threads: 'M-5-5h10v10h-10z', webgpu: 'M0-6l6 10h-12z',
+  'litert-wasm': 'M0-7l6 7l-6 7l-6-7z', 'litert-threads': 'M-7-2h5v-5h4v5h5v4h-5v5h-4v-5h-5z',
 };
 
 /** A quantile with linear interpolation, as in NumPy. */
@@ -64,17 +65,19 @@ export function listRemarks({ summary, warm, loaded, protocol }) {
 function makeCells(row, manifest, sender) {
   const { program, backend, summary, warm, loaded, check } = row;
   const isGPU = backend.name === 'webgpu';
-  const [runtime, version] = manifest.runtime.name.split(' ');
+  const { format, form, sha256 } = program.files[backend.runtime];
   const remarks = listRemarks(row);
   return {
     date: row.date, reporter: sender.reporter, device: sender.device, os: sender.os, model: program.model,
-    form: 'fused', size: program.size.join('x'), batch: 1, format: 'onnx', precision: program.precision,
-    compress: 'none', input: 'tensor', target: '', version: manifest.version, tool: 'browser', tool_version: sender.browser,
-    runtime: `${runtime} ${version} ${isGPU ? 'webgpu' : 'wasm'}`, compute_units: isGPU ? 'gpu_only' : 'cpu_only',
+    form, size: program.size.join('x'), batch: 1, format, precision: program.precision,
+    compress: 'none', input: 'tensor', target: '', version: manifest.version, tool: 'browser',
+    tool_version: sender.browser,
+    runtime: `${manifest.runtimes[backend.runtime].name} ${backend.provider}`,
+    compute_units: isGPU ? 'gpu_only' : 'cpu_only',
     threads: isGPU ? '' : backend.threads, statistic: 'median', runs: summary.runs, warm_up: warm.warm_up,
     latency_ms: summary.median.toFixed(3), p10_ms: summary.p10.toFixed(3), p90_ms: summary.p90.toFixed(3),
     first_ms: warm.first_ms.toFixed(3), load_ms: loaded.load_ms.toFixed(1), drift: summary.drift.toFixed(3),
-    error: check.error === 0 ? '0' : check.error.toExponential(1), program: program.sha256.slice(0, 12),
+    error: check.error === 0 ? '0' : check.error.toExponential(1), program: sha256.slice(0, 12),
     note: [sender.note, ...remarks].filter(Boolean).join('; '),
   };
 }
@@ -95,8 +98,9 @@ export function makeCSV(rows, manifest, sender) {
 /** Everything, with every time, for people who want to look closer. */
 export function makeJSON(rows, manifest, sender, facts) {
   const plain = rows.map(({ program, backend, rounds, failure, warm, loaded, check, date }) => ({
-    model: program.model, precision: program.precision, sha256: program.sha256, weights: program.weights || 'random',
-    runtime: manifest.runtime.name, backend: backend.name, threads: backend.threads ?? null, date,
+    model: program.model, precision: program.precision, weights: program.weights || 'random',
+    sha256: program.files[backend.runtime].sha256, runtime: manifest.runtimes[backend.runtime].name,
+    backend: backend.name, threads: backend.threads ?? null, date,
     failure: failure ?? null, warm_up: warm ?? null, loaded: loaded ?? null, check: check ?? null,
     rounds_ms: failure ? null : rounds,
   }));
@@ -155,11 +159,13 @@ export function drawPlot(rows, width) {
       svg('path', { d: SHAPES[row.backend.name], transform: `translate(${atX} ${atY})`, class: 'mark' }),
       svg('text', { x: atX + dx, y: atY + dy }, text));
   }
+  const isLiteRT = points.some(({ row }) => row.backend.runtime === 'litert');
   const caption = document.createElement('figcaption');
   const notes = new Set(points.filter(({ row }) => row.program.top1_note)
     .map(({ row }) => `${row.program.model}: ${row.program.top1_note}`));
   caption.textContent = [
     'Top-1 accuracy on ImageNet-1K in %, as published by the authors, against the time measured here. Circle: one ' +
-    'CPU thread, square: several, triangle: WebGPU', ...notes].join('. ') + '.';
+    `CPU thread, square: several, triangle: WebGPU${isLiteRT ? '; LiteRT.js, diamond: one, cross: several' : ''}`,
+    ...notes].join('. ') + '.';
   return [picture, caption];
 }

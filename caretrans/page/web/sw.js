@@ -3,7 +3,8 @@
 const CACHE = 'caretrans-page';
 const FIXED = /\/(models|images|vendor)\//;
 const CORE = [
-  './', 'manifest.json', 'style.css', 'page.js', 'device.js', 'job.js', 'results.js', 'worker.js', 'prepare.js'];
+  './', 'manifest.json', 'style.css', 'page.js', 'device.js', 'job.js', 'results.js', 'start_worker.js', 'worker.js',
+  'runtimes.js', 'prepare.js'];
 const HEADERS = {
   'Cross-Origin-Opener-Policy': 'same-origin',
   'Cross-Origin-Embedder-Policy': 'require-corp',
@@ -36,12 +37,13 @@ async function answer(event) {
   }
 }
 
-/** Keep the page, the runtime for the CPU and the test images; programs are kept as they are used. */
+/** Keep the page, the first runtime for the CPU and the test images; the rest is kept as it is used. */
 async function install() {
   const cache = await caches.open(CACHE);
-  const { images, runtime } = await (await fetch('manifest.json')).json();
-  const cpu = Object.keys(runtime.files).filter((name) => /^ort(\.wasm\.min|-wasm-simd-threaded)\.\w+$/.test(name));
-  await cache.addAll([...CORE, ...images, ...cpu.map((name) => runtime.folder + name)]);
+  const { images, runtimes } = await (await fetch('manifest.json')).json();
+  const { files, folder } = runtimes.onnxruntime;
+  const cpu = Object.keys(files).filter((name) => /^ort(\.wasm\.min|-wasm-simd-threaded)\.\w+$/.test(name));
+  await cache.addAll([...CORE, ...images, ...cpu.map((name) => folder + name)]);
   await self.skipWaiting();
 }
 

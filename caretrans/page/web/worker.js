@@ -1,15 +1,15 @@
 // One program in one runtime. The page starts a worker for each, because only ending it frees all its memory.
 // Messages: {id, action, options}; replies: {id, result}, {id, error} or {id, progress}.
 import { decode, normalise, prepare } from './prepare.js';
+import { prepareRuntime } from './runtimes.js';
 
 const WARM_UP = { least: 10, most: 50, window: 5, change: 0.05 }; // runs, until medians of two windows agree
 const CLOCK_STEPS = 20; // a timed block lasts at least as many steps of the clock
 
-let ort;
 let clock; // smallest step of the clock, ms
-let session;
+let run; // from an image as numbers to its logits on the CPU, for which waiting belongs to the time of a run
 let program; // of the manifest
-let tensor; // the first test image
+let image; // the first test image, as numbers
 let tests; // decoded test images
 
 function median(values) {
@@ -57,50 +57,24 @@ async function download({ file, bytes, sha256 }, report) {
   return { content, isHashed: found !== null };
 }
 
-async function checkWebGPU(precision) {
-  const adapter = await navigator.gpu?.requestAdapter();
-  if (!adapter) throw new Error('This browser offers no WebGPU here.');
-  if (precision === 'fp16' && !adapter.features.has('shader-f16')) {
-    throw new Error('This GPU does not compute in float16 (shader-f16): choose the fp32 file.');
-  }
-}
-
 /** Load the runtime and the program. */
-async function load({ manifest, wanted, backend, threads }, report) {
+async function load({ manifest, wanted, backend }, report) {
   program = wanted;
-  const isGPU = backend === 'webgpu';
-  if (isGPU) await checkWebGPU(program.precision);
-  const script = isGPU ? ('Suspending' in WebAssembly ? 'ort.jspi.min.mjs' : 'ort.webgpu.min.mjs') : 'ort.wasm.min.mjs';
-  const folder = new URL(manifest.runtime.folder, self.location.href).href;
-  ort = await import(folder + script);
-  ort.env.wasm.wasmPaths = folder;
-  ort.env.wasm.numThreads = threads;
-  ort.env.logLevel = 'error';
+  const makeReady = await prepareRuntime(manifest, program, backend);
   const start = performance.now();
-  const { content, isHashed } = await download(program, report);
+  const { content, isHashed } = await download(program.files[backend.runtime], report);
   const downloaded = performance.now();
-  session = await ort.InferenceSession.create(content, {
-    executionProviders: [backend],
-    freeDimensionOverrides: { batch: 1, height: program.size[0], width: program.size[1] },
-  });
-  const created = performance.now();
+  run = await makeReady(content);
+  const ready = performance.now();
   tests = [];
   for (const name of manifest.images) tests.push(await decode(await (await fetch(name)).blob()));
-  tensor = makeTensor(prepare(tests[0], program.preparation));
+  image = toNumbers(prepare(tests[0], program.preparation));
   clock = measureClock();
-  return { download_ms: downloaded - start, load_ms: created - downloaded, isHashed, clock };
+  return { download_ms: downloaded - start, load_ms: ready - downloaded, isHashed, clock };
 }
 
-function makeTensor(pixels) {
-  return new ort.Tensor('float32', normalise(pixels, program.preparation), [1, 3, ...program.size]);
-}
-
-/** Logits on the CPU: waiting for them belongs to the time of a run. */
-async function run(input) {
-  const output = (await session.run({ [session.inputNames[0]]: input }))[session.outputNames[0]];
-  const logits = Float32Array.from(await output.getData());
-  output.dispose();
-  return logits;
+function toNumbers(pixels) {
+  return normalise(pixels, program.preparation);
 }
 
 /** Compare both test images with PyTorch in float64. */
@@ -111,7 +85,7 @@ async function check() {
     const pixels = prepare(tests[i], program.preparation);
     const found = await hash(pixels.data);
     samePixels &&= found === null || found === digest;
-    const outputs = await run(makeTensor(pixels));
+    const outputs = await run(toNumbers(pixels));
     const largest = Math.max(...logits.map(Math.abs));
     for (const [k, expected] of logits.entries()) {
       const difference = Math.abs(outputs[k] - expected) / largest;
@@ -124,7 +98,7 @@ async function check() {
 
 async function timeBlock(count) {
   const start = performance.now();
-  for (let i = 0; i < count; i++) await run(tensor);
+  for (let i = 0; i < count; i++) await run(image);
   return (performance.now() - start) / count;
 }
 
@@ -157,7 +131,7 @@ async function classify({ blob }) {
   const start = performance.now();
   const pixels = prepare(await decode(blob), program.preparation);
   const prepared = performance.now();
-  const logits = await run(makeTensor(pixels));
+  const logits = await run(toNumbers(pixels));
   return {
     logits, pixels, prepare_ms: prepared - start, run_ms: performance.now() - prepared, digest: await hash(pixels.data),
   };
@@ -165,11 +139,11 @@ async function classify({ blob }) {
 
 const actions = { load, check, warmUp, time, classify };
 
-self.onmessage = async ({ data: { id, action, options } }) => {
+export async function answer({ id, action, options }) {
   try {
     const result = await actions[action](options, (progress) => self.postMessage({ id, progress }));
     self.postMessage({ id, result });
   } catch (error) {
     self.postMessage({ id, error: error.message || String(error) });
   }
-};
+}
