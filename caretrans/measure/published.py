@@ -12,6 +12,7 @@ __all__ = ['PUBLISHED', 'PublishedRow', 'find_published', 'list_footnotes', 'lis
 
 CARE = 'the table of the CARE Transformer paper (CVPR 2025, arXiv:2411.16170)'
 CAS_VIT = 'the CAS-ViT repository (Tianfang-Zhang/CAS-ViT), for arXiv:2408.03703v2'
+MOBILENET_V4 = 'the MobileNetV4 paper (ECCV 2024, arXiv:2404.10518)'
 MLLA = 'the MLLA paper (NeurIPS 2024, arXiv:2405.16605)'
 
 WITH_TEACHER = 'with a teacher: hard distillation from RegNetY-16GF.'
@@ -78,6 +79,7 @@ PUBLISHED = (
     PublishedRow('CARE-S2', 1.9, 19.5, 2.0, 9.4, 20.4, 82.1, 'care_s2', accuracy_note=WITH_TEACHER),
     PublishedRow('MLLA-S', 7.3, 43, None, None, None, 84.4, 'mlla_s', MLLA, WITH_MESA),
     PublishedRow('MLLA-B', 16.2, 96, None, None, None, 85.3, 'mlla_b', MLLA, WITH_MESA),
+    PublishedRow('MNv4-Conv-S', 0.2, 3.8, None, None, None, 73.8, 'mobilenetv4_conv_small', MOBILENET_V4),
     _cas_vit('CAS-ViT-XS', 0.560, 3.20, 78.3, 'casvit_xs'),
     _cas_vit('CAS-ViT-S', None, 5.76, 80.9, 'casvit_s'),
     _cas_vit('CAS-ViT-M', None, 12.42, 82.8, 'casvit_m'),

@@ -122,7 +122,8 @@ def test_names_wildcards_and_paper_stand_for_models():
 
 
 def test_published_figures_that_are_not_known_are_empty():
-    assert len(PUBLISHED) == 21 and find_published('fastvit_t8.apple_in1k').top1 == 76.7
+    assert len(PUBLISHED) == 22 and find_published('fastvit_t8.apple_in1k').top1 == 76.7
+    assert find_published('mobilenetv4_conv_small').top1 == 73.8
     assert find_published('resnet18') is None and find_published('mila_b').top1 == 85.3
     assert find_published('rcvit_s') is find_published('casvit_s') and find_published('casvit_t').gmacs == 3.597
     assert find_published('casvit_s').gmacs is None
