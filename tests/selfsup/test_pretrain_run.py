@@ -1,9 +1,11 @@
 """Pre-training as a run: data of any kind, exact resume, one and two processes, a collapse, and what comes after it."""
 import csv
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from signal import SIGTERM
 
@@ -190,6 +192,23 @@ def test_the_demonstration_scores_every_kind_of_features(data, tmp_path, monkeyp
         pixels, labels = load_images(dataset, range(len(dataset)), EvalTransform(preparation))
         colours.append((pixels.mean((2, 3)), labels))
     assert rows[0].neighbours == pytest.approx(score_neighbours(*colours, 2).top1, abs=2.1)  # one image of 48
+
+
+def _hang(data, folder, name, seed, epochs) -> demo.Row:
+    """In place of `demo._run`: all but the first row never end."""
+    if name != demo.COLOUR:
+        time.sleep(600)
+    return demo.Row(name, seed, 0., 0.)
+
+
+def test_an_interrupted_demonstration_leaves_no_process(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, '_run', _hang)
+    monkeypatch.setattr(demo, 'get_context', lambda method: multiprocessing.get_context('fork'))
+    rows = demo.compare(str(data), tmp_path / 'runs', [0])
+    assert next(rows).features == demo.COLOUR
+    others = multiprocessing.active_children()
+    rows.close()  # what an exception of a signal does, too
+    assert len(others) == 2 and not any(process.is_alive() for process in others)
 
 
 # Data -----------------------------------------------------------------------------------------------------------------
