@@ -16,6 +16,7 @@ from ..distributed import Processes, join_processes, leave_processes, shared_err
 from ..errors import DataError, EvaluationError, list_names
 from ..progress import Progress
 from .coco import CocoData, encode_masks
+from .detect import detect
 from .load import open_model
 from .masks import MaskData, check_masks, read_masks
 from .objects import read_objects
@@ -123,7 +124,6 @@ def _share(count: int, processes: Processes) -> range:
 Advance = Callable[[int], object]  # called with 1 after every image
 
 
-@torch.inference_mode()
 def _detect(
         model: nn.Module, data: CocoData, device: torch.device, amp: str, share: range, advance: Advance,
 ) -> list[dict[str, Any]]:
@@ -133,9 +133,11 @@ def _detect(
     numbers, results = list(data.categories), []
     for i in share:
         image = data.images[i]
-        with autocast(device, amp):
-            found = model([image.load().to(device) / 255])[0]
-        found = {key: value.cpu() for key, value in found.items()}
+        try:
+            with autocast(device, amp):
+                found = detect(model, image.load().to(device) / 255)
+        except ValueError as error:
+            raise EvaluationError(f'{image.path}: {error}: use --amp off, or another file.') from None
         for j, (box, score, label) in enumerate(zip(*(
                 found[key].tolist() for key in ('boxes', 'scores', 'labels')), strict=True)):
             left, top, right, bottom = box
@@ -221,7 +223,7 @@ def score_model(
         names: Of the classes.
         advance: Called after every image; what it raises ends the evaluation.
     Raises:
-        DataError, EvaluationError: An image cannot be used, or logits of a segmenter are not finite.
+        DataError, EvaluationError: An image cannot be used, or outputs are not finite.
     """
     start, config = time.perf_counter(), model.dense_config
     share, run = _share(len(data.images), processes), _segment if isinstance(data, MaskData) else _detect

@@ -17,6 +17,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from ..data.decode import describe_error, open_image
 from ..errors import DataError
 from ..evaluation.predict import find_images
+from .detect import detect
 from .load import open_model
 from .semantic_fpn import SemanticFpn
 
@@ -102,11 +103,10 @@ def _color(label: int) -> tuple[int, ...]:
     return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(.6 + label * .618034, 1., 1.))
 
 
-@torch.inference_mode()
 def _detect(
         model: nn.Module, pixels: torch.Tensor, names: list[str], score: float, device: torch.device,
 ) -> tuple[dict[str, Any], Image.Image]:
-    found = {key: value.cpu() for key, value in model([pixels.to(device) / 255])[0].items()}
+    found = detect(model, pixels.to(device) / 255)
     masks = found['masks'][:, 0] >= .5 if 'masks' in found else None
     objects = []
     for i, (box, value, label) in enumerate(zip(

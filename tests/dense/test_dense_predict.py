@@ -2,6 +2,7 @@
 import json
 
 import pytest
+from dense_folders import write_coco
 from faster_coco_eval import COCO
 from faster_coco_eval.core import mask as rle
 import timm
@@ -14,7 +15,9 @@ from caretrans.checkpoint import CheckpointError, create_from_checkpoint
 from caretrans.checkpoint import save_checkpoint as save_classifier
 from caretrans.dense import create_dense_model, save_checkpoint
 from caretrans.dense import create_from_checkpoint as create_from_dense
-from caretrans.dense.predict import encode_mask
+from caretrans.dense.evaluate import evaluate_dense
+from caretrans.dense.predict import encode_mask, predict_images
+from caretrans.errors import EvaluationError
 
 
 @pytest.fixture(scope='module')
@@ -112,6 +115,17 @@ def test_weights_that_are_not_finite_give_no_answer(files, images, tmp_path, cap
     save_checkpoint(tmp_path / 'x.pth', model)
     assert main(['predict', str(images), '--checkpoint', str(tmp_path / 'x.pth')]) == 2
     assert 'not finite' in capsys.readouterr().err
+
+
+def test_outputs_of_a_detector_that_overflow_give_no_answer(files, images, tmp_path):
+    """torchvision drops boxes that are not finite, so that an image would have no objects."""
+    model, _ = create_from_dense(files['mask_rcnn'])
+    model.roi_heads.box_predictor.cls_score.weight.data.fill_(3e38)
+    save_checkpoint(tmp_path / 'x.pth', model, ['apple', 'pear'])
+    found, = predict_images(tmp_path / 'x.pth', [str(images / 'a.jpg')], tmp_path / 'drawings')
+    assert 'the outputs of the network are not finite' in found['error']
+    with pytest.raises(EvaluationError, match=r'0.png: the outputs of the network are not finite: use --amp off'):
+        evaluate_dense(tmp_path / 'x.pth', str(write_coco(tmp_path / 'coco')))
 
 
 def test_other_commands_name_what_the_file_is(files, tmp_path):
