@@ -24,7 +24,7 @@ from caretrans.dense.evaluate import evaluate_dense
 from caretrans.dense.load import load_weights
 from caretrans.dense.training import DenseTask, DenseTrainer, DeviceBatches
 from caretrans.distributed import Processes
-from caretrans.errors import CheckpointError, ConfigError, DataError
+from caretrans.errors import CheckpointError, ConfigError, DataError, EvaluationError, TrainingError
 from caretrans.training.run import TrainResult, train
 from caretrans.training.state import EpochRow
 from caretrans.training.trainer import build_schedule
@@ -212,6 +212,21 @@ def test_a_killed_run_ends_with_the_same_bits(small_data, tmp_path):
         {k: v for k, v in row.items() if k not in timed} for row in theirs['rows']]
     for key, entry in theirs['optimizer']['state'].items():
         assert all(torch.equal(value, mine['optimizer']['state'][key][name]) for name, value in entry.items())
+
+
+def test_an_evaluation_that_fails_costs_no_step(small_data, tmp_path, monkeypatch):
+    config = configure(small_data / 'nuclei', '--task', 'semantic_fpn', *SMALL, '--epochs', 1, '--warmup-steps', 1,
+                       '--output', tmp_path / 'run')
+    with monkeypatch.context() as patch:
+        def fail(self, check):
+            raise EvaluationError('The logits are not finite.')
+        patch.setattr(DenseTrainer, 'evaluate', fail)
+        with pytest.raises(TrainingError, match='after epoch 1; start a run with other settings'):
+            train(config, DenseTrainer)
+    weights = read_tensors(tmp_path / 'run' / 'last.pth.tar')
+    result = train(config, DenseTrainer)  # resumes, and only evaluates
+    assert result.last.epoch == 1 and result.best is not None
+    assert not list_differences(read_tensors(tmp_path / 'run' / 'last.pth.tar'), weights)
 
 
 def test_a_run_without_anything_to_score_ends_with_its_last_checkpoint():
