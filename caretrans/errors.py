@@ -63,11 +63,16 @@ class ResultsError(CaretransError, ValueError):
 
 
 class TrainingError(CaretransError, RuntimeError):
-    """Training cannot continue; the message says where it stopped."""
+    """Training cannot continue; the message says where it stopped.
 
-    def __init__(self, message: str, is_shared: bool = False) -> None:
+    Attributes:
+        is_shared: Whether every process raises it.
+        has_remedy: Whether the message says how to go on; resuming with the same command would fail again.
+    """
+
+    def __init__(self, message: str, is_shared: bool = False, has_remedy: bool = False) -> None:
         super().__init__(message)
-        self.is_shared = is_shared
+        self.is_shared, self.has_remedy = is_shared, has_remedy
 
 
 class Preempted(Exception):

@@ -77,7 +77,8 @@ def convert_checkpoint(
 
 def _check_target(target: Path, layout: str, overwrite: bool) -> None:
     if layout not in LAYOUTS:
-        raise ValueError(f'layout must be {", ".join(LAYOUTS[:-1])} or {LAYOUTS[-1]}, not {layout!r}.')
+        raise CheckpointError(
+            f'{target}: a classifier has no {layout} layout: use {", ".join(LAYOUTS[:-1])} or {LAYOUTS[-1]}.')
     if not target.name.endswith((*TORCH_ENDINGS, '.safetensors')):
         raise CheckpointError(f'{target}: let the name end in {", ".join(TORCH_ENDINGS)} or .safetensors.')
     if target.exists() and not overwrite:

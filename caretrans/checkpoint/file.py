@@ -23,7 +23,7 @@ from ..text import utf8_path
 from .stand_ins import StandIns, simplify
 
 __all__ = [
-    'Checkpoint', 'is_plain', 'read_checkpoint', 'write_safetensors', 'write_torch']
+    'Checkpoint', 'is_plain', 'read_checkpoint', 'write_bytes', 'write_safetensors', 'write_torch']
 
 WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')  # entries of weights, in the order timm prefers
 WRAPPER_MODULES = re.compile(  # in keys: DistributedDataParallel at the start, torch.compile and others anywhere
@@ -253,7 +253,7 @@ def write_torch(path: Path, contents: dict[str, Any]) -> None:
     _check_types(contents)
     buffer = io.BytesIO()  # torch.save does not report a full disk
     torch.save(contents, buffer)
-    _write(path, buffer.getbuffer())
+    write_bytes(path, buffer.getbuffer())
 
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
@@ -269,7 +269,7 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: di
         except ResultsError as error:  # a best loss of infinity, for instance
             _logger.info('%s: without the entry %s: %s', path, key, error)
     tensors = {key: value.contiguous() for key, value in tensors.items()}
-    _write(path, safetensors.torch.save(tensors, {**texts, 'format': 'pt'}))
+    write_bytes(path, safetensors.torch.save(tensors, {**texts, 'format': 'pt'}))
 
 
 def is_plain(value: Any) -> bool:
@@ -298,8 +298,12 @@ def _check_types(value: Any, name: str = '', tensors: bool = True) -> None:
             f'make it a tensor, a number, a text, or a list, tuple or dict of them.')
 
 
-def _write(path: Path, data: bytes | memoryview) -> None:
-    """Write `data` to a temporary file, flush it to the disk, then rename it to `path`."""
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write `data` to a temporary file, flush it to the disk, then rename it to `path`.
+
+    Raises:
+        CheckpointError: The file cannot be written.
+    """
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
         with open(temporary, 'wb') as file:

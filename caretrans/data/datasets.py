@@ -24,6 +24,7 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 VALIDATION = ('validation', 'valid', 'val')  # names of one split
+EVALUATION = (*VALIDATION, 'test')
 INFO = '_info.json'  # beside WebDataset shards, as timm reads it
 
 
@@ -176,7 +177,13 @@ def open_unlabelled(root: str, split: str, name: str = '', **options: Any) -> tu
         DataError: There are no images, or they cannot be read.
     """
     path = Path(root or '')
-    if name or not root or not path.is_dir() or (path / INFO).is_file():
+    if not name and not root:
+        raise DataError('No data: give a folder of images, with or without folders for classes, or --dataset.')
+    if not name and not path.is_dir():
+        remedy = f'give {path.parent}, the folder that holds it' if path.suffix == '.lmdb' and path.is_file() else \
+            'give a folder of images, with or without folders for classes'
+        raise DataError(f'{root} is no folder: {remedy}.')
+    if name or (path / INFO).is_file():
         return open_dataset(root, split, name, is_training=True, **options), True
     found = next((part for part in (path / synonym for synonym in _list_synonyms(split)) if part.is_dir()), None)
     if found is None and any((path / f'{synonym}{ending}').is_file() for synonym in _list_synonyms(split)
@@ -186,6 +193,10 @@ def open_unlabelled(root: str, split: str, name: str = '', **options: Any) -> tu
     inside = [image.removeprefix(reader.root).lstrip(os.sep).split(os.sep) for image in reader.images]
     if found is not None and all(len(parts) > 1 for parts in inside) and len({parts[0] for parts in inside}) > 1:
         return open_dataset(root, split, **options), True
+    others = sorted(part.name for part in path.iterdir() if part.is_dir() and not part.name.startswith('.')
+                    and part.name not in (*EVALUATION, *_list_synonyms(split))) if found is not None else []
+    if others:
+        _logger.warning(f'{root}: only the images in {found.name} are used, not those in {list_names(others, 5)}.')
     for note in reader.notes:
         _logger.warning(note)
     return ImageDataset(str(path), reader=reader), False
@@ -209,10 +220,10 @@ class _PartReader(Reader):
 
 
 def thin_out(dataset: Dataset, most: int) -> Dataset:
-    """At most `most` images, evenly spaced, of a folder, tar or LMDB file; other data sets as they are."""
+    """At most `most` images, evenly spaced from the first to the last, of a folder, tar or LMDB file; others as are."""
     if not isinstance(dataset, ImageDataset) or len(dataset) <= most:
         return dataset
-    places = [i * len(dataset) // most for i in range(most)]
+    places = [i * (len(dataset) - 1) // max(most - 1, 1) for i in range(most)]
     return ImageDataset('', reader=_PartReader(dataset.reader, places))
 
 

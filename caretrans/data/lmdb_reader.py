@@ -6,9 +6,10 @@ every pyarrow reads. This module writes the same, so that the published code rea
 """
 import io
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,7 +46,8 @@ def _make_union(kinds: Sequence[str], children: dict[str, pyarrow.Array]) -> pya
     """Values of these kinds in order, as the dense union that pyarrow.serialize made: its first child is null."""
     children = {NULL: pyarrow.array([], pyarrow.null()), **children}
     codes = [list(children).index(kind) for kind in kinds]
-    places = [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
+    counters = defaultdict(count)
+    places = [next(counters[kind]) for kind in kinds]
     return pyarrow.UnionArray.from_dense(
         pyarrow.array(codes, pyarrow.int8()), pyarrow.array(places, pyarrow.int32()), list(children.values()),
         list(children))
@@ -71,7 +73,10 @@ def encode_value(value: int | Sequence[Any]) -> bytes:
 
 @lru_cache(maxsize=None)
 def _open_file(path: str) -> lmdb.Environment:
-    """The open file, one per process: LMDB refuses to open a file twice."""
+    """The open file, one per process: LMDB refuses to open a file twice.
+
+    Without locks and for reading only, a worker that was forked may use that of its parent.
+    """
     with utf8_path(path) as name:
         return lmdb.open(name, subdir=False, readonly=True, lock=False, readahead=False, meminit=False)
 

@@ -17,6 +17,7 @@ from ..checkpoint import is_dense, read_checkpoint
 from ..data.loaders import TrainLoader
 from ..distributed import Processes
 from ..errors import CheckpointError, ConfigError, DataError
+from ..models.backbone import disable_drop_path
 from ..training.folder import list_checkpoints
 from ..training.state import EpochRow, Evaluation
 from ..training.trainer import Trainer, save_memory
@@ -163,6 +164,8 @@ class DenseTrainer(Trainer):
         model = create_dense_model(
             config.task, config.model, self.num_classes, config.checkpoint if config.checkpoint and not whole else None,
             {**rates, **config.model_args}, pretrained=config.pretrained, frozen_bn=frozen, **config.model_options())
+        if not {**rates, **config.model_args}.get('drop_path_rate'):
+            disable_drop_path(model)
         if whole:
             load_weights(model, config.checkpoint, self.classes, config.new_heads)
         if config.grad_checkpointing:

@@ -140,8 +140,8 @@ def _check_browser(row: dict[str, str]) -> None:
     form, runtime = IN_BROWSER[row['format']]
     if row['form'] != form or row['runtime'].split()[0] != runtime:
         raise ResultsError(
-            f'form is {row["form"]!r} and runtime {row["runtime"]!r} with format {row["format"]}: that has form {form}, '
-            f'and {runtime} runs it.')
+            f'form is {row["form"]!r} and runtime {row["runtime"]!r} with format {row["format"]}: that has form '
+            f'{form}, and {runtime} runs it.')
     on_cpu = row['runtime'].endswith('wasm')
     if on_cpu != (row['compute_units'] == 'cpu_only') or on_cpu != bool(row['threads']):
         raise ResultsError(

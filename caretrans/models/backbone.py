@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 from huggingface_hub import errors as hub_errors
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import SelectAdaptivePool2d, get_device_dtype, trunc_normal_
+from timm.layers import DropPath, SelectAdaptivePool2d, get_device_dtype, trunc_normal_
 from timm.models import (
     build_model_with_cfg,
     clean_state_dict,
@@ -22,8 +22,8 @@ from .folding import LinearHead
 from .published_keys import Table, rename_keys, rename_on_load
 
 __all__ = [
-    'MIN_SIDE', 'Backbone', 'build_backbone', 'check_image_size', 'find_family', 'init_linear', 'init_weights',
-    'make_cfg', 'register_alias', 'resolve_alias']
+    'MIN_SIDE', 'Backbone', 'build_backbone', 'check_image_size', 'disable_drop_path', 'find_family', 'init_linear',
+    'init_weights', 'make_cfg', 'register_alias', 'resolve_alias']
 
 MIN_SIDE = 32  # pixels: the last map has 1/32 of the size, so a smaller image would leave it empty
 FETCH_ERRORS = (OSError, hub_errors.EntryNotFoundError, getattr(hub_errors, 'HTTPError', OSError))
@@ -264,6 +264,13 @@ class Backbone(nn.Module):
         if prune_head or pruned:
             self.reset_classifier(0, '')
         return take_indices
+
+
+def disable_drop_path(model: nn.Module) -> None:
+    """Switch off the stochastic depth that some models of timm have by default."""
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.
 
 
 def make_cfg(**kwargs: Any) -> Dict[str, Any]:

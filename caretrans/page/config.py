@@ -37,8 +37,8 @@ class PageConfig(ServerConfig):
     precision: list[str] = setting(
         ['fp32'], 'of the weights; fp16 halves the download, and is not faster on the CPU', choices=['fp32', 'fp16'])
     litert: bool = setting(False, (
-        'export the networks for LiteRT.js too, the runtime nearest to Android apps; cmd/export.sh makes the environment '
-        'of its converter, .venv-export, on first use'))
+        'export the networks for LiteRT.js too, the runtime nearest to Android apps; cmd/export.sh makes the '
+        'environment of its converter, .venv-export, on first use'))
     output: str = setting('runs/page', 'folder of the page')
     serve: bool = setting(False, 'serve the folder afterwards')
     threads: int = setting(1, 'CPU threads', bounds=(1, None))

@@ -47,7 +47,7 @@ class Runtime:
         packages: The first is the runtime, the others what it imports.
         licence: Its short name.
         licence_file: Its text, among our own files.
-        imports: {import of another package in a script of the first: the script on the page}; browsers know no packages.
+        imports: {package that a script of the first imports: the script on the page}; browsers know no packages.
     """
     name: str
     packages: tuple[Package, ...]
@@ -71,7 +71,7 @@ def _name_files(*paths: str) -> dict[str, str]:
 ONNXRUNTIME = Runtime('onnxruntime-web', (Package(
     'onnxruntime-web', '1.30.0',
     'q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ==',
-    _name_files(  # a script and its WebAssembly for the CPU; for WebGPU, with and without promises in WebAssembly (JSPI)
+    _name_files(  # scripts and their WebAssembly: for the CPU; for WebGPU, with and without promises in it (JSPI)
         'dist/ort.wasm.min.mjs', 'dist/ort-wasm-simd-threaded.mjs', 'dist/ort-wasm-simd-threaded.wasm',
         'dist/ort.jspi.min.mjs', 'dist/ort-wasm-simd-threaded.jspi.mjs', 'dist/ort-wasm-simd-threaded.jspi.wasm',
         'dist/ort.webgpu.min.mjs', 'dist/ort-wasm-simd-threaded.asyncify.mjs',

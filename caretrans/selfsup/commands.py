@@ -68,11 +68,12 @@ def run_features(argv: Sequence[str]) -> int:
     add_checkpoint_flags(parser)
     parser.add_argument('--teacher', action='store_true', help='use the teacher of a pre-training, not the student')
     parser.add_argument('--output', default='features.npz', help='.npz or .csv (default: features.npz)')
-    parser.add_argument('--sheet', help='PNG of nearest neighbours (default: beside the output; none for no sheet)')
+    parser.add_argument(
+        '--sheet', help='PNG of nearest neighbours (default: OUTPUT-neighbours.png; none for no sheet)')
     parser.add_argument('--device', default='auto', help=DEVICE_HELP)
     flags = vars(parser.parse_args(argv))
     images, output, sheet = flags.pop('images'), Path(flags.pop('output')), flags.pop('sheet')
-    sheet = output.with_suffix('.png') if sheet is None else None if sheet == 'none' else Path(sheet)
+    sheet = output.with_name(f'{output.stem}-neighbours.png') if sheet is None else None if sheet == 'none' else Path(sheet)
     device = resolve_device(flags.pop('device'))
     for path in (output, sheet):
         if path is not None and not path.parent.is_dir():
@@ -82,7 +83,9 @@ def run_features(argv: Sequence[str]) -> int:
     features, names, unreadable = extract_folder(trunk, preparation, images, device)
     write_features(output, features, names)
     print(f'{output}: {features.shape[1]} features of {len(names)} images')
-    if sheet is not None:
+    if sheet is not None and len(names) < 2:
+        print(f'no {sheet.name}: one image has no neighbours')
+    elif sheet is not None:
         write_sheet(sheet, features, names, preparation)
         print(f'{sheet}: images with their nearest neighbours')
     for name, reason in unreadable:

@@ -86,6 +86,8 @@ class PretrainConfig(RunConfig):
         for name in ('mean', 'std'):
             if len(getattr(self, name)) not in (0, 3):
                 raise ConfigError(f'{name} is {getattr(self, name)} but must be three numbers.')
+        if not self.step_schedule:
+            raise ConfigError('step_schedule: pre-training changes the rate at every step: omit --no-step-schedule.')
         self.views  # noqa: B018 (refuses what cannot be used)
 
     @property

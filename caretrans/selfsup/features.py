@@ -21,6 +21,7 @@ from ..distributed import Processes
 from ..errors import ConfigError, DataError
 from ..evaluation.predict import find_images
 from ..flags import check_weights
+from ..models.backbone import resolve_alias
 from ..text import escape, open_text
 from .knn import find_nearest
 from .pretraining import create_trunk
@@ -76,25 +77,33 @@ def load_trunk(
     Args:
         checkpoint: A file of pre-training, published or ours, or of a classifier.
         model_name, entry, pretrained: See `caretrans.evaluation.load_for_evaluation`.
-        random_weights: Initialise `model_name` randomly instead, for comparison.
+        random_weights: Initialise the model randomly instead, for comparison: `model_name`, or that of a file of
+            pre-training, whose images are then prepared in the same way.
         teacher: Take the teacher's trunk of a file of pre-training instead of the student's.
         overrides: Image settings, see `load_for_evaluation`; None is no override.
     Raises:
         CheckpointError, ConfigError: The weights cannot be loaded, or do not take images of this size.
     """
-    check_weights(checkpoint, pretrained, model_name, entry, random_weights)
+    check_weights(checkpoint, pretrained, model_name, entry, False if checkpoint else random_weights)
     given = {name: value for name, value in overrides.items() if value is not None}
     loaded = read_checkpoint(checkpoint, entry) if checkpoint else None
-    if teacher and (loaded is None or not is_pretraining(loaded)):
-        raise ConfigError(f'{checkpoint or model_name} has no teacher: omit --teacher.')
-    if random_weights:
-        trunk = create_trunk(model_name)
-        preparation = resolve_eval_config(trunk, **given)
-    elif loaded is not None and is_pretraining(loaded):
-        module = load_pretraining(checkpoint, entry)
-        trunk = (module.teacher if teacher else module.student).trunk
-        usual = {} if 'eval_config' in loaded.meta else dict(PUBLISHED, img_size=module.design.img_size)
+    module = load_pretraining(checkpoint, entry) if loaded is not None and is_pretraining(loaded) else None
+    if teacher and (module is None or random_weights):
+        raise ConfigError(f'{"random weights" if random_weights else checkpoint or model_name} have no teacher: omit '
+                          f'--teacher.')
+    if module is not None:
+        design = module.design
+        if model_name and resolve_alias(model_name).partition('.')[0] != design.model.partition('.')[0]:
+            raise ConfigError(f'{checkpoint} was pre-trained with {design.model}, not with {model_name}: omit --model.')
+        trunk = create_trunk(design.model, **design.model_args) if random_weights else \
+            (module.teacher if teacher else module.student).trunk
+        usual = {} if 'eval_config' in loaded.meta else dict(PUBLISHED, img_size=design.img_size)
         preparation = resolve_settings(trunk, loaded, None, **{**usual, **given})
+    elif random_weights and loaded is not None:
+        raise ConfigError(f'{checkpoint} is of no pre-training: name its network with --model, without --checkpoint.')
+    elif random_weights:  # prepared as in pre-training
+        trunk = create_trunk(model_name)
+        preparation = resolve_eval_config(trunk, **{**PUBLISHED, 'orientation': 'exif', **given})
     else:
         trunk, loaded = create_pretrained(model_name) if pretrained else \
             create_from_checkpoint(checkpoint, model_name, entry)
@@ -128,7 +137,9 @@ def extract_features(
 
 @torch.no_grad()
 def estimate_statistics(trunk: nn.Module, batches: Batches) -> None:
-    """Set the running statistics of every BatchNorm to their mean over whole batches; the weights stay the same.
+    """Set the running statistics of every BatchNorm to their mean over the batches; the weights stay the same.
+
+    Batches of less than half the images of the first are skipped: a few images would count as much as many.
 
     Random weights need it before they are compared with trained ones: at 0 and 1 they score several points lower, and
     the difference would be taken for something learned.
@@ -138,10 +149,10 @@ def estimate_statistics(trunk: nn.Module, batches: Batches) -> None:
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the mean of all batches
-    network, whole = Features(trunk).train(), 0
+    network, first = Features(trunk).train(), 0
     for images, _ in batches:
-        whole = whole or len(images)
-        if len(images) == whole:
+        first = first or len(images)
+        if 2 * len(images) >= first:
             network(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from timm.models import ResNet
 
 from ..errors import ConfigError, list_names
+from ..models.backbone import disable_drop_path
 from .tstream import TStream
 
 __all__ = ['METHODS', 'Design', 'Encoder', 'Pretraining', 'create_trunk', 'measure_spread', 'momentum_at']
@@ -162,6 +163,8 @@ class Encoder(nn.Module):
     def __init__(self, design: Design) -> None:
         super().__init__()
         self.trunk = create_trunk(design.model, **design.model_args)
+        if not design.model_args.get('drop_path_rate'):
+            disable_drop_path(self.trunk)
         maps = _measure(self.trunk, design)
         if design.method == 'care':
             self.trans = TStream(
@@ -189,8 +192,8 @@ class Encoder(nn.Module):
 
 
 def momentum_at(step: int, total_steps: int, base: float = .99) -> float:
-    """The teacher's momentum at an optimizer step, counted from 0: from `base` to 1 along a half cosine."""
-    return 1 - (1 - base) * (math.cos(math.pi * step / total_steps) + 1) / 2
+    """The teacher's momentum at an optimizer step, counted from 0: from `base` to 1 along a half cosine, then 1."""
+    return 1 - (1 - base) * (math.cos(math.pi * min(step / total_steps, 1)) + 1) / 2
 
 
 def measure_spread(outputs: torch.Tensor) -> torch.Tensor:
@@ -233,20 +236,21 @@ class Pretraining(nn.Module):
             'c' and 't', 2 - 2 cos between student and teacher summed over both views, of each stream; 'attention', the
             mean square differences of the streams, weighted, of which the half of the teacher has no gradient; and
             'loss', their sum. Without T-stream, 'c' and 'loss'. Details are 'attention_student', the half with a
-            gradient, and 'spread_c' and 'spread_t', see `measure_spread`.
+            gradient, and 'spread_c' and 'spread_t', see `measure_spread`, of the teacher's outputs: those of the
+            student's predictors also come close to each other in runs that learn.
         """
         student = [self.student(view) for view in (view1, view2)]
         with torch.no_grad():
             teacher = [self.teacher(view) for view in (view2, view1)]
         losses = dict(c=_distance([s.c for s in student], [t.c for t in teacher]))
-        seen = dict(spread_c=torch.stack([measure_spread(s.c) for s in student]).mean())
+        seen = dict(spread_c=torch.stack([measure_spread(t.c) for t in teacher]).mean())
         if self.design.method == 'care':
             weight = self.design.attention_weight
             losses['t'] = _distance([s.t for s in student], [t.t for t in teacher])
             guided = weight * sum(F.mse_loss(s.c, s.t.detach()) for s in student)
             losses['attention'] = guided + weight * sum(F.mse_loss(t.c, t.t) for t in teacher)
             seen.update(
-                spread_t=torch.stack([measure_spread(s.t) for s in student]).mean(), attention_student=guided.detach())
+                spread_t=torch.stack([measure_spread(t.t) for t in teacher]).mean(), attention_student=guided.detach())
         return dict(losses, loss=sum(losses.values()), **(seen if details else {}))
 
     @torch.no_grad()

@@ -45,7 +45,8 @@ class ProbeConfig:
     model: str = setting('', 'model, if the file does not name it', off='')
     pretrained: bool = setting(False, 'use the published weights of --model')
     random_weights: bool = setting(
-        False, 'use random weights of --model, with BatchNorm statistics from the data: a baseline')
+        False, 'use random weights instead, with BatchNorm statistics from the data, as a baseline: of --model, or of '
+        'the network of a pre-training, whose images are prepared as for its weights')
     teacher: bool = setting(False, 'use the trunk of the teacher instead of that of the student')
     img_size: int | None = setting(None, 'image side in pixels (default: as in the file)', bounds=(32, None))
 
@@ -79,11 +80,12 @@ class ProbeReport:
     """Scores of a trunk, and the choices that they depend on.
 
     Attributes:
+        preparation: Of the images.
         neighbours: Top-1 of the nearest neighbours, in percent.
         linear: None if not wanted.
     """
     weights: str
-    img_size: int
+    preparation: Preparation
     bank: int
     images: int
     k: int
@@ -171,6 +173,10 @@ def probe_trunk(config: ProbeConfig) -> ProbeReport:
         config.teacher, img_size=config.img_size)
     trunk.to(device)
     train, test, num_classes = _open(config)
+    if config.linear and 1 < len(train) < config.batch_size:
+        _logger.warning(f'The {len(train)} training images do not fill a batch of {config.batch_size}: the classifier '
+                        f'is trained with all of them at a time.')
+        config = dataclasses.replace(config, batch_size=len(train))
     loaders = [build_eval_loader(data, preparation, config.batch_size, config.workers, device=device)
                for data in (train, test)]
     if config.random_weights:
@@ -188,16 +194,19 @@ def probe_trunk(config: ProbeConfig) -> ProbeReport:
         linear = _train_on_crops(config, trunk, preparation, train, num_classes, queries)
     elif config.linear:
         linear = probe_features(bank, queries, num_classes, config.probe)
-    weights = config.checkpoint or ('random weights of ' if config.random_weights else 'published weights of ') \
-        + config.model
+    weights = f'random weights of {config.checkpoint or config.model}' if config.random_weights else \
+        config.checkpoint or f'published weights of {config.model}'
     return ProbeReport(
-        weights, preparation.size[0], len(bank[0]), found.images, min(config.k, len(bank[0])), config.temperature,
+        weights, preparation, len(bank[0]), found.images, min(config.k, len(bank[0])), config.temperature,
         found.top1, config.crops, linear)
 
 
 def describe_probe(report: ProbeReport) -> Iterator[str]:
     """The report as lines of text."""
-    yield f'{report.weights}, {report.img_size} pixels, {report.bank} training images, {report.images} test images'
+    yield f'{report.weights}, {report.bank} training images, {report.images} test images'
+    images = report.preparation
+    yield (f'images of {images.size[0]} x {images.size[1]} pixels, {images.interpolation}, crop {images.crop_pct:g} '
+           f'({images.crop_mode}), orientation {images.orientation}')
     yield (f'nearest neighbours: top-1 {report.neighbours:.2f} % (k {report.k}, temperature {report.temperature:g}, '
            f'cosine)')
     if report.linear:

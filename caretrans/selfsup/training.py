@@ -22,7 +22,7 @@ from ..evaluation.metrics import evaluate
 from ..training.state import EpochRow, Evaluation
 from ..training.trainer import Trainer, save_memory
 from .config import PretrainConfig
-from .features import Features, extract_features
+from .features import PUBLISHED, Features, extract_features
 from .knn import KnnClassifier
 from .pretraining import Pretraining, momentum_at
 from .views import TwoViews
@@ -157,7 +157,7 @@ class PretrainTrainer(Trainer):
     def build_parts(self) -> None:
         config, device = self.config, self.device
         preparation = resolve_eval_config(
-            self.model.student.trunk, img_size=config.img_size, orientation=config.orientation)
+            self.model.student.trunk, img_size=config.img_size, orientation=config.orientation, **PUBLISHED)
         self.eval_config = replace(preparation, **{
             name: getattr(config, name) for name in ('mean', 'std') if getattr(config, name)})
         views = TwoViews(config.img_size, config.views, config.orientation)
@@ -178,7 +178,8 @@ class PretrainTrainer(Trainer):
                 raise TrainingError(
                     f'The outputs of the {name.upper()}-stream collapsed in epoch {epoch}: they spread {spread:.3f}, 1 '
                     f'is evenly, 0 all the same. Start a run with more images per forward pass, a lower rate or '
-                    f'momentum closer to 1; --collapse 0 continues all the same.', is_shared=True)
+                    f'momentum closer to 1; the same command with --collapse 0 continues this one all the same.',
+                    is_shared=True, has_remedy=True)
 
     # Evaluation
 
@@ -194,8 +195,8 @@ class PretrainTrainer(Trainer):
                 yield batch
 
         features, labels = extract_features(trunk, checked(), config.amp, self.processes)
-        model = KnnClassifier(
-            Features(trunk), features, labels, int(labels.max()) + 1, config.knn_k, config.knn_temperature)
+        count = len(list_classes(self.train_set) or ()) or int(labels.max()) + 1
+        model = KnnClassifier(Features(trunk), features, labels, count, config.knn_k, config.knn_temperature)
         scores = evaluate(model.to(self.device), test, self.device, config.amp, check, self.processes)
         return Evaluation(dict(val_knn=scores.top1), scores.seconds, scores.unreadable)
 

@@ -15,7 +15,7 @@ import timm
 import torch
 import torch.nn as nn
 
-from ..checkpoint.file import Checkpoint, is_plain, read_checkpoint, write_torch
+from ..checkpoint.file import Checkpoint, is_plain, read_checkpoint, write_bytes, write_torch
 from ..checkpoint.layout import get_shapes
 from ..checkpoint.load import TORCH_ENDINGS, is_pretraining, load_strictly, save_checkpoint
 from ..errors import CheckpointError, ConfigError
@@ -154,7 +154,7 @@ def name_for_detectron2(key: str) -> str:
 def _write_detectron2(path: Path, trunk: nn.Module) -> None:
     weights = {name_for_detectron2(key): value.cpu().numpy() for key, value in trunk.state_dict().items()}
     contents = dict(model=weights, __author__='CARE', matching_heuristics=True)
-    path.write_bytes(pickle.dumps(contents))
+    write_bytes(path, pickle.dumps(contents))
 
 
 def convert_pretraining(

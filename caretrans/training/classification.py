@@ -18,6 +18,7 @@ from ..distributed import Processes
 from ..errors import CheckpointError, ConfigError, list_names
 from ..evaluation.metrics import check_forward, evaluate, list_non_finite
 from ..kernels import describe_placements, use_kernels, why_unavailable
+from ..models.backbone import disable_drop_path
 from .folder import choose_orientation
 from .losses import SelfDistillationTask, build_task
 from .state import EpochRow, Evaluation
@@ -60,6 +61,8 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
         raise ConfigError(
             f'{config.model} cannot be made with --model-args {shown} ({type(error).__name__}: '
             f'{" ".join(str(error).split())[:200]}): correct or omit them.') from error
+    if not arguments.get('drop_path_rate'):
+        disable_drop_path(model)
     if config.checkpoint:
         load_checkpoint(model, config.checkpoint, new_heads=config.new_heads)
     broken = list_non_finite(model) if config.checkpoint or config.pretrained else []

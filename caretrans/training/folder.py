@@ -29,7 +29,8 @@ __all__ = ['RunFolder', 'choose_orientation', 'describe_environment', 'find_run'
 # Settings that may change when a run resumes: where things are and how they are computed, not what is computed.
 FREE = {
     'data', 'dataset_download', 'workers', 'device', 'output', 'resume', 'save_steps', 'val_interval', 'on_nan',
-    'max_skips', 'max_unreadable', 'compile', 'kernels', 'grad_checkpointing', 'teacher_checkpoint', 'device_batch'}
+    'max_skips', 'max_unreadable', 'collapse', 'compile', 'kernels', 'grad_checkpointing', 'teacher_checkpoint',
+    'device_batch'}
 PLACES = {'data', 'teacher_checkpoint'}
 CHECKPOINTS = ('next.pth.tar', 'last.pth.tar', 'previous.pth.tar')  # newest first; see RunFolder.save_step
 

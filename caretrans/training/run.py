@@ -221,7 +221,8 @@ class Run:
         except EvaluationError as error:
             raise TrainingError(
                 f'{error} These are {"the averaged weights" if trainer.ema is not None else "the weights"} after epoch '
-                f'{epoch}; start a run with other settings, such as a lower rate.', is_shared=True) from error
+                f'{epoch}; start a run with other settings, such as a lower rate.', is_shared=True,
+                has_remedy=True) from error
         if found.unreadable:
             self.say(f'{len(found.unreadable)} of {len(trainer.val_set)} validation images could not be read and '
                      f'are skipped: {list_names((name for name, _ in found.unreadable), 5)}')
@@ -386,6 +387,8 @@ def _train(
         folder.finish()
         return TrainResult(path, folder.rows[-1], folder.best, trainer.best_score, trainer.score_title)
     except TrainingError as error:
+        if error.has_remedy:
+            raise
         last = next(iter(list_checkpoints(path)), None)
         remedy = f'Last good checkpoint: {last}; the same command resumes from it.' if last else \
             'There is no checkpoint yet; the same command starts again.'

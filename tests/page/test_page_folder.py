@@ -205,7 +205,8 @@ def test_a_damaged_archive_and_a_missing_npm_are_named(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r'npm, .*is not installed: .*or copy onnxruntime-web-.*\.tgz into'):
         vendor.fetch_package(package, tmp_path / 'cache')
     npm = tmp_path / 'npm'
-    npm.write_text('#!/bin/sh\nfor last; do :; done\necho damaged > "$last/' + package.archive + '"\n', encoding='utf-8')
+    npm.write_text(
+        f'#!/bin/sh\nfor last; do :; done\necho damaged > "$last/{package.archive}"\n', encoding='utf-8')
     npm.chmod(0o755)
     with pytest.raises(ConfigError, match='its SHA-512 is another'):
         vendor.fetch_package(package, tmp_path / 'cache')
