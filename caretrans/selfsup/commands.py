@@ -73,7 +73,8 @@ def run_features(argv: Sequence[str]) -> int:
     parser.add_argument('--device', default='auto', help=DEVICE_HELP)
     flags = vars(parser.parse_args(argv))
     images, output, sheet = flags.pop('images'), Path(flags.pop('output')), flags.pop('sheet')
-    sheet = output.with_name(f'{output.stem}-neighbours.png') if sheet is None else None if sheet == 'none' else Path(sheet)
+    sheet = output.with_name(f'{output.stem}-neighbours.png') if sheet is None else \
+        None if sheet == 'none' else Path(sheet)
     device = resolve_device(flags.pop('device'))
     for path in (output, sheet):
         if path is not None and not path.parent.is_dir():

@@ -3,10 +3,13 @@ import pytest
 import timm
 import torch
 from reference import SHALLOW
+from timm.layers import DropPath
 
+from caretrans.config import TrainConfig
 from caretrans.errors import ConfigError
 from caretrans.selfsup import Design, Pretraining
-from caretrans.selfsup.pretraining import measure_spread
+from caretrans.selfsup.pretraining import Encoder, measure_spread
+from caretrans.training.classification import build_model
 
 SIZES = dict(img_size=64, hidden=24, out=16, blocks=2)
 BACKBONES = [
@@ -61,6 +64,18 @@ def test_statistics_are_of_one_view_at_a_time():
     assert len(means) == 2 and (means[0] - means[1]).abs().max() > .1
     torch.testing.assert_close(norms[0].running_mean, .09 * means[0] + .1 * means[1])
     torch.testing.assert_close(norms[1].running_mean, .09 * means[1] + .1 * means[0])
+
+
+def test_stochastic_depth_is_off_unless_asked_for():
+    """Swin has a rate of 0.1 by default."""
+    name, small = 'swin_tiny_patch4_window7_224', dict(embed_dim=24, depths=(1, 1, 2, 1), img_size=64, window_size=2)
+    for rate in (0., .3):
+        rates = dict(drop_path_rate=rate) if rate else {}
+        classifier = build_model(TrainConfig(model=name, model_args=small, img_size=64, drop_path=rate), 2)
+        encoder = Encoder(Design(model=name, model_args={**small, **rates}, **SIZES))
+        for model in (classifier, encoder):
+            found = [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
+            assert found and max(found) == pytest.approx(rate)
 
 
 def test_spread_tells_a_collapse():

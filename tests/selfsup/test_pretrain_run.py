@@ -21,15 +21,17 @@ from caretrans import config
 from caretrans.__main__ import main
 from caretrans.config import parse_train_config, read_recipe
 from caretrans.data import EvalTransform, name_image, open_dataset
+from caretrans.data.datasets import open_unlabelled
 from caretrans.data.lmdb_reader import write_lmdb
 from caretrans.data.loaders import Pass
 from caretrans.data.samples import load_images, read_image
 from caretrans.distributed import Processes
 from caretrans.errors import ConfigError, DataError, TrainingError
-from caretrans.selfsup import Pretraining, demo
+from caretrans.selfsup import Design, Pretraining, demo
 from caretrans.selfsup.config import PretrainConfig
 from caretrans.selfsup.features import load_trunk
 from caretrans.selfsup.optimizer import build_optimizer, build_schedule
+from caretrans.selfsup.pretraining import momentum_at
 from caretrans.selfsup.probe import ProbeSettings
 from caretrans.selfsup.probing import ProbeConfig, score_neighbours
 from caretrans.selfsup.training import PretrainTask, PretrainTrainer
@@ -85,7 +87,8 @@ def test_a_run_writes_every_figure(undisturbed):
     total = [sum(float(row[f'train_{name}']) for name in ('c', 't', 'attention')) for row in rows]
     assert total == pytest.approx([float(row['train_loss']) for row in rows], rel=1e-5)
     momenta = [float(row['train_momentum']) for row in rows]
-    assert .99 <= momenta[0] < momenta[1] < momenta[2] < 1
+    expected = [sum(momentum_at(6 * epoch + step, 18) for step in range(6)) / 6 for epoch in range(3)]
+    assert momenta == pytest.approx(expected, abs=1e-6)  # 1 after the last step
     facts = json.loads((undisturbed / 'environment.json').read_text(encoding='utf-8'))
     assert facts['method'] == 'care' and facts['train_images'] == 48 and facts['steps_per_epoch'] == 6
     parts = read_tensors(undisturbed / 'last.pth.tar', 'pretraining')
@@ -259,13 +262,35 @@ def test_the_bank_of_neighbours_is_thinned_out(data):
     assert len(trainer.train_set) == 48 and len(trainer.bank_set) == 10
     loaded = [read_image(trainer.bank_set, i) for i in range(10)]
     assert [label for _, label in loaded] == 5 * [0] + 5 * [1] and len({data for data, _ in loaded}) == 10
-    assert name_image(trainer.bank_set, 9) == name_image(trainer.train_set, 43)
+    for place in (0, -1):  # the last class is never lost
+        assert name_image(trainer.bank_set, range(10)[place]) == name_image(trainer.train_set, range(48)[place])
+
+
+def test_neighbours_are_those_of_the_student_also_without_all_labels(data):
+    trainer = PretrainTrainer(configure(data, *FLAGS, '--knn-bank', 1), Processes(), torch.device('cpu'))
+    trainer.train_loader.close()
+    for parameter in trainer.model.teacher.parameters():
+        parameter.data.fill_(float('nan'))
+    scores = trainer.evaluate(lambda number: None).scores
+    assert 0 < scores['val_knn'] < 100  # of two classes, one has the only neighbour
+
+
+def test_settings_reach_the_module_and_the_images(data):
+    trainer = PretrainTrainer(configure(
+        data, *FLAGS, '--momentum', .9, '--mean', .1, .2, .3, '--std', .4, .5, .6), Processes(), torch.device('cpu'))
+    trainer.train_loader.close()
+    assert trainer.model.design.momentum == .9 and trainer.model.design.attention_weight == 3
+    images = trainer.eval_config
+    assert images.mean == (.1, .2, .3) and images.std == (.4, .5, .6)
+    assert (images.interpolation, images.crop_pct) == ('bilinear', .875)  # of the published evaluation
+    assert trainer.task.total_steps == 3 * trainer.train_loader.steps == 18
 
 
 @pytest.mark.parametrize('flags, error, message', [
     (['--batch-size', 64], DataError, 'The 48 training images do not fill a batch of 64'),
     (['--device-batch', 1], ConfigError, 'A forward pass of 1 image leaves BatchNorm of the heads one value'),
     (['--ema'], ConfigError, 'the teacher is an average of the weights already'),
+    (['--no-step-schedule'], ConfigError, 'pre-training changes the rate at every step: omit'),
     (['--scale', 1, .5], ConfigError, 'scale is 1 0.5 but must be two positive numbers'),
     (['--mean', .5, .5], ConfigError, r'mean is \[0.5, 0.5\] but must be three numbers'),
     (['--model', 'test_vit', '--img-size', 160], ConfigError, 'or --method byol')])
@@ -274,10 +299,34 @@ def test_what_cannot_be_is_named(flags, error, message, data, tmp_path):
         pretrain(data, *FLAGS, '--output', tmp_path / 'run', *flags)
 
 
+def test_folders_without_labels_are_asked_for_as_such(data, tmp_path, caplog):
+    (tmp_path / 'train.lmdb').write_bytes(b'')
+    for place, message in (('', 'No data: give a folder of images, with or without folders for classes'),
+                           (tmp_path / 'nowhere', 'nowhere is no folder: give a folder of images, with or without'),
+                           (tmp_path / 'train.lmdb', f'train.lmdb is no folder: give {tmp_path}, the folder that')):
+        with pytest.raises(DataError, match=message):
+            open_unlabelled(str(place), 'train')
+    for name in ('train', 'val', 'plane', 'car'):
+        shutil.copytree(data / 'train' / 'orange', tmp_path / 'kinds' / name)
+    dataset, has_labels = open_unlabelled(str(tmp_path / 'kinds'), 'train')
+    assert len(dataset) == 24 and not has_labels
+    assert 'only the images in train are used, not those in car, plane.' in caplog.text
+
+
 def test_a_collapse_stops_the_run(data, tmp_path, monkeypatch):
     monkeypatch.setattr(caretrans.selfsup.pretraining, 'measure_spread', lambda outputs: torch.tensor(.05))
-    with pytest.raises(TrainingError, match='outputs of the C-stream collapsed in epoch 1: they spread 0.050'):
-        pretrain(data, *FLAGS, '--collapse', .1, '--output', tmp_path / 'run')
+    flags = [data, *FLAGS, '--epochs', 2, '--output', tmp_path / 'run']
+    with pytest.raises(TrainingError, match='outputs of the C-stream collapsed in epoch 1: they spread 0.050') as error:
+        pretrain(*flags, '--collapse', .1)
+    assert 'resumes' not in str(error.value)  # it would collapse again
+    assert pretrain(*flags, '--collapse', 0).last.epoch == 2  # as the message says
+
+
+def test_outputs_of_the_predictor_that_come_close_are_no_collapse():
+    module = Pretraining(Design(model='test_resnet', img_size=32, hidden=16, out=8, blocks=1)).train()
+    torch.nn.init.zeros_(module.student.fc1[-1].weight)
+    seen = module(torch.randn(8, 3, 32, 32), torch.randn(8, 3, 32, 32), details=True)
+    assert seen['spread_c'] > .3 and seen['spread_t'] > .3
 
 
 def test_a_small_pass_is_pointed_out(data, capsys, tmp_path):

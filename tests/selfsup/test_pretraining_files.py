@@ -10,7 +10,7 @@ from photos import FRUIT
 from published import SMALL, layout, published_file
 
 from caretrans.__main__ import main
-from caretrans.checkpoint import CheckpointError, create_from_checkpoint, load_checkpoint
+from caretrans.checkpoint import CheckpointError, create_from_checkpoint, load_checkpoint, save_checkpoint
 from caretrans.dense import create_dense_backbone
 from caretrans.selfsup import Design, Pretraining, load_pretraining, save_pretraining
 from caretrans.selfsup.features import Features, load_trunk
@@ -62,6 +62,16 @@ def test_files_are_converted_both_ways(files, tmp_path, capsys):
     for part in ('already exists', 'has no mmpretrain layout', '--img-size cannot be used with a pre-training',
                  'test_resnet has no published layout'):
         assert part in messages
+
+
+def test_what_has_no_layout_of_detectron2_is_one_line(files, tmp_path, capsys):
+    model = timm.create_model('test_resnet')
+    save_checkpoint(tmp_path / 'x.pth', model, arch='test_resnet')
+    assert main(['convert', str(tmp_path / 'x.pth'), str(tmp_path / 'x.pkl'), '--to', 'detectron2']) == 2
+    assert 'a classifier has no detectron2 layout: use ' in capsys.readouterr().err.splitlines()[-1]
+    save_pretraining(tmp_path / 'r.pth', Pretraining(TINY))
+    assert main(['convert', str(tmp_path / 'r.pth'), str(tmp_path / 'no' / 'x.pkl'), '--to', 'detectron2']) == 2
+    assert 'no/x.pkl: could not be written' in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_names_of_detectron2(files, tmp_path):

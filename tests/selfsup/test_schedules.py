@@ -45,6 +45,10 @@ def test_rates_of_the_small_run_are_those_of_the_schedule():
     assert error(list_rates(range(len(wanted)), .1, epochs=6, warmup_epochs=1, steps_per_epoch=2), wanted) < 1e-12
 
 
+def test_momentum_stays_at_the_end():
+    assert momentum_at(100, 100) == momentum_at(200, 100) == 1 and momentum_at(0, 100) == .99
+
+
 def test_momentum_is_off_by_no_step():
     assert momentum_at(0, 12) == .99 and momentum_at(12, 12) == 1
     wanted = golden('care_r18_small')['momenta']

@@ -82,6 +82,12 @@ def test_strengths_and_probabilities_are_the_published_ones():
         assert (gray.p, flip.p, inverted.p, inverted.threshold) == (.2, .5, solarize, 128)
 
 
+def test_the_second_view_has_the_second_probabilities():
+    settings = ViewSettings(jitter_prob=0., blur_prob=(0., 0.), grayscale_prob=0., solarize_prob=(0., 1.))
+    first, second = TwoViews(16, settings)(Image.new('RGB', (20, 20), 'white'))
+    assert first.min() == 255 and second.max() == 0
+
+
 def test_views_differ_and_depend_on_the_seed_alone():
     data = next((FRUIT / 'train' / 'orange').glob('*.jpg')).read_bytes()
     transform = TwoViews(48)
