@@ -325,12 +325,13 @@ function prepareMeasure() {
     'its own: its file is checked, then its outputs; 10 to 50 runs warm it up, until two medians of 5 agree within ' +
     `5 % or a step of the clock. Then come ${rules.rounds} rounds: in each, all networks take turns in random order, ` +
     `with ${rules.runs} runs or ${rules.seconds} s each, whichever is longer, and ${rules.pause / 1000} s of rest ` +
-    `after the round. WebGPU runs each network at most ${MOST_ON_GPU} times. A run lasts from the image as numbers to ` +
-    'the outputs in memory; preparing the image is not part of it. Where the clock of the browser is too coarse, several runs are ' +
-    'timed together. The table shows the median and the 10th and 90th percentile; the first run, which compiles or ' +
-    'fills caches, is apart; load is the time to make the runtime and the network ready, without the download. ' +
-    'Outputs are checked again at the end, and a wrong network gets no time. If the last fifth of the rounds is ' +
-    'more than 1.15 times as slow as the first, the device was hot or busy. Hiding the page voids the measurement.';
+    `after the round. WebGPU runs each network at most ${MOST_ON_GPU} times. A run lasts from the image as numbers ` +
+    'to the outputs in memory; preparing the image is not part of it. Where the clock of the browser is too coarse, ' +
+    'several runs are timed together. The table shows the median and the 10th and 90th percentile; the first run, ' +
+    'which compiles or fills caches, is apart; load is the time to make the runtime and the network ready, without ' +
+    'the download. Outputs are checked again at the end, and a wrong network gets no time. If the last fifth of the ' +
+    'rounds is more than 1.15 times as slow as the first, the device was hot or busy. Hiding the page voids the ' +
+    'measurement.';
   find('start').onclick = measure;
   find('stop').onclick = () => stop('stopped');
   self.addEventListener('resize', () => find('plot').replaceChildren(...drawPlot(rows, find('plot').clientWidth)));
