@@ -96,7 +96,7 @@ def open_tab(browser):
         return tabs[-1][1]
     yield call
     for address, tab in tabs:
-        base = address.partition('?')[0]
+        base = address.partition('?')[0].removesuffix('style.css')
         assert [url for url in tab.requests if not url.startswith((base, f'blob:{base}', 'data:'))] == []
         assert tab.problems == []
         tab.context.close()

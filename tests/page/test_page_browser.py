@@ -121,19 +121,14 @@ def test_photos_are_prepared_bit_for_bit_and_get_the_classes_of_python(open_tab,
     tab.page.evaluate("document.querySelector('#prediction').dataset.digest = ''")
     tab.page.select_option('#classify-model', '1')
     expect(tab.page.locator('#prediction')).to_have_attribute('data-digest', digest, timeout=WAIT)
-
-
-def test_a_file_that_is_no_image_is_told(open_tab, address, tmp_path):
     (tmp_path / 'notes.jpg').write_text('not an image', encoding='utf-8')
-    tab = open_tab(address)
-    tab.wait()
     tab.classify(tmp_path / 'notes.jpg')
     assert 'cannot be read as an image' in tab.page.inner_text('#classify-state.bad')
 
 
 def test_preparation_equals_pillow_for_every_setting(open_tab, address):
     """Sizes whose crop is half a pixel off the centre among them, where Python rounds to even."""
-    tab = open_tab(address)
+    tab = open_tab(f'{address}style.css')
     generator = np.random.default_rng(0)
     for width, height in ((50, 50), (57, 58), (131, 72), (31, 45), (20, 301), (2100, 20)):
         pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -232,14 +227,18 @@ def test_plain_http_in_a_network_works_with_less(open_tab, built):
 
 # Looks ----------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('scheme', ['light', 'dark'])
-def test_a_small_phone_needs_no_sideways_scrolling_and_every_control_has_a_name(open_tab, address, scheme):
-    tab = open_tab(f'{address}?auto=1&models=care_s0&backends=wasm&{QUICK}', color_scheme=scheme)
+def test_a_small_phone_needs_no_sideways_scrolling_and_every_control_has_a_name(open_tab, address):
+    tab = open_tab(f'{address}?auto=1&models=care_s0&backends=wasm&{QUICK}')
     tab.wait()
     tab.wait_measured()
     for details in tab.page.locator('details').all():
         details.evaluate('element => { element.open = true; }')
-    assert tab.page.evaluate('document.documentElement.scrollWidth') == 360
+    backgrounds = set()
+    for scheme in ('light', 'dark'):
+        tab.page.emulate_media(color_scheme=scheme)
+        assert tab.page.evaluate('document.documentElement.scrollWidth') == 360
+        backgrounds.add(tab.page.evaluate('getComputedStyle(document.body).backgroundColor'))
+    assert len(backgrounds) == 2
     assert tab.page.evaluate('''() => [
         ...document.querySelectorAll('input, select, textarea, button, meter, canvas, svg'),
     ].filter((item) => !item.labels?.length && !item.textContent && !item.ariaLabel && item.ariaHidden !== 'true')

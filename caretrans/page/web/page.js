@@ -348,7 +348,7 @@ async function start() {
   if (!response.ok) throw new Error(`manifest.json: the server answers ${response.status}`);
   manifest = await response.json();
   for (const program of manifest.programs) program.label = nameProgram(program);
-  await cleanCache(manifest.programs);
+  await cleanCache(manifest.programs).catch(() => {}); // some browsers refuse caches, as in private windows
   const { device, os, browser } = await describeBrowser();
   facts.Browser = browser;
   Object.assign(find('device'), { value: device });
