@@ -39,7 +39,7 @@ __all__ = ['PageProgram', 'build_page', 'main']
 WEB = Path(__file__).parent / 'web'
 WEB_FILES = (
     'index.html', 'style.css', 'page.js', 'classify.js', 'device.js', 'dom.js', 'job.js', 'offline.js', 'results.js',
-    'start_worker.js', 'worker.js', 'runtimes.js', 'prepare.js', 'sw.js')
+    'start.js', 'start_worker.js', 'worker.js', 'runtimes.js', 'prepare.js', 'sw.js')
 CROP_MODES, INTERPOLATIONS = ('center', 'squash'), ('bicubic', 'bilinear')  # of prepare.js
 UNFINISHED = '.unfinished-'  # starts the name of a folder inside the page's while it is made
 TEST_IMAGES = ('orange/orange_001.jpg', 'watermelon/watermelon_001.jpg')  # of the bundled validation images

@@ -43,13 +43,14 @@ def test_damaged_program_or_runtime_is_reported(name, open_tab, copied):
         assert f'{file.relative_to(copied)} is damaged' in open_tab(address).wait('bad')
 
 
-def test_missing_scripts_are_reported(open_tab, copied):
-    """Neither the service worker, which keeps them, nor any other worker starts."""
-    (copied / 'worker.js').unlink()
+@pytest.mark.parametrize('name, said', [('runtimes.js', 'The page cannot start'), ('worker.js', 'worker.js')])
+def test_a_missing_script_is_reported(name, said, open_tab, copied):
+    (copied / name).unlink()
     with serving(copied) as address:
         tab = open_tab(address)
-        assert 'worker.js' in tab.wait('bad')
-        assert 'no: the service worker could not be installed' in tab.page.inner_text('#facts')
+        assert said in tab.wait('bad')
+        if name == 'worker.js':  # the service worker keeps all of them or none
+            assert 'no: the service worker could not be installed' in tab.page.inner_text('#facts')
 
 
 def test_program_that_computes_something_else_is_told_in_red_and_has_no_time(open_tab, copied):

@@ -30,7 +30,7 @@ export async function startOffline() {
     location.reload();
     await new Promise(() => {}); // until then
   }
-  return 'yes, with the networks that were used once';
+  return 'yes, with what was loaded once, where there is room for it';
 }
 
 /** Forget programs of earlier pages in this folder. */

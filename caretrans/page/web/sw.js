@@ -4,7 +4,7 @@ const CACHE = `caretrans-page ${self.registration.scope}`; // as in offline.js; 
 const FIXED = ['models/', 'images/', 'vendor/'].map((folder) => self.registration.scope + folder);
 const CORE = [
   './', 'manifest.json', 'style.css', 'page.js', 'classify.js', 'device.js', 'dom.js', 'job.js', 'offline.js',
-  'results.js', 'start_worker.js', 'worker.js', 'runtimes.js', 'prepare.js'];
+  'results.js', 'start.js', 'start_worker.js', 'worker.js', 'runtimes.js', 'prepare.js'];
 const HEADERS = {
   'Cross-Origin-Opener-Policy': 'same-origin',
   'Cross-Origin-Embedder-Policy': 'require-corp',
