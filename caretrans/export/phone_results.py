@@ -97,8 +97,8 @@ COLUMNS: tuple[Column, ...] = (
 )
 NAMES = [column.name for column in COLUMNS]
 SYSTEMS = {'iPhone': 'iOS', 'iPad': 'iPadOS', 'Mac': 'macOS'}
-SHOWN = ('model', 'size', 'format', 'precision', 'compress', 'form', 'device', 'os', 'tool', 'runtime', 'compute_units',
-         'threads', 'latency_ms', 'statistic', 'runs', 'date', 'reporter')
+SHOWN = ('model', 'size', 'format', 'precision', 'compress', 'form', 'device', 'os', 'tool', 'tool_version', 'runtime',
+         'compute_units', 'threads', 'latency_ms', 'statistic', 'runs', 'date', 'reporter')
 
 # Narrower columns for rows of each kind
 IN_CORE_ML = (
@@ -147,6 +147,10 @@ def _check_browser(row: dict[str, str]) -> None:
         raise ResultsError(
             f'compute_units is {row["compute_units"]!r} and threads {row["threads"]!r} with runtime {row["runtime"]}: '
             f'wasm is cpu_only and has threads, webgpu is gpu_only and has none.')
+    if row['format'] == 'litert' and not (on_cpu and row['precision'] == 'fp32'):
+        raise ResultsError(
+            f'precision is {row["precision"]} and runtime {row["runtime"]!r} with format litert: the page runs it in '
+            f'fp32 and by wasm only.')
     p10, median, p90 = (float(row[name]) for name in ('p10_ms', 'latency_ms', 'p90_ms'))
     if row['statistic'] != 'median' or not p10 <= median <= p90:
         raise ResultsError(
@@ -187,9 +191,12 @@ def read_results(path: Path) -> list[dict[str, str]]:
             missing, unknown = sorted({*NAMES} - {*names}), sorted({*names} - {*NAMES})
             raise ResultsError(
                 f'its columns must be {",".join(NAMES)}, in this order'
-                + (f'; {", ".join(missing)} missing' if missing else '')
-                + (f'; {", ".join(unknown)} unknown' if unknown else '') + '.')
+                + ('; it has no such header' if len(missing) == len(NAMES) else
+                   (f'; {", ".join(missing)} missing' if missing else '')
+                   + (f'; {", ".join(unknown)} unknown' if unknown else '')) + '.')
         for cells in reader:
+            if len(cells) < 2 and not ''.join(cells).strip():  # a blank line
+                continue
             if len(cells) != len(names):
                 raise ResultsError(
                     f'{len(cells)} cells for {len(names)} columns; text with a comma goes into double quotes.')

@@ -2,6 +2,7 @@
 import copy
 import hashlib
 import io
+import json
 import logging
 import shutil
 import sys
@@ -30,16 +31,17 @@ from ..strict_json import to_json
 from ..text import escape, write_text
 from .config import PageConfig
 from .litert import check_script, export_litert
-from .server import HEADERS, MANIFEST, serve
+from .server import HEADERS, MANIFEST, check_server, serve
 from .vendor import LITERT, ONNXRUNTIME, Runtime, fetch_package, unpack_runtime
 
 __all__ = ['PageProgram', 'build_page', 'main']
 
 WEB = Path(__file__).parent / 'web'
 WEB_FILES = (
-    'index.html', 'style.css', 'page.js', 'device.js', 'job.js', 'results.js', 'start_worker.js', 'worker.js',
-    'runtimes.js', 'prepare.js', 'sw.js')
+    'index.html', 'style.css', 'page.js', 'classify.js', 'device.js', 'dom.js', 'job.js', 'offline.js', 'results.js',
+    'start.js', 'start_worker.js', 'worker.js', 'runtimes.js', 'prepare.js', 'sw.js')
 CROP_MODES, INTERPOLATIONS = ('center', 'squash'), ('bicubic', 'bilinear')  # of prepare.js
+UNFINISHED = '.unfinished-'  # starts the name of a folder inside the page's while it is made
 TEST_IMAGES = ('orange/orange_001.jpg', 'watermelon/watermelon_001.jpg')  # of the bundled validation images
 SHORT = 12  # hexadecimal digits of a hash in a name
 SAME = 1e-3  # largest relative difference of the largest logit of equal weights in two environments
@@ -108,9 +110,11 @@ class Page:
 
     Attributes:
         runtimes: {name in the manifest: runtime}.
+        checkpoints: Files of weights.
         class_lists: The lists of class names that its programs share.
     """
     runtimes: dict[str, Runtime]
+    checkpoints: list[str]
     programs: list[PageProgram] = field(default_factory=list)
     class_lists: list[list[str]] = field(default_factory=list)
 
@@ -132,6 +136,7 @@ def _check_source(source: Source) -> None:
     problems = [
         (source.size[0] != source.size[1], f'images of {source.size[0]} x {source.size[1]} pixels, not square'),
         (preparation.input_size[0] != 3, f'{preparation.input_size[0]} input channels'),
+        (preparation.crop_pct > 1, f'crop_pct {preparation.crop_pct:g}, more than 1'),
         (preparation.crop_mode not in CROP_MODES, f'crop mode {preparation.crop_mode}'),
         (preparation.interpolation not in INTERPOLATIONS, f'interpolation {preparation.interpolation}')]
     for found, problem in problems:
@@ -139,11 +144,22 @@ def _check_source(source: Source) -> None:
             raise ConfigError(f'{source.name}: the page does not support {problem}: leave this network out.')
 
 
+def _is_page(folder: Path) -> bool:
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {'programs', 'runtimes'} <= content.keys()
+
+
 def _check_output(folder: Path) -> None:
-    """Create the folder; refuse one with anything else in it."""
+    """Create the folder, without what a killed build left; refuse one with anything else in it."""
     make_folder(folder, '--output')
-    if any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+    leftovers = [path for path in folder.iterdir() if path.name.startswith(UNFINISHED)]
+    if len(leftovers) < len(list(folder.iterdir())) and not _is_page(folder):
         raise ConfigError(f'--output {folder} holds other files: name an empty folder, or one of an earlier page.')
+    for path in leftovers:
+        shutil.rmtree(path)
 
 
 def _load_test_images() -> list[bytes]:
@@ -176,12 +192,21 @@ def _check_images(source: Source, images: Sequence[bytes]) -> list[Check]:
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
+def name_checkpoint(file: str, files: Sequence[str]) -> str:
+    """The name of a file, with as many folders as no other file shares."""
+    paths = {Path(item).resolve() for item in files} - {Path(file).resolve()}
+    parts = Path(file).resolve().parts
+    depth = next(depth for depth in range(1, len(parts) + 1)
+                 if all(path.parts[-depth:] != parts[-depth:] for path in paths))
+    return '/'.join(parts[-depth:])
+
+
 def _describe_program(
         source: Source, item: Export, files: dict[str, ProgramFile], page: Page, checks: list[Check]) -> PageProgram:
+    weights = name_checkpoint(source.checkpoint, page.checkpoints) if source.sha256 else source.checkpoint
     published = find_published(source.name) if source.model.num_classes == 1000 else None
     return PageProgram(
-        source.name, item.job.precision, files, source.size,
-        escape(Path(source.checkpoint).name if source.sha256 else source.checkpoint),
+        source.name, item.job.precision, files, source.size, escape(weights),
         published and published.top1, published.accuracy_note.partition(':')[0] if published else '',
         page.add_classes(source.class_names), item.job.tolerance, source.eval_config, checks)
 
@@ -256,14 +281,14 @@ def build_page(config: PageConfig) -> Page:
         require(package)
     folder = Path(config.output)
     _check_output(folder)
-    page = Page({'onnxruntime': ONNXRUNTIME})
+    page = Page({'onnxruntime': ONNXRUNTIME}, config.checkpoint)
     if config.litert:
         check_script()
         page.runtimes['litert'] = LITERT
     for package in (package for runtime in page.runtimes.values() for package in runtime.packages):
         fetch_package(package)
     images = _load_test_images()
-    with tempfile.TemporaryDirectory(prefix='.unfinished-', dir=folder) as unfinished:
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder) as unfinished:
         new = Path(unfinished) / 'page'
         (new / 'models').mkdir(parents=True)
         (new / 'images').mkdir()
@@ -300,6 +325,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings('ignore', module='torch')
     config = parse_flags(PageConfig, argv, __doc__, 'python -m caretrans page')
     folder = Path(config.output)
+    if config.serve:
+        check_server(config)  # before a build of minutes
     print('\n'.join(_describe_page(folder, build_page(config))))
     if not config.serve:
         print(f'Serve it: python -m caretrans serve {folder}')

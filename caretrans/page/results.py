@@ -7,24 +7,40 @@ from pathlib import Path
 
 from ..bench.plots import draw_accuracies
 from ..errors import PlotError, require
-from ..export.phone_results import describe_results, read_results
+from ..export.phone_results import BROWSER, describe_results, read_results
 from ..flags import FlagParser
 from ..measure.published import find_published
 
-__all__ = ['draw_results', 'main']
+__all__ = ['draw_results', 'main', 'name_panels']
 
 FILE = Path('coreml') / 'results.csv'
 
 
 def _name_panel(row: dict[str, str]) -> str:
-    """Where a row was measured; rows of one panel can be compared."""
+    """What measured a row, and how; rows of one panel can be compared."""
     threads = f'{row["threads"]} thread{"s" * (row["threads"] != "1")}' if row['threads'] else row['compute_units']
     runtime = row['runtime'] or f'Core ML {row["format"]}'
-    return ', '.join([row['device'], row['os'], runtime, threads, row['precision']])
+    tool = row['tool_version'] if row['tool'] == BROWSER else f'{row["tool"]} {row["tool_version"]}'
+    usual = dict(
+        form=('phone', 'fused', 'bmm'), batch=('1',), compress=('none',),
+        input=('tensor',) if row['tool'] == BROWSER else ('image',))
+    unusual = [f'{name} {row[name]}' for name, values in usual.items() if row[name] not in values]
+    return ', '.join([row['device'], row['os'], tool]) + '\n' + ', '.join(
+        [runtime, threads, row['precision'], *unusual])
+
+
+def name_panels(rows: Sequence[dict[str, str]]) -> list[str]:
+    """The panel of each row, with the size of its images where a model of the panel has several."""
+    names = [_name_panel(row) for row in rows]
+    sizes: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for name, row in zip(names, rows, strict=True):
+        sizes[name, row['model']].add(row['size'])
+    several = {name for (name, _), found in sizes.items() if len(found) > 1}
+    return [f'{name}, {row["size"]}' if name in several else name for name, row in zip(names, rows, strict=True)]
 
 
 def draw_results(rows: Sequence[dict[str, str]], path: Path) -> Path:
-    """Plot published accuracy against latency, a panel for each device, runtime, thread count and precision.
+    """Plot published accuracy against latency, a panel for each device, browser or tool, runtime and settings.
 
     Args:
         rows: Of `read_results`; several of one model in a panel become their median.
@@ -32,9 +48,9 @@ def draw_results(rows: Sequence[dict[str, str]], path: Path) -> Path:
         PlotError: No accuracy is published for any of the models.
     """
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        if find_published(row['model']):
-            found[_name_panel(row)][row['model']].append(float(row['latency_ms']))
+    rows = [row for row in rows if find_published(row['model'])]
+    for panel, row in zip(name_panels(rows), rows, strict=True):
+        found[panel][row['model']].append(float(row['latency_ms']))
     if not found:
         raise PlotError('No accuracy is published for any of the models in the file: nothing to draw.')
     panels = {name: [(model, statistics.median(times)) for model, times in models.items()]

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..flags import FlagParser, add_flags
 from .config import ServerConfig
 
-__all__ = ['HEADERS', 'MANIFEST', 'list_addresses', 'main', 'make_server', 'serve']
+__all__ = ['HEADERS', 'MANIFEST', 'check_server', 'list_addresses', 'main', 'make_server', 'serve']
 
 MANIFEST = 'manifest.json'
 HEADERS = {  # without them a browser gives a page no shared memory, so no threads, and a coarse clock
@@ -61,14 +61,18 @@ def _find_address() -> str:
             return '127.0.0.1'
 
 
+def _require_openssl() -> None:
+    if shutil.which('openssl') is None:
+        raise ConfigError('--tls needs openssl to make a certificate: install it, or omit --tls.')
+
+
 def _make_certificate(folder: Path) -> tuple[Path, Path]:
     """A self-signed certificate of this machine's address, and its key, by openssl.
 
     Raises:
         ConfigError: There is no openssl, or it fails.
     """
-    if shutil.which('openssl') is None:
-        raise ConfigError('--tls needs openssl to make a certificate: install it, or omit --tls.')
+    _require_openssl()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     certificate, key = folder / 'certificate.pem', folder / 'key.pem'
     done = subprocess.run(
@@ -80,6 +84,26 @@ def _make_certificate(folder: Path) -> tuple[Path, Path]:
     return certificate, key
 
 
+def _listen(folder: Path, config: ServerConfig) -> PageServer:
+    try:
+        return PageServer((config.host, config.port), partial(PageHandler, directory=str(folder)))
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f'--host {config.host} --port {config.port}: {getattr(error, "strerror", None) or error}; choose '
+            f'another.') from None
+
+
+def check_server(config: ServerConfig) -> None:
+    """Find what would keep `make_server` from listening.
+
+    Raises:
+        ConfigError: The address cannot be listened on, or nothing can make a certificate.
+    """
+    if config.tls:
+        _require_openssl()
+    _listen(Path(), config).server_close()
+
+
 def make_server(folder: Path, config: ServerConfig) -> ThreadingHTTPServer:
     """A server that listens already.
 
@@ -88,16 +112,11 @@ def make_server(folder: Path, config: ServerConfig) -> ThreadingHTTPServer:
     """
     if not (folder / MANIFEST).is_file():
         raise ConfigError(f'{folder} holds no page: python -m caretrans page --output {folder} makes one.')
-    context = None
+    folder, context = folder.resolve(), None
     if config.tls:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(*_make_certificate(folder.with_name(f'{folder.name}-tls')))
-    try:
-        server = PageServer((config.host, config.port), partial(PageHandler, directory=str(folder)))
-    except (OSError, OverflowError) as error:
-        raise ConfigError(
-            f'--host {config.host} --port {config.port}: {getattr(error, "strerror", None) or error}; choose '
-            f'another.') from None
+    server = _listen(folder, config)
     if context:  # the handshake in the thread of a connection: in accept() one idle connection would block all others
         server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
     return server

@@ -8,7 +8,7 @@ from launch import ROOT
 from caretrans.__main__ import main
 from caretrans.errors import PlotError, ResultsError
 from caretrans.export.phone_results import COLUMNS, NAMES, describe_results, format_row, make_row, read_results
-from caretrans.page.results import draw_results
+from caretrans.page.results import draw_results, name_panels
 
 FILE = ROOT / 'coreml' / 'results.csv'
 HEADER = ','.join(column.name for column in COLUMNS)
@@ -24,6 +24,8 @@ IN_BROWSER = dict(
     target='', tool='browser', tool_version='Google Chrome 140.0.1.2', runtime='onnxruntime-web 1.30.0 wasm',
     compute_units='cpu_only', threads='1', p10_ms='1.2', p90_ms='1.40', first_ms='3.000', load_ms='500.0',
     drift='1.010', error='2.4e-6', program='0134d9ca90cc')
+
+LITERT = dict(format='litert', form='bmm', runtime='LiteRT.js 2.5.3 wasm')
 
 
 def write(tmp_path, *rows, header=HEADER):
@@ -46,7 +48,7 @@ def test_committed_file_follows_its_schema():
 def test_rows_are_read_as_they_were_written(tmp_path):
     other = dict(ROW, note='in a case, "warm"', format='mlmodel', target='', warm_up='', load_ms='80')
     rows = [ROW, other, IN_BROWSER]
-    assert read_results(write(tmp_path, *map(format_row, rows))) == rows
+    assert read_results(write(tmp_path, format_row(ROW), '', *map(format_row, rows[1:]), '', '')) == rows
     assert list(ROW) == NAMES
 
 
@@ -95,6 +97,8 @@ def test_wrong_cell_is_named_with_its_line_and_remedy(cells, said, tmp_path):
     (dict(format='mlmodel'), 'format .* one of onnx, litert'),
     (dict(format='litert'), "form is 'fused' and runtime .* with format litert: that has form bmm, and LiteRT.js"),
     (dict(form='bmm'), 'with format onnx: that has form fused'),
+    (dict(LITERT, precision='fp16'), 'precision is fp16 .* with format litert: the page runs it in fp32 and by wasm'),
+    (dict(LITERT, runtime='LiteRT.js 2.5.3 webgpu', compute_units='gpu_only', threads=''), 'in fp32 and by wasm only'),
     (dict(target='iOS16'), "target .* is 'iOS16', it must be empty"),
     (dict(runtime=''), 'runtime .* e.g. onnxruntime-web 1.30.0 wasm'),
     (dict(compute_units='all'), 'compute_units .* one of cpu_only, gpu_only'),
@@ -121,6 +125,7 @@ def test_wrong_cell_of_a_browser_is_named(cells, said, tmp_path):
     ([HEADER, '"never closed'], 'line 2: unexpected end of data'),
     ([HEADER.replace('latency_ms', 'latency')],
      'line 1: its columns must be date,.*; latency_ms missing; latency unknown'),
+    ([format_row(ROW)], 'line 1: its columns must be date,.*,note, in this order; it has no such header.$'),
     ([''], 'line 1: its columns must be'), (None, 'results.csv cannot be read')])
 def test_damaged_files_are_named(lines, message, tmp_path):
     path = tmp_path / 'results.csv' if lines is None else write(tmp_path, *lines[1:], header=lines[0])
@@ -161,6 +166,17 @@ def test_rows_are_drawn_a_panel_for_each_device_and_runtime(run, tmp_path):
     assert code == 0 and f'written to {picture}' in text and picture.read_bytes()[:4] == b'\x89PNG'
     with pytest.raises(PlotError, match='No accuracy is published'):
         draw_results([dict(ROW, model='resnet18')], picture)
+
+
+def test_rows_that_cannot_be_compared_are_in_different_panels():
+    other = [dict(tool_version='Firefox 150'), dict(size='384x384'), dict(threads='4'), dict(precision='fp16')]
+    rows = [IN_BROWSER, *(dict(IN_BROWSER, **cells) for cells in other)]
+    assert len(set(name_panels(rows))) == len(rows) and len(describe_results(rows)) == len(rows) + 2
+    assert 'Firefox 150' in ''.join(describe_results(rows))
+    other = [dict(tool='app'), dict(compress='int8'), dict(form='trained'), dict(input='tensor'), dict(batch='4')]
+    assert len(set(name_panels([ROW, *(dict(ROW, **cells) for cells in other)]))) == len(other) + 1
+    rows = [IN_BROWSER, dict(IN_BROWSER, model='fastvit_t8', size='256x256')]  # each at its own size
+    assert len(set(name_panels(rows))) == 1
 
 
 def test_readme_describes_every_column():

@@ -17,7 +17,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from pages import serving  # noqa: E402
 from playwright.sync_api import Page, sync_playwright  # noqa: E402
-from test_page_browser import CHROMIUM, FLAGS, ON_CPU  # noqa: E402
+from tabs import CHROMIUM, FLAGS, ON_CPU  # noqa: E402
 
 from caretrans.checkpoint.preparation import Preparation  # noqa: E402
 from caretrans.data import EvalTransform  # noqa: E402

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from pages import LITERT_CHECKPOINT, write_checkpoint, write_export_script
+from pages import LITERT_CHECKPOINT, serving, write_checkpoint, write_export_script
 
 from caretrans.errors import ConfigError
 from caretrans.page import litert
@@ -60,3 +60,43 @@ def built_litert(shared, runtimes) -> Path:
 def copied(built, tmp_path) -> Path:
     """A copy of the folder, to be changed."""
     return Path(shutil.copytree(built, tmp_path / 'page'))
+
+
+@pytest.fixture(scope='module')
+def chromium():
+    from tabs import playwright  # skips what needs a browser where there is none
+
+    with playwright.sync_playwright() as driver:
+        yield driver.chromium
+
+
+@pytest.fixture(scope='module')
+def browser(chromium):
+    from tabs import CHROMIUM, FLAGS, ON_CPU
+
+    with chromium.launch(executable_path=CHROMIUM, args=FLAGS + ON_CPU) as browser:
+        yield browser
+
+
+@pytest.fixture(scope='module')
+def address(built):
+    with serving(built) as address:
+        yield address
+
+
+@pytest.fixture
+def open_tab(browser):
+    """Open a page in a fresh profile; checks at the end that nothing went wrong and nobody else was asked."""
+    from tabs import Tab
+
+    tabs = []
+
+    def call(address, with_browser=browser, **context):
+        tabs.append((address, Tab(with_browser, address, **context)))
+        return tabs[-1][1]
+    yield call
+    for address, tab in tabs:
+        base = address.partition('?')[0].removesuffix('style.css')
+        assert [url for url in tab.requests if not url.startswith((base, f'blob:{base}', 'data:'))] == []
+        assert tab.problems == []
+        tab.context.close()

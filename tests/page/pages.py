@@ -1,8 +1,9 @@
 """Shared by tests of the page: a small checkpoint, and a server."""
 import json
+import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,14 @@ def write_export_script(folder: Path, largest: float | None = None) -> Path:
 
 @contextmanager
 def serving(folder: Path, **settings: Any) -> Iterator[str]:
-    """The address of a server of a folder while it runs."""
+    """The address of a server of a folder while it runs; connections that a browser keeps end with it."""
     server = make_server(folder, ServerConfig(port=0, **settings))
+    connections = []
+
+    def accept():
+        connections.append(type(server).get_request(server))
+        return connections[-1]
+    server.get_request = accept
     thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.05), daemon=True)
     thread.start()
     try:
@@ -60,3 +67,6 @@ def serving(folder: Path, **settings: Any) -> Iterator[str]:
     finally:
         server.shutdown()
         server.server_close()
+        for connection, _ in connections:
+            with suppress(OSError):  # closed already
+                connection.shutdown(socket.SHUT_RDWR)

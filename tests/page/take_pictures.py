@@ -14,7 +14,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tests'), str(Path(__file__).parent)]
 from pages import serving  # noqa: E402
 from PIL import Image  # noqa: E402
 from playwright.sync_api import Page, expect, sync_playwright  # noqa: E402
-from test_page_browser import CHROMIUM, FLAGS, ON_CPU  # noqa: E402
+from tabs import CHROMIUM, FLAGS, ON_CPU  # noqa: E402
 
 TARGET = ROOT / 'docs' / 'images'
 LONG = 1_800_000  # ms

@@ -1,4 +1,5 @@
 """The folder of the page, its manifest and its server, without a browser."""
+import dataclasses
 import hashlib
 import json
 import re
@@ -19,7 +20,7 @@ from caretrans.errors import CheckpointError, ConfigError, ExportError
 from caretrans.evaluation import load_for_evaluation
 from caretrans.export.phone_results import NAMES
 from caretrans.page import litert, server, vendor
-from caretrans.page.build import CROP_MODES, WEB, WEB_FILES, build_page
+from caretrans.page.build import CROP_MODES, WEB, WEB_FILES, build_page, load_source, name_checkpoint
 from caretrans.page.config import MODELS, PageConfig, ServerConfig
 from caretrans.runtimes.onnx import INPUT, make_session
 
@@ -122,6 +123,13 @@ def test_headers_of_server_service_worker_and_hosts_agree(built):
         assert f"'{name}': '{value}'" in worker and f'  {name}: {value}\n' in hosts
 
 
+def test_service_worker_keeps_every_file_of_the_page():
+    core = re.search(r'CORE = \[(.*?)\]', (WEB / 'sw.js').read_text(encoding='utf-8'), re.DOTALL)[1]
+    expected = {*WEB_FILES, './', 'manifest.json'} - {'index.html', 'sw.js'}
+    assert sorted(re.findall("'(.+?)'", core)) == sorted(expected)
+    assert {path.name for path in WEB.glob('*.js')} < {*WEB_FILES}
+
+
 def test_server_sends_isolation_and_types(small):
     with serving(small) as address:
         for name, kind in (('', 'text/html'), ('page.js', 'text/javascript'), ('manifest.json', 'application/json'),
@@ -133,9 +141,10 @@ def test_server_sends_isolation_and_types(small):
             urllib.request.urlopen(address + '../secret.txt')
 
 
-def test_https_is_served_while_a_connection_is_idle(small):
+def test_https_is_served_while_a_connection_is_idle(small, monkeypatch):
     keys = small.with_name('page-tls')
-    with serving(small, tls=True) as address:
+    monkeypatch.chdir(small)
+    with serving(Path('.'), tls=True) as address:
         port = int(address.rsplit(':', 1)[1].rstrip('/'))
         with socket.create_connection(('localhost', port)):  # never sends anything
             context = ssl.create_default_context(cafile=keys / 'certificate.pem')
@@ -168,18 +177,56 @@ def test_default_is_random_weights_unless_there_is_a_checkpoint():
     assert kinds == [('a.pth', '', False), ('', 'casvit_xs', True)]
 
 
-def test_a_folder_with_other_files_is_left_alone(tmp_path):
-    (tmp_path / 'thesis.txt').write_text('mine', encoding='utf-8')
+@pytest.mark.parametrize('name, text', [('thesis.txt', 'mine'), ('manifest.json', '{"name": "an app"}')])
+def test_a_folder_with_other_files_is_left_alone(name, text, tmp_path):
+    (tmp_path / '.unfinished-mine').mkdir()
+    (tmp_path / name).write_text(text, encoding='utf-8')
     with pytest.raises(ConfigError, match='holds other files'):
         build_page(PageConfig(output=str(tmp_path)))
+    assert (tmp_path / name).read_text(encoding='utf-8') == text and len(list(tmp_path.iterdir())) == 2
+    (tmp_path / 'manifest.json').unlink(missing_ok=True)
     with pytest.raises(ConfigError, match='holds no page: python -m caretrans page --output'):
         server.make_server(tmp_path, ServerConfig())
+
+
+@pytest.mark.parametrize('manifest', [None, '{"programs": [], "runtimes": {}}'])
+def test_what_a_killed_build_left_is_removed(manifest, tmp_path, monkeypatch):
+    monkeypatch.setattr('caretrans.page.build.fetch_package', lambda package: 1 / 0)
+    (tmp_path / '.unfinished-a1').mkdir()
+    if manifest:
+        (tmp_path / 'manifest.json').write_text(manifest, encoding='utf-8')
+    with pytest.raises(ZeroDivisionError):
+        build_page(PageConfig(output=str(tmp_path)))
+    assert not (tmp_path / '.unfinished-a1').exists()
+
+
+def test_what_keeps_the_server_from_starting_is_told_before_the_build(small, capsys, monkeypatch):
+    monkeypatch.setattr('caretrans.page.build.build_page', None)
+    with serving(small) as address:
+        port = address.rsplit(':', 1)[1].rstrip('/')
+        assert main(['page', '--serve', '--port', port]) == 2 and f'--port {port}: ' in capsys.readouterr().err
+    monkeypatch.setenv('PATH', str(small))
+    assert main(['page', '--serve', '--tls', '--port', '0']) == 2 and 'needs openssl' in capsys.readouterr().err
+
+
+def test_checkpoints_of_one_name_are_told_apart_by_their_folders():
+    files = ['runs/a/best.pth', 'runs/b/best.pth', 'other/b/best.pth', 'last.pth', './last.pth']
+    assert [name_checkpoint(file, files) for file in files] == [
+        'a/best.pth', 'runs/b/best.pth', 'other/b/best.pth', 'last.pth', 'last.pth']
 
 
 @pytest.mark.slow
 def test_a_preparation_that_the_page_cannot_do_is_refused(tmp_path, monkeypatch, shared, built):
     monkeypatch.setattr('caretrans.page.build.CROP_MODES', CROP_MODES[1:])
     with pytest.raises(ConfigError, match='care_s0: the page does not support crop mode center'):
+        build_page(PageConfig(checkpoint=[str(shared / 'page.pth.tar')], output=str(tmp_path / 'new')))
+    monkeypatch.undo()
+
+    def load(config):
+        source = load_source(config)
+        return dataclasses.replace(source, eval_config=dataclasses.replace(source.eval_config, crop_pct=1.1))
+    monkeypatch.setattr('caretrans.page.build.load_source', load)
+    with pytest.raises(ConfigError, match='care_s0: the page does not support crop_pct 1.1, more than 1: leave'):
         build_page(PageConfig(checkpoint=[str(shared / 'page.pth.tar')], output=str(tmp_path / 'new')))
     assert list((tmp_path / 'new').iterdir()) == []
 

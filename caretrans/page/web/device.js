@@ -1,21 +1,32 @@
 // What the browser says about itself and its device, and what can run programs in it.
 
+const AGENTS = { // names by what user agents say; the first that is found, as most also say Chrome or Version
+  EdgA: 'Edge', EdgiOS: 'Edge', Edg: 'Edge', SamsungBrowser: 'Samsung Internet', OPR: 'Opera', CriOS: 'Chrome',
+  FxiOS: 'Firefox', Firefox: 'Firefox', Chrome: 'Chrome', Version: 'Safari',
+};
 const MOST_THREADS = 4; // more are rarely faster for single images, and phones have few fast cores
+
+/** Name and version of a browser by its user agent, for browsers that do not tell them otherwise. */
+export function nameBrowser(agent) {
+  for (const [word, name] of Object.entries(AGENTS)) {
+    const [, version] = agent.match(new RegExp(`${word}/([\\d.]+)`)) ?? [];
+    if (version) return `${name} ${version}`;
+  }
+  return agent;
+}
 
 /** Names of device, system and browser, as far as they are told. Only Chromium tells the model of a phone. */
 export async function describeBrowser() {
   const wanted = ['model', 'platformVersion', 'fullVersionList'];
   const data = await navigator.userAgentData?.getHighEntropyValues(wanted).catch(() => undefined);
-  const brands = data?.fullVersionList.filter(({ brand: name }) => !/not.?a.?brand/i.test(name));
+  const brands = data?.fullVersionList?.filter(({ brand: name }) => !/not.?a.?brand/i.test(name));
   const brand = brands?.find(({ brand: name }) => name !== 'Chromium') ?? brands?.[0];
   const agent = navigator.userAgent;
-  const [, name, version] = agent.match(/(Firefox|Edg|Chrome|Version)\/([\d.]+)/) ?? [];
-  const label = name ? `${name.replace('Version', 'Safari')} ${version}` : agent;
   const ios = agent.match(/(?:iPhone|CPU) OS (\d+)_(\d+)/);
   return {
     device: data?.model || (agent.match(/iPhone|iPad/) ?? [''])[0],
     os: data?.platform ? nameSystem(data) : ios ? `iOS ${ios[1]}.${ios[2]}` : '',
-    browser: brand ? `${brand.brand} ${brand.version}` : label,
+    browser: brand ? `${brand.brand} ${brand.version}` : nameBrowser(agent),
   };
 }
 
@@ -43,7 +54,7 @@ export async function listBackends(facts, { runtimes }) {
     runtime, provider: 'wasm', threads: count, label: label(runtime, `CPU, ${count} thread${count > 1 ? 's' : ''}`),
   })));
   if (adapter) {
-    const { vendor, architecture, isFallbackAdapter } = adapter.info;
+    const { vendor, architecture, isFallbackAdapter } = adapter.info ?? {}; // older browsers have none
     const isSoftware = Boolean(isFallbackAdapter) || /swiftshader|llvmpipe/.test(architecture);
     facts.WebGPU = [vendor, architecture, isSoftware ? 'software only' : '',
       adapter.features.has('shader-f16') ? 'float16' : 'no float16'].filter(Boolean).join(', ');

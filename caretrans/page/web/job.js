@@ -33,18 +33,16 @@ export class Job {
     this.worker.terminate();
     for (const { reject } of this.pending.values()) reject(new Error(reason));
   }
-}
 
-/** Load a program in a worker and check it: {job, loaded, check}; throws where it cannot be loaded. */
-export async function open(manifest, program, backend, report) {
-  const job = new Job();
-  try {
-    const loaded = await job.call('load', { manifest, wanted: program, backend }, report);
-    const check = await job.call('check');
-    return { job, loaded, check };
-  } catch (error) {
-    job.end();
-    throw error;
+  /** Load a program and check it: {loaded, check}; a worker that cannot do so is ended. */
+  async open(manifest, program, backend, report) {
+    try {
+      const loaded = await this.call('load', { manifest, wanted: program, backend }, report);
+      return { loaded, check: await this.call('check') };
+    } catch (error) {
+      this.end();
+      throw error;
+    }
   }
 }
 

@@ -1,21 +1,20 @@
 // The page: checks a network on opening, classifies photos, and measures networks in rounds.
-import { describeError, explainWrong, open } from './job.js';
+import { endClassifier, endClassifying, prepareClassify } from './classify.js';
 import { describeBrowser, listBackends } from './device.js';
-import { describeRow, drawPlot, formatMs, makeCSV, makeJSON, summarise } from './results.js';
+import { describeProgress, find, getBytes, megabytes, setState } from './dom.js';
+import { describeError, explainWrong, Job } from './job.js';
+import { cleanCache, startOffline } from './offline.js';
+import { BACKENDS, describeRow, drawPlot, makeCSV, makeJSON, summarise } from './results.js';
+import { nameWasm } from './runtimes.js';
 
 const RULES = { rounds: 10, runs: 5, seconds: 0.5, pause: 500 }; // of a measurement; per round, ms between rounds
-const PATIENCE = 2000; // ms for the service worker to take the page over
+const MOST_ON_GPU = 450; // runs of a worker on WebGPU: some browsers on iOS crash after about 500
 const LOST = 'the page was hidden or left during the measurement, so its times are void: measure again';
-const find = (id) => document.getElementById(id);
-const megabytes = (bytes) => `${(bytes / 1e6).toFixed(1)} MB`;
-const getBytes = (program) => program.files.onnxruntime.bytes;
-const sizeRuntime = (runtime, file) => megabytes(manifest.runtimes[runtime].files[file].bytes);
+const sizeWasm = (backend) => megabytes(manifest.runtimes[backend.runtime].files[nameWasm(backend)].bytes);
 const query = new URLSearchParams(location.search);
 
 let manifest;
 let backends;
-let classifier; // {program, job} of the last photo
-let classifying = Promise.resolve(); // until the last photo is done
 let rows = []; // of the last measurement
 let stopped = ''; // why a measurement ends early
 const facts = {};
@@ -31,12 +30,6 @@ function nameProgram(program) {
   return parts.join(', ');
 }
 
-function setState(element, text, kind = '') {
-  element.textContent = text;
-  element.classList.toggle('good', kind === 'good');
-  element.classList.toggle('bad', kind === 'bad');
-}
-
 // 1. Check ------------------------------------------------------------------------------------------------------------
 
 async function checkFirst() {
@@ -45,10 +38,12 @@ async function checkFirst() {
   const bar = find('check-progress');
   const state = find('check');
   setState(state, `Loading the smallest network, ${program.model}, ${megabytes(getBytes(program))}, ` +
-    `and the runtime, ${sizeRuntime('onnxruntime', 'ort-wasm-simd-threaded.wasm')}…`);
+    `and the runtime, ${sizeWasm(backends[0])}…`);
   const start = performance.now();
   try {
-    const { job, loaded, check } = await open(manifest, program, backends[0], (share) => { bar.value = share; });
+    const job = new Job();
+    const { loaded, check } = await job.open(
+      manifest, program, backends[0], ({ count, total }) => { bar.value = count / total; });
     facts['Step of the clock'] = `${Number(loaded.clock.toPrecision(2))} ms`;
     showFacts();
     const seconds = ((performance.now() - start) / 1000).toFixed(1);
@@ -66,147 +61,29 @@ async function checkFirst() {
   bar.hidden = true;
 }
 
-// 2. Classify ---------------------------------------------------------------------------------------------------------
-
-function softmax(logits) {
-  const largest = Math.max(...logits);
-  const powers = Array.from(logits, (value) => Math.exp(value - largest));
-  const sum = powers.reduce((total, value) => total + value, 0);
-  return powers.map((value) => value / sum);
-}
-
-function showPixels({ width, height, data }) {
-  const canvas = find('seen');
-  Object.assign(canvas, { width, height });
-  const image = new ImageData(width, height);
-  for (let i = 0; i < width * height; i++) image.data.set([data[3 * i], data[3 * i + 1], data[3 * i + 2], 255], 4 * i);
-  canvas.getContext('2d').putImageData(image, 0, 0);
-}
-
-function showClasses(logits, names) {
-  const shares = softmax(logits);
-  const best = [...shares.keys()].sort((a, b) => shares[b] - shares[a]).slice(0, 5);
-  find('classes').replaceChildren(...best.map((label) => {
-    const item = document.createElement('li');
-    const bar = document.createElement('meter');
-    bar.value = shares[label];
-    bar.setAttribute('aria-hidden', 'true');
-    const name = document.createElement('span');
-    const share = document.createElement('span');
-    name.textContent = names[label];
-    share.textContent = `${(100 * shares[label]).toFixed(1)} %`;
-    item.append(name, share, bar);
-    return item;
-  }));
-}
-
-async function openClassifier(program) {
-  if (classifier?.program === program) return classifier.job;
-  classifier?.job.end();
-  classifier = undefined;
-  const state = find('classify-state');
-  const { job, check } = await open(manifest, program, backends[0], (share) => {
-    setState(state, `Loading ${program.model}: ${Math.round(100 * share)} % of ${megabytes(getBytes(program))}`);
-  });
-  if (!check.isRight || !check.samePixels) {
-    job.end();
-    throw new Error(explainWrong(program, check));
-  }
-  classifier = { program, job };
-  return job;
-}
-
-/** Classify one photo, or the promise of one, after the other. */
-function classify(blob) {
-  classifying = classifying.then(() => classifyNow(blob));
-  return classifying;
-}
-
-async function classifyNow(blob) {
-  const state = find('classify-state');
-  const program = manifest.programs[find('classify-model').value];
-  try {
-    const job = await openClassifier(program);
-    setState(state, 'Classifying…');
-    const result = await job.call('classify', { blob: await blob });
-    showPixels(result.pixels);
-    showClasses(result.logits, manifest.class_lists[program.classes]);
-    find('prediction').hidden = false;
-    find('prediction').dataset.digest = result.digest ?? '';
-    setState(state, `Prepared in ${formatMs(result.prepare_ms)} ms, classified in ${formatMs(result.run_ms)} ms, ` +
-      'once and without warm-up. The picture is what the network sees, rotated upright as its EXIF data say.');
-  } catch (error) {
-    find('prediction').hidden = true;
-    const unread = error.name === 'InvalidStateError' || /decode/.test(error.message);
-    setState(state, unread ? 'This file cannot be read as an image here: choose a JPEG or PNG.' : error.message, 'bad');
-  }
-}
-
-async function startCamera() {
-  try {
-    const stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: 'environment' } });
-    find('video').srcObject = stream;
-    await find('video').play();
-    find('camera-view').hidden = false;
-  } catch (error) {
-    setState(find('classify-state'), `The camera cannot be used (${error.message}): choose a photo instead.`, 'bad');
-  }
-}
-
-function stopCamera() {
-  for (const track of find('video').srcObject?.getTracks() ?? []) track.stop();
-  find('video').srcObject = null;
-  find('camera-view').hidden = true;
-}
-
-async function takePhoto() {
-  const video = find('video');
-  const canvas = new OffscreenCanvas(video.videoWidth, video.videoHeight);
-  canvas.getContext('2d').drawImage(video, 0, 0);
-  stopCamera();
-  await classify(await canvas.convertToBlob({ type: 'image/png' }));
-}
-
-function prepareClassify() {
-  const able = [...manifest.programs.entries()].filter(([, program]) => program.weights);
-  find('classify-none').hidden = able.length > 0;
-  find('classify-tools').hidden = able.length === 0;
-  find('classify-model').replaceChildren(...able.map(([i, program]) => new Option(
-    program.label.includes(program.weights) ? program.label : `${program.label}, ${program.weights}`, i)));
-  find('camera').hidden = !navigator.mediaDevices?.getUserMedia;
-  find('photo').onchange = ({ target }) => target.files[0] && classify(target.files[0]);
-  const classifySample = () => classify(fetch(manifest.images[0]).then((response) => response.blob()));
-  find('sample').onclick = classifySample;
-  find('camera').onclick = startCamera;
-  find('camera-stop').onclick = stopCamera;
-  find('shoot').onclick = takePhoto;
-  if (able.length) classifySample();
-}
-
 // 3. Measure ----------------------------------------------------------------------------------------------------------
 
 /** Load, check and warm up each row; those that fail say why and are not timed. */
 async function prepareRows(report) {
-  for (const row of rows) {
+  for (const row of rows.filter(({ failure }) => !failure)) {
+    if (stopped) break;
     const name = `${row.program.label}, ${row.backend.label}`;
+    row.job = new Job();
     try {
-      const { job, loaded, check } = await open(
-        manifest, row.program, row.backend, (share) => report(`Loading ${name}: ${Math.round(100 * share)} %`));
-      Object.assign(row, { job, loaded, check });
-      if (stopped) throw new Error(stopped);
-      row.isWrong = !check.isRight || !check.samePixels;
-      if (row.isWrong) throw new Error(explainWrong(row.program, check));
+      Object.assign(row, await row.job.open(
+        manifest, row.program, row.backend, (progress) => report(`Loading ${name}: ${describeProgress(progress)}`)));
+      row.isWrong = !row.check.isRight || !row.check.samePixels;
+      if (row.isWrong) throw new Error(explainWrong(row.program, row.check));
       if (row.backend.isSoftware) {
         throw new Error('Right, but computed by a software stand-in for a GPU, whose times mean nothing: not timed.');
       }
       report(`Warming up ${name}`);
-      row.warm = await job.call('warmUp');
+      row.warm = await row.job.call('warmUp');
     } catch (error) {
       row.failure = stopped || error.message;
-      row.job?.end();
+      row.job.end();
     }
     showRows();
-    if (stopped) break;
   }
 }
 
@@ -219,14 +96,20 @@ function shuffle(items) {
   return order;
 }
 
+/** How many times of a row a round takes. */
+export function countTimes({ backend, warm }, rules) {
+  const count = Math.max(rules.runs, Math.ceil((1000 * rules.seconds) / (warm.typical * warm.block)));
+  const most = Math.floor((MOST_ON_GPU - warm.warm_up) / (rules.rounds * warm.block));
+  return backend.provider === 'webgpu' ? Math.min(count, most) : count;
+}
+
 /** Time all rows in rounds, each in random order, so that heat and other work meet them all. */
 async function timeRounds(rules, report) {
   for (let round = 0; round < rules.rounds && !stopped; round++) {
     report(`Round ${round + 1} of ${rules.rounds}: leave the page in front`, round / rules.rounds);
     for (const row of shuffle(rows.filter(({ failure }) => !failure))) {
-      const count = Math.max(rules.runs, Math.ceil((1000 * rules.seconds) / (row.warm.typical * row.warm.block)));
       try {
-        row.rounds.push(await row.job.call('time', { count, block: row.warm.block }));
+        row.rounds.push(await row.job.call('time', { count: countTimes(row, rules), block: row.warm.block }));
       } catch (error) {
         row.failure = stopped || error.message;
       }
@@ -236,72 +119,100 @@ async function timeRounds(rules, report) {
 }
 
 /** Check again after the last timed run: some GPUs are right at first only. */
+async function finishRow(row) {
+  row.check = await row.job.call('check');
+  row.isWrong = !row.check.isRight;
+  if (row.isWrong) throw new Error(`After the last run, ${explainWrong(row.program, row.check)}`);
+  const summary = summarise(row.rounds);
+  if (!(summary.p10 > 0 && summary.drift > 0)) throw new Error('No time: no run was timed, or the clock stood still.');
+  row.summary = summary;
+}
+
 async function finishRows() {
   for (const row of rows) {
     if (stopped) row.failure = stopped;
-    if (!row.failure) {
-      try {
-        row.check = await row.job.call('check');
-        row.isWrong = !row.check.isRight;
-        if (row.isWrong) row.failure = `After the last run, ${explainWrong(row.program, row.check)}`;
-        else row.summary = summarise(row.rounds);
-      } catch (error) {
-        row.failure = error.message;
-      }
-    }
+    if (!row.failure) await finishRow(row).catch((error) => { row.failure = error.message; });
     row.job?.end();
   }
 }
 
-function readRules() {
+/** The rules of a measurement, what sets them apart, and what is wrong with the address. */
+function readQuery() {
   const rules = { ...RULES };
-  for (const name of ['rounds', 'runs', 'seconds', 'pause']) {
-    const value = Number(query.get(name));
-    if (query.has(name) && value >= 0) rules[name] = value;
+  const problems = [];
+  for (const name of Object.keys(RULES).filter((name) => query.has(name))) {
+    rules[name] = Number(query.get(name) || NaN);
+    const isCount = name === 'rounds' || name === 'runs';
+    const isRight = isCount ? Number.isInteger(rules[name]) && rules[name] >= 1 : rules[name] >= 0 && rules[name] < 1e6;
+    const wanted = isCount ? 'a whole number of at least 1' : 'a number of at least 0';
+    if (!isRight) problems.push(`${name}=${query.get(name)} in the address must be ${wanted}.`);
+  }
+  for (const [name, known] of [['models', manifest.programs.map(({ model }) => model)], ['backends', BACKENDS]]) {
+    const unknown = (query.get(name)?.split(',') ?? []).filter((item) => !known.includes(item));
+    const names = [...new Set(known)].join(', ');
+    if (unknown.length) problems.push(`${name}=${unknown} in the address: choose from ${names}.`);
   }
   const own = Object.entries(rules).filter(([name, value]) => value !== RULES[name]).map((pair) => pair.join(' '));
-  return [rules, own.length ? `not the standard protocol: ${own.join(', ')}` : ''];
+  return { rules, protocol: own.length ? `not the standard protocol: ${own.join(', ')}` : '', problems };
+}
+
+/** A row for each network and what runs it, as chosen. */
+function makeRows() {
+  const chosen = (name) => [...document.querySelectorAll(`#${name} input:checked`)].map((box) => Number(box.value));
+  const { rules, protocol } = readQuery();
+  const now = new Date();
+  const date = [now.getFullYear(), now.getMonth() + 1, now.getDate()].map((n) => String(n).padStart(2, '0')).join('-');
+  return chosen('models').flatMap((i) => chosen('backends').map((k) => {
+    const [program, backend] = [manifest.programs[i], backends[k]];
+    const failure = backend.runtime in program.files ? undefined : 'skipped: LiteRT.js runs fp32 only';
+    return { program, backend, rounds: [], date, rules, protocol, failure };
+  }));
+}
+
+/** Show a button in place of another, and let it have the focus. */
+function swapButtons(shown, hidden) {
+  const isFocused = document.activeElement === find(hidden);
+  find(shown).hidden = false;
+  if (isFocused) find(shown).focus();
+  find(hidden).hidden = true;
 }
 
 async function measure() {
-  const chosen = (name) => [...document.querySelectorAll(`#${name} input:checked`)].map((box) => Number(box.value));
-  const [rules, protocol] = readRules();
-  const now = new Date();
-  const date = [now.getFullYear(), now.getMonth() + 1, now.getDate()].map((n) => String(n).padStart(2, '0')).join('-');
-  rows = chosen('models').flatMap((i) => chosen('backends').map((k) => (
-    { program: manifest.programs[i], backend: backends[k], rounds: [], date, protocol })))
-    .filter(({ program, backend }) => backend.runtime in program.files);
   const state = find('measure-state');
+  rows = makeRows();
   if (!rows.length) {
-    setState(state, 'Choose at least one network and what runs it; LiteRT runs fp32 only.', 'bad');
+    setState(state, 'Choose at least one network and at least one way to run it that this browser offers.', 'bad');
     return;
   }
   stopped = '';
   const bar = find('measure-progress');
   const report = (text, share = 0) => { setState(state, text); bar.value = share; };
-  for (const id of ['start', 'stop']) find(id).hidden = id === 'start';
+  if (document.hidden) {
+    report('Waiting until the page is in front');
+    await new Promise((resolve) => { document.addEventListener('visibilitychange', resolve, { once: true }); });
+  }
+  swapButtons('stop', 'start');
   bar.hidden = false;
   find('classify-tools').inert = true; // nothing else runs meanwhile
-  await classifying;
-  classifier?.job.end();
-  classifier = undefined;
+  await endClassifying();
   const lock = await navigator.wakeLock?.request('screen').catch(() => undefined); // low battery refuses it
   await prepareRows(report);
-  await timeRounds(rules, report);
+  await timeRounds(rows[0].rules, report);
   report('Checking the outputs again', 1);
   await finishRows();
   await lock?.release();
   find('classify-tools').inert = false;
   bar.hidden = true;
-  for (const id of ['start', 'stop']) find(id).hidden = id === 'stop';
-  const failed = rows.filter(({ failure }) => failure).length;
-  setState(state, stopped || `Done: ${rows.length - failed} of ${rows.length} rows measured.`, stopped ? 'bad' : '');
+  swapButtons('start', 'stop');
+  const measured = rows.filter(({ summary }) => summary).length;
+  setState(state, stopped || `Done: ${measured} of ${rows.length} rows measured.`, stopped ? 'bad' : '');
   showRows();
 }
 
 function stop(reason) {
   if (find('stop').hidden || stopped) return;
   stopped = reason;
+  endClassifier();
   for (const row of rows) row.job?.end(reason);
 }
 
@@ -350,8 +261,8 @@ function prepareSending() {
   for (const id of ['device', 'os', 'reporter', 'note']) find(id).oninput = showRowsToSend;
   find('copy').onclick = async () => {
     find('csv').select();
-    await navigator.clipboard?.writeText(find('csv').value);
-    setState(find('send-state'), navigator.clipboard ? 'Copied.' : 'Selected: copy it.');
+    const isCopied = await navigator.clipboard?.writeText(find('csv').value).then(() => true, () => false);
+    setState(find('send-state'), isCopied ? 'Copied.' : 'The rows are selected: copy them.');
   };
   find('share').hidden = !navigator.share;
   find('share').onclick = () => navigator.share({ text: find('csv').value }).catch(() => {}); // closed by the user
@@ -382,23 +293,25 @@ function addChoices(id, choices) {
 }
 
 /** What choosing this backend downloads beyond the self-check. */
-function describeDownload({ runtime, provider, threads, isSoftware }) {
-  if (provider === 'webgpu') {
-    const file = `ort-wasm-simd-threaded.${'Suspending' in WebAssembly ? 'jspi' : 'asyncify'}.wasm`;
-    return `${sizeRuntime(runtime, file)} more${isSoftware ? ', software: checked, not timed' : ''}`;
+function describeDownload(backend) {
+  if (backend.provider === 'webgpu') {
+    return `${sizeWasm(backend)} more${backend.isSoftware ? ', software: checked, not timed' : ''}`;
   }
-  if (runtime !== 'litert') return '';
-  const file = `litert_wasm_${threads > 1 ? 'threaded_' : ''}internal.wasm`;
-  return `${sizeRuntime(runtime, file)} more, and programs of its own`;
+  return backend.runtime === 'litert' ? `${sizeWasm(backend)} more, and its own file of each network` : '';
+}
+
+function describeSizes({ files }) {
+  const litert = files.litert ? `, for LiteRT.js ${megabytes(files.litert.bytes)}` : '';
+  return `${megabytes(files.onnxruntime.bytes)}${litert}`;
 }
 
 function prepareMeasure() {
   const wanted = (name) => query.get(name)?.split(',');
-  const [rules] = readRules();
+  const { rules, problems } = readQuery();
   addChoices('models', manifest.programs.map((program, i) => ({
     text: program.label,
     hint: [
-      megabytes(getBytes(program)), program.top1 && `top-1 ${program.top1} %`, program.weights ? '' : 'speed only',
+      describeSizes(program), program.top1 && `top-1 ${program.top1} %`, program.weights ? '' : 'speed only',
     ].filter(Boolean).join(', '),
     isChecked: wanted('models')?.includes(program.model) ?? i < 3,
   })));
@@ -409,64 +322,33 @@ function prepareMeasure() {
   })));
   find('protocol').textContent =
     'One image at a time, in 32-bit floating point unless the network says fp16. Each network runs in a worker of ' +
-    'its own: its file is checked, then its outputs; 10 to 50 runs warm it up, until two medians of 5 agree within 5 %. ' +
-    `Then come ${rules.rounds} rounds: in each, all networks take turns in random order, with ${rules.runs} runs or ` +
-    `${rules.seconds} s each, whichever is longer, and ${rules.pause / 1000} s of rest after the round. A run lasts ` +
-    'from the image as numbers to the outputs in memory; preparing the image is not part of it. Where the clock of ' +
-    'the browser is too coarse, several runs are timed together. The table shows the median and the 10th and 90th ' +
-    'percentile; the first run, which compiles or fills caches, is apart; load is the time to make the program ' +
-    'ready, without the download. Outputs are checked again at the end, and a wrong network gets no time. If the last fifth ' +
-    'of the rounds is more than 1.15 times as slow as the first, the device was hot or busy. Hiding the page voids ' +
-    'the measurement.';
+    'its own: its file is checked, then its outputs; 10 to 50 runs warm it up, until two medians of 5 agree within ' +
+    `5 % or a step of the clock. Then come ${rules.rounds} rounds: in each, all networks take turns in random order, ` +
+    `with ${rules.runs} runs or ${rules.seconds} s each, whichever is longer, and ${rules.pause / 1000} s of rest ` +
+    `after the round. WebGPU runs each network at most ${MOST_ON_GPU} times. A run lasts from the image as numbers ` +
+    'to the outputs in memory; preparing the image is not part of it. Where the clock of the browser is too coarse, ' +
+    'several runs are timed together. The table shows the median and the 10th and 90th percentile; the first run, ' +
+    'which compiles or fills caches, is apart; load is the time to make the runtime and the network ready, without ' +
+    'the download. Outputs are checked again at the end, and a wrong network gets no time. If the last fifth of the ' +
+    'rounds is more than 1.15 times as slow as the first, the device was hot or busy. Hiding the page voids the ' +
+    'measurement.';
   find('start').onclick = measure;
   find('stop').onclick = () => stop('stopped');
   self.addEventListener('resize', () => find('plot').replaceChildren(...drawPlot(rows, find('plot').clientWidth)));
   document.addEventListener('visibilitychange', () => document.hidden && stop(LOST));
-  find('start').disabled = false;
+  find('start').disabled = problems.length > 0;
+  setState(find('measure-state'), problems.join(' '), 'bad');
 }
 
 // Start ---------------------------------------------------------------------------------------------------------------
 
-/** Use the service worker: offline, and isolated after one reload where the host sends no headers. */
-async function startOffline() {
-  if (!navigator.serviceWorker) return;
-  try {
-    await navigator.serviceWorker.register('sw.js');
-    await navigator.serviceWorker.ready;
-    const taken = new Promise((resolve) => {
-      if (navigator.serviceWorker.controller) resolve();
-      else navigator.serviceWorker.addEventListener('controllerchange', resolve, { once: true });
-    });
-    await Promise.race([taken, new Promise((resolve) => { setTimeout(resolve, PATIENCE); })]); // not after a forced reload
-  } catch (error) {
-    facts['Offline use'] = `no (${error.message})`;
-    return;
-  }
-  facts['Offline use'] = 'yes, with the networks that were used once';
-  if (!self.crossOriginIsolated && !sessionStorage.getItem('reloaded')) {
-    sessionStorage.setItem('reloaded', 'yes');
-    location.reload();
-    await new Promise(() => {}); // until then
-  }
-}
-
-/** Forget programs of earlier pages. */
-async function cleanCache() {
-  const files = manifest.programs.flatMap((program) => Object.values(program.files));
-  const current = new Set(files.map(({ file }) => new URL(file, location.href).href));
-  for (const name of self.caches ? await caches.keys() : []) {
-    const cache = await caches.open(name);
-    for (const { url } of await cache.keys()) if (/\/models\//.test(url) && !current.has(url)) await cache.delete(url);
-  }
-}
-
 async function start() {
-  await startOffline();
+  facts['Offline use'] = await startOffline();
   const response = await fetch('manifest.json');
   if (!response.ok) throw new Error(`manifest.json: the server answers ${response.status}`);
   manifest = await response.json();
   for (const program of manifest.programs) program.label = nameProgram(program);
-  await cleanCache();
+  await cleanCache(manifest.programs).catch(() => {}); // some browsers refuse caches, as in private windows
   const { device, os, browser } = await describeBrowser();
   facts.Browser = browser;
   Object.assign(find('device'), { value: device });
@@ -478,9 +360,9 @@ async function start() {
     'images: Grocery Store Dataset, M. Klasson et al., MIT licence.';
   prepareSending();
   await checkFirst();
-  prepareClassify();
+  prepareClassify(manifest, backends[0]);
   prepareMeasure();
-  if (query.has('auto')) await measure();
+  if (query.has('auto') && !find('start').disabled) await measure();
 }
 
 start().catch((error) => setState(find('check'), `The page cannot start: ${error.message}`, 'bad'));

@@ -1,10 +1,12 @@
 // Numbers of a measurement as a table, a plot, rows of coreml/results.csv and JSON.
 
 export const DRIFT = 1.15; // of the last fifth of the rounds over the first, from which a row is remarked on
+const LEAST_RUNS = 10; // of a row of the file, as phone_results.py wants
 const SHAPES = {
   wasm: 'M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0', threads: 'M-5-5h10v10h-10z', webgpu: 'M0-6l6 10h-12z',
   'litert-wasm': 'M0-7l6 7l-6 7l-6-7z', 'litert-threads': 'M-7-2h5v-5h4v5h5v4h-5v5h-4v-5h-5z',
 };
+export const BACKENDS = Object.keys(SHAPES);
 
 /** A quantile with linear interpolation, as in NumPy. */
 export function quantile(values, share) {
@@ -53,6 +55,7 @@ export function describeRow(row) {
 
 export function listRemarks({ summary, warm, loaded, protocol }) {
   const remarks = [];
+  if (summary.runs < LEAST_RUNS) remarks.push(`fewer than ${LEAST_RUNS} runs: no row to send`);
   if (summary.drift > DRIFT) remarks.push(`slowed down ${summary.drift.toFixed(2)} times: hot or busy`);
   if (!warm.isStable) remarks.push('times not stable after the warm-up');
   if (warm.block > 1) remarks.push(`coarse clock: ${warm.block} runs timed together`);
@@ -89,7 +92,7 @@ function quote(value) {
 
 /** The rows that have a time, as lines of the file, without its header. */
 export function makeCSV(rows, manifest, sender) {
-  return rows.filter((row) => row.summary).map((row) => {
+  return rows.filter(({ summary }) => summary?.runs >= LEAST_RUNS).map((row) => {
     const cells = makeCells(row, manifest, sender);
     return manifest.columns.map((name) => quote(cells[name] ?? '')).join(',');
   });
@@ -97,12 +100,13 @@ export function makeCSV(rows, manifest, sender) {
 
 /** Everything, with every time, for people who want to look closer. */
 export function makeJSON(rows, manifest, sender, facts) {
-  const plain = rows.map(({ program, backend, rounds, failure, warm, loaded, check, date }) => ({
-    model: program.model, precision: program.precision, weights: program.weights || 'random',
-    sha256: program.files[backend.runtime].sha256, runtime: manifest.runtimes[backend.runtime].name,
-    backend: backend.name, threads: backend.threads ?? null, date,
-    failure: failure ?? null, warm_up: warm ?? null, loaded: loaded ?? null, check: check ?? null,
-    rounds_ms: failure ? null : rounds,
+  const plain = rows.map((row) => ({
+    model: row.program.model, precision: row.program.precision, weights: row.program.weights || 'random',
+    sha256: row.program.files[row.backend.runtime]?.sha256 ?? null, backend: row.backend.name,
+    runtime: manifest.runtimes[row.backend.runtime].name, threads: row.backend.threads ?? null, date: row.date,
+    protocol: row.rules, remarks: row.summary ? listRemarks(row) : [], failure: row.failure ?? null,
+    warm_up: row.warm ?? null, loaded: row.loaded ?? null, check: row.check ?? null,
+    rounds_ms: row.failure ? null : row.rounds,
   }));
   return JSON.stringify({ sender, facts, rows: plain }, null, 1);
 }

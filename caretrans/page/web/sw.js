@@ -1,10 +1,10 @@
 // Offline use, and the headers that threads need where a host cannot send them. Files whose names hold a hash or a
 // version never change and come from the cache; everything else comes from the network while there is one.
-const CACHE = 'caretrans-page';
-const FIXED = /\/(models|images|vendor)\//;
+const CACHE = `caretrans-page ${self.registration.scope}`; // as in offline.js; the host may have other pages
+const FIXED = ['models/', 'images/', 'vendor/'].map((folder) => self.registration.scope + folder);
 const CORE = [
-  './', 'manifest.json', 'style.css', 'page.js', 'device.js', 'job.js', 'results.js', 'start_worker.js', 'worker.js',
-  'runtimes.js', 'prepare.js'];
+  './', 'manifest.json', 'style.css', 'page.js', 'classify.js', 'device.js', 'dom.js', 'job.js', 'offline.js',
+  'results.js', 'start.js', 'start_worker.js', 'worker.js', 'runtimes.js', 'prepare.js'];
 const HEADERS = {
   'Cross-Origin-Opener-Policy': 'same-origin',
   'Cross-Origin-Embedder-Policy': 'require-corp',
@@ -28,7 +28,7 @@ async function answer(event) {
   const { request } = event;
   const cache = await caches.open(CACHE);
   const kept = await cache.match(request, { ignoreSearch: true });
-  if (kept && FIXED.test(request.url)) return isolate(kept);
+  if (kept && FIXED.some((start) => request.url.startsWith(start))) return isolate(kept);
   try {
     return isolate(await fetchAndKeep(cache, event));
   } catch (error) {
@@ -37,13 +37,11 @@ async function answer(event) {
   }
 }
 
-/** Keep the page, the first runtime for the CPU and the test images; the rest is kept as it is used. */
+/** Keep the page and the test images; the rest is kept as it is used, the first runtime by the check on opening. */
 async function install() {
   const cache = await caches.open(CACHE);
-  const { images, runtimes } = await (await fetch('manifest.json')).json();
-  const { files, folder } = runtimes.onnxruntime;
-  const cpu = Object.keys(files).filter((name) => /^ort(\.wasm\.min|-wasm-simd-threaded)\.\w+$/.test(name));
-  await cache.addAll([...CORE, ...images, ...cpu.map((name) => folder + name)]);
+  const { images } = await (await fetch('manifest.json')).json();
+  await cache.addAll([...CORE, ...images]);
   await self.skipWaiting();
 }
 
