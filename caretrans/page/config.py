@@ -9,7 +9,7 @@ from ..models.backbone import resolve_alias
 
 __all__ = ['MODELS', 'PageConfig', 'ServerConfig']
 
-MODELS = ('care_s0', 'casvit_xs', 'fastvit_t8', 'mobilenetv4_conv_small', 'mobileone_s0')
+MODELS = ('care_s0', 'casvit_xs', 'fastvit_t8', 'mobilenetv4_conv_small', 'mobileone_s0', 'mlla_t')
 VERIFIED = 14  # bundled images that each program is verified on, one of each class
 
 
