@@ -9,7 +9,7 @@ os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # before torch is imported: its
 try:
     import caretrans  # noqa: E402, F401 (registers the models)
 except ModuleNotFoundError as error:
-    print(f'benchmark.py: {error}: use .venv/bin/python, which bash cmd/benchmark.sh creates.', file=sys.stderr)
+    print(f'benchmark.py: {error}', file=sys.stderr)
     sys.exit(2)
 from caretrans.bench.config import BenchConfig, parse_bench_config  # noqa: E402
 from caretrans.bench.readme import PAGE, README, RESULTS, check_readme, write_page  # noqa: E402

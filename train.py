@@ -5,6 +5,7 @@ With --task, a recipe of a detector or segmenter, or data for one (COCO, Pascal 
 import shlex
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import caretrans  # noqa: F401 (registers the models)
@@ -27,8 +28,8 @@ def parse(argv: list[str]) -> tuple[Any, type[Trainer]]:
     return parse_train_config(argv, __doc__, DenseConfig, SAMPLE_RECIPES[task]), DenseTrainer
 
 
-def report(result: TrainResult) -> Iterator[str]:
-    """Lines about a finished run."""
+def report(data: str, result: TrainResult) -> Iterator[str]:
+    """Lines about a finished run; `data` is what evaluating its checkpoint needs besides the file."""
     name, title = result.best_score, result.score_title.split(',')[0]
     if result.best is None or result.last.scores[name] is None:
         yield f'no {title}: the evaluation images have nothing to score'
@@ -37,7 +38,7 @@ def report(result: TrainResult) -> Iterator[str]:
                f'last {result.last.scores[name]:.1f} %')
     yield f'curves: {result.folder / "curves.png"}   table: {result.folder / "summary.csv"}'
     file = 'last.pth.tar' if result.best is None else 'best.pth.tar'
-    yield f'next: bash cmd/eval.sh {shlex.quote(str(result.folder / file))}'
+    yield f'next: bash cmd/eval.sh {shlex.join([str(result.folder / file), *([data] if data else [])])}'
 
 
 def run() -> int:
@@ -45,7 +46,7 @@ def run() -> int:
     show_messages(processes.is_primary)
     with shared_errors():  # all processes have the same command line
         config, kind = parse(sys.argv[1:])
-    return run_training('train.py', config, kind, report)
+    return run_training('train.py', config, kind, partial(report, config.data if kind is DenseTrainer else ''))
 
 
 def main() -> int:

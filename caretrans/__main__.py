@@ -44,7 +44,7 @@ def _build_parser() -> FlagParser:
     predict.add_argument('--device', default='auto', help=DEVICE_HELP)
 
     convert = commands.add_parser('convert', help='write a checkpoint in another layout or format')
-    convert.add_argument('source')
+    convert.add_argument('source', help='a checkpoint of any layout')
     convert.add_argument('target', help='output file: .pth, .pth.tar or .safetensors')
     convert.add_argument('--to', dest='layout', required=True, choices=(*LAYOUTS, 'detectron2'), help=(
         'layout of the keys; detectron2 for the trunk of a pre-training'))
@@ -57,7 +57,8 @@ def _build_parser() -> FlagParser:
         'shard', help='write a folder of images as WebDataset shards; run it again to resume after an interruption')
     shard.add_argument('source', help='folder with train/CLASS/*.jpg and val/CLASS/*.jpg')
     shard.add_argument('target', help='folder for the shards; train on it with: bash cmd/train.sh TARGET')
-    shard.add_argument('--split', dest='splits', nargs='+', default=['train', 'val'], help='(default: train val)')
+    shard.add_argument(
+        '--split', dest='splits', nargs='+', default=['train', 'val'], help='splits to write (default: train val)')
     size = shard.add_mutually_exclusive_group()
     size.add_argument('--images-per-shard', type=number(int, 1), help='maximum (default: limited by --shard-size)')
     size.add_argument('--shard-size', type=number(float, 0.01), default=100., help='megabytes (default: 100)')
@@ -67,7 +68,8 @@ def _build_parser() -> FlagParser:
 
     inspect = commands.add_parser('inspect', help='say what is in a folder: images, objects, classes, odd things')
     inspect.add_argument('data', help='folder of classes, in the format of COCO or VOC, or with images and masks')
-    inspect.add_argument('--split', dest='splits', nargs='+', default=['train', 'val'], help='(default: train val)')
+    inspect.add_argument(
+        '--split', dest='splits', nargs='+', default=['train', 'val'], help='splits to look at (default: train val)')
 
     bench = commands.add_parser('bench-loader', help="images/s of the training loader and of timm's default loader")
     bench.add_argument('data', nargs='?', help='folder with train/CLASS/*.jpg (default: the bundled images)')
@@ -99,8 +101,9 @@ def _predict_dense(as_json: bool, device: str, options: dict[str, Any]) -> int:
         elif 'error' not in result:
             print(escape(f'{result["image"]} -> {result["drawing"]}'))
             for found in result.get('objects', ()):
-                place = [round(x) for x in found['bbox']]
-                print(f'  {100 * found["score"]:5.1f} %  {escape(found["category"])}  at {place}')
+                left, top, width, height = (round(x) for x in found['bbox'])
+                print(f'  {100 * found["score"]:5.1f} %  {escape(found["category"])}  at x {left}, y {top}, '
+                      f'{width} x {height}')
             for name, share in result.get('pixels', {}).items():
                 print(f'  {100 * share:5.1f} % of the pixels  {escape(name)}')
         if 'error' in result:

@@ -229,7 +229,9 @@ def _read_chain(name_or_file: str, seen: Sequence[str] = ()) -> list[tuple[Path,
     if not path.is_file():
         bundled = {path.stem: path for path in RECIPES.rglob('*.yaml')}
         if name_or_file not in bundled:
-            raise ConfigError(f'No recipe {name_or_file!r}: neither a file nor one of {", ".join(sorted(bundled))}.')
+            near = difflib.get_close_matches(name_or_file, bundled, n=8, cutoff=0.3)
+            raise ConfigError(f'No recipe {name_or_file!r}: neither a file nor a bundled recipe; near: '
+                              f'{", ".join(near) or "none"}.')
         path = bundled[name_or_file]
     settings = _read_yaml(path)
     base = settings.pop('base', None)

@@ -198,10 +198,10 @@ def check_weights(
     if len(named) > 1:
         raise ConfigError(f'{" and ".join(named)} exclude each other: use one of them.')
     if not named:
-        only = '' if random_weights is not None else ', which this command cannot use: they have no accuracy'
+        third = ', and --random-weights makes random ones to measure speed' if random_weights is not None else ''
         raise ConfigError(
-            'No weights: --checkpoint FILE loads a file, --pretrained --model NAME the published weights of a model, '
-            f'and --random-weights makes random ones to measure speed{only}.')
+            f'No weights: --checkpoint FILE loads a file, --pretrained --model NAME the published weights of a model'
+            f'{third}.')
     if not checkpoint and not model_name:
         raise ConfigError(f'{named[0]} needs a model: add --model, e.g. --model care_s0.')
     if pretrained and entry:

@@ -13,12 +13,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ['escape', 'escape_output', 'open_text', 'read_text', 'to_utf8', 'utf8_path', 'write_text']
+__all__ = ['count_noun', 'escape', 'escape_output', 'open_text', 'read_text', 'to_utf8', 'utf8_path', 'write_text']
 
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: 'utf-8-sig', codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
 WRITING = dict(encoding='utf-8', errors='backslashreplace')
 SURROGATE = re.compile('[\ud800-\udfff]')
 CONTROLS = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028\u2029]')
+
+
+def count_noun(number: int, singular: str, plural: str = '') -> str:
+    """'1 epoch', '2 epochs', '3 forward passes'."""
+    return f'{number} {singular if number == 1 else plural or singular + "s"}'
 
 
 def read_text(path: str | Path, error: type[Exception], flag: str = '') -> str:

@@ -27,5 +27,6 @@ if __name__ == '__main__':
     missing = find_missing(Path(sys.argv[1]).read_text(encoding='utf-8'))
     if sys.version_info < (3, 10):
         missing.append('python>=3.10')
-    print(' '.join(missing) or 'complete')
+    if missing:
+        print(' '.join(missing))
     sys.exit(bool(missing))

@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from ..measure.tables import format_table, format_value
 from ..models.backbone import find_family
 from ..strict_json import replace_non_finite, to_json
-from ..text import escape, read_text, write_text
+from ..text import count_noun, escape, read_text, write_text
 from .compare_plan import TITLE, Plan
 from .record import ModelCounts, Record, write_csv
 
@@ -234,7 +234,7 @@ def describe_comparison(comparison: Comparison, markdown: bool = False) -> list[
     spread = f'±: standard deviation over {seeds} seeds' if seeds > 1 else \
         'one seed: the spread between seeds is not known here (--seeds 0 1 2)'
     remarks = [
-        f'a comparison at this small budget, not of the published accuracies: {budget.epochs} epochs = '
+        f'a comparison at this small budget, not of the published accuracies: {count_noun(budget.epochs, "epoch")} = '
         f'{budget.steps:,} steps of {budget.batch_size} images = {budget.steps * budget.batch_size:,} images of '
         f'{plan.config.img_size} px from random weights, the same for every model',
         f'data {plan.data_name}: {budget.train_images:,} training and {budget.val_images:,} validation images, '
@@ -246,8 +246,8 @@ def describe_comparison(comparison: Comparison, markdown: bool = False) -> list[
         f'{spread}; the number of validation images alone leaves a standard error of {error:.1f} points']
     for timed in comparison.latencies[:1]:
         remarks.append(
-            f'latency: {comparison.device}, {timed.threads} thread(s), batch 1, {timed.dtype}, median, interleaved; '
-            f'eager: the original network; fused: the same network fused for inference')
+            f'latency: {comparison.device}, {count_noun(timed.threads, "thread")}, batch 1, {timed.dtype}, median, '
+            f'interleaved; eager: the original network; fused: the same network fused for inference')
     remarks += [', '.join(f'{name} {value}' for name, value in comparison.versions.items())
                 + (f', commit {comparison.commit}' if comparison.commit else ''),
                 *(f'failed: {failure}' for failure in comparison.failures)]

@@ -25,13 +25,13 @@ class SetupFlags:
     checkpoint: str = setting(
         '', 'weights of the model (default: random weights chosen so that an error in any layer shows)')
     backend: list[str] = setting(
-        ['all'], 'backends to measure (default: all that are available here)', choices=[*BACKENDS, 'all'])
+        ['all'], 'backends to measure; all: those available here', choices=[*BACKENDS, 'all'])
     dtype: list[str] = setting(['float32'], 'number formats; tf32 is for GPUs', choices=list(DTYPES))
     channels_last: bool | None = setting(
         None, 'memory layout in PyTorch (default: NCHW for eager, as published, else channels-last)')
     kernels: list[str] = setting(
         [], "kernels of the fused network in PyTorch: its own, or this package's in Triton; by default all that run "
-        'here)', choices=list(KERNELS))
+        'here', choices=list(KERNELS))
 
 
 @dataclass

@@ -18,6 +18,7 @@ from ..measure.counts import count_operations, count_parameters
 from ..measure.tables import format_table
 from ..measure.timing import Rounds, compare_rounds, is_out_of_memory, time_block, time_interleaved
 from ..progress import Progress
+from ..text import count_noun
 from .config import BenchConfig
 from .infer import AGAIN, DEFAULT_RUNS, PATIENCE, ROUNDS
 from .record import BenchResult, DenseCost, shorten
@@ -157,6 +158,6 @@ def describe_dense(costs: list[DenseCost], markdown: bool = False) -> list[str]:
     if runs:
         first = next(cost for cost in costs if cost.runs)
         number = ' to '.join(map(str, (runs[0], runs[-1])[:len(runs)]))
-        lines.append(f'{first.device}, {first.threads} thread(s), {number} timed runs, the backbones of a task '
-                     f'interleaved')
+        lines.append(f'{first.device}, {count_noun(first.threads, "thread")}, {number} timed runs, the backbones of a '
+                     f'task interleaved')
     return lines

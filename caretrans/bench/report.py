@@ -11,7 +11,7 @@ from ..measure.counts import KINDS
 from ..measure.published import list_footnotes, mark_accuracy
 from ..measure.tables import format_table, format_value
 from ..strict_json import replace_non_finite, to_json
-from ..text import read_text, write_text
+from ..text import count_noun, read_text, write_text
 from .backends import UNSEEN
 from .config import BenchConfig
 from .record import BenchResult, ModelCounts, Record, write_csv
@@ -36,7 +36,7 @@ def _describe_model(count: ModelCounts) -> list[str]:
         f'activations  {count.activations_m:.2f} M, fused {count.activations_fused_m:.2f} M (elements of outputs)']
     if count.published:
         figures = {key: getattr(count.published, key) for key in PUBLISHED_COLUMNS}
-        lines.append('published    ' + ', '.join(
+        lines.append(f'published    at {count.published.size} x {count.published.size}: ' + ', '.join(
             PUBLISHED_COLUMNS[key].format(value) for key, value in figures.items() if value is not None))
     kinds = [kind for kind in KINDS if count.gmacs_by_kind[kind]]
     rows = [[part, sum(macs.values()), *(macs.get(kind) for kind in kinds)]
@@ -111,7 +111,7 @@ def _describe_conditions(result: BenchResult) -> list[str]:
     setups = {record.reference.split(' ', 1)[1] for record in result.records}
     reference = setups.pop() if len(setups) == 1 else 'the first setup'
     return [
-        f'{result.device}, {first.threads} thread(s); {first.warmup} runs to warm up, then '
+        f'{result.device}, {count_noun(first.threads, "thread")}; {first.warmup} runs to warm up, then '
         f'{" to ".join(str(n) for n in (runs[0], runs[-1])[:len(runs)])} timed, interleaved',
         ', '.join(f'{name} {version}' for name, version in first.versions.items()),
         f'speed-up (in brackets where each setup has a column): over {reference} of the same model, median of rounds; '

@@ -82,7 +82,7 @@ def _check_target(target: Path, layout: str, overwrite: bool) -> None:
     if not target.name.endswith((*TORCH_ENDINGS, '.safetensors')):
         raise CheckpointError(f'{target}: let the name end in {", ".join(TORCH_ENDINGS)} or .safetensors.')
     if target.exists() and not overwrite:
-        raise CheckpointError(f'{target}: already exists: choose another name, or overwrite=True (--overwrite).')
+        raise CheckpointError(f'{target}: already exists: choose another name, or overwrite it (--overwrite).')
 
 
 def _check_settings(checkpoint: Checkpoint, model: nn.Module, layout: str, settings: dict[str, Any]) -> None:

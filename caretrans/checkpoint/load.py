@@ -212,8 +212,8 @@ def _load(model: nn.Module, checkpoint: Checkpoint, new_heads: bool) -> None:
     heads = {key: value for key, value in model.state_dict().items() if new_heads and layout.is_head(key)}
     model.load_state_dict({**tensors, **heads})
     _logger.info(
-        'Loaded %s from %s, %s%s', layout.model_name, checkpoint.path,
-        f'entry {checkpoint.entry}' if checkpoint.entry else 'which is not wrapped',
+        'Loaded %s from %s%s%s', layout.model_name, checkpoint.path,
+        f', entry {checkpoint.entry}' if checkpoint.entry else '',
         f' (not {list_names(checkpoint.entries)})' if checkpoint.entries else '')
     if new_heads:
         _logger.info('The heads of %s are fresh: train them', layout.model_name)

@@ -41,8 +41,9 @@ def _split_folder(root: Path, split: str) -> Path:
                 return path
     if root.name in synonyms:
         return root
-    found = list_names(sorted(p.name for p in root.iterdir() if p.is_dir())) or 'no folders'
-    raise DataError(f'{root} has no folder {split!r}, it has {found}. Expected: {root}/{split}/CLASS/IMAGE.jpg.')
+    found = list_names(sorted(p.name for p in root.iterdir() if p.is_dir()))
+    raise DataError(f'{root} has no folder {split!r}, {"but " + found if found else "and no other"}. Expected: '
+                    f'{root}/{split}/CLASS/IMAGE.jpg.')
 
 
 def _open_shards(root: str, split: str, **options: Any) -> IterableImageDataset:

@@ -276,7 +276,8 @@ def build_train_loader(
         for size in config.list_sizes()]
     if len(dataset) < config.batch_size:
         raise DataError(
-            f'The {len(dataset)} training images do not fill a batch of {config.batch_size}: use a smaller one.')
+            f'The {len(dataset)} training images do not fill a batch of {config.batch_size}: use a smaller '
+            f'--batch-size.')
     if isinstance(dataset, IterableDataset) and len(transforms) > 1:
         raise DataError('train_img_sizes needs images by index: shards are read in order, so give one img_size.')
     samples = make_samples(dataset, transforms, config, splits, processes)

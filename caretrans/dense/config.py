@@ -121,8 +121,13 @@ class DenseConfig(RunConfig):
         kinds = dict(
             step=dict(sched='multistep', decay_milestones=[epoch + half for epoch in self.milestones], decay_rate=.1),
             poly=dict(sched='poly', decay_rate=.9), cosine={})
-        warmup = dict(warmup_epochs=self.warmup_steps / steps_per_epoch) if self.warmup_steps else {}
+        warmup = dict(warmup_epochs=self.fit_warmup(steps_per_epoch) / steps_per_epoch) if self.warmup_steps else {}
         return {**super().schedule_options(steps_per_epoch), **kinds[self.schedule], **warmup}
+
+    def fit_warmup(self, steps_per_epoch: int) -> int:
+        """Steps of warm-up: half of the run where it is shorter than `warmup_steps`."""
+        steps = self.epochs * steps_per_epoch
+        return self.warmup_steps if self.warmup_steps < steps else steps // 2
 
     def optimizer_options(self) -> dict[str, Any]:
         return dict(super().optimizer_options(), filter_bias_and_bn=not self.decay_norms)

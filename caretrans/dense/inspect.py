@@ -37,7 +37,8 @@ def describe_data(root: str | Path, split: str) -> Iterator[str]:
         yield from _describe_classes(root / split)
     if not found:
         raise DataError(f'{root} has no {split}: neither annotations in the format of COCO or Pascal VOC, nor images '
-                        f'and masks, nor folders {split}/CLASS with images.')
+                        f'and masks, nor folders {split}/CLASS with images. Shards and tar files are not inspected; a '
+                        f'folder of images without labels is for cmd/pretrain.sh.')
 
 
 def _describe_objects(data: CocoData) -> Iterator[str]:

@@ -238,7 +238,7 @@ def convert_checkpoint(
     """
     target = Path(target)
     if target.exists() and not overwrite:
-        raise CheckpointError(f'{target}: already exists: choose another name, or overwrite=True (--overwrite).')
+        raise CheckpointError(f'{target}: already exists: choose another name, or overwrite it (--overwrite).')
     if layout not in ('published', 'caretrans'):
         raise CheckpointError(f'{source}: detectors and segmenters have no {layout} layout: take --to published.')
     model, checkpoint = create_from_checkpoint(source, entry)

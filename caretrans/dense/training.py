@@ -110,6 +110,7 @@ class DenseTrainer(Trainer):
     """Training of a detector or segmenter."""
 
     config: DenseConfig
+    counted = ' in all'
     saves_before_evaluation = True  # an image that cannot be used ends it
 
     @classmethod
@@ -177,10 +178,6 @@ class DenseTrainer(Trainer):
         self.train_loader = TrainLoader(
             self.train_set, config, lambda batches: DeviceBatches(batches, self.device, self.memory_format),
             self.splits, self.processes, self.device, collate=collate)
-        steps = config.epochs * self.train_loader.steps
-        if self.train_loader.steps and config.warmup_steps >= steps:
-            raise ConfigError(f'warmup_steps={config.warmup_steps}, but the run has {steps} steps: use fewer with '
-                              f'--warmup-steps.')
         self.task = DenseTask(self.model, config.task, self.device)
 
     def evaluate(self, check: Callable[[int], None]) -> Evaluation:
@@ -214,5 +211,8 @@ class DenseTrainer(Trainer):
         notes = dict.fromkeys([*self.train_set.notes, *self.val_data.notes])
         yield from notes
         yield from super().introduce()
+        warmup = self.config.fit_warmup(self.train_loader.steps)
+        if warmup < self.config.warmup_steps:
+            yield f'the warm-up of {self.config.warmup_steps} steps does not fit: it takes {warmup}'
         if self.model.backbone.body.frozen_bn:
             yield 'BatchNorm of the backbone keeps its statistics (--no-frozen-bn trains them)'

@@ -18,6 +18,7 @@ from ..errors import CheckpointError, ConfigError, DataError, EvaluationError, l
 from ..flags import check_weights
 from ..fuse import to_form
 from ..progress import Progress
+from ..text import count_noun
 from .classes import match_classes
 from .metrics import (
     Accuracy, ClassScore, Scores, check_forward, evaluate_in_detail, list_non_finite, list_worst, tabulate_classes,
@@ -297,6 +298,6 @@ def describe_result(result: EvalResult) -> Iterator[str]:
             wrong = ', '.join(f'{other.name} {other.images}' for other in row.taken_for[:3]) or 'nothing else'
             yield f'  {row.name}  {row.top1:.1f} % of {row.images}: {wrong}'
     if result.unreadable:
-        yield (f'{len(result.unreadable)} more image(s) could not be read and are skipped: these figures are '
-               f'of {result.images} images only:')
+        yield (f'{count_noun(len(result.unreadable), "more image")} could not be read and are skipped: these figures '
+               f'are of {result.images} images only:')
         yield from (f'  {name}: {reason}' for name, reason in result.unreadable)

@@ -138,6 +138,8 @@ class Interaction(Expansion):
 class CareBlock(nn.Module):
     """Decoupled mixing, dual interaction and a residual: (B, 4m, H, W) to the same shape, m = `slice_chs`.
 
+    The first m channels of the result are the memory that the next block reads.
+
     The last block of the network is different: it stops at the expanded channels of Inter2, (B, ratios[1] * 4m, H, W),
     and hands them to the heads. It has no projection back, no layer scale and no residual, so its drop path zeroes
     whole feature maps of the dropped samples. The published networks were trained this way, so it is kept.

@@ -68,6 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         require('matplotlib')
     rows = read_results(args.file)
     print('\n'.join(describe_results(rows)) if rows else f'{args.file}: no rows yet')
-    if args.plot:
+    if args.plot and rows:
         print(f'written to {draw_results(rows, args.plot)}')
     return 0

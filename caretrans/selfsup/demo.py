@@ -27,7 +27,7 @@ from ..errors import DataError, run_command
 from ..flags import FlagParser, number
 from ..progress import show_messages
 from ..seeds import seed_everything
-from ..text import escape
+from ..text import count_noun, escape
 from ..training.run import train
 from .config import PretrainConfig
 from .features import estimate_statistics, extract_features, load_trunk
@@ -146,7 +146,8 @@ def _main(argv: Sequence[str]) -> int:
     parser.add_argument('--output', help='folder for the runs (default: a new one under runs/)')
     flags = parser.parse_args(argv)
     folder = Path(flags.output or f'runs/selfsup-demo-{time.strftime("%Y%m%d-%H%M%S")}')
-    print(escape(f'{" and ".join(METHODS)} without labels, {len(flags.seeds)} seed(s), into {folder}'), flush=True)
+    seeds = count_noun(len(flags.seeds), 'seed')
+    print(escape(f'{" and ".join(METHODS)} without labels, {seeds}, into {folder}'), flush=True)
     start, rows = time.perf_counter(), []
     for row in compare(flags.data, folder, flags.seeds, flags.epochs):
         rows.append(row)

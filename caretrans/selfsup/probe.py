@@ -112,7 +112,8 @@ def train_probe(
         EvaluationError: Logits are not finite.
     """
     if steps < 1:
-        raise ConfigError(f'The training images do not fill a batch of {settings.batch_size}: use a smaller one.')
+        raise ConfigError(f'The training images do not fill a batch of {settings.batch_size}: use a smaller '
+                          f'--batch-size.')
     device, classes = classifier[0].weight.device, classifier[0].out_features
     optimizer = build_optimizer(classifier, settings.lr * settings.batch_size / RATE_BATCH, weight_decay=0.)
     schedule = build_schedule(optimizer, settings.epochs, 0, steps)

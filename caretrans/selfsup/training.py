@@ -19,6 +19,7 @@ from ..data.loaders import Pass, TrainLoader, build_eval_loader, make_samples, n
 from ..distributed import Processes
 from ..errors import ConfigError, DataError, TrainingError
 from ..evaluation.metrics import evaluate
+from ..text import count_noun
 from ..training.state import EpochRow, Evaluation
 from ..training.trainer import Trainer, save_memory
 from .config import PretrainConfig
@@ -77,6 +78,7 @@ class PretrainTrainer(Trainer):
     best_score = 'val_knn'
     score_title = 'nearest neighbours, %'
     weights_entry = ENTRY
+    counted = ', with projectors, predictors and T-stream'
     has_fixed_size = True
 
     @classmethod
@@ -85,8 +87,8 @@ class PretrainTrainer(Trainer):
         if images < 2 and not (config.sync_bn and processes.world_size > 1):
             raise ConfigError(
                 f'A forward pass of 1 image leaves BatchNorm of the heads one value per channel (batch_size='
-                f'{config.batch_size}, device_batch={config.device_batch}, {processes.world_size} process(es)): use 2 '
-                f'or more per pass and process.')
+                f'{config.batch_size}, device_batch={config.device_batch}, '
+                f'{count_noun(processes.world_size, "process", "processes")}): use 2 or more per pass and process.')
         if config.dataset_download:  # once per machine
             processes.together(lambda: open_dataset(
                 config.data, config.train_split, config.dataset, download=True) if processes.local_rank == 0 else None)
@@ -100,7 +102,7 @@ class PretrainTrainer(Trainer):
             self._open_labelled()
         if len(self.train_set) < config.batch_size:
             raise DataError(f'The {len(self.train_set)} training images do not fill a batch of {config.batch_size}: '
-                            f'use a smaller one.')
+                            f'use a smaller --batch-size.')
 
     def _open_labelled(self) -> None:
         """Open both splits for the nearest neighbours; without an evaluation split there are none."""

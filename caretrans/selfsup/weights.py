@@ -180,7 +180,7 @@ def convert_pretraining(
     if not target.name.endswith(endings):
         raise CheckpointError(f'{target}: let the name end in {", ".join(endings)} for --to {layout}.')
     if target.exists() and not overwrite:
-        raise CheckpointError(f'{target}: already exists: choose another name, or overwrite=True (--overwrite).')
+        raise CheckpointError(f'{target}: already exists: choose another name, or overwrite it (--overwrite).')
     module, meta = load_pretraining(source, entry), read_checkpoint(source, entry).meta
     epoch = next((meta[name] for name in ('epoch', 'start_epoch') if isinstance(meta.get(name), int)), 0)
     design = module.design

@@ -19,6 +19,7 @@ from ..errors import CheckpointError, ConfigError, list_names
 from ..evaluation.metrics import check_forward, evaluate, list_non_finite
 from ..kernels import describe_placements, use_kernels, why_unavailable
 from ..models.backbone import disable_drop_path
+from ..text import count_noun
 from .folder import choose_orientation
 from .losses import SelfDistillationTask, build_task
 from .state import EpochRow, Evaluation
@@ -112,8 +113,9 @@ def check_batch(config: TrainConfig, world_size: int) -> None:
                 raise ConfigError(f'img_size={size}: {config.model}: {" ".join(str(error).split())}') from None
             raise ConfigError(
                 f'A forward pass of 1 image of {size} px leaves BatchNorm of {config.model} one value per channel '
-                f'(batch_size={config.batch_size}, device_batch={config.device_batch}, {world_size} process(es)): '
-                f'use 2 or more per pass and process with --batch-size or --device-batch, or --img-size 64.') from None
+                f'(batch_size={config.batch_size}, device_batch={config.device_batch}, '
+                f'{count_noun(world_size, "process", "processes")}): use 2 or more per pass and process with '
+                f'--batch-size or --device-batch, or --img-size 64.') from None
 
 
 def put_kernels(model: nn.Module, config: TrainConfig) -> str:

@@ -13,7 +13,7 @@ from timm.utils import distribute_bn
 from ..checkpoint.load import read_checkpoint
 from ..config import RunConfig
 from ..devices import resolve_device
-from ..distributed import Processes, find_processes, join_processes, leave_processes
+from ..distributed import Processes, find_processes, join_processes, leave_processes, shared_errors
 from ..errors import CheckpointError, ConfigError, EvaluationError, Preempted, TrainingError, list_names
 from ..evaluation.metrics import list_non_finite
 from ..progress import Progress
@@ -303,9 +303,17 @@ def _resume(
 
 
 def _introduce(trainer: Trainer, path: Path) -> Iterator[str]:
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    yield f'{trainer.config.model} ({parameters / 1e6:.2f} M parameters) on {trainer.device}, into {path}'
+    parameters = sum(parameter.numel() for parameter in trainer.trained.parameters())
+    yield (f'{trainer.config.model} ({parameters / 1e6:.2f} M parameters{trainer.counted}) on {trainer.device}, into '
+           f'{path}')
     yield from trainer.introduce()
+
+
+def _check_start(config: RunConfig) -> None:
+    """Refuse to fine-tune nothing."""
+    if getattr(config, 'new_heads', False) and not (config.checkpoint or config.pretrained):
+        raise ConfigError('new_heads: there are no weights to fine-tune: add --checkpoint FILE or --pretrained, or '
+                          '--no-new-heads to train from random weights.')
 
 
 def train(config: RunConfig, kind: type[Trainer] = ClassificationTrainer) -> TrainResult:
@@ -320,6 +328,8 @@ def train(config: RunConfig, kind: type[Trainer] = ClassificationTrainer) -> Tra
         TrainingError: Training cannot continue; the message names the last good checkpoint.
         Preempted: SIGTERM was received and the checkpoint is written.
     """
+    with shared_errors():
+        _check_start(config)
     device = resolve_device(config.device, find_processes().local_rank)
     try:
         processes = join_processes(device)

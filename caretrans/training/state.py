@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 
 from ..distributed import Processes
+from ..text import count_noun
 
 __all__ = [
     'Division', 'EpochRow', 'Evaluation', 'TrainScores', 'TrainState', 'describe_world_change', 'gather_train_state',
@@ -169,6 +170,6 @@ def describe_world_change(before: Division, after: Division) -> str:
     seen = f'BatchNorm sees {after.device_batch} images at a time' + (
         f' instead of {before.device_batch}' if 'device_batch' in changed else ' as before')
     statistics = ', its running statistics start from their mean' if 'world_size' in changed else ''
-    return (f'The run resumes with {after.world_size} process(es) instead of {before.world_size}: {images}, {seen}'
-            f'{statistics}, and sums are rounded in another order, so the result is not bit-identical to that of an '
-            f'unchanged run.')
+    return (f'The run resumes with {count_noun(after.world_size, "process", "processes")} instead of '
+            f'{before.world_size}: {images}, {seen}{statistics}, and sums are rounded in another order, so the result '
+            f'is not bit-identical to that of an unchanged run.')

@@ -22,6 +22,7 @@ from ..data.loaders import Pass, TrainLoader
 from ..distributed import Processes
 from ..errors import CheckpointError, ConfigError, DataError
 from ..seeds import seed_everything
+from ..text import count_noun
 from .state import Division, EpochRow, Evaluation
 from .steps import Stepper
 
@@ -53,6 +54,7 @@ class Trainer:
         weights_entry: Entry of a checkpoint with the weights of `model`, from which a run resumes.
         has_fixed_size: Whether all training images of a run have the same size.
         saves_before_evaluation: Write a checkpoint before an evaluation, because it can fail.
+        counted: What parameters are counted, where it is more than the network of `config.model`.
         loading_remedy: What else helps when the device waits for data.
         model: The trained weights, without wrappers.
         ema: Their average over the steps, or None.
@@ -70,6 +72,7 @@ class Trainer:
     weights_entry = 'state_dict'
     has_fixed_size = False
     saves_before_evaluation = False
+    counted = ''
     loading_remedy = 'put the data on a local disk'
     model: nn.Module
     task: TrainingTask
@@ -87,7 +90,7 @@ class Trainer:
         self.open_data()
         if len(self.train_set) < config.batch_size:
             raise DataError(f'The {len(self.train_set)} training images do not fill a batch of {config.batch_size}: '
-                            f'use a smaller one.')
+                            f'use a smaller --batch-size.')
         try:
             self._build()
         except (CheckpointError, ConfigError, DataError):
@@ -200,10 +203,12 @@ class Trainer:
         """Lines about the run, before its first step."""
         config, devices = self.config, '' if self.processes.is_alone else f' x {self.processes.world_size} processes'
         for at_size, (images, passes) in zip(self.name_splits(), self.splits, strict=True):
-            yield (f'batch of {config.batch_size}{at_size} = {images} images x {passes} forward pass(es){devices}, '
-                   f'{self.train_loader.steps} steps per epoch, {self.epochs} epochs, rate up to {config.lr:g}')
+            forward = count_noun(passes, 'forward pass', 'forward passes')
+            yield (f'batch of {config.batch_size}{at_size} = {images} images x {forward}{devices}, '
+                   f'{self.train_loader.steps} steps per epoch, {count_noun(self.epochs, "epoch")}, rate up to '
+                   f'{config.lr:g}')
             if config.device_batch and images < config.device_batch and not at_size:
-                yield f'BatchNorm sees {images} images at a time, not {config.device_batch} as with device_batch'
+                yield f'BatchNorm sees {images} images at a time, not the {config.device_batch} of --device-batch'
 
     def name_splits(self) -> list[str]:
         """Words for each of `splits`."""

@@ -163,7 +163,7 @@ def test_tables_and_plot_are_written(compared):
     for said in ('not of the published accuracies', '2 epochs = 4 steps of 4 images = 16 images of 32 px',
                  '8 training and 8 validation images, 2 classes (chance: 50.0 %)',
                  'ls_init_value=0.1, which the recipe sets for its own model family, does not apply to casvit_xs',
-                 'standard deviation over 2 seeds', '1 thread(s), batch 1, float32'):
+                 'standard deviation over 2 seeds', '1 thread, batch 1, float32'):
         assert said in text, said
 
 

@@ -231,10 +231,11 @@ def test_an_evaluation_that_fails_costs_no_step(small_data, tmp_path, monkeypatc
 
 def test_a_run_without_anything_to_score_ends_with_its_last_checkpoint():
     row = EpochRow(1, 1., {}, dict(val_AP=None), 1., 1., 1., 0.)
-    lines = list(report(TrainResult(Path('run'), row, None, 'val_AP', 'AP, %')))
-    assert lines[0] == 'no AP: the evaluation images have nothing to score' and lines[-1].endswith('run/last.pth.tar')
+    lines = list(report('data/nuclei', TrainResult(Path('run'), row, None, 'val_AP', 'AP, %')))
+    assert lines[0] == 'no AP: the evaluation images have nothing to score'
+    assert lines[-1] == 'next: bash cmd/eval.sh run/last.pth.tar data/nuclei'  # detectors do not know their data
     best = EpochRow(1, 1., {}, dict(val_AP=40.), 1., 1., 1., 0.)
-    assert next(report(TrainResult(Path('run'), best, best, 'val_AP', 'AP, %'))) == \
+    assert next(report('data/nuclei', TrainResult(Path('run'), best, best, 'val_AP', 'AP, %'))) == \
         'best AP 40.0 % after epoch 1, last 40.0 %'
 
 
@@ -351,6 +352,13 @@ def test_settings_that_cannot_work_are_one_line(flags, message):
     assert '\n' not in str(error.value)
 
 
+def test_a_warm_up_that_does_not_fit_becomes_half_of_the_run(small_data):
+    trainer = build('faster_rcnn', small_data, '--warmup-steps', 500)
+    assert 'the warm-up of 500 steps does not fit: it takes 2' in list(trainer.introduce())
+    found = rates(trainer.config, 2, range(4))
+    assert found[1] == pytest.approx(trainer.config.lr / 2, rel=1e-2) and found[3] < found[2] <= trainer.config.lr / 2
+
+
 def test_data_that_cannot_be_trained_on_are_one_line(small_data, tmp_path):
     flags = [*SMALL, '--workers', 0]
 
@@ -362,7 +370,6 @@ def test_data_that_cannot_be_trained_on_are_one_line(small_data, tmp_path):
     refuse(small_data / 'cards', 'semantic_fpn', 'has no images and masks of train')
     refuse(small_data / 'cards', 'mask_rcnn', r'json: \d+ objects have no segmentation')
     refuse(small_data / 'cards', 'faster_rcnn', '8 training images do not fill a batch of 16', '--batch-size', 16)
-    refuse(small_data / 'cards', 'faster_rcnn', 'warmup_steps=500, but the run has 4 steps', '--warmup-steps', 500)
     refuse(small_data / 'cards', 'faster_rcnn', 'faster_rcnn with care_s0: .*nonsense', '--model-args', 'nonsense=1')
     refuse(small_data / 'cards', 'faster_rcnn', "No model|no model", '--model', 'care_s9')
     data = shutil.copytree(small_data / 'cards', tmp_path / 'renamed')

@@ -62,12 +62,13 @@ class Candidate:
         self.times[1].append(self.call('time', count=browser, block=1))
 
     def describe(self) -> list[str]:
-        ratio = np.median([np.mean(browser) / np.mean(native) for native, browser in zip(*self.times, strict=True)])
+        ratios = [np.mean(browser) / np.mean(native) for native, browser in zip(*self.times, strict=True)]
+        ratio = '{1:.2f} [{0:.2f}, {2:.2f}]'.format(*np.percentile(ratios, (10, 50, 90)))
         runs = [np.concatenate(rounds) for rounds in self.times]
         medians = ['{1:.1f} [{0:.1f}, {2:.1f}]'.format(*np.percentile(times, (10, 50, 90))) for times in runs]
         side = self.program['size'][0]
         return [
-            f'{self.program["model"]} {self.program["precision"]} {side}', self.runtime, *medians, f'{ratio:.1f}',
+            f'{self.program["model"]} {self.program["precision"]} {side}', self.runtime, *medians, ratio,
             f'{self.facts["error"]:.1e}', f'{self.file["bytes"] / 1e6:.1f}', f'{self.facts["load_ms"]:.0f}',
             f'{self.facts["first_ms"]:.0f}']
 
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=10)
     parser.add_argument('--seconds', type=float, default=0.5)
     args = parser.parse_args()
+    torch.set_num_threads(1)
     manifest = json.loads((args.folder / 'manifest.json').read_text(encoding='utf-8'))
     with serving(args.folder) as address, sync_playwright() as driver:
         page = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS + ON_CPU).new_page()
@@ -85,9 +87,13 @@ def main() -> None:
         page.locator('#check.good').wait_for(timeout=120_000)
         candidates = [Candidate(page, args.folder, manifest, program, runtime) for program in manifest['programs']
                       for runtime in program['files']]
+        matrix, rates = torch.rand(1024, 1024), []
         for _ in range(args.rounds):
+            rates += [2 * 1024 ** 3 / seconds / 1e9 for seconds in time_block(lambda: matrix @ matrix, 5, CPU)]
             for i in np.random.permutation(len(candidates)):
                 candidates[i].time(args.seconds)
+    print('matmul of 1024 x 1024, one thread: {1:.0f} [{0:.0f}, {2:.0f}] GFLOP/s'.format(
+        *np.percentile(rates, (10, 50, 90))))
     print('\n'.join(format_table(HEADER, [candidate.describe() for candidate in candidates], markdown=True)))
 
 

@@ -1,4 +1,4 @@
-"""Take the pictures of docs/browser.md, of a page that measures: run it on a quiet machine.
+"""Take the pictures of README.md and docs/browser.md, of a page that measures: run it on a quiet machine.
 
     python tests/page/take_pictures.py [FOLDER OF A PAGE] [--query 'models=care_s0,casvit_xs']
 """
@@ -45,6 +45,11 @@ def main() -> None:
         page.set_viewport_size(dict(width=1000, height=800))
         page.wait_for_timeout(500)
         save(page, 'browser_desktop.png', full_page=True)
+        top, bottom = page.evaluate("""['#results', '#plot'].map((name, i) => {
+            const box = document.querySelector(name).getBoundingClientRect();
+            return scrollY + (i ? box.bottom : box.top);
+        })""")
+        save(page, 'browser_results.png', full_page=True, clip=dict(x=50, y=top, width=900, height=bottom - top))
 
 
 if __name__ == '__main__':

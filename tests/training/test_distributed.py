@@ -51,7 +51,7 @@ def test_two_processes_end_with_the_weights_of_one_with_the_same_global_batch(da
     updates them twice per step, two processes once each, and they average them at the end of the epoch.
     """
     two, out, _ = train(data, tmp_path / 'run', processes=2)
-    assert 'batch of 8 = 4 images x 1 forward pass(es) x 2 processes' in out
+    assert 'batch of 8 = 4 images x 1 forward pass x 2 processes' in out
     print('largest difference of a weight', measure_difference(two, one_process))
     assert measure_difference(two, one_process) < 1e-6
     assert any(is_statistic(key) for key in list_differences(two, one_process))

@@ -211,9 +211,9 @@ def test_another_number_of_processes_resumes_and_reports_the_differences(data, u
                     and any(path.stat().st_mtime_ns > before for path in half_way.glob('last.pth.tar')), process), \
         log.read_text(encoding='utf-8')
     kill(process)
-    assert 'resumes with 2 process(es) instead of 1' in log.read_text(encoding='utf-8')
+    assert 'resumes with 2 processes instead of 1' in log.read_text(encoding='utf-8')
     resume(data, half_way)
-    assert 'resumes with 1 process(es) instead of 2: the images of each step are the same' in capsys.readouterr().out
+    assert 'resumes with 1 process instead of 2: the images of each step are the same' in capsys.readouterr().out
     expected = read_tensors(undisturbed / 'last.pth.tar')
     differences = list_differences(read_tensors(half_way / 'last.pth.tar'), expected)
     weights = {key: value for key, value in differences.items() if 'running' not in key and 'num_batches' not in key}

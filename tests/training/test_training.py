@@ -67,7 +67,7 @@ def test_a_run_records_its_results_and_prints_the_next_command(sample_run):
     assert [bool(row['val_top1']) for row in read_rows(folder)] == [False, True, True]
     assert (folder / 'curves.png').read_bytes().startswith(b'\x89PNG') and list(folder.glob('events.out.tfevents*'))
     assert f'next: bash cmd/eval.sh {folder}/best.pth.tar' in printed
-    assert 'images/s' in printed and 'batch of 16 = 16 images x 1 forward pass(es), 45 steps per epoch' in printed
+    assert 'images/s' in printed and 'batch of 16 = 16 images x 1 forward pass, 45 steps per epoch' in printed
     assert 'optimizer' in read_checkpoint(folder / 'last.pth.tar').meta
 
 
@@ -189,6 +189,7 @@ def test_plain_labels_train_both_heads():
     ([FRUIT, '--device', 'cuda:9'] if not torch.cuda.is_available() else [FRUIT, '--device', 'xpu'], 'there is only'),
     ([FRUIT, '--recipe', 'mine'], "No recipe 'mine'"),
     ([FRUIT, '--checkpoint', 'gone.pth'], 'gone.pth: no such file'),
+    ([FRUIT, '--recipe', 'care_s0_finetune'], 'new_heads: there are no weights to fine-tune: add --checkpoint FILE or'),
     ([FRUIT, '--output', '/proc/run'], '/proc/run cannot be written'),
 ], ids=lambda value: str(value)[:30])
 def test_bad_input_is_one_line_and_exit_code_2(flags, message):
