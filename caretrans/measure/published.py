@@ -55,6 +55,11 @@ class PublishedRow:
     accuracy_note: str = ''
     note: str = ''
 
+    @property
+    def size(self) -> int:
+        """Side of the images of the GMACs, pixels."""
+        return 256 if self.note == FASTVIT_COUNTS else 224
+
 
 def _cas_vit(name: str, gmacs: float | None, params_m: float, top1: float, timm_name: str) -> PublishedRow:
     return PublishedRow(

@@ -397,12 +397,11 @@ def _train(
         folder.finish()
         return TrainResult(path, folder.rows[-1], folder.best, trainer.best_score, trainer.score_title)
     except TrainingError as error:
-        if error.has_remedy:
-            raise
         last = next(iter(list_checkpoints(path)), None)
-        remedy = f'Last good checkpoint: {last}; the same command resumes from it.' if last else \
-            'There is no checkpoint yet; the same command starts again.'
-        raise TrainingError(f'{error} {remedy}', error.is_shared) from error
+        remedy = f'Last good checkpoint: {last}' if last else 'There is no checkpoint yet'
+        if not error.has_remedy:
+            remedy += '; the same command resumes from it' if last else '; the same command starts again'
+        raise TrainingError(f'{error} {remedy}.', error.is_shared) from error
     finally:
         trainer.train_loader.close()
         if folder is not None:

@@ -64,7 +64,7 @@ def break_other_class(root): (root / 'val' / 'kaiser').rename(root / 'val' / 'co
 
 @pytest.mark.parametrize('damage, message', [
     (break_missing, 'No data at '),
-    (break_no_split, "has no folder 'val', it has train"),
+    (break_no_split, "has no folder 'val', but train"),
     (break_flat, 'has no images in class folders.*images outside of class folders: 6'),
     (break_no_images, 'has no images'),
     (break_other_class, r'missing kaiser; unknown conference'),

@@ -109,7 +109,7 @@ def test_each_image_counts_once_and_unreadable_images_are_skipped(two_kinds):
         assert result.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
         assert [name for name, _ in result.unreadable] == [str(files[4])]
     printed = '\n'.join(describe_result(result))
-    assert '1 more image(s) could not be read' in printed and 'of 21 images only' in printed
+    assert '1 more image could not be read' in printed and 'of 21 images only' in printed
     assert f'{files[4]}: UnidentifiedImageError' in printed
 
 
