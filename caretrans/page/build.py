@@ -141,7 +141,7 @@ def _check_source(source: Source) -> None:
         (preparation.interpolation not in INTERPOLATIONS, f'interpolation {preparation.interpolation}')]
     for found, problem in problems:
         if found:
-            raise ConfigError(f'{source.name}: the page does not support {problem}: leave this network out.')
+            raise ConfigError(f'{source.name}: the page does not support {problem}: omit this network.')
 
 
 def _is_page(folder: Path) -> bool:
