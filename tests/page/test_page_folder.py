@@ -226,7 +226,7 @@ def test_a_preparation_that_the_page_cannot_do_is_refused(tmp_path, monkeypatch,
         source = load_source(config)
         return dataclasses.replace(source, eval_config=dataclasses.replace(source.eval_config, crop_pct=1.1))
     monkeypatch.setattr('caretrans.page.build.load_source', load)
-    with pytest.raises(ConfigError, match='care_s0: the page does not support crop_pct 1.1, more than 1: leave'):
+    with pytest.raises(ConfigError, match='care_s0: the page does not support crop_pct 1.1, more than 1: omit'):
         build_page(PageConfig(checkpoint=[str(shared / 'page.pth.tar')], output=str(tmp_path / 'new')))
     assert list((tmp_path / 'new').iterdir()) == []
 

@@ -105,7 +105,8 @@ export function countTimes({ backend, warm }, rules) {
 
 /** Time all rows in rounds, each in random order, so that heat and other work meet them all. */
 async function timeRounds(rules, report) {
-  for (let round = 0; round < rules.rounds && !stopped; round++) {
+  const isActive = () => !stopped && rows.some(({ failure }) => !failure);
+  for (let round = 0; round < rules.rounds && isActive(); round++) {
     report(`Round ${round + 1} of ${rules.rounds}: leave the page in front`, round / rules.rounds);
     for (const row of shuffle(rows.filter(({ failure }) => !failure))) {
       try {
