@@ -254,7 +254,8 @@ class Cases:
         if self.labels is None:
             return ''
         top1 = 100 * (self.logits.argmax(dim=-1) == self.labels).double().mean().item()
-        return f'top-1 {top1:.2f} % on {self.name}'
+        folder, _, images = self.name.rpartition(', ')  # programs are given away: no path of this machine
+        return f'top-1 {top1:.2f} % on {Path(folder).name}, {images}'
 
     def select(self, count: int, first: int | None = None) -> 'Cases':
         """`count` of them at most, evenly spaced, and of these the first."""

@@ -13,7 +13,7 @@ from exports import SIZE, check, make_cases, make_job, make_source
 from caretrans.errors import ConfigError, ExportError
 from caretrans.export.config import ExportConfig
 from caretrans.export.coreml import convert
-from caretrans.export.source import Source, name_classes
+from caretrans.export.source import Cases, Source, name_classes
 
 # Of care_s0, which tools and phones show; a change of these numbers is a change of the program.
 OPERATIONS = {
@@ -107,14 +107,17 @@ def test_file_has_its_metadata(job, programs):
 
 
 def test_checkpoint_and_its_figures_are_in_the_file(tmp_path):
+    cases = Cases('/where/it/was/fruit, 2 of 9 validation images', torch.zeros(2, 3, 4, 4), torch.eye(2), ['a', 'b'],
+                  torch.tensor([0, 0]))
     known = dataclasses.replace(
-        make_small(), checkpoint='/where/it/was/best.pth.tar', sha256='ab' * 32, accuracy='top-1 57.00 % on fruit',
+        make_small(), checkpoint='/where/it/was/best.pth.tar', sha256='ab' * 32, accuracy=cases.describe_accuracy(),
         meta=dict(metrics=dict(val_top1=57.)))
     path = tmp_path / 'program.mlmodel'
     convert.write(known, make_job('mlmodel', 'fp32', output='classes'), path)
     facts = convert.read_facts(path)
     assert (facts['checkpoint'], facts['checkpoint_sha256']) == ('best.pth.tar', 'ab' * 32)
-    assert facts['accuracy'] == 'top-1 57.00 % on fruit' and json.loads(facts['training_metrics']) == {'val_top1': 57}
+    assert facts['accuracy'] == 'top-1 50.00 % on fruit, 2 of 9 validation images'  # without their paths
+    assert json.loads(facts['training_metrics']) == {'val_top1': 57}
     assert 'RANDOM' not in load(path).description.metadata.shortDescription
 
 
