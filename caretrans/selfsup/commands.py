@@ -21,6 +21,8 @@ from .training import PretrainTrainer
 
 __all__ = ['run_features', 'run_pretrain', 'run_probe']
 
+OUTPUT = 'runs/features.npz'
+
 
 def run_pretrain(argv: Sequence[str]) -> int:
     """Pre-train a network on images without labels: pretrain DATA [--recipe NAME] [flags]. Recipes: selfsup_*."""
@@ -67,7 +69,7 @@ def run_features(argv: Sequence[str]) -> int:
     add_weights_flags(parser)
     add_checkpoint_flags(parser)
     parser.add_argument('--teacher', action='store_true', help='use the teacher of a pre-training, not the student')
-    parser.add_argument('--output', default='runs/features.npz', help='.npz or .csv (default: runs/features.npz)')
+    parser.add_argument('--output', default=OUTPUT, help=f'.npz or .csv (default: {OUTPUT})')
     parser.add_argument(
         '--sheet', help='PNG of nearest neighbours (default: OUTPUT-neighbours.png; none for no sheet)')
     parser.add_argument('--device', default='auto', help=DEVICE_HELP)
@@ -76,7 +78,8 @@ def run_features(argv: Sequence[str]) -> int:
     sheet = output.with_name(f'{output.stem}-neighbours.png') if sheet is None else \
         None if sheet == 'none' else Path(sheet)
     device = resolve_device(flags.pop('device'))
-    Path('runs').mkdir(exist_ok=True)
+    if str(output) == OUTPUT:
+        output.parent.mkdir(exist_ok=True)
     for path in (output, sheet):
         if path is not None and not path.parent.is_dir():
             raise DataError(f'{path} cannot be written: there is no folder {path.parent}.')

@@ -27,7 +27,7 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-def test_features_are_those_of_the_trunk(data, checkpoint, tmp_path, capsys):
+def test_features_are_those_of_the_trunk(data, checkpoint, tmp_path, capsys, monkeypatch):
     folder, output = data / 'train' / 'orange', tmp_path / 'features.npz'
     flags = ['--checkpoint', str(checkpoint), '--device', 'cpu']
     assert main(['features', str(folder), *flags, '--output', str(output)]) == 0
@@ -55,6 +55,9 @@ def test_features_are_those_of_the_trunk(data, checkpoint, tmp_path, capsys):
     one = next(folder.iterdir())
     assert main(['features', str(one), *flags, '--output', str(tmp_path / 'one.npz')]) == 0
     assert 'no one-neighbours.png: one image has no neighbours' in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    assert not (tmp_path / 'runs').exists() and main(['features', str(one), *flags, '--sheet', 'none']) == 0
+    assert (tmp_path / 'runs' / 'features.npz').is_file()
 
 
 def test_the_nearest_neighbours_of_a_copy_are_itself(data, checkpoint, tmp_path):
